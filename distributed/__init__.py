@@ -1,0 +1,1 @@
+"""The pool: one worker process per GPU that runs one Wan DiT together. Never imports ComfyUI."""

@@ -1,0 +1,266 @@
+"""What client, launcher and workers tell each other: small JSON messages; tensors stay in an arena.
+
+JSON rather than pickle, because the client knows these classes under another module name than the workers do
+(ComfyUI names a pack after its folder), and because nothing that arrives can then run.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, is_dataclass
+
+from .plan import ParallelPlan
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """What a pool is made of. Pools with equal settings are one pool.
+
+    Args:
+        plan: degrees of parallelism.
+        device: "cuda", "cpu", or "auto" (cuda where there is one).
+        memory_fraction: share of each GPU's memory that a worker's tensors may take.
+        usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
+        overlap: exchange keys and values of a ring while the block at hand is computed.
+    """
+
+    plan: ParallelPlan
+    device: str = "auto"
+    memory_fraction: float = 1.0
+    usp_backend: str = "auto"
+    overlap: bool = True
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint and how it is run; the workers know the model by it.
+
+    Args:
+        path: safetensors file, or `random:14b` (random weights of a released size, for benchmarks).
+        weight_dtype: "fp32", "fp16" or "bf16", in which the matrices are held.
+        compute_dtype: the same names, in which products and attention run.
+        attention: kernel name, see `wanvideo.attention.get_kernel`.
+        allow_flash, allow_sdpa: kinds of kernel that "auto" may choose.
+        slice_tokens: tokens that feed-forward and cross-attention take at once; 0 takes all.
+        max_batch: batch items that one forward takes at once.
+        stamp: tells a file from a later one of the same name (see `file_stamp`).
+    """
+
+    path: str
+    weight_dtype: str = "bf16"
+    compute_dtype: str = "bf16"
+    attention: str = "auto"
+    allow_flash: bool = True
+    allow_sdpa: bool = True
+    slice_tokens: int = 0
+    max_batch: int = 1
+    stamp: str = ""
+
+
+@dataclass(frozen=True)
+class ArenaRef:
+    """An arena of the client, as the workers open it."""
+
+    path: str
+    nbytes: int
+    serial: int  # a later arena can have the same path
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor lies in an arena; `dtype` is torch's name for it, such as float32."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class PatchRef:
+    """A `wanvideo.lora` patch, its tensors in an arena. `kind` is the class name there."""
+
+    kind: str
+    tensors: tuple[TensorRef, ...]
+    scale: float = 1.0
+    base_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """First message to the launcher."""
+
+    settings: PoolSettings
+    client_pid: int
+
+
+@dataclass(frozen=True)
+class Load:
+    id: int
+    spec: ModelSpec
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Make the model's weights those of the file plus `weights`; the patches of an earlier uuid are undone."""
+
+    id: int
+    spec: ModelSpec
+    uuid: str
+    arena: ArenaRef
+    weights: dict[str, tuple[PatchRef, ...]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Run one DiT forward; the workers write their tokens of the result into `out` [B, tokens, 4*out_dim]."""
+
+    id: int
+    spec: ModelSpec
+    arena: ArenaRef
+    x: TensorRef
+    timestep: TensorRef
+    context: TensorRef
+    out: TensorRef
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Drop the weights of `specs`."""
+
+    id: int
+    specs: tuple[ModelSpec, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Ask for every worker's `WorkerStatus`."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """To the launcher: the client no longer waits for request `id`."""
+
+    id: int
+
+
+Request = Load | Patch | Forward | Unload | Report
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """How one loaded model runs."""
+
+    name: str
+    weight_dtype: str
+    compute_dtype: str
+    kernel: str
+    backend: str
+    ulysses: int
+    ring: int
+    patches: str
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
+    pages of the checkpoint are the system's page cache, shared by all workers."""
+
+    rank: int
+    pid: int
+    device: str
+    used: int
+    total: int
+    peak_private: int
+    models: tuple[ModelStatus, ...]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has joined the group."""
+
+    rank: int
+    pid: int
+    device: str
+    torch: str
+    xfuser: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
+    the uuid of those merged into the model that was to be loaded."""
+
+    id: int
+    rank: int
+    error: str = ""
+    kind: str = ""
+    cancelled: bool = False
+    seconds: float = 0.0
+    patches: str = ""
+    status: WorkerStatus | None = None
+
+
+@dataclass(frozen=True)
+class PoolReady:
+    workers: tuple[Ready, ...]
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Every worker's answer to one request."""
+
+    id: int
+    replies: tuple[Reply, ...]
+
+
+@dataclass(frozen=True)
+class PoolFailed:
+    """The pool has ended."""
+
+    reason: str
+    kind: str = ""
+
+
+_TYPES = {
+    cls.__name__: cls
+    for cls in (Start, Load, Patch, Forward, Unload, Report, Cancel, Ready, Reply, PoolReady, Replies, PoolFailed)
+}
+
+
+def encode(message: object) -> bytes:
+    """A message as JSON."""
+    return json.dumps({"type": type(message).__name__, **asdict(message)}).encode()
+
+
+def decode(data: bytes) -> object:
+    """The message that `encode` was given.
+
+    Raises:
+        ValueError: the data is no message of ours.
+    """
+    fields = json.loads(data)
+    cls = _TYPES.get(fields.pop("type", ""))
+    if cls is None:
+        raise ValueError("A pool message has an unknown type. Restart ComfyUI after updating WanParallel.")
+    return _revive(cls, fields)
+
+
+def _revive(kind: object, value: object) -> object:
+    """Build `value`, as JSON holds it, into the annotated type `kind`."""
+    if value is None:
+        return None
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _revive(hints[name], item) for name, item in value.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return tuple(_revive(arguments[0], item) for item in value)
+    if origin is dict:
+        return {name: _revive(arguments[1], item) for name, item in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        return _revive(arguments[0], value)
+    return value

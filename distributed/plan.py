@@ -1,0 +1,151 @@
+"""How a pool's GPUs are shared out: the degrees of parallelism and the arithmetic behind them.
+
+Vocabulary: *data parallel* groups take different batch items (the conditional and the unconditional branch);
+within a group the token sequence is shared by `ulysses x ring` ranks. *Ulysses* exchanges heads for tokens
+around self-attention (DeepSpeed-Ulysses, arXiv 2309.14509), *ring* passes keys and values round
+(arXiv 2310.01889); USP combines them (arXiv 2405.07719).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MAX_GPUS = 8
+RING_STEP_COST = 0.05
+"""Cost of one more ring step, as a share of the self-attention: the merge and what the exchange does not hide."""
+
+
+class PlanError(ValueError):
+    """The sizes asked for cannot work. The text says why and which sizes do."""
+
+
+@dataclass(frozen=True)
+class SequenceDegrees:
+    """The ranks that share one token sequence: `ulysses` ranks a head exchange, `ring` exchanges in a ring."""
+
+    ulysses: int
+    ring: int
+
+    @property
+    def ranks(self) -> int:
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        return f"Ulysses {self.ulysses} x ring {self.ring}"
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What the user asked for; a degree of 0 is chosen once the model is known."""
+
+    num_gpus: int = 2
+    data_parallel: int = 1
+    pipeline_parallel: int = 1
+    tensor_parallel: int = 1
+    ulysses_degree: int = 0
+    ring_degree: int = 0
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share one token sequence while every data-parallel group has work."""
+        return self.num_gpus // self.data_parallel
+
+    def validate(self) -> None:
+        """Check what needs no model.
+
+        Raises:
+            PlanError: the degrees do not share out `num_gpus`, or ask for what is not there yet.
+        """
+        if not 1 <= self.num_gpus <= MAX_GPUS:
+            raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 to {MAX_GPUS}.")
+        for name in ("pipeline_parallel", "tensor_parallel"):
+            if getattr(self, name) != 1:
+                raise PlanError(
+                    f"{name}_size is {getattr(self, name)}, and {name.replace('_', ' ')} comes in a later version. "
+                    "Set it to 1: the GPUs then share the token sequence."
+                )
+        if self.data_parallel < 1 or self.num_gpus % self.data_parallel:
+            raise PlanError(
+                f"data_parallel_size {self.data_parallel} does not divide num_gpus {self.num_gpus}. "
+                f"Use one of {_words(_divisors(self.num_gpus))}."
+            )
+        self._check_sequence(self.sequence_ranks)
+
+    def _check_sequence(self, ranks: int) -> None:
+        ulysses, ring = self.ulysses_degree, self.ring_degree
+        if ulysses < 0 or ring < 0:
+            raise PlanError("A parallel degree is below 0. Use 0 for an automatic choice, or 1 and more.")
+        if ulysses and ring and ulysses * ring != ranks:
+            raise PlanError(
+                f"ulysses_degree {ulysses} x ring_degree {ring} is {ulysses * ring}, but {ranks} GPUs share each "
+                f"token sequence. Make their product {ranks}, or set one of them to 0 (automatic)."
+            )
+        for name, degree in (("ulysses_degree", ulysses), ("ring_degree", ring)):
+            if degree and ranks % degree:
+                raise PlanError(
+                    f"{name} {degree} does not divide the {ranks} GPUs that share each token sequence. "
+                    f"Use one of {_words(_divisors(ranks))}, or 0 (automatic)."
+                )
+
+    def sequence_degrees(self, num_heads: int, ranks: int | None = None) -> SequenceDegrees:
+        """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
+
+        Heads are shared unevenly where they do not divide: the rank with the most heads sets the pace, so
+        the choice weighs that against the steps of a ring.
+
+        Raises:
+            PlanError: more Ulysses ranks than heads.
+        """
+        ranks = ranks or self.sequence_ranks
+        asked_for = ranks == self.sequence_ranks  # the user's degrees are meant for this group size alone
+        candidates = [
+            SequenceDegrees(ulysses, ranks // ulysses)
+            for ulysses in _divisors(ranks)
+            if not asked_for
+            or (self.ulysses_degree in (0, ulysses) and self.ring_degree in (0, ranks // ulysses))
+        ]
+        possible = [degrees for degrees in candidates if degrees.ulysses <= num_heads]
+        if not possible:
+            raise PlanError(
+                f"{num_heads} heads cannot be shared by ulysses_degree {self.ulysses_degree}. "
+                f"Set it to {num_heads} or less, or to 0 (automatic)."
+            )
+        return min(possible, key=lambda degrees: attention_cost(degrees, num_heads))
+
+    def group_ranks(self, batch: int) -> int:
+        """Ranks that share one token sequence for a batch: all of them where it has too few items to split."""
+        return self.sequence_ranks if batch >= self.data_parallel else self.num_gpus
+
+    def describe(self, num_heads: int) -> str:
+        """One line for logs and the status, such as `4 GPUs: data 2 x Ulysses 2 x ring 1`."""
+        gpus = "1 GPU" if self.num_gpus == 1 else f"{self.num_gpus} GPUs"
+        return f"{gpus}: data {self.data_parallel} x {self.sequence_degrees(num_heads)}"
+
+
+def attention_cost(degrees: SequenceDegrees, num_heads: int) -> float:
+    """Expected time of one self-attention relative to a perfect split."""
+    most_heads = math.ceil(num_heads / degrees.ulysses)
+    imbalance = most_heads * degrees.ulysses / num_heads
+    return imbalance * (1 + RING_STEP_COST * (degrees.ring - 1))
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """`total` in `parts` whole numbers that differ by 1 at most, the larger ones first."""
+    small, larger = divmod(total, parts)
+    return [small + (i < larger) for i in range(parts)]
+
+
+def bounds(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and stop of share `index` of `shares(total, parts)`."""
+    split = shares(total, parts)
+    start = sum(split[:index])
+    return start, start + split[index]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _words(numbers: list[int]) -> str:
+    return ", ".join(str(n) for n in numbers)

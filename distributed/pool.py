@@ -1,0 +1,519 @@
+"""The client's handle on a pool: starts it lazily, sends it one request at a time, brings it back when it died."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from ..wanvideo.attention import AttentionError
+from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX
+from ..wanvideo.config import PRESETS, CheckpointError, WanConfig, read_header
+from ..wanvideo.lora import Difference, LowRank, WeightPatch
+from ..wanvideo.model import grid_of, unpatchify
+from .arena import Arena, needed
+from .messages import (
+    Cancel,
+    Forward,
+    Load,
+    ModelSpec,
+    Patch,
+    PatchRef,
+    PoolFailed,
+    PoolReady,
+    PoolSettings,
+    Ready,
+    Replies,
+    Report,
+    Request,
+    Start,
+    Unload,
+    WorkerStatus,
+    decode,
+    encode,
+)
+from .plan import PlanError
+
+log = logging.getLogger(__name__)
+
+Poll = Callable[[], None]
+"""Called while waiting; it may raise to give the request up (Cancel)."""
+
+_POLL_SECONDS = 0.1
+_CLOSE_SECONDS = 3.0
+_BOOTSTRAP = Path(__file__).resolve().parent.parent / "bootstrap.py"
+
+
+class PoolError(RuntimeError):
+    """A request failed. The pool can be used again."""
+
+
+class WorkerDied(PoolError):
+    """A process of the pool has ended; the next request starts a new pool."""
+
+
+class OutOfMemory(PoolError):
+    """A GPU had too little memory for the request."""
+
+
+_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """The changes that LoRAs make to a model's weights.
+
+    Args:
+        uuid: another one for every other set; the workers merge when it changes. "" means none.
+        build: gives the patches by weight name; only called when the workers need them.
+    """
+
+    uuid: str
+    build: Callable[[], Mapping[str, Sequence[WeightPatch]]]
+
+
+NO_PATCHES = PatchSet("", dict)
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """What a status shows. `state` is "not started", "ready" or "ended"."""
+
+    state: str
+    settings: PoolSettings
+    launcher_pid: int = 0
+    torch: str = ""
+    xfuser: str = ""
+    workers: tuple[WorkerStatus, ...] = ()
+    last_forward_seconds: float = 0.0
+    last_hop_seconds: float = 0.0
+
+
+def acquire(settings: PoolSettings) -> Pool:
+    """The pool of these settings; nothing is started until it is used.
+
+    A pool lives as long as somebody holds it. The one asked for last is held here too, so that it outlives a
+    graph that is built anew for each prompt.
+
+    Raises:
+        PlanError: the plan cannot work.
+    """
+    global _recent
+    settings.plan.validate()
+    with _registry_lock:
+        pool = _pools.get(settings)
+        if pool is None:
+            pool = _pools[settings] = Pool(settings)
+        _recent = pool
+        return pool
+
+
+_pools: weakref.WeakValueDictionary[PoolSettings, Pool] = weakref.WeakValueDictionary()
+_recent: Pool | None = None
+_registry_lock = threading.Lock()
+
+
+def file_stamp(path: str) -> str:
+    """Changes when the file does; "" for random weights."""
+    if path.startswith(RANDOM_PREFIX):
+        return ""
+    stat = os.stat(path)
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+class _Processes:
+    """A launcher with its workers, and our end of the line to it."""
+
+    def __init__(self, settings: PoolSettings):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.launcher = subprocess.Popen(
+                [sys.executable, str(_BOOTSTRAP), "distributed.launcher", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
+            )
+        self.connection = Connection(ours.detach())
+        self.ready: PoolReady | None = None
+        self.connection.send_bytes(encode(Start(settings, os.getpid())))
+
+    def stop(self) -> None:
+        """Hang up; the launcher then ends its workers and itself."""
+        self.connection.close()
+        try:
+            self.launcher.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.launcher.kill()
+            self.launcher.wait()
+
+    def epitaph(self) -> str:
+        try:
+            code = self.launcher.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"The pool's launcher (pid {self.launcher.pid}) closed its connection."
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        return f"The pool's launcher (pid {self.launcher.pid}) was ended {how}."
+
+
+class Pool:
+    """Workers that run DiT forwards together. Use `acquire` to get one.
+
+    Every method starts what it needs. One request runs at a time; other threads wait their turn.
+    """
+
+    def __init__(self, settings: PoolSettings):
+        self.settings = _resolved(settings)
+        self._lock = threading.RLock()
+        self._processes: _Processes | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._loaded: dict[ModelSpec, str] = {}  # to the uuid of the patches merged
+        self._users: Counter[ModelSpec] = Counter()
+        self._dropped: set[ModelSpec] = set()
+        self._arena: Arena | None = None
+        self._next_id = 0
+        self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
+        self._seconds = self._hop = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the processes have been started and none has been seen to end."""
+        return self._processes is not None and self._processes.launcher.poll() is None
+
+    @property
+    def launcher_pid(self) -> int:
+        """Process id of the launcher; 0 while there is none."""
+        return self._processes.launcher.pid if self._processes else 0
+
+    @property
+    def workers(self) -> tuple[Ready, ...]:
+        """The workers as they said hello; empty until they have."""
+        return self._processes.ready.workers if self._processes and self._processes.ready else ()
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers, by rank."""
+        return tuple(worker.pid for worker in self.workers)
+
+    def ensure_ready(
+        self, spec: ModelSpec, poll: Poll | None = None, make_room: Callable[[int], None] | None = None
+    ) -> None:
+        """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there."""
+        with self._lock:
+            self._ensure_started(poll)
+            self._ensure_loaded(spec, poll, make_room)
+
+    def forward(
+        self,
+        spec: ModelSpec,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        patches: PatchSet | None = None,
+        poll: Poll | None = None,
+        make_room: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """One DiT forward on all workers (see `WanModel.forward`).
+
+        Args:
+            spec: the model; it is loaded where the workers don't have it.
+            x: latent [B, in_dim, T, H, W], any float dtype and device.
+            timestep: sigma * 1000, [B] or [B, T].
+            context: [B, L, text_dim].
+            patches: LoRA changes; merged where the workers' are others.
+            poll: called at least every 0.1 s while waiting. What it raises is passed on, the workers drop the
+                request, and the pool stays usable.
+            make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
+
+        Returns:
+            float32 [B, out_dim, T, H, W] on the device of x.
+
+        Raises:
+            WorkerDied: a process ended; the next call starts a new pool.
+            PoolError: the workers refused or failed.
+            CheckpointError, AttentionError, PlanError: the model cannot run like this.
+            ValueError: an input has the wrong shape.
+        """
+        config = model_config(spec.path)
+        _check_inputs(config, x, timestep, context)
+        with self._lock:
+            self._ensure_started(poll)
+            self._ensure_loaded(spec, poll, make_room)
+            self._ensure_patched(spec, patches or NO_PATCHES, poll)
+            started = time.perf_counter()
+            grid = grid_of(x)
+            self._drain(poll)
+            inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
+            arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
+            refs = [arena.write(tensor) for tensor in inputs]
+            out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
+            request = Forward(self._new_id(), spec, arena.ref, *refs, out)
+            replies = self._call(request, poll)
+            result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
+            self._seconds = max(reply.seconds for reply in replies.replies)
+            self._hop = time.perf_counter() - started - self._seconds
+            return result
+
+    def keep(self, spec: ModelSpec) -> None:
+        """Say that one more user holds this model. Models that were never kept stay until `unload`."""
+        self._users[spec] += 1
+        self._dropped.discard(spec)
+
+    def drop(self, spec: ModelSpec) -> None:
+        """Say that a user of this model has gone. After the last one its weights make room for the next model.
+
+        Takes no lock and talks to nobody: it may run in a destructor.
+        """
+        self._users[spec] -= 1
+        if self._users[spec] <= 0:
+            self._dropped.add(spec)
+
+    def unload(self) -> None:
+        """Drop all weights in the workers and give their GPU memory back. The processes stay."""
+        with self._lock:
+            if self.alive and self.workers:
+                self._drain(None)
+                self._unload(set(self._loaded))
+
+    def close(self) -> None:
+        """End the processes. The next request starts new ones."""
+        with self._lock:
+            if self._finalizer is not None:
+                self._finalizer()  # stops the processes, once
+            self._processes = self._finalizer = None
+            self._loaded.clear()
+            self._abandoned = 0
+            self._close_arena()
+
+    def status(self) -> PoolStatus:
+        """Memory, models and speed as they are now. Starts nothing."""
+        with self._lock:
+            if not self.workers:
+                return PoolStatus("not started", self.settings)
+            if not self.alive:
+                return PoolStatus("ended", self.settings)
+            self._drain(None)
+            replies = self._call(Report(self._new_id()), None)
+            return PoolStatus(
+                "ready",
+                self.settings,
+                self.launcher_pid,
+                self.workers[0].torch,
+                self.workers[0].xfuser,
+                tuple(reply.status for reply in replies.replies),
+                self._seconds,
+                self._hop,
+            )
+
+    def _ensure_started(self, poll: Poll | None) -> None:
+        if self._processes is not None and self._lost():
+            log.warning("The pool had ended and is started again.")
+            self.close()
+        if self._processes is None:
+            if not hasattr(os, "memfd_create"):
+                raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
+            self._processes = _Processes(self.settings)
+            self._finalizer = weakref.finalize(self, self._processes.stop)
+        while self._processes.ready is None:
+            message = self._receive(poll)
+            assert isinstance(message, PoolReady)
+            self._processes.ready = message
+            plan, device = self.settings.plan, message.workers[0].device
+            log.info("%d workers are up on %s.", plan.num_gpus, device)
+
+    def _lost(self) -> bool:
+        """Whether the launcher has ended, or says that a worker has, while nobody asked it anything."""
+        if not self.alive:
+            return True
+        try:
+            while self._processes.connection.poll(0):
+                message = decode(self._processes.connection.recv_bytes())
+                if isinstance(message, PoolFailed):
+                    return True
+                if isinstance(message, PoolReady):
+                    self._processes.ready = message
+                elif isinstance(message, Replies) and message.id == self._abandoned:
+                    self._abandoned = 0
+        except (EOFError, ConnectionError):
+            return True
+        return False
+
+    def _ensure_loaded(
+        self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None
+    ) -> None:
+        if spec in self._loaded:
+            return
+        if make_room is not None and self.settings.device == "cuda":
+            make_room(model_config(spec.path).parameters * DTYPES[spec.weight_dtype].itemsize)
+        started = time.perf_counter()
+        log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
+        self._drain(poll)
+        self._unload(self._dropped & self._loaded.keys())
+        replies = self._call(Load(self._new_id(), spec), poll)
+        self._loaded[spec] = replies.replies[0].patches
+        log.info("%s is loaded after %.1f s.", Path(spec.path).name, time.perf_counter() - started)
+
+    def _unload(self, specs: set[ModelSpec]) -> None:
+        if specs:
+            for spec in specs:
+                del self._loaded[spec]
+            self._call(Unload(self._new_id(), tuple(specs)), None)
+
+    def _ensure_patched(self, spec: ModelSpec, patches: PatchSet, poll: Poll | None) -> None:
+        if self._loaded[spec] == patches.uuid:
+            return
+        weights = patches.build()
+        tensors = [t for changes in weights.values() for change in changes for t in _tensors(change)]
+        self._drain(poll)
+        arena = self._arena_for(needed(tensors))
+        refs = {name: tuple(_patch_ref(arena, c) for c in changes) for name, changes in weights.items()}
+        del self._loaded[spec]  # if this is interrupted or fails, the next Load tells what the workers have
+        self._call(Patch(self._new_id(), spec, patches.uuid, arena.ref, refs), poll)
+        self._loaded[spec] = patches.uuid
+        self._close_arena()  # LoRAs are larger than latents
+
+    def _arena_for(self, nbytes: int) -> Arena:
+        if self._arena is None or self._arena.nbytes < nbytes:
+            self._close_arena()
+            self._arena = Arena(nbytes)
+        self._arena.reset()
+        return self._arena
+
+    def _close_arena(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _call(self, request: Request, poll: Poll | None) -> Replies:
+        try:
+            self._processes.connection.send_bytes(encode(request))
+        except ConnectionError:
+            self._fail(self._processes.epitaph())
+        self._abandoned = request.id
+        try:
+            while True:
+                message = self._receive(poll)
+                if isinstance(message, Replies) and message.id == request.id:
+                    break
+        except BaseException:  # from poll (ComfyUI's interrupt is no Exception), or from a pool that ended
+            if self._processes is not None:
+                self._cancel(request.id)
+            raise
+        self._abandoned = 0
+        for reply in message.replies:
+            if reply.error:
+                raise _error(reply.kind, reply.error)
+        return message
+
+    def _cancel(self, request: int) -> None:
+        try:
+            self._processes.connection.send_bytes(encode(Cancel(request)))
+        except ConnectionError:
+            log.warning("The pool ended while a request was being cancelled.")
+
+    def _drain(self, poll: Poll | None) -> None:
+        """Wait for the reply of a request that was given up: until then the workers use the arena."""
+        while self._abandoned:
+            message = self._receive(poll)
+            if isinstance(message, Replies) and message.id == self._abandoned:
+                self._abandoned = 0
+
+    def _receive(self, poll: Poll | None) -> object:
+        connection = self._processes.connection
+        try:
+            while not connection.poll(_POLL_SECONDS):
+                if poll is not None:
+                    poll()
+            message = decode(connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            self._fail(self._processes.epitaph())
+        if isinstance(message, PoolFailed):
+            self._fail(message.reason, message.kind)
+        return message
+
+    def _fail(self, reason: str, kind: str = "") -> None:
+        self.close()
+        if kind in _ERRORS:
+            raise _error(kind, reason)
+        raise WorkerDied(f"{reason} Queue the prompt again: it starts a new pool.")
+
+
+def model_config(path: str) -> WanConfig:
+    """Dimensions of a checkpoint or of random weights, from the header alone.
+
+    Raises:
+        CheckpointError: see `read_header`.
+    """
+    if path.startswith(RANDOM_PREFIX):
+        return PRESETS[path.removeprefix(RANDOM_PREFIX)]
+    return read_header(path).config
+
+
+def _resolved(settings: PoolSettings) -> PoolSettings:
+    """With "auto" replaced by what it means here."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.device_count() < settings.plan.num_gpus:
+        raise PlanError(
+            f"num_gpus is {settings.plan.num_gpus}, but this machine shows {torch.cuda.device_count()} GPUs. "
+            "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    backend = "native" if settings.usp_backend == "auto" else settings.usp_backend
+    return PoolSettings(settings.plan, device, settings.memory_fraction, backend, settings.overlap)
+
+
+def _check_inputs(config: WanConfig, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> None:
+    if x.ndim != 5 or x.shape[1] != config.in_dim:
+        raise ValueError(
+            f"The latent has shape {tuple(x.shape)}, but this Wan model takes [batch, {config.in_dim}, frames, "
+            "height, width]. Use EmptyHunyuanLatentVideo, or the latent node of this model's family."
+        )
+    if context.ndim != 3 or context.shape[-1] != config.text_dim or len(context) != len(x):
+        raise ValueError(
+            f"The text conditioning has shape {tuple(context.shape)}, but this model takes [{len(x)}, tokens, "
+            f"{config.text_dim}]. Use CLIPLoader with type wan and the umt5-xxl text encoder."
+        )
+    if timestep.shape not in ((len(x),), (len(x), x.shape[2])):
+        raise ValueError(
+            f"The timesteps have shape {tuple(timestep.shape)}, but one for each of {len(x)} batch items or for "
+            f"each of their {x.shape[2]} latent frames is needed. Use a stock sampler."
+        )
+
+
+def _tensors(change: WeightPatch) -> tuple[torch.Tensor, ...]:
+    match change:
+        case LowRank():
+            return change.up, change.down
+        case Difference():
+            return (change.diff,)
+        case _:
+            return (change.weight,)
+
+
+def _patch_ref(arena: Arena, change: WeightPatch) -> PatchRef:
+    refs = tuple(arena.write(tensor) for tensor in _tensors(change))
+    kind = type(change).__name__
+    if isinstance(change, LowRank | Difference):
+        return PatchRef(kind, refs, change.scale, change.base_scale)
+    return PatchRef(kind, refs)
+
+
+def _error(kind: str, text: str) -> Exception:
+    return _ERRORS.get(kind, PoolError)(text)

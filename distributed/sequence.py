@@ -1,0 +1,184 @@
+"""Exact self-attention over a token sequence that several ranks share: Ulysses x ring, any lengths and heads.
+
+Each rank holds a run of tokens with all heads. Within an Ulysses group one exchange turns that into all tokens
+of the group with a share of the heads; around a ring the keys and values of the other groups pass by, and the
+blocks are merged with float32 log-sum-exps. Nothing is padded: token counts and head counts may be uneven.
+
+Process groups and the ring's point-to-point exchange are yunchang's; its attention wrappers are not used,
+because their log-sum-exp is zero or rounded for several kernels (see tests/test_sequence.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from ..wanvideo.attention import AttentionKernel
+from .plan import SequenceDegrees, bounds, shares
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """This rank's place among the ranks that share a sequence.
+
+    Shard i of the sequence belongs to rank `first_rank + i`; an Ulysses group is a run of such ranks, and a
+    ring goes through the ranks with the same place in their Ulysses groups.
+    """
+
+    degrees: SequenceDegrees
+    first_rank: int
+    index: int
+    ulysses: dist.ProcessGroup | None = None
+    ring: dist.ProcessGroup | None = None
+
+    @property
+    def ulysses_index(self) -> int:
+        return self.index % self.degrees.ulysses
+
+    @property
+    def ring_index(self) -> int:
+        return self.index // self.degrees.ulysses
+
+    def shard(self, tokens: int) -> tuple[int, int]:
+        """Start and stop of this rank's tokens."""
+        return bounds(tokens, self.degrees.ranks, self.index)
+
+
+def place_in(degrees: SequenceDegrees, rank: int) -> SequenceGroup:
+    """The place of `rank`, without process groups."""
+    first = rank // degrees.ranks * degrees.ranks
+    return SequenceGroup(degrees, first, rank - first)
+
+
+def join_group(degrees: SequenceDegrees, rank: int, world_size: int) -> SequenceGroup:
+    """Make the process groups of `degrees` (a collective call: every rank makes the same ones)."""
+    group = place_in(degrees, rank)
+    if degrees.ranks == 1:
+        return group
+    from yunchang.globals import PROCESS_GROUP, set_seq_parallel_pg
+
+    set_seq_parallel_pg(degrees.ulysses, degrees.ring, rank, world_size, use_ulysses_low=True)
+    return replace(group, ulysses=PROCESS_GROUP.ULYSSES_PG, ring=PROCESS_GROUP.RING_PG)
+
+
+class NativeAttention:
+    """Self-attention over the shards of `group`, on torch.distributed.
+
+    Args:
+        tokens: length of the whole sequence.
+        heads: heads of the model.
+        overlap: start each ring exchange before the block at hand is computed.
+    """
+
+    def __init__(
+        self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True
+    ):
+        self.group, self.kernel, self.overlap = group, kernel, overlap
+        self.lengths = shares(tokens, group.degrees.ranks)
+        self.heads = shares(heads, group.degrees.ulysses)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape."""
+        if self.group.degrees.ulysses > 1:
+            q, k, v = self._tokens_for_heads(q, k, v)
+        out = self._attend(q, k, v)
+        return self._heads_for_tokens(out) if self.group.degrees.ulysses > 1 else out
+
+    def _ulysses_lengths(self, ring_index: int) -> list[int]:
+        """Tokens of each rank of the Ulysses group at `ring_index`."""
+        start = ring_index * self.group.degrees.ulysses
+        return self.lengths[start : start + self.group.degrees.ulysses]
+
+    def _tokens_for_heads(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each [B, n, heads, d] becomes [B, tokens of the Ulysses group, share of the heads, d].
+
+        All three travel in one exchange. Tokens lead in its layout, so that what arrives from the ranks in
+        their order is the longer sequence without another copy.
+        """
+        batch, n, _, d = qkv[0].shape
+        lengths = self._ulysses_lengths(self.group.ring_index)
+        mine = self.heads[self.group.ulysses_index]
+        token = batch * 3 * d  # elements of one token with one head
+        outgoing = qkv[0].new_empty(n * token * sum(self.heads))
+        for part, start, heads in _runs(outgoing, self.heads, n * token):
+            packed = part.view(n, batch, 3, heads, d)
+            for i, x in enumerate(qkv):
+                packed[:, :, i].copy_(x[:, :, start : start + heads].transpose(0, 1))
+        arrived = self._exchange(
+            outgoing, [n * token * h for h in self.heads], [length * token * mine for length in lengths]
+        )
+        packed = arrived.view(sum(lengths), batch, 3, mine, d)
+        return tuple(packed[:, :, i].transpose(0, 1) for i in range(3))
+
+    def _heads_for_tokens(self, out: torch.Tensor) -> torch.Tensor:
+        """The way back: [B, tokens of the group, share of heads, d] to [B, n, heads, d]."""
+        batch, _, mine, d = out.shape
+        n = self._ulysses_lengths(self.group.ring_index)[self.group.ulysses_index]
+        lengths = self._ulysses_lengths(self.group.ring_index)
+        arrived = self._exchange(
+            out.transpose(0, 1).contiguous().view(-1),
+            [length * batch * mine * d for length in lengths],
+            [n * batch * h * d for h in self.heads],
+        )
+        parts = [part.view(n, batch, h, d) for part, _, h in _runs(arrived, self.heads, n * batch * d)]
+        return torch.cat(parts, dim=2).transpose(0, 1)
+
+    def _exchange(self, outgoing: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        arrived = outgoing.new_empty(sum(received))
+        dist.all_to_all_single(arrived, outgoing, received, sent, group=self.group.ulysses)
+        return arrived
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        steps = self.group.degrees.ring
+        if steps == 1:
+            return self.kernel(q, k, v)
+        from yunchang.ring.utils import RingComm
+
+        comm = RingComm(self.group.ring)
+        held = torch.stack((k, v))
+        merged: _Merge | None = None
+        for step in range(steps):
+            last = step == steps - 1
+            if not last:
+                origin = (self.group.ring_index - step - 1) % steps
+                incoming = held.new_empty(2, len(k), sum(self._ulysses_lengths(origin)), *k.shape[2:])
+                comm.send_recv(held, incoming)
+                comm.commit()
+                if not self.overlap:
+                    comm.wait()
+            out, lse = self.kernel.with_lse(q, held[0], held[1])
+            merged = _Merge(out, lse) if merged is None else merged.add(out, lse)
+            if not last:
+                if self.overlap:
+                    comm.wait()
+                held = incoming
+        return merged.out.to(q.dtype)
+
+
+class _Merge:
+    """Attention over keys that came in blocks, from the output and the log-sum-exp of each block."""
+
+    def __init__(self, out: torch.Tensor, lse: torch.Tensor):
+        self.out, self.lse = out.float(), _by_token(lse)
+
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> _Merge:
+        """out [B, n, heads, d], lse [B, heads, n] of one more block."""
+        share = torch.sigmoid(_by_token(lse) - self.lse)  # of the new block in the sum of both
+        self.out = torch.lerp(self.out, out.float(), share)
+        self.lse = torch.logaddexp(self.lse, _by_token(lse))
+        return self
+
+
+def _by_token(lse: torch.Tensor) -> torch.Tensor:
+    return lse.float().transpose(1, 2).unsqueeze(-1)
+
+
+def _runs(buffer: torch.Tensor, counts: list[int], size: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Cut a flat buffer into runs of count * size elements: (run, sum of the counts before, count)."""
+    start = 0
+    for count in counts:
+        yield buffer[start * size : (start + count) * size], start, count
+        start += count

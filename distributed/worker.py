@@ -1,0 +1,345 @@
+"""One process per GPU: joins the group, holds its copy of the weights, answers requests one after the other."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..wanvideo.attention import get_kernel
+from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
+from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch, merge
+from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
+from . import xfuser_backend
+from .arena import ArenaReader
+from .gate import Cancelled, Gate
+from .messages import (
+    ArenaRef,
+    Forward,
+    Load,
+    ModelSpec,
+    ModelStatus,
+    Patch,
+    PatchRef,
+    PoolSettings,
+    Ready,
+    Reply,
+    Report,
+    Request,
+    Start,
+    TensorRef,
+    Unload,
+    WorkerStatus,
+    decode,
+    encode,
+)
+from .plan import SequenceDegrees, bounds
+from .sequence import NativeAttention, SequenceGroup, join_group, place_in
+
+log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_BLOCKS_AHEAD = 2
+"""How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in this worker's memory."""
+
+    source: WeightSource
+    model: WanModel
+    patched: set[str] = field(default_factory=set)
+    uuid: str = ""
+
+
+class Worker:
+    """Executes requests; every method that the ranks run together makes the same collective calls on all."""
+
+    def __init__(self, rank: int, settings: PoolSettings, gate: Gate):
+        self.rank, self.settings, self.gate = rank, settings, gate
+        self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
+        self.models: dict[ModelSpec, LoadedModel] = {}
+        self.groups: dict[SequenceDegrees, SequenceGroup] = {}
+        self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
+        self.arena = ArenaReader()
+        self.peak_private = 0
+
+    def handle(self, request: Request) -> Reply:
+        """Answer one request; errors of the request become part of the reply."""
+        started = time.perf_counter()
+        reply = Reply(request.id, self.rank)
+        try:
+            with torch.inference_mode():
+                match request:
+                    case Load():
+                        self.load(request.spec)
+                        reply = replace(reply, patches=self.models[request.spec].uuid)
+                    case Patch():
+                        self.patch(request)
+                    case Forward():
+                        self.forward(request)
+                    case Unload():
+                        self.unload(request.specs)
+                    case Report():
+                        reply = replace(reply, status=self.status())
+        except Cancelled:
+            reply = replace(reply, cancelled=True)
+        except torch.OutOfMemoryError as error:
+            reply = replace(reply, kind="OutOfMemory", error=_out_of_memory(self.device, error))
+        except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
+            log.debug("request failed", exc_info=True)
+            reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
+        return replace(reply, seconds=time.perf_counter() - started)
+
+    def load(self, spec: ModelSpec) -> None:
+        """Read the model onto this worker's device, tensor by tensor, unless it is there."""
+        if spec in self.models:
+            return
+        dtype = DTYPES[spec.compute_dtype]
+        kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
+        source = open_weights(spec.path, self.device)
+        self._join_groups(source.config.num_heads)
+        with torch.device("meta"):
+            model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+        for name in source.config.shapes():
+            _assign(model, name, self._weight(source, spec, name))
+            self.peak_private = max(self.peak_private, _private_bytes())
+        self.models[spec] = LoadedModel(source, model.eval())
+
+    def patch(self, request: Patch) -> None:
+        """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
+        loaded = self.models[request.spec]
+        try:
+            for name in sorted(loaded.patched | request.weights.keys()):
+                weight = self._weight(loaded.source, request.spec, name)
+                refs = request.weights.get(name, ())
+                if refs:
+                    weight = merge(weight, [self._weight_patch(request.arena, ref) for ref in refs])
+                _assign(loaded.model, name, weight)
+        except BaseException:
+            del self.models[request.spec]  # half patched: the next forward reads it again
+            raise
+        loaded.patched, loaded.uuid = set(request.weights), request.uuid
+
+    def forward(self, request: Forward) -> None:
+        """Run this rank's batch items and tokens, and write the result where the client reads it."""
+        loaded = self.models[request.spec]
+        config = loaded.model.config
+        x, timestep, context = (
+            self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
+        )
+        grid = grid_of(x)
+        ranks = self.settings.plan.group_ranks(len(x))
+        group = self.groups[self.settings.plan.sequence_degrees(config.num_heads, ranks)]
+        part = TokenSlice(*group.shard(grid.tokens))
+        tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
+        out = self.arena.view(request.arena, request.out)
+        attend = self._attention(group, loaded, grid)
+        self.gate.begin(request.id)
+        before_block = self._before_block(group.first_rank)
+        first, last = bounds(len(x), self.settings.plan.num_gpus // ranks, self.rank // ranks)
+        step = request.spec.max_batch
+        for start in range(first, last, step):
+            items = slice(start, min(start + step, last))
+            result = loaded.model.transform(
+                tokens[items], grid, part, timestep[items], context[items], attend, before_block
+            )
+            out[items, part.start : part.stop].copy_(result)
+
+    def unload(self, specs: Iterable[ModelSpec]) -> None:
+        """Drop the weights of these models and give their memory back to the device."""
+        for spec in specs:
+            self.models.pop(spec, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def status(self) -> WorkerStatus:
+        used, total = _device_memory(self.device)
+        return WorkerStatus(
+            rank=self.rank,
+            pid=os.getpid(),
+            device=_device_name(self.device),
+            used=used,
+            total=total,
+            peak_private=self.peak_private,
+            models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+        )
+
+    def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
+        degrees = self.settings.plan.sequence_degrees(loaded.model.config.num_heads)
+        return ModelStatus(
+            name=Path(spec.path).name,
+            weight_dtype=spec.weight_dtype,
+            compute_dtype=spec.compute_dtype,
+            kernel=loaded.model.kernel.name,
+            backend="xfuser" if self.settings.usp_backend == "xfuser" else "native",
+            ulysses=degrees.ulysses,
+            ring=degrees.ring,
+            patches=loaded.uuid,
+        )
+
+    def _join_groups(self, num_heads: int) -> None:
+        """Make the process groups that a model of `num_heads` heads will use, for each size of group."""
+        plan = self.settings.plan
+        for ranks in sorted({plan.sequence_ranks, plan.num_gpus}):
+            degrees = plan.sequence_degrees(num_heads, ranks)
+            if degrees in self.groups:
+                continue
+            if self.settings.usp_backend == "xfuser" and degrees.ranks > 1:
+                self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
+                self.groups[degrees] = place_in(degrees, self.rank)
+            else:
+                self.groups[degrees] = join_group(degrees, self.rank, plan.num_gpus)
+
+    def _attention(self, group: SequenceGroup, loaded: LoadedModel, grid: Grid) -> SelfAttention:
+        kernel, heads = loaded.model.kernel, loaded.model.config.num_heads
+        if group.degrees.ranks == 1:
+            return kernel
+        if group.degrees in self.xfuser_groups:
+            xfuser_group = self.xfuser_groups[group.degrees]
+            return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
+        return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
+
+    def _before_block(self, leader: int) -> Callable[[int], None]:
+        """The cancel check of one request (see gate.py)."""
+        launched: deque[torch.cuda.Event] = deque()
+
+        def check(_block: int) -> None:
+            if self.device.type == "cuda":
+                launched.append(torch.cuda.Event(blocking=True))
+                launched[-1].record()
+                if len(launched) > _BLOCKS_AHEAD:
+                    launched.popleft().synchronize()
+            self.gate.check(self.rank, leader)
+
+        return check
+
+    def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
+        return place(source.tensor(name), DTYPES[spec.weight_dtype], self.device)
+
+    def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
+        tensors = [self.arena.view(arena, t) for t in ref.tensors]
+        match ref.kind:
+            case "LowRank":
+                return LowRank(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+            case "Difference":
+                return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+            case _:
+                return Replacement(*tensors)
+
+    def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
+        return self.arena.view(arena, ref).to(self.device)
+
+
+def main(rank: int, start: bytes, connection: Connection, store: str, gate: str) -> None:
+    """Entry of a worker process: join, say so, serve until the launcher closes the connection."""
+    _die_with_parent()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {rank}] %(message)s", force=True
+    )
+    message = decode(start)
+    assert isinstance(message, Start)
+    settings = message.settings
+    try:
+        _join_world(rank, settings, store)
+        worker = Worker(rank, settings, Gate(gate))
+    except Exception as error:  # the boundary of the process, as in Worker.handle
+        log.debug("start failed", exc_info=True)
+        connection.send_bytes(encode(Reply(0, rank, kind=type(error).__name__, error=str(error))))
+        return
+    connection.send_bytes(encode(_ready(worker)))
+    while True:
+        try:
+            request = decode(connection.recv_bytes())
+        except EOFError:
+            return
+        connection.send_bytes(encode(worker.handle(request)))
+
+
+def _join_world(rank: int, settings: PoolSettings, store: str) -> None:
+    world_size = settings.plan.num_gpus
+    device_id = None
+    if settings.device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.cuda.set_per_process_memory_fraction(settings.memory_fraction)
+        device_id = torch.device("cuda", rank)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if settings.device == "cuda" else "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            device_id=device_id,
+        )
+
+
+def _die_with_parent() -> None:
+    """End this process when the launcher has ended, however it ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = parent_process()
+
+    def watch() -> None:
+        wait([launcher.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _ready(worker: Worker) -> Ready:
+    try:
+        xfuser = importlib.metadata.version("xfuser")
+    except importlib.metadata.PackageNotFoundError:
+        xfuser = ""
+    return Ready(worker.rank, os.getpid(), _device_name(worker.device), torch.__version__, xfuser)
+
+
+def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes in use and in all; on a CPU, of this process and of the host."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, total
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, pages * size
+
+
+def _private_bytes() -> int:
+    """Host memory of this process that no other shares."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:
+    used, total = _device_memory(device)
+    return (
+        f"{device} ran out of memory ({used / 2**30:.1f} of {total / 2**30:.1f} GiB in use; "
+        f"{str(error).splitlines()[0]}) "
+        "Use fewer frames or a smaller size, lower max_sequence_length, or share the video among more GPUs."
+    )

@@ -1,0 +1,293 @@
+"""The configuration of a Wan DiT, read off a safetensors header alone.
+
+A 28 GB checkpoint is described by about 100 kB of JSON at its start: that is enough to know the model's
+dimensions, to refuse what cannot run, and to build a model without weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+FLOAT_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors names -> bytes
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_LATER = "Use a plain fp32, fp16 or bf16 Wan text-to-video file; this kind comes in a later version."
+
+# Tensors that only one variant has (../README.md says which variants run). Order matters: first match wins.
+_VARIANT_MARKERS = (
+    ("vace_patch_embedding.weight", "Wan VACE"),
+    ("control_adapter.conv.weight", "Wan Fun-Camera"),
+    ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
+    ("audio_injector.injector.0.k.weight", "Wan S2V"),
+    ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
+    ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
+    ("patch_embedding_mask.weight", "SCAIL-2"),
+    ("patch_embedding_pose.weight", "SCAIL"),
+    ("patch_embedding_global.weight", "WanDancer"),
+    ("ref_conv.weight", "Wan Fun-Control with reference"),
+    ("img_emb.emb_pos", "Wan FLF2V"),
+    ("img_emb.proj.0.bias", "Wan 2.1 I2V"),
+)
+
+
+class CheckpointError(ValueError):
+    """The file cannot be used as a Wan DiT. The text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Dimensions of a Wan DiT, named as in Wan 2.1's `wan/modules/model.py`."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(_elements(shape) for shape in self.shapes().values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every tensor of the state dict, in the original key names."""
+        d, f = self.dim, self.ffn_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "patch_embedding.weight": (d, self.in_dim, 1, 2, 2),
+            "patch_embedding.bias": (d,),
+            "head.modulation": (1, 2, d),
+        }
+
+        def linear(name: str, columns: int, rows: int) -> None:
+            shapes[f"{name}.weight"] = (rows, columns)
+            shapes[f"{name}.bias"] = (rows,)
+
+        linear("text_embedding.0", self.text_dim, d)
+        linear("text_embedding.2", d, d)
+        linear("time_embedding.0", self.freq_dim, d)
+        linear("time_embedding.2", d, d)
+        linear("time_projection.1", d, 6 * d)
+        for i in range(self.num_layers):
+            block = f"blocks.{i}"
+            shapes[f"{block}.modulation"] = (1, 6, d)
+            for attention in ("self_attn", "cross_attn"):
+                for projection in "qkvo":
+                    linear(f"{block}.{attention}.{projection}", d, d)
+                shapes[f"{block}.{attention}.norm_q.weight"] = (d,)
+                shapes[f"{block}.{attention}.norm_k.weight"] = (d,)
+            shapes[f"{block}.norm3.weight"] = (d,)
+            shapes[f"{block}.norm3.bias"] = (d,)
+            linear(f"{block}.ffn.0", d, f)
+            linear(f"{block}.ffn.2", f, d)
+        linear("head.head", d, 4 * self.out_dim)
+        return shapes
+
+
+PRESETS = {
+    "1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+    "14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a safetensors header: its dtype (safetensors' name, such as BF16) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the start of a checkpoint tells. `tensors` has the DiT's tensors alone, without the prefix."""
+
+    path: str
+    prefix: str
+    config: WanConfig
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the DiT's tensors on disk."""
+        return sum(_elements(t.shape) * FLOAT_DTYPES[t.dtype] for t in self.tensors.values())
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read the configuration of the Wan DiT in a safetensors file without touching its weights.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, corrupt, a pickle, not a Wan DiT, or a Wan variant
+            or format that is not there yet.
+    """
+    path = os.fspath(path)
+    raw, metadata = _read_safetensors_header(path)
+    prefix = _find_prefix(path, raw)
+    tensors = {
+        name.removeprefix(prefix): TensorInfo(info["dtype"], tuple(info["shape"]))
+        for name, info in raw.items()
+        if name.startswith(prefix)
+    }
+    _refuse_other_formats(path, tensors)
+    config = _config_from(path, tensors)
+    _check_complete(path, tensors, config)
+    return Header(path, prefix, config, tensors, metadata)
+
+
+def _read_safetensors_header(path: str) -> tuple[dict[str, dict], dict[str, str]]:
+    name = Path(path).name
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(8)
+            _refuse_other_containers(name, start)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER_BYTES + 1
+            if length > min(_MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{name} is not a safetensors file, or its download stopped early. Download it again."
+                )
+            entries = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"The header of {name} is corrupt. Download the file again.") from error
+    return _checked_entries(name, entries, size - 8 - length)
+
+
+def _checked_entries(name: str, entries: object, data_bytes: int) -> tuple[dict[str, dict], dict[str, str]]:
+    corrupt = CheckpointError(f"The header of {name} is corrupt. Download the file again.")
+    if not isinstance(entries, dict):
+        raise corrupt
+    metadata = entries.pop("__metadata__", {})
+    end = 0
+    for info in entries.values():
+        try:
+            dtype, shape, (begin, stop) = info["dtype"], info["shape"], info["data_offsets"]
+            sound = isinstance(dtype, str) and 0 <= begin <= stop and all(int(n) >= 0 for n in shape)
+        except (TypeError, KeyError, ValueError):
+            raise corrupt from None
+        if not sound:
+            raise corrupt
+        if dtype in FLOAT_DTYPES and stop - begin != _elements(shape) * FLOAT_DTYPES[dtype]:
+            raise corrupt
+        end = max(end, stop)
+    if end > data_bytes:
+        raise CheckpointError(
+            f"{name} is cut short: {data_bytes:,} of {end:,} bytes of weights are there. Download it again."
+        )
+    return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def _refuse_other_containers(name: str, start: bytes) -> None:
+    if start[:2] == b"PK" or start[:1] == b"\x80" or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise CheckpointError(
+            f"{name} is a pickle file, which can run code when it is opened. Use its .safetensors version."
+        )
+    if start[:4] == b"GGUF":
+        raise CheckpointError(f"{name} is a GGUF file. {_LATER}")
+
+
+def _find_prefix(path: str, raw: Mapping[str, dict]) -> str:
+    for prefix in PREFIXES:
+        if f"{prefix}head.modulation" in raw and f"{prefix}blocks.0.self_attn.q.weight" in raw:
+            return prefix
+    name = Path(path).name
+    if any("lora_" in key or key.endswith((".diff", ".diff_b")) for key in raw):
+        raise CheckpointError(f"{name} is a LoRA. Load it with LoraLoaderModelOnly behind the model loader.")
+    if "condition_embedder.time_embedder.linear_1.weight" in raw:
+        raise CheckpointError(f"{name} has the tensor names of diffusers. {_LATER}")
+    if any(key.endswith("vace_blocks.0.after_proj.weight") for key in raw):
+        raise CheckpointError(f"{name} is a VACE module without its Wan model. {_LATER}")
+    raise CheckpointError(
+        f"{name} is not a Wan video model: it has no head.modulation and self-attention blocks. "
+        "Choose a Wan 2.1 or 2.2 file."
+    )
+
+
+def _refuse_other_formats(path: str, tensors: Mapping[str, TensorInfo]) -> None:
+    name = Path(path).name
+    for marker, variant in _VARIANT_MARKERS:
+        if marker in tensors:
+            raise CheckpointError(f"{name} is a {variant} model. {_LATER}")
+    scaled = any(key.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) for key in tensors)
+    other = {t.dtype for t in tensors.values()} - FLOAT_DTYPES.keys()
+    if scaled or other:
+        kind = "scaled fp8 or otherwise quantised" if scaled else "/".join(sorted(other))
+        raise CheckpointError(f"{name} has {kind} weights. {_LATER}")
+
+
+def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
+    def shape(key: str, dims: int) -> tuple[int, ...]:
+        info = tensors.get(key)
+        if info is None or len(info.shape) != dims:
+            raise CheckpointError(
+                f"{Path(path).name} has no usable tensor {key}. Download the file again, or choose another."
+            )
+        return info.shape
+
+    dim = shape("head.modulation", 3)[-1]
+    layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+    if dim % HEAD_DIM:
+        raise CheckpointError(
+            f"{Path(path).name} has width {dim}, which is no multiple of the head size {HEAD_DIM} of Wan. "
+            "Choose a Wan 2.1 or 2.2 file."
+        )
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
+        num_heads=dim // HEAD_DIM,
+        num_layers=len(layers),
+        in_dim=shape("patch_embedding.weight", 5)[1],
+        out_dim=shape("head.head.weight", 2)[0] // 4,
+        text_dim=shape("text_embedding.0.weight", 2)[1],
+        freq_dim=shape("time_embedding.0.weight", 2)[1],
+    )
+
+
+def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanConfig) -> None:
+    name, expected = Path(path).name, config.shapes()
+    missing = [k for k, s in expected.items() if k not in tensors or tensors[k].shape != s]
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors of a Wan model or has them in another shape, "
+            f"the first being {missing[0]}. Download the file again, or choose another."
+        )
+    unknown = [key for key in tensors if key not in expected]
+    if unknown:
+        raise CheckpointError(
+            f"{name} has {len(unknown)} tensors of an unknown Wan variant, the first being {unknown[0]}. {_LATER}"
+        )
+    if config.in_dim != config.out_dim:
+        raise CheckpointError(
+            f"{name} is an image-to-video or control model: {config.in_dim} channels in, {config.out_dim} out. {_LATER}"
+        )
+
+
+def _elements(shape: tuple[int, ...] | list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,374 @@
+"""The Wan text-to-video DiT on one device, in the original key names.
+
+Follows Wan 2.1/2.2 `wan/modules/model.py`. The residual stream, the norms, the modulation and the head are
+float32; matrix products and attention run in the compute dtype. That costs memory bandwidth and makes a
+16-bit forward several times closer to the float32 one than a 16-bit residual stream does.
+
+Only self-attention mixes tokens. Everything else works on any subset of them, which is what the parallel
+strategies build on: they hand `WanModel.transform` a part of the tokens and an attention that sees the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .attention import AttentionKernel, get_kernel
+from .checkpoint import open_weights, placed
+from .config import WanConfig
+from .rope import apply_rope, rope_table
+
+PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
+TIMESTEP_PERIOD = 10000.0
+
+SelfAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q, k, v), each [B, n, heads, head_dim], to the attention output of the same n tokens over all tokens."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tokens of a latent: frames x rows x columns."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frames, self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class TokenSlice:
+    """Tokens [start, stop) of a grid, as one rank of a sequence-parallel group holds them."""
+
+    start: int
+    stop: int
+
+
+def grid_of(x: torch.Tensor) -> Grid:
+    """The token grid of a latent [B, C, T, H, W]; odd heights and widths round up (see `pad_to_patch`)."""
+    sizes = (math.ceil(size / patch) for size, patch in zip(x.shape[-3:], PATCH, strict=True))
+    return Grid(*sizes)
+
+
+def pad_to_patch(x: torch.Tensor) -> torch.Tensor:
+    """Extend an odd height or width by wrapping round, as ComfyUI does; the result is cropped again."""
+    rows, columns = x.shape[-2] % PATCH[1], x.shape[-1] % PATCH[2]
+    if rows:
+        x = torch.cat([x, x[..., :1, :]], dim=-2)
+    if columns:
+        x = torch.cat([x, x[..., :1]], dim=-1)
+    return x
+
+
+def patchify(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, T, H, W] with even H and W to tokens [B, T*H/2*W/2, C*4], frame by frame, row by row."""
+    b, c, t, h, w = x.shape
+    x = x.view(b, c, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6)
+    return x.reshape(b, t * (h // 2) * (w // 2), c * 4)
+
+
+def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> torch.Tensor:
+    """Tokens [B, grid.tokens, 4*C] of the head back to a latent [B, C, *size], cropped to `size`."""
+    b, c = tokens.shape[0], tokens.shape[-1] // 4
+    x = tokens.view(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
+    x = x.reshape(b, c, grid.frames, grid.rows * 2, grid.columns * 2)
+    return x[..., : size[0], : size[1], : size[2]]
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias in the dtype of x, whatever the weights are held in."""
+
+    def __init__(self, columns: int, rows: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width (all heads together), in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class PatchEmbedding(nn.Module):
+    """The Conv3d of the original (kernel = stride = patch) as one product over the tokens of `patchify`."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *PATCH), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
+
+
+class Attention(nn.Module):
+    """The projections and norms that self- and cross-attention share."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+    def by_head(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def self_attention(self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention) -> torch.Tensor:
+        """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
+        q = apply_rope(self.by_head(self.norm_q(self.q(x))), rope).to(x.dtype)
+        k = apply_rope(self.by_head(self.norm_k(self.k(x))), rope).to(x.dtype)
+        v = self.by_head(self.v(x))
+        return self.o(attend(q, k, v).flatten(2))
+
+    def text_keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the text [B, L, dim], the same for every token of the video."""
+        k = self.by_head(self.norm_k(self.k(context)).to(context.dtype))
+        return k, self.by_head(self.v(context))
+
+    def cross_attention(
+        self, x: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor], kernel: AttentionKernel
+    ) -> torch.Tensor:
+        """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained."""
+        q = self.by_head(self.norm_q(self.q(x)).to(x.dtype))
+        return self.o(kernel(q, *text).flatten(2))
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.dim, self.eps = config.dim, config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
+        self.self_attn = Attention(config)
+        self.cross_attn = Attention(config)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """Change x [B, n, dim] (float32) in place and return it."""
+        dtype = inputs.compute_dtype
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
+        y = modulate(x, self.eps, shift, scale).to(dtype)
+        x.addcmul_(self.self_attn.self_attention(y, inputs.rope, inputs.attend).float(), gate)
+        text = self.cross_attn.text_keys(inputs.context)
+        for s in slices(x.shape[1], inputs.slice_tokens):
+            part = x[:, s]
+            part += self.cross_attn.cross_attention(self.norm3(part).to(dtype), text, inputs.kernel)
+            y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s)).to(dtype)
+            part.addcmul_(self.ffn(y).float(), rows(gate_ffn, s))
+        return x
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
+        self.head = Linear(config.dim, config.out_dim * math.prod(PATCH))
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """x [B, n, dim] and the time embedding [B, 1 or n, dim], float32, to [B, n, 4*out_dim]."""
+        shift, scale = (embedding + m for m in self.modulation.unbind(1))
+        return self.head(modulate(x, self.eps, shift, scale))
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block of one forward is given beside the tokens."""
+
+    time: torch.Tensor  # [B, R, 6, dim] float32: one row for all tokens, or one a frame
+    row_of_token: torch.Tensor | None  # [n] into R; None where R is 1
+    context: torch.Tensor  # [B, L, dim], compute dtype
+    rope: torch.Tensor  # [n, head_dim/2] complex64
+    attend: SelfAttention
+    kernel: AttentionKernel
+    compute_dtype: torch.dtype
+    slice_tokens: int
+
+    def modulation(self, block: torch.Tensor) -> list[torch.Tensor]:
+        """The six vectors (shift, scale, gate) x 2 of a block, each [B, 1 or n, dim]."""
+        return [self.by_token(v) for v in (self.time + block.unsqueeze(1)).unbind(2)]
+
+    def by_token(self, v: torch.Tensor) -> torch.Tensor:
+        return v if self.row_of_token is None else v[:, self.row_of_token]
+
+
+def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """LayerNorm without affine, then * (1 + scale) + shift; float32."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Cut `length` tokens into runs of `step`; 0 leaves them whole."""
+    step = step or length
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def rows(v: torch.Tensor, s: slice) -> torch.Tensor:
+    """The rows of a modulation vector [B, 1 or n, dim] that belong to the tokens `s`."""
+    return v if v.shape[1] == 1 else v[:, s]
+
+
+def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
+    """Cosines, then sines, of timestep [...] at dim/2 frequencies; float32 [..., dim]."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = timestep.double().unsqueeze(-1) * TIMESTEP_PERIOD**-exponent
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class WanModel(nn.Module):
+    """The DiT. Weights are read with `from_checkpoint`; a bare instance has the shapes alone.
+
+    Args:
+        config: dimensions.
+        kernel: attention kernel for cross-attention, and for self-attention on one device.
+        compute_dtype: dtype of matrix products and attention.
+        slice_tokens: cross-attention and feed-forward take at most this many tokens at once, which bounds
+            their activation memory; 0 takes all.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        kernel: AttentionKernel,
+        compute_dtype: torch.dtype = torch.float32,
+        slice_tokens: int = 0,
+    ):
+        super().__init__()
+        self.config, self.kernel = config, kernel
+        self.compute_dtype, self.slice_tokens = compute_dtype, slice_tokens
+        d = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, d)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, d), nn.SiLU(), Linear(d, d))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str,
+        weight_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: str | AttentionKernel = "auto",
+        slice_tokens: int = 0,
+    ) -> WanModel:
+        """Build the model of a checkpoint (see `open_weights`) on `device`, tensor by tensor.
+
+        Raises:
+            CheckpointError: the file is no Wan DiT that can run.
+            AttentionError: the attention kernel is missing or cannot run this dtype.
+        """
+        device = torch.device(device)
+        source = open_weights(path, device)
+        if isinstance(attention, str):
+            attention = get_kernel(attention, device, compute_dtype)
+        with torch.device("meta"):
+            model = cls(source.config, attention, compute_dtype, slice_tokens)
+        model.load_state_dict(dict(placed(source, weight_dtype, device)), assign=True)
+        return model.eval().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Predict the velocity.
+
+        Args:
+            x: latent [B, in_dim, T, H, W].
+            timestep: sigma * 1000, [B] or one for each latent frame [B, T].
+            context: text embedding [B, L, text_dim].
+
+        Returns:
+            float32 [B, out_dim, T, H, W].
+        """
+        grid = grid_of(x)
+        tokens = patchify(pad_to_patch(x))
+        out = self.transform(tokens, grid, TokenSlice(0, grid.tokens), timestep, context)
+        return unpatchify(out, grid, tuple(x.shape[-3:]))
+
+    def transform(
+        self,
+        tokens: torch.Tensor,
+        grid: Grid,
+        part: TokenSlice,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        attend: SelfAttention | None = None,
+        before_block: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """The DiT on the tokens `part` of a grid.
+
+        Args:
+            tokens: those tokens, [B, part, in_dim*4].
+            attend: self-attention over the whole grid for the queries of this part; the model's own kernel
+                where the part is the whole.
+            before_block: called with the index of each block before it runs.
+
+        Returns:
+            float32 [B, part, out_dim*4].
+        """
+        embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim))  # [B, d] or [B, T, d]
+        embedding = embedding.reshape(len(timestep), -1, self.config.dim)
+        inputs = BlockInputs(
+            time=self.time_projection(embedding).unflatten(-1, (6, -1)),
+            row_of_token=_frame_of_token(grid, part, embedding),
+            context=self.text_embedding(context.to(self.compute_dtype)),
+            rope=rope_table(grid.shape, self.config.head_dim, tokens.device)[part.start : part.stop],
+            attend=attend or self.kernel,
+            kernel=self.kernel,
+            compute_dtype=self.compute_dtype,
+            slice_tokens=self.slice_tokens,
+        )
+        x = self.patch_embedding(tokens.float())
+        for i, block in enumerate(self.blocks):
+            if before_block is not None:
+                before_block(i)
+            x = block(x, inputs)
+        return self.head(x, inputs.by_token(embedding))
+
+
+def _frame_of_token(grid: Grid, part: TokenSlice, embedding: torch.Tensor) -> torch.Tensor | None:
+    if embedding.shape[1] == 1:
+        return None
+    index = torch.arange(part.start, part.stop, device=embedding.device)
+    return index // (grid.rows * grid.columns)
