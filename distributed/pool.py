@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -37,6 +38,7 @@ from .messages import (
     PoolSettings,
     Ready,
     Replies,
+    Reply,
     Report,
     Request,
     Start,
@@ -70,6 +72,7 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
+_ERRORS |= dict.fromkeys(("BackendError", "MissingPackage"), PoolError)  # the workers' own, worded for the user
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ class Pool:
             CheckpointError, AttentionError, PlanError: the model cannot run like this.
             ValueError: an input has the wrong shape.
         """
-        config = model_config(spec.path)
+        config = _config_of(spec)
         _check_inputs(config, x, timestep, context)
         with self._lock:
             self._ensure_started(poll)
@@ -356,7 +359,7 @@ class Pool:
         if spec in self._loaded:
             return
         if make_room is not None and self.settings.device == "cuda":
-            make_room(model_config(spec.path).parameters * DTYPES[spec.weight_dtype].itemsize)
+            make_room(_config_of(spec).parameters * DTYPES[spec.weight_dtype].itemsize)
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
@@ -418,7 +421,7 @@ class Pool:
         self._abandoned = 0
         for reply in message.replies:
             if reply.error:
-                raise _error(reply.kind, reply.error)
+                raise _error(reply)
         return message
 
     def _cancel(self, request: int) -> None:
@@ -450,7 +453,7 @@ class Pool:
     def _fail(self, reason: str, kind: str = "") -> None:
         self.close()
         if kind in _ERRORS:
-            raise _error(kind, reason)
+            raise _ERRORS[kind](reason)
         raise WorkerDied(f"{reason} Queue the prompt again: it starts a new pool.")
 
 
@@ -463,6 +466,12 @@ def model_config(path: str) -> WanConfig:
     if path.startswith(RANDOM_PREFIX):
         return PRESETS[path.removeprefix(RANDOM_PREFIX)]
     return read_header(path).config
+
+
+@functools.lru_cache(maxsize=16)
+def _config_of(spec: ModelSpec) -> WanConfig:
+    """Read once for each spec: its `stamp` changes with the file."""
+    return model_config(spec.path)
 
 
 def _resolved(settings: PoolSettings) -> PoolSettings:
@@ -515,5 +524,10 @@ def _patch_ref(arena: Arena, change: WeightPatch) -> PatchRef:
     return PatchRef(kind, refs)
 
 
-def _error(kind: str, text: str) -> Exception:
-    return _ERRORS.get(kind, PoolError)(text)
+def _error(reply: Reply) -> Exception:
+    if reply.kind in _ERRORS:
+        return _ERRORS[reply.kind](reply.error)
+    return PoolError(
+        f"Worker rank {reply.rank} failed with {reply.kind}: {reply.error.rstrip('.')}. "
+        "The console has the details; the workers are ready for the next prompt."
+    )

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 from ..wanvideo.attention import AttentionKernel
 from .plan import SequenceDegrees, bounds, shares
+
+
+class MissingPackage(RuntimeError):
+    """A package that several workers need is not installed. The text has the line that installs it."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,17 @@ def place_in(degrees: SequenceDegrees, rank: int) -> SequenceGroup:
 
 
 def join_group(degrees: SequenceDegrees, rank: int, world_size: int) -> SequenceGroup:
-    """Make the process groups of `degrees` (a collective call: every rank makes the same ones)."""
+    """Make the process groups of `degrees` (a collective call: every rank makes the same ones).
+
+    Raises:
+        MissingPackage: yunchang is not installed.
+    """
     group = place_in(degrees, rank)
     if degrees.ranks == 1:
         return group
-    from yunchang.globals import PROCESS_GROUP, set_seq_parallel_pg
-
-    set_seq_parallel_pg(degrees.ulysses, degrees.ring, rank, world_size, use_ulysses_low=True)
-    return replace(group, ulysses=PROCESS_GROUP.ULYSSES_PG, ring=PROCESS_GROUP.RING_PG)
+    yunchang = _import_yunchang("globals")
+    yunchang.set_seq_parallel_pg(degrees.ulysses, degrees.ring, rank, world_size, use_ulysses_low=True)
+    return replace(group, ulysses=yunchang.PROCESS_GROUP.ULYSSES_PG, ring=yunchang.PROCESS_GROUP.RING_PG)
 
 
 class NativeAttention:
@@ -135,9 +144,7 @@ class NativeAttention:
         steps = self.group.degrees.ring
         if steps == 1:
             return self.kernel(q, k, v)
-        from yunchang.ring.utils import RingComm
-
-        comm = RingComm(self.group.ring)
+        comm = _import_yunchang("ring.utils").RingComm(self.group.ring)
         held = torch.stack((k, v))
         merged: _Merge | None = None
         for step in range(steps):
@@ -170,6 +177,16 @@ class _Merge:
         self.out = torch.lerp(self.out, out.float(), share)
         self.lse = torch.logaddexp(self.lse, _by_token(lse))
         return self
+
+
+def _import_yunchang(module: str) -> ModuleType:
+    try:
+        return import_module(f"yunchang.{module}")
+    except ModuleNotFoundError as error:
+        raise MissingPackage(
+            f"{error.name} is not installed, and workers that share a video need it. "
+            "Run ./install_xdit_usp.sh in the WanParallel folder, or set num_gpus to 1."
+        ) from error
 
 
 def _by_token(lse: torch.Tensor) -> torch.Tensor:

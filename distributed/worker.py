@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..wanvideo.attention import get_kernel
+from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
+from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch, merge
 from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
@@ -48,13 +49,23 @@ from .messages import (
     decode,
     encode,
 )
-from .plan import SequenceDegrees, bounds
-from .sequence import NativeAttention, SequenceGroup, join_group, place_in
+from .plan import PlanError, SequenceDegrees, bounds
+from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
+
+
+_FOR_THE_USER = (
+    AttentionError,
+    CheckpointError,
+    MissingPackage,
+    PlanError,
+    xfuser_backend.BackendError,
+)
+"""Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
 
 
 @dataclass
@@ -101,8 +112,10 @@ class Worker:
             reply = replace(reply, cancelled=True)
         except torch.OutOfMemoryError as error:
             reply = replace(reply, kind="OutOfMemory", error=_out_of_memory(self.device, error))
+        except _FOR_THE_USER as error:
+            reply = replace(reply, kind=type(error).__name__, error=str(error))
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
-            log.debug("request failed", exc_info=True)
+            log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
         return replace(reply, seconds=time.perf_counter() - started)
 
@@ -259,7 +272,7 @@ def main(rank: int, start: bytes, connection: Connection, store: str, gate: str)
         _join_world(rank, settings, store)
         worker = Worker(rank, settings, Gate(gate))
     except Exception as error:  # the boundary of the process, as in Worker.handle
-        log.debug("start failed", exc_info=True)
+        log.exception("The start failed.")
         connection.send_bytes(encode(Reply(0, rank, kind=type(error).__name__, error=str(error))))
         return
     connection.send_bytes(encode(_ready(worker)))
