@@ -188,13 +188,13 @@ class Block(nn.Module):
         dtype = inputs.compute_dtype
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
         y = modulate(x, self.eps, shift, scale).to(dtype)
-        x.addcmul_(self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
+        x.addcmul_(self.self_attn.self_attention(y, inputs.rope, inputs.attend).float(), gate)
         text = self.cross_attn.text_keys(inputs.context)
         for s in slices(x.shape[1], inputs.slice_tokens):
             part = x[:, s]
             part += self.cross_attn.cross_attention(self.norm3(part).to(dtype), text, inputs.kernel)
             y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s)).to(dtype)
-            part.addcmul_(self.ffn(y), rows(gate_ffn, s))
+            part.addcmul_(self.ffn(y).float(), rows(gate_ffn, s))
         return x
 
 
