@@ -167,7 +167,8 @@ class ModelStatus:
 @dataclass(frozen=True)
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
-    pages of the checkpoint are the system's page cache, shared by all workers."""
+    pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
+    kernels are used (see wanvideo/pointwise.py)."""
 
     rank: int
     pid: int
@@ -175,6 +176,7 @@ class WorkerStatus:
     used: int
     total: int
     peak_private: int
+    fused: bool
     models: tuple[ModelStatus, ...]
 
 

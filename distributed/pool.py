@@ -89,6 +89,7 @@ class PatchSet:
 
 
 NO_PATCHES = PatchSet("", dict)
+_MIXED = "mixed"  # no set has this uuid: one rank failed to merge what the others have, so all merge anew
 
 
 @dataclass(frozen=True)
@@ -365,7 +366,8 @@ class Pool:
         self._drain(poll)
         self._unload(self._dropped & self._loaded.keys())
         replies = self._call(Load(self._new_id(), spec), poll)
-        self._loaded[spec] = replies.replies[0].patches
+        merged = {reply.patches for reply in replies.replies}
+        self._loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
         log.info("%s is loaded after %.1f s.", Path(spec.path).name, time.perf_counter() - started)
 
     def _unload(self, specs: set[ModelSpec]) -> None:

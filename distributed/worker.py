@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
 from ..wanvideo.config import CheckpointError
@@ -89,6 +90,7 @@ class Worker:
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
         self.arena = ArenaReader()
         self.peak_private = 0
+        self.fused = pointwise.use_triton(self.device)
 
     def handle(self, request: Request) -> Reply:
         """Answer one request; errors of the request become part of the reply."""
@@ -190,6 +192,7 @@ class Worker:
             used=used,
             total=total,
             peak_private=self.peak_private,
+            fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
         )
 

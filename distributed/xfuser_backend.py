@@ -166,16 +166,17 @@ def _make_group(degrees: SequenceDegrees, device: torch.device) -> XfuserGroup:
     _empty_place(xfuser)
     local_rank = torch.cuda.current_device() if device.index is None else device.index
     try:
-        xfuser.parallel_state.init_distributed_environment(
-            world_size=world_size, rank=rank, local_rank=local_rank, backend=_COLLECTIVES
-        )
-        xfuser.parallel_state.initialize_model_parallel(
-            data_parallel_degree=world_size // degrees.ranks,
-            sequence_parallel_degree=degrees.ranks,
-            ulysses_degree=degrees.ulysses,
-            ring_degree=degrees.ring,
-            backend=_COLLECTIVES,
-        )
+        with _unbound_default_group():
+            xfuser.parallel_state.init_distributed_environment(
+                world_size=world_size, rank=rank, local_rank=local_rank, backend=_COLLECTIVES
+            )
+            xfuser.parallel_state.initialize_model_parallel(
+                data_parallel_degree=world_size // degrees.ranks,
+                sequence_parallel_degree=degrees.ranks,
+                ulysses_degree=degrees.ulysses,
+                ring_degree=degrees.ring,
+                backend=_COLLECTIVES,
+            )
         runtime = _make_runtime(xfuser, degrees, world_size // degrees.ranks)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise BackendError(
@@ -191,6 +192,21 @@ def _make_group(degrees: SequenceDegrees, device: torch.device) -> XfuserGroup:
     )
     _check_read_back(xfuser, group)
     return group
+
+
+@contextmanager
+def _unbound_default_group() -> Iterator[None]:
+    """Let torch forget the default group's device while xfuser makes its groups.
+
+    With it, torch would connect every group at once by splitting the default one. xfuser makes about twenty, of
+    which two or three are used, and says of its own that they break like that (parallel_state.py).
+    """
+    default = dist.group.WORLD
+    device, default.bound_device_id = default.bound_device_id, None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
 
 
 def _make_runtime(xfuser: _Modules, degrees: SequenceDegrees, data_parallel: int) -> object:
@@ -279,9 +295,7 @@ def _import() -> _Modules:
                 parallel_state,
                 importlib.import_module("xfuser.core.distributed.runtime_state"),
                 importlib.import_module("xfuser.config.args").xFuserArgs,
-                importlib.import_module(
-                    "xfuser.core.distributed.attention_backend"
-                ).ATTENTION_FUNCTION_REGISTRY,
+                importlib.import_module("xfuser.core.distributed.attention_backend").ATTENTION_FUNCTION_REGISTRY,
                 usp.USP,
                 importlib.import_module("yunchang.globals").PROCESS_GROUP,
             )

@@ -170,7 +170,7 @@ def _read_safetensors_header(path: str) -> tuple[dict[str, dict], dict[str, str]
         raise CheckpointError(
             f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from deep nesting
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"The header of {name} is corrupt. Download the file again.") from error
@@ -187,7 +187,7 @@ def _checked_entries(name: str, entries: object, data_bytes: int) -> tuple[dict[
         try:
             dtype, shape, (begin, stop) = info["dtype"], info["shape"], info["data_offsets"]
             sound = isinstance(dtype, str) and 0 <= begin <= stop and all(int(n) >= 0 for n in shape)
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise corrupt from None
         if not sound:
             raise corrupt

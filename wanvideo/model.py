@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import pointwise
 from .attention import AttentionKernel, get_kernel
 from .checkpoint import open_weights, placed
 from .config import WanConfig
-from .rope import apply_rope, rope_table
+from .rope import rope_table
 
 PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
 TIMESTEP_PERIOD = 10000.0
@@ -99,15 +100,15 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width (all heads together), in float32."""
+    """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
+        return pointwise.rms_norm(x, self.weight, self.eps, rope)
 
 
 class LayerNorm(nn.Module):
@@ -117,8 +118,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return pointwise.norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class PatchEmbedding(nn.Module):
@@ -151,21 +152,21 @@ class Attention(nn.Module):
 
     def self_attention(self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention) -> torch.Tensor:
         """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
-        q = apply_rope(self.by_head(self.norm_q(self.q(x))), rope).to(x.dtype)
-        k = apply_rope(self.by_head(self.norm_k(self.k(x))), rope).to(x.dtype)
+        q = self.by_head(self.norm_q(self.q(x), rope))
+        k = self.by_head(self.norm_k(self.k(x), rope))
         v = self.by_head(self.v(x))
         return self.o(attend(q, k, v).flatten(2))
 
     def text_keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the text [B, L, dim], the same for every token of the video."""
-        k = self.by_head(self.norm_k(self.k(context)).to(context.dtype))
+        k = self.by_head(self.norm_k(self.k(context)))
         return k, self.by_head(self.v(context))
 
     def cross_attention(
         self, x: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor], kernel: AttentionKernel
     ) -> torch.Tensor:
         """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained."""
-        q = self.by_head(self.norm_q(self.q(x)).to(x.dtype))
+        q = self.by_head(self.norm_q(self.q(x)))
         return self.o(kernel(q, *text).flatten(2))
 
 
@@ -187,14 +188,14 @@ class Block(nn.Module):
         """Change x [B, n, dim] (float32) in place and return it."""
         dtype = inputs.compute_dtype
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
-        y = modulate(x, self.eps, shift, scale).to(dtype)
-        x.addcmul_(self.self_attn.self_attention(y, inputs.rope, inputs.attend).float(), gate)
+        y = modulate(x, self.eps, shift, scale, dtype)
+        pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
         text = self.cross_attn.text_keys(inputs.context)
         for s in slices(x.shape[1], inputs.slice_tokens):
             part = x[:, s]
-            part += self.cross_attn.cross_attention(self.norm3(part).to(dtype), text, inputs.kernel)
-            y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s)).to(dtype)
-            part.addcmul_(self.ffn(y).float(), rows(gate_ffn, s))
+            pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), text, inputs.kernel))
+            y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype)
+            pointwise.add_(part, self.ffn(y), rows(gate_ffn, s))
         return x
 
 
@@ -208,7 +209,7 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """x [B, n, dim] and the time embedding [B, 1 or n, dim], float32, to [B, n, 4*out_dim]."""
         shift, scale = (embedding + m for m in self.modulation.unbind(1))
-        return self.head(modulate(x, self.eps, shift, scale))
+        return self.head(modulate(x, self.eps, shift, scale, x.dtype))
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,11 @@ class BlockInputs:
         return v if self.row_of_token is None else v[:, self.row_of_token]
 
 
-def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """LayerNorm without affine, then * (1 + scale) + shift; float32."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+def modulate(
+    x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`."""
+    return pointwise.norm(x, 1 + scale, shift, eps, dtype)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -302,6 +305,7 @@ class WanModel(nn.Module):
             AttentionError: the attention kernel is missing or cannot run this dtype.
         """
         device = torch.device(device)
+        pointwise.use_triton(device)
         source = open_weights(path, device)
         if isinstance(attention, str):
             attention = get_kernel(attention, device, compute_dtype)

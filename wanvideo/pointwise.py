@@ -1,0 +1,83 @@
+"""What happens between the matrix products: norms with modulation, rotated queries, gated sums.
+
+Each function reads its input and writes its output once where Triton can be used (see `use_triton`), and is
+plain torch elsewhere. Both compute in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch.nn import functional as F
+
+from .rope import apply_rope
+
+log = logging.getLogger(__name__)
+
+_kernels: ModuleType | None = None
+
+
+def use_triton(device: torch.device) -> bool:
+    """Take Triton's kernels on this device from now on if they work here; returns whether they do.
+
+    Triton comes with torch's CUDA builds and compiles at the first call, for which it needs a C compiler.
+    """
+    global _kernels
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    if _kernels is None:
+        module = import_module(".pointwise_triton", __package__)
+        try:
+            module.try_out(device)
+        except Exception as error:  # a missing compiler, header or driver: Triton has no class of its own for it
+            reason = str(error).strip().splitlines()
+            log.warning("Triton does not work here (%s). Install gcc and Python's headers for more speed.", reason[:1])
+            return False
+        _kernels = module
+    return True
+
+
+def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """LayerNorm(x) * scale + shift.
+
+    Args:
+        x: float32 [B, n, d].
+        scale, shift: float32, [d] or [B, 1 or n, d].
+        dtype: of the result.
+    """
+    if x.is_cuda and _kernels is not None:
+        return _kernels.norm(x, scale, shift, eps, dtype)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale).to(dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rope: torch.Tensor | None = None) -> torch.Tensor:
+    """RMSNorm over the last dimension, then rotated by `rope`; in the dtype of x.
+
+    Args:
+        x: [B, n, d].
+        weight: float32 [d].
+        rope: complex64 [n, head_dim / 2], the same for all d / head_dim heads; None leaves it out.
+    """
+    if x.is_cuda and _kernels is not None:
+        return _kernels.rms_norm(x, weight, eps, rope)
+    y = F.rms_norm(x.float(), weight.shape, weight, eps)
+    if rope is not None:
+        y = apply_rope(y.unflatten(-1, (-1, 2 * rope.shape[-1])), rope).flatten(-2)
+    return y.to(x.dtype)
+
+
+def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """x += y * gate in place.
+
+    Args:
+        x: float32 [B, n, d].
+        y: [B, n, d], any float dtype.
+        gate: float32 [B, 1 or n, d]; None is 1.
+    """
+    if x.is_cuda and _kernels is not None:
+        return _kernels.add_(x, y, gate)
+    return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)

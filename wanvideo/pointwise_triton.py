@@ -1,0 +1,115 @@
+"""The functions of pointwise.py as Triton kernels: one program for each token, one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _norm_kernel(
+    x, scale, shift, out, n, d, eps, x_batch, x_token, mod_batch, mod_token, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // n, row % n
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d
+    values = tl.load(x + batch * x_batch + token * x_token + columns, mask=inside, other=0.0)
+    centred = tl.where(inside, values - tl.sum(values) / d, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / d + eps)
+    modulation = batch * mod_batch + token * mod_token + columns
+    result = normed * tl.load(scale + modulation, mask=inside, other=0.0)
+    result += tl.load(shift + modulation, mask=inside, other=0.0)
+    tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, weight, rope, out, n, d, eps, HALF_HEAD: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, 2 * PAIRS)
+    inside = columns < d
+    values = tl.load(x + row * d + columns, mask=inside, other=0.0).to(tl.float32)
+    result = values * tl.rsqrt(tl.sum(values * values) / d + eps)
+    result *= tl.load(weight + columns, mask=inside, other=0.0)
+    if ROTATE:
+        pair = tl.arange(0, PAIRS)
+        angle = rope + ((row % n) * HALF_HEAD + pair % HALF_HEAD) * 2
+        cos, sin = tl.load(angle), tl.load(angle + 1)
+        real, imaginary = tl.split(tl.reshape(result, (PAIRS, 2)))
+        rotated = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+        result = tl.reshape(rotated, (2 * PAIRS,))
+    tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_kernel(
+    x, y, gate, n, d, x_batch, x_token, gate_batch, gate_token, BLOCK: tl.constexpr, GATED: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // n, row % n
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d
+    at = x + batch * x_batch + token * x_token + columns
+    change = tl.load(y + row * d + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        change *= tl.load(gate + batch * gate_batch + token * gate_token + columns, mask=inside, other=0.0)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + change, mask=inside)
+
+
+def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """See `pointwise.norm`."""
+    batch, n, d = x.shape
+    scale, shift = _rows(scale, x), _rows(shift, x)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        strides = *x.stride()[:2], *scale.stride()[:2]
+        _norm_kernel[(batch * n,)](x, scale, shift, out, n, d, eps, *strides, **_launch(d))
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rope: torch.Tensor | None) -> torch.Tensor:
+    """See `pointwise.rms_norm`."""
+    batch, n, d = x.shape
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    rotate = rope is not None
+    table = torch.view_as_real(rope) if rotate else weight
+    half = rope.shape[-1] if rotate else 1
+    if x.numel():
+        pairs, warps = triton.next_power_of_2(d) // 2, _launch(d)["num_warps"]
+        _rms_norm_kernel[(batch * n,)](x, weight, table, out, n, d, eps, half, pairs, rotate, num_warps=warps)
+    return out
+
+
+def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """See `pointwise.add_`."""
+    batch, n, d = x.shape
+    gated = gate is not None
+    gate = _rows(gate, x) if gated else x
+    if x.numel():
+        strides = *x.stride()[:2], *gate.stride()[:2]
+        _add_kernel[(batch * n,)](x, y.contiguous(), gate, n, d, *strides, GATED=gated, **_launch(d))
+    return x
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and run each kernel once on a few numbers; raises whatever Triton raises."""
+    x = torch.ones(1, 2, 16, device=device)
+    row = torch.ones(1, 1, 16, device=device)
+    rope = torch.ones(2, 4, dtype=torch.complex64, device=device)
+    rms_norm(norm(x, row, row, 1e-6, torch.bfloat16), row.view(-1), 1e-6, rope)
+    add_(x, x.clone(), row)
+    torch.cuda.synchronize(device)
+
+
+def _rows(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A modulation vector as [B, n, d] with strides of 0 where it repeats."""
+    return v.expand(x.shape)
+
+
+def _launch(d: int) -> dict[str, int]:
+    block = triton.next_power_of_2(d)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
