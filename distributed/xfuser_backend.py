@@ -29,7 +29,7 @@ from .plan import SequenceDegrees
 
 log = logging.getLogger(__name__)
 
-INSTALL = "Install it with: pip install xfuser==0.7.0; or set usp_backend to native, which needs no xfuser."
+INSTALL = "Run ./install_xdit_usp.sh --with-xfuser, or set usp_backend to native, which needs no xfuser."
 _COLLECTIVES = "nccl"
 _GROUP_NAMES = ("_MODEL_REPLICA", "_DP", "_CFG", "_PP", "_SP", "_TP", "_FS", "_VAE", "_DIT")
 

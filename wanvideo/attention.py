@@ -112,9 +112,7 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, ..
     return tuple(name for name, source in _SOURCES.items() if source.refusal(device, dtype) is None)
 
 
-def _preference(
-    device: torch.device, dtype: torch.dtype, allow_flash: bool, allow_sdpa: bool
-) -> tuple[str, ...]:
+def _preference(device: torch.device, dtype: torch.dtype, allow_flash: bool, allow_sdpa: bool) -> tuple[str, ...]:
     """Exact kernels, fastest first. The order on Hopper was measured; the others follow their authors."""
     flash: tuple[str, ...] = ()
     if device.type == "cuda" and dtype in SIXTEEN_BIT:
@@ -151,9 +149,7 @@ def _aten_cuda(op: Callable[..., tuple], q: Tensor, k: Tensor, v: Tensor) -> tup
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     def op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple:
-        return aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, want_lse, 0.0, False, False, scale=scale
-        )
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False, scale=scale)
 
     return _aten_cuda(op, q, k, v)
 
@@ -416,10 +412,7 @@ def _try_out(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) 
     if key in _tried:
         return
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, length, 2, 128, device=device, generator=generator).to(dtype)
-        for length in (160, 96, 96)
-    )
+    q, k, v = (torch.randn(1, length, 2, 128, device=device, generator=generator).to(dtype) for length in (160, 96, 96))
     with torch.no_grad():
         scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(q.shape[-1])
         expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())

@@ -1,0 +1,200 @@
+"""Time one DiT forward of ours, and of the libraries beside us, on the GPUs of this machine.
+
+    python3 benchmarks/dit_step.py --size 14b --res 720p --gpus 4 --peers
+
+Prints one JSON line a case (see rows.py). Ours runs as it does for a user: through the launcher and the
+workers, timed by the caller, with the latent on the first GPU as ComfyUI has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+from flops import latent_size
+from rows import Row, Timing, make_row, publish
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bootstrap import load_pack
+
+load_pack()
+from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
+from wan_parallel.distributed.pool import (  # noqa: E402
+    ModelSpec,
+    Pool,
+    PoolSettings,
+    WorkerStatus,
+    acquire,
+    model_config,
+)
+from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
+from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
+
+log = logging.getLogger("dit_step")
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LOSSY_KERNELS = ("sageattn",)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to run a library beside us."""
+
+    lib: str
+    attention: str
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        kernel = "" if self.attention == "cudnn" else f"-{self.attention}"
+        return f"{self.lib}{kernel}{'-compiled' if self.compiled else ''}"
+
+    def command(self, options: argparse.Namespace) -> list[str]:
+        """Runs peers.py with one process a GPU. The address is spelt out: a hostname may not resolve."""
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--nproc-per-node", str(options.gpus), "--master-addr", "127.0.0.1"]
+        command += ["--master-port", str(_free_port()), str(HERE / "peers.py")]
+        command += ["--lib", self.lib, "--attention", self.attention, "--precision", options.precision]
+        command += ["--size", options.size, "--res", options.res, "--iters", str(options.iters)]
+        command += ["--compile"] if self.compiled else []
+        return command + (["--out", str(options.out)] if options.out else [])
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("diffusers", "cudnn", False),
+        Peer("diffusers", "cudnn", True),
+        Peer("xdit", "cudnn", False),
+        Peer("xdit", "cudnn", True),
+        Peer("xdit", "fa3", True),
+    )
+}
+
+
+def main() -> int:
+    options = _options()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+    # Peers first: afterwards this process holds some of the first GPU's memory.
+    failed = [name for name in _peers(options.peers) if not _run_peer(PEERS[name], options)]
+    if not options.no_ours:
+        for row in _ours(options):
+            publish(row, options.out)
+    for name in failed:
+        log.error("%s failed; its words are above.", name)
+    return 1 if failed else 0
+
+
+def _ours(options: argparse.Namespace) -> list[Row]:
+    plan = ParallelPlan(
+        num_gpus=options.gpus,
+        data_parallel=1,
+        ulysses_degree=options.ulysses,
+        ring_degree=options.ring,
+    )
+    pool = acquire(PoolSettings(plan, device=options.device, usp_backend=options.backend))
+    spec = ModelSpec(
+        options.model or f"random:{options.size}",
+        weight_dtype=options.precision,
+        compute_dtype=options.precision,
+        attention=options.attention,
+    )
+    try:
+        return [_our_row(pool, spec, res, options) for res in options.res.split(",")]
+    finally:
+        pool.close()
+
+
+def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace) -> Row:
+    config = model_config(spec.path)
+    device, dtype = torch.device(pool.settings.device), DTYPES[options.precision]
+    x = torch.randn(1, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
+    context = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
+    timestep = torch.tensor([500.0], device=device)
+    pool.ensure_ready(spec)
+    times, hops = [], []
+    for _ in range(options.iters + 1):
+        start = time.perf_counter()
+        out = pool.forward(spec, x, timestep, context)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        hops.append(pool.status().last_hop_seconds)
+    workers = pool.status().workers
+    model = workers[0].models[0]
+    return make_row(
+        lib="wanparallel",
+        size=options.size,
+        res=res,
+        gpus=options.gpus,
+        timing=Timing(times[0], tuple(times[1:])),
+        config=config,
+        peak_bytes=_peak_bytes(workers, device),
+        precision=options.precision,
+        attention=model.kernel,
+        lossy=model.kernel in LOSSY_KERNELS,
+        finite=bool(torch.isfinite(out).all()),
+        backend=model.backend,
+        ulysses=model.ulysses,
+        ring=model.ring,
+        hop_s=round(median(hops[1:]), 4),
+    )
+
+
+def _peak_bytes(workers: tuple[WorkerStatus, ...], device: torch.device) -> int | None:
+    return max(worker.used for worker in workers) if device.type == "cuda" else None
+
+
+def _run_peer(peer: Peer, options: argparse.Namespace) -> bool:
+    if peer.attention == "fa3" and find_spec("fa3_fwd_interface") is None:
+        log.info("%s is left out: fa3-fwd is not installed.", peer.name)
+        return True
+    log.info("%s on %d GPUs", peer.name, options.gpus)
+    return subprocess.run(peer.command(options), check=False).returncode == 0
+
+
+def _peers(chosen: str) -> list[str]:
+    return list(PEERS) if chosen == "all" else [name for name in chosen.split(",") if name]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(PRESETS), default="14b")
+    parser.add_argument("--res", default="480p,720p", help="comma-separated: 480p, 720p or FRAMESxROWSxCOLUMNS")
+    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
+    parser.add_argument("--iters", type=int, default=5, help="timed forwards, after one that is not")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--attention", choices=KERNEL_NAMES, default="auto")
+    parser.add_argument("--backend", choices=("auto", "native", "xfuser"), default="auto")
+    parser.add_argument("--ulysses", type=int, default=0, help="0 is automatic")
+    parser.add_argument("--ring", type=int, default=0, help="0 is automatic")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--model", help="a checkpoint of that --size; random weights without")
+    parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")
+    parser.add_argument("--no-ours", action="store_true", help="peers alone")
+    parser.add_argument("--out", type=Path, help="append the rows to this file too")
+    options = parser.parse_args()
+    unknown = set(_peers(options.peers)) - PEERS.keys()
+    if unknown:
+        parser.error(f"There are no peers {', '.join(sorted(unknown))}. Use {', '.join(PEERS)}.")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

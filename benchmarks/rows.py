@@ -1,0 +1,133 @@
+"""One line of results, the same for us and for the libraries beside us."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+from flops import Dimensions, forward_flops, latent_size, tokens_of
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "xfuser",
+    "yunchang",
+    "fa3-fwd",
+    "flash-attn",
+    "flash-attn-4",
+    "sageattention",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One DiT forward at batch 1.
+
+    s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
+    after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
+    something was computed below `precision` on purpose. first_s: the first forward, compiling included.
+    hop_s: the part of `s` in which no worker computed (ours only).
+    """
+
+    lib: str
+    size: str
+    res: str
+    gpus: int
+    s: float
+    tflops_per_gpu: float
+    peak_gib: float | None
+    lossy: bool
+    precision: str
+    attention: str
+    compiled: bool
+    first_s: float
+    finite: bool
+    gpu: str
+    versions: dict[str, str]
+    date: str
+    backend: str | None = None
+    ulysses: int | None = None
+    ring: int | None = None
+    hop_s: float | None = None
+
+    def json(self) -> str:
+        """One line; fields that do not apply are left out."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall times of the forwards in seconds, the first one apart."""
+
+    first: float
+    rest: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.rest)
+
+
+def make_row(
+    *,
+    lib: str,
+    size: str,
+    res: str,
+    gpus: int,
+    timing: Timing,
+    config: Dimensions,
+    peak_bytes: int | None,
+    precision: str,
+    attention: str,
+    finite: bool,
+    compiled: bool = False,
+    lossy: bool = False,
+    **ours: object,
+) -> Row:
+    """Fill in what follows from the measurement: the rate, the machine, the versions and the date."""
+    flops = forward_flops(config, tokens_of(latent_size(res, size)))
+    return Row(
+        lib=lib,
+        size=size,
+        res=res,
+        gpus=gpus,
+        s=round(timing.median, 4),
+        tflops_per_gpu=round(flops / timing.median / gpus / 1e12, 1),
+        peak_gib=None if peak_bytes is None else round(peak_bytes / 2**30, 1),
+        lossy=lossy,
+        precision=precision,
+        attention=attention,
+        compiled=compiled,
+        first_s=round(timing.first, 2),
+        finite=finite,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        versions=installed_versions(),
+        date=date.today().isoformat(),
+        **ours,
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that a speed may depend on, of those that are there."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return versions
+
+
+def publish(row: Row, out: Path | None) -> None:
+    """Write a row to stdout and, if asked for, to the end of a file."""
+    print(row.json(), flush=True)
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(row.json() + "\n")

@@ -1,0 +1,76 @@
+"""The fused kernels compute what plain torch does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from wan_parallel.wanvideo import pointwise
+from wan_parallel.wanvideo.rope import rope_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernels run on a CUDA GPU"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+GRID = (2, 3, 5)
+TOKENS = 30
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels():
+    if not pointwise.use_triton(torch.device("cuda")):
+        pytest.skip("Triton does not work on this machine")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Call a function of pointwise.py without Triton."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(pointwise, "_kernels", None)
+            return function(*arguments)
+
+    return call
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def agree(fused: torch.Tensor, reference: torch.Tensor) -> None:
+    assert fused.dtype == reference.dtype
+    tolerance = 1e-5 if fused.dtype == torch.float32 else torch.finfo(fused.dtype).eps
+    torch.testing.assert_close(fused, reference, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [512, 1536, 5120])
+@pytest.mark.parametrize("rows", [None, 1, TOKENS])
+def test_norm_modulates_every_token_of_a_slice(dtype, width, rows, plain):
+    x = normal(2, TOKENS + 7, width)[:, 3 : 3 + TOKENS]  # not contiguous, as a slice of the tokens is
+    shape = (width,) if rows is None else (2, rows, width)
+    scale, shift = normal(*shape), normal(*shape)
+    arguments = x, scale, shift, 1e-6, dtype
+    agree(pointwise.norm(*arguments), plain(pointwise.norm, *arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [512, 1536, 5120])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rms_norm_rotates_each_head(dtype, width, rotated, plain):
+    rope = rope_table(GRID, 128, "cuda") if rotated else None
+    arguments = normal(2, TOKENS, width, dtype=dtype), normal(width), 1e-6, rope
+    agree(pointwise.rms_norm(*arguments), plain(pointwise.rms_norm, *arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [None, 1, TOKENS])
+def test_add_changes_the_slice_and_nothing_beside_it(dtype, rows, plain):
+    whole = normal(2, TOKENS + 7, 1536)
+    y = normal(2, TOKENS, 1536, dtype=dtype)
+    gate = None if rows is None else normal(2, rows, 1536)
+    fused, reference = whole.clone(), whole.clone()
+    pointwise.add_(fused[:, 3 : 3 + TOKENS], y, gate)
+    plain(pointwise.add_, reference[:, 3 : 3 + TOKENS], y, gate)
+    agree(fused, reference)
