@@ -12,8 +12,12 @@ import math
 from dataclasses import dataclass
 
 MAX_GPUS = 8
-RING_STEP_COST = 0.05
-"""Cost of one more ring step, as a share of the self-attention: the merge and what the exchange does not hide."""
+RING_COST = 0.2
+"""What a ring adds to self-attention, whatever its length, as a share of it: smaller blocks and their merge.
+
+Measured on 4 H200s, 14B at 480p: Ulysses 4 takes 0.710 s, Ulysses 2 x ring 2 0.792 s, ring 4 0.785 s; on 3, Ulysses 3
+with uneven heads takes 0.916 s and ring 3 0.965 s (benchmarks/results/h200.jsonl).
+"""
 
 
 class PlanError(ValueError):
@@ -92,7 +96,7 @@ class ParallelPlan:
         """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
 
         Heads are shared unevenly where they do not divide: the rank with the most heads sets the pace, so
-        the choice weighs that against the steps of a ring.
+        the choice weighs that against the cost of a ring.
 
         Raises:
             PlanError: more Ulysses ranks than heads.
@@ -124,10 +128,10 @@ class ParallelPlan:
 
 
 def attention_cost(degrees: SequenceDegrees, num_heads: int) -> float:
-    """Expected time of one self-attention relative to a perfect split."""
+    """Expected time of one self-attention, relative to a perfect split without a ring."""
     most_heads = math.ceil(num_heads / degrees.ulysses)
     imbalance = most_heads * degrees.ulysses / num_heads
-    return imbalance * (1 + RING_STEP_COST * (degrees.ring - 1))
+    return imbalance * (1 + (RING_COST if degrees.ring > 1 else 0))
 
 
 def shares(total: int, parts: int) -> list[int]:

@@ -50,7 +50,8 @@ def agree(fused: torch.Tensor, reference: torch.Tensor) -> None:
 def test_norm_modulates_every_token_of_a_slice(dtype, width, rows, plain):
     x = normal(2, TOKENS + 7, width)[:, 3 : 3 + TOKENS]  # not contiguous, as a slice of the tokens is
     shape = (width,) if rows is None else (2, rows, width)
-    scale, shift = normal(*shape), normal(*shape)
+    scale = normal(*shape)
+    shift = normal(*shape[:-1], 3, width)[..., 1, :]  # one of several vectors in one tensor, as the modulation is
     arguments = x, scale, shift, 1e-6, dtype
     agree(pointwise.norm(*arguments), plain(pointwise.norm, *arguments))
 
@@ -69,7 +70,7 @@ def test_rms_norm_rotates_each_head(dtype, width, rotated, plain):
 def test_add_changes_the_slice_and_nothing_beside_it(dtype, rows, plain):
     whole = normal(2, TOKENS + 7, 1536)
     y = normal(2, TOKENS, 1536, dtype=dtype)
-    gate = None if rows is None else normal(2, rows, 1536)
+    gate = None if rows is None else normal(2, rows, 3, 1536)[:, :, 1]
     fused, reference = whole.clone(), whole.clone()
     pointwise.add_(fused[:, 3 : 3 + TOKENS], y, gate)
     plain(pointwise.add_, reference[:, 3 : 3 + TOKENS], y, gate)

@@ -242,7 +242,7 @@ def modulate(
 
 def slices(length: int, step: int) -> Iterator[slice]:
     """Cut `length` tokens into runs of `step`; 0 leaves them whole."""
-    step = step or length
+    step = step or max(length, 1)  # a rank has no tokens where there are fewer than ranks
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 

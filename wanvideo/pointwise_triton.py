@@ -9,8 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def _norm_kernel(
-    x, scale, shift, out, n, d, eps, x_batch, x_token, mod_batch, mod_token, BLOCK: tl.constexpr
-):
+    x, scale, shift, out, n, d, eps,
+    x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n, row % n
     columns = tl.arange(0, BLOCK)
@@ -18,9 +20,8 @@ def _norm_kernel(
     values = tl.load(x + batch * x_batch + token * x_token + columns, mask=inside, other=0.0)
     centred = tl.where(inside, values - tl.sum(values) / d, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / d + eps)
-    modulation = batch * mod_batch + token * mod_token + columns
-    result = normed * tl.load(scale + modulation, mask=inside, other=0.0)
-    result += tl.load(shift + modulation, mask=inside, other=0.0)
+    result = normed * tl.load(scale + batch * scale_batch + token * scale_token + columns, mask=inside, other=0.0)
+    result += tl.load(shift + batch * shift_batch + token * shift_token + columns, mask=inside, other=0.0)
     tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -65,7 +66,7 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, 
     scale, shift = _rows(scale, x), _rows(shift, x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        strides = *x.stride()[:2], *scale.stride()[:2]
+        strides = *x.stride()[:2], *scale.stride()[:2], *shift.stride()[:2]
         _norm_kernel[(batch * n,)](x, scale, shift, out, n, d, eps, *strides, **_launch(d))
     return out
 
