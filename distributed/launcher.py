@@ -7,11 +7,13 @@ it ends, in whatever way, the workers end with it.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 2.0
 """After one worker's error the others may still answer; one that does not waits in a collective for ever."""
 _JOIN_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Launcher:
         message = decode(start)
         assert isinstance(message, Start)
         self.client, self.start, self.settings = client, start, message.settings
+        self.client_end = _end_of(message.client_pid)
         self.gate = GateMemory()
         self.pending: dict[int, _Pending] = {}
         self.processes: list[multiprocessing.process.BaseProcess] = []
@@ -112,7 +116,9 @@ class Launcher:
         sentinels = [process.sentinel for process in self.processes]
         deadline = min((p.deadline for p in self.pending.values()), default=float("inf"))
         timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + 0.01
-        news = wait([self.client, *self.connections, *sentinels], timeout)
+        news = wait([self.client, *self.client_end, *self.connections, *sentinels], timeout)
+        if not set(self.client_end).isdisjoint(news):
+            raise EOFError
         if self.client in news:
             self._pass_on(self.client.recv_bytes())
         messages = []
@@ -166,8 +172,32 @@ def _epitaph(rank: int, process: multiprocessing.process.BaseProcess) -> str:
     return f"Worker rank {rank} (pid {process.pid}) ended with status {code}; its last words are in the console."
 
 
+def _end_of(pid: int) -> list[int]:
+    """A descriptor that becomes readable when the process ends; none before Linux 5.3.
+
+    The connection alone does not tell: a process that the client forked holds the client's end open as well.
+    """
+    try:
+        return [os.pidfd_open(pid)]
+    except OSError:
+        return []
+
+
+def _die_with_parent() -> None:
+    """End this process when the launcher has ended, however it ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([launcher.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
 def _worker(*arguments: object) -> None:
     """Entry of a worker process. Imports torch there, so that the launcher does without."""
+    _die_with_parent()  # first: the import takes seconds
     from .worker import main
 
     main(*arguments)

@@ -96,7 +96,7 @@ class ParallelPlan:
         """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
 
         Heads are shared unevenly where they do not divide: the rank with the most heads sets the pace, so
-        the choice weighs that against the cost of a ring.
+        the choice weighs that against the cost of a ring. Among equals the shortest ring is taken.
 
         Raises:
             PlanError: more Ulysses ranks than heads.
@@ -115,16 +115,16 @@ class ParallelPlan:
                 f"{num_heads} heads cannot be shared by ulysses_degree {self.ulysses_degree}. "
                 f"Set it to {num_heads} or less, or to 0 (automatic)."
             )
-        return min(possible, key=lambda degrees: attention_cost(degrees, num_heads))
+        return min(possible, key=lambda degrees: (attention_cost(degrees, num_heads), degrees.ring))
 
     def group_ranks(self, batch: int) -> int:
         """Ranks that share one token sequence for a batch: all of them where it has too few items to split."""
         return self.sequence_ranks if batch >= self.data_parallel else self.num_gpus
 
     def describe(self, num_heads: int) -> str:
-        """One line for logs and the status, such as `4 GPUs: data 2 x Ulysses 2 x ring 1`."""
-        gpus = "1 GPU" if self.num_gpus == 1 else f"{self.num_gpus} GPUs"
-        return f"{gpus}: data {self.data_parallel} x {self.sequence_degrees(num_heads)}"
+        """One line for logs and the status, such as `4 workers: data 2 x Ulysses 2 x ring 1`."""
+        workers = "1 worker" if self.num_gpus == 1 else f"{self.num_gpus} workers"
+        return f"{workers}: data {self.data_parallel} x {self.sequence_degrees(num_heads)}"
 
 
 def attention_cost(degrees: SequenceDegrees, num_heads: int) -> float:

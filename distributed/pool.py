@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX
-from ..wanvideo.config import PRESETS, CheckpointError, WanConfig, read_header
+from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, random_config
+from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
@@ -147,6 +147,8 @@ class _Processes:
             self.launcher = subprocess.Popen(
                 [sys.executable, str(_BOOTSTRAP), "distributed.launcher", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                # multiprocessing starts workers with `python -c`, which looks for modules in the working directory
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
             )
@@ -284,12 +286,13 @@ class Pool:
         if self._users[spec] <= 0:
             self._dropped.add(spec)
 
-    def unload(self) -> None:
-        """Drop all weights in the workers and give their GPU memory back. The processes stay."""
+    def unload(self, spec: ModelSpec | None = None) -> None:
+        """Drop the weights of `spec`, or all, in the workers and give their GPU memory back. The processes stay."""
         with self._lock:
             if self.alive and self.workers:
                 self._drain(None)
-                self._unload(set(self._loaded))
+                wanted = {spec} | self._dropped if spec else set(self._loaded)
+                self._unload(wanted & self._loaded.keys())
 
     def close(self) -> None:
         """End the processes. The next request starts new ones."""
@@ -466,7 +469,7 @@ def model_config(path: str) -> WanConfig:
         CheckpointError: see `read_header`.
     """
     if path.startswith(RANDOM_PREFIX):
-        return PRESETS[path.removeprefix(RANDOM_PREFIX)]
+        return random_config(path.removeprefix(RANDOM_PREFIX))
     return read_header(path).config
 
 

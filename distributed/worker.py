@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import logging
 import os
 import resource
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -54,7 +50,6 @@ from .plan import PlanError, SequenceDegrees, bounds
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
 
 log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
 
@@ -264,7 +259,6 @@ class Worker:
 
 def main(rank: int, start: bytes, connection: Connection, store: str, gate: str) -> None:
     """Entry of a worker process: join, say so, serve until the launcher closes the connection."""
-    _die_with_parent()
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {rank}] %(message)s", force=True
     )
@@ -304,18 +298,6 @@ def _join_world(rank: int, settings: PoolSettings, store: str) -> None:
             world_size=world_size,
             device_id=device_id,
         )
-
-
-def _die_with_parent() -> None:
-    """End this process when the launcher has ended, however it ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    launcher = parent_process()
-
-    def watch() -> None:
-        wait([launcher.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _ready(worker: Worker) -> Ready:

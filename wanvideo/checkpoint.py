@@ -35,13 +35,22 @@ class Checkpoint:
         return self._file.get_tensor(self.header.prefix + name)
 
 
+def random_config(size: str) -> WanConfig:
+    """Dimensions of a released size, such as 14b.
+
+    Raises:
+        CheckpointError: there is no such size.
+    """
+    if size not in PRESETS:
+        raise CheckpointError(f"There is no Wan of size {size}. Known sizes: {', '.join(PRESETS)}.")
+    return PRESETS[size]
+
+
 class RandomWeights:
     """Normal weights of a released size (`random:14b`): what a speed needs, without a file of 28 GB."""
 
     def __init__(self, size: str, device: torch.device | str):
-        if size not in PRESETS:
-            raise CheckpointError(f"There is no Wan of size {size}. Known sizes: {', '.join(PRESETS)}.")
-        self.config = PRESETS[size]
+        self.config = random_config(size)
         self._device = torch.device(device)
         self._shapes = self.config.shapes()
         self._seeds = {name: seed for seed, name in enumerate(self._shapes)}

@@ -1,0 +1,258 @@
+"""XDit+USP Config: how many GPUs work on the model, how they share it, and in which precision."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .settings import DEVICES, SettingsError, USPConfig
+
+CATEGORY = "WanVideoWrapper/XDitUSP"
+XDITUSPCONFIG = io.Custom("XDITUSPCONFIG")
+
+
+class XDitUSPConfig(io.ComfyNode):
+    """Collects the settings of a pool of workers; starts nothing."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDitUSPConfig",
+            display_name="XDit+USP Config",
+            category=CATEGORY,
+            description=(
+                "How many GPUs work on one Wan video together, and how. Connect it to XDit+USP WanVideo "
+                "Model Loader. GPUs that data_parallel_size leaves over share the token sequence of the "
+                "video, which is exact: the result is that of one GPU within rounding."
+            ),
+            inputs=[*_sizes(), *_precision(), *_memory(), *_communication(), *_later_inputs()],
+            outputs=[
+                XDITUSPCONFIG.Output(
+                    display_name="xdit_usp_config",
+                    tooltip="Settings for XDit+USP WanVideo Model Loader. Nothing runs yet.",
+                )
+            ],
+        )
+
+    # What is named here can contradict another input or this machine. ComfyUI leaves out the check of
+    # minimum, maximum and choice for it, and gives None for a linked input, whose value is known in `execute`
+    # only.
+    @classmethod
+    def validate_inputs(
+        cls,
+        num_gpus: int | None = 2,
+        pipeline_parallel_size: int | None = 1,
+        tensor_parallel_size: int | None = 1,
+        data_parallel_size: int | None = 1,
+        use_fp16: bool | None = True,
+        use_bf16: bool | None = False,
+        ulysses_degree: int | None = 0,
+        ring_degree: int | None = 0,
+        device: str | None = "auto",
+    ) -> bool | str:
+        named = {
+            "num_gpus": num_gpus,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "tensor_parallel_size": tensor_parallel_size,
+            "data_parallel_size": data_parallel_size,
+            "use_fp16": use_fp16,
+            "use_bf16": use_bf16,
+            "ulysses_degree": ulysses_degree,
+            "ring_degree": ring_degree,
+            "device": device,
+        }
+        if None in named.values():
+            return True
+        try:
+            USPConfig(**named).validate()
+        except SettingsError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, **widgets: int | float | bool | str) -> io.NodeOutput:
+        config = USPConfig(**widgets)
+        config.validate()
+        return io.NodeOutput(config)
+
+
+def _sizes() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "num_gpus",
+            default=2,
+            min=1,
+            max=8,
+            tooltip="GPUs that work on the model together, one worker process each. With device cpu: CPU processes.",
+        ),
+        io.Float.Input(
+            "gpu_memory_fraction",
+            default=0.9,
+            min=0.1,
+            max=1.0,
+            step=0.05,
+            tooltip=(
+                "Cap on the share of its GPU's memory that torch gives to each worker; beyond it the worker "
+                "stops with an out-of-memory message. Lower it to keep room on the GPU for the text encoder "
+                "and the VAE. No effect on the CPU."
+            ),
+        ),
+        io.Int.Input(
+            "pipeline_parallel_size",
+            default=1,
+            min=1,
+            max=4,
+            tooltip="Pipeline parallelism (blocks on different GPUs) comes in a later version. Leave it at 1.",
+        ),
+        io.Int.Input(
+            "tensor_parallel_size",
+            default=1,
+            min=1,
+            max=4,
+            tooltip="Tensor parallelism (each matrix over several GPUs) comes in a later version. Leave it at 1.",
+        ),
+        io.Int.Input(
+            "data_parallel_size",
+            default=1,
+            min=1,
+            max=4,
+            tooltip=(
+                "Groups of GPUs that take different items: with cfg above 1 the conditional and the "
+                "unconditional branch, and the items of a batch. 2 with cfg above 1 saves communication. It "
+                "must divide num_gpus; the GPUs of a group share the token sequence. Where a step has fewer "
+                "items than groups, all GPUs work on one item."
+            ),
+        ),
+    ]
+
+
+def _precision() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "use_fp16",
+            default=True,
+            tooltip=(
+                "Activations (matrix products and attention) in fp16, whatever precision the weights have. "
+                "The residual stream and the modulation stay in fp32. With use_fp16 and use_bf16 both off "
+                "the activations have the precision of the weights. Not together with use_bf16."
+            ),
+        ),
+        io.Boolean.Input(
+            "use_bf16",
+            default=False,
+            tooltip=(
+                "Activations (matrix products and attention) in bf16, whatever precision the weights have. "
+                "Same speed as fp16, fewer digits, no overflow. Not together with use_fp16."
+            ),
+        ),
+    ]
+
+
+def _memory() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "enable_activation_checkpointing",
+            default=True,
+            tooltip=(
+                "Bounds activation memory: feed-forward and cross-attention work through the tokens of a "
+                "GPU in slices of max_sequence_length. The result is the same. Off: all tokens at once."
+            ),
+        ),
+        io.Boolean.Input(
+            "enable_gradient_checkpointing",
+            default=False,
+            tooltip="Does nothing: gradients exist in training only, and this pack does inference.",
+        ),
+        io.Int.Input(
+            "max_batch_size",
+            default=1,
+            min=1,
+            max=8,
+            tooltip=(
+                "How many batch items a group of GPUs puts through the model at once; more are done one "
+                "after another. 1 needs the least memory and is as fast, as one video fills a GPU."
+            ),
+        ),
+        io.Int.Input(
+            "max_sequence_length",
+            default=8192,
+            min=512,
+            max=8192,
+            step=512,
+            tooltip=(
+                "Tokens of a slice (see enable_activation_checkpointing); no limit on the length of a video. "
+                "The default was 2048 in older guides; slices that small make the matrix products slower."
+            ),
+        ),
+    ]
+
+
+def _communication() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "overlap_p2p_comm",
+            default=True,
+            tooltip=(
+                "In a ring (ring_degree above 1) the next keys and values travel while attention computes. "
+                "Off: it waits for them first, for comparison. No effect without a ring."
+            ),
+        ),
+        io.Boolean.Input(
+            "use_flash_attention",
+            default=True,
+            tooltip=(
+                "Allows the FlashAttention 2, 3 and 4 kernels where they are installed. With attention_mode "
+                "auto the loader takes the fastest exact kernel that is allowed."
+            ),
+        ),
+        io.Boolean.Input(
+            "use_sdpa",
+            default=True,
+            tooltip=(
+                "Allows torch's own attention kernels, which are always there. With use_flash_attention and "
+                "use_sdpa both off only sageattn is left, and the loader must name it."
+            ),
+        ),
+    ]
+
+
+def _later_inputs() -> list[io.Input]:
+    """Inputs that the first guides do not have: at the end, as saved workflows keep widget values by position."""
+    return [
+        io.Int.Input(
+            "ulysses_degree",
+            default=0,
+            min=0,
+            max=8,
+            optional=True,
+            tooltip=(
+                "GPUs that exchange attention heads for tokens (Ulysses). 0: automatic, from the number of "
+                "heads. ulysses_degree x ring_degree must be num_gpus / data_parallel_size."
+            ),
+        ),
+        io.Int.Input(
+            "ring_degree",
+            default=0,
+            min=0,
+            max=8,
+            optional=True,
+            tooltip="GPUs that pass keys and values round in a ring. 0: automatic.",
+        ),
+        io.Combo.Input(
+            "device",
+            options=list(DEVICES),
+            default="auto",
+            optional=True,
+            tooltip="auto: the GPUs where there are any, else the CPU. cpu is meant for tests: it is slow.",
+        ),
+        io.Combo.Input(
+            "usp_backend",
+            options=["auto", "native", "xfuser"],
+            default="auto",
+            optional=True,
+            tooltip=(
+                "Who does the sequence-parallel attention on GPUs: this pack's own code (native), or xDiT's "
+                "xfuser where it is installed. auto takes the faster of those that are exact; XDit+USP "
+                "Status says which one runs. The CPU always uses native."
+            ),
+        ),
+    ]

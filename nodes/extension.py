@@ -1,0 +1,16 @@
+"""The list of nodes that ComfyUI registers."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .config import XDitUSPConfig
+from .loader import XDitUSPWanVideoModelLoader
+from .status import XDitUSPStatus
+
+
+class WanParallelExtension(ComfyExtension):
+    """Config -> loader -> any stock node that takes a MODEL; the status node reads a MODEL of ours."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [XDitUSPConfig, XDitUSPWanVideoModelLoader, XDitUSPStatus]

@@ -1,0 +1,167 @@
+"""XDit+USP WanVideo Model Loader: a MODEL for every stock node, whose transformer runs in a pool of workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..distributed.pool import acquire, file_stamp
+from ..wanvideo.config import CheckpointError, read_header
+from .config import CATEGORY, XDITUSPCONFIG
+from .remote_model import RemoteModelPatcher, build_model
+from .settings import ATTENTION_MODES, USPConfig
+
+log = logging.getLogger(__name__)
+
+MODEL_FOLDER = "diffusion_models"
+PRECISIONS = ["fp32", "bf16", "fp16"]
+
+# A type of our own that also plugs into every MODEL input.
+WAN_MODEL = io.Custom("XDITUSPWANVIDEOMODEL,MODEL")
+
+
+class XDitUSPWanVideoModelLoader(io.ComfyNode):
+    """Reads the header of a checkpoint; weights and workers come with the first sampling step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDitUSPWanVideoModelLoader",
+            display_name="XDit+USP WanVideo Model Loader",
+            category=CATEGORY,
+            description=(
+                "A Wan 2.1/2.2 text-to-video model that runs on all GPUs of XDit+USP Config. Its output "
+                "goes where any MODEL goes: LoRA loaders, ModelSamplingSD3, KSampler, EasyCache and so on. "
+                "The workers start and load the weights with the first sampling step, and stay for the next "
+                "prompt."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=folder_paths.get_filename_list(MODEL_FOLDER),
+                    tooltip=(
+                        "A Wan text-to-video .safetensors file from models/diffusion_models, in fp32, bf16 or fp16."
+                    ),
+                ),
+                io.Combo.Input(
+                    "base_precision",
+                    options=PRECISIONS,
+                    default="bf16",
+                    tooltip=(
+                        "Precision of the weights in the workers. The activations have the one of use_fp16 "
+                        "or use_bf16 in XDit+USP Config, or this one where both are off."
+                    ),
+                ),
+                XDITUSPCONFIG.Input("xdit_usp_config", tooltip="From XDit+USP Config."),
+                io.Combo.Input(
+                    "attention_mode",
+                    options=list(ATTENTION_MODES),
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "auto: the fastest exact kernel that is installed. sageattn quantises its inputs: "
+                        "faster, and not exact. XDit+USP Status says which one runs."
+                    ),
+                ),
+                io.Custom("WANVIDLORA").Input(
+                    "lora",
+                    optional=True,
+                    tooltip=(
+                        "LoRAs from WanVideo Lora Select, applied as LoraLoaderModelOnly does. You can as "
+                        "well put LoraLoaderModelOnly behind this node."
+                    ),
+                ),
+                io.Custom("VACEPATH").Input(
+                    "vace_model", optional=True, tooltip="VACE comes in a later version. Leave it unconnected."
+                ),
+            ],
+            outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        if model is None:  # linked: known in execute only
+            return True
+        try:
+            read_header(_path(model))
+        except CheckpointError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
+        path = folder_paths.get_full_path(MODEL_FOLDER, model) if model else None
+        return file_stamp(path) if path else ""  # a file that was replaced is another model
+
+    @classmethod
+    def execute(
+        cls,
+        model: str,
+        base_precision: str,
+        xdit_usp_config: USPConfig,
+        attention_mode: str = "auto",
+        lora: Sequence[Mapping[str, Any]] | None = None,
+        vace_model: object = None,
+    ) -> io.NodeOutput:
+        _check_inputs(xdit_usp_config, vace_model)
+        header = read_header(_path(model))
+        spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode)
+        pool = acquire(xdit_usp_config.pool_settings())
+        log.info(
+            "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
+            model,
+            xdit_usp_config.plan.describe(header.config.num_heads),
+            spec.weight_dtype,
+            spec.compute_dtype,
+        )
+        patcher = build_model(header, spec, pool)
+        for entry in lora or ():
+            patcher = _with_lora(patcher, entry)
+        return io.NodeOutput(patcher)
+
+
+def _path(model: str) -> str:
+    """The file of a combo entry; for one that is gone, a path that `read_header` will refuse by name."""
+    return folder_paths.get_full_path(MODEL_FOLDER, model) or os.path.join(MODEL_FOLDER, model)
+
+
+def _check_inputs(config: object, vace_model: object) -> None:
+    if not isinstance(config, USPConfig):
+        raise ValueError(
+            "xdit_usp_config does not hold the settings of an XDit+USP Config node. Connect that node to it."
+        )
+    config.validate()
+    if vace_model is not None:
+        raise ValueError("VACE comes in a later version. Disconnect vace_model from the loader.")
+
+
+def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
+    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it.
+
+    Raises:
+        ValueError: the entry asks for what that loader cannot do, or names no file.
+    """
+    path, strength = entry.get("path"), entry.get("strength", 1.0)
+    name = entry.get("name") or os.path.basename(str(path))
+    if not path or not os.path.isfile(path):
+        raise ValueError(f"The LoRA file of {name} is not there: {path}. Choose the LoRA again in its select node.")
+    if not isinstance(strength, (int, float)):
+        raise ValueError(
+            f"LoRA {name} has a strength for each step, which this loader cannot apply. Give it one strength."
+        )
+    if entry.get("blocks") or entry.get("layer_filter"):
+        raise ValueError(
+            f"LoRA {name} is limited to some blocks or layers, which this loader cannot do. "
+            "Disconnect the block selection, or use a LoRA made for these layers."
+        )
+    if strength == 0:
+        return patcher
+    weights = comfy.utils.load_torch_file(path, safe_load=True)
+    return comfy.sd.load_lora_for_models(patcher, None, weights, float(strength), 0.0)[0]

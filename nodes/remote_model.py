@@ -1,0 +1,299 @@
+"""A ComfyUI MODEL without weights: samplers, LoRA loaders and patches of ComfyUI see an ordinary Wan model, and each
+forward of its transformer is done by a pool of workers.
+
+ComfyUI's own classes supply everything but the transformer (latent format, sigmas, conditioning); they are
+told that the model needs next to no memory, as its weights and activations lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..distributed.messages import ModelSpec
+from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
+from ..wanvideo.config import CheckpointError, Header
+from . import refusals
+from .progress import LoadingText
+from .weight_patches import for_workers, refuse_foreign
+
+log = logging.getLogger(__name__)
+
+_FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Modules of the transformer that other nodes look for. They are in the workers, so the answer is a refusal.
+_MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
+
+
+def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatcher:
+    """The MODEL of a checkpoint. Reads no weights and starts no workers.
+
+    Raises:
+        CheckpointError: this ComfyUI takes the file for something else than a Wan text-to-video model.
+    """
+    tensors = {
+        name: torch.empty(info.shape, dtype=_FILE_DTYPES[info.dtype], device="meta")
+        for name, info in header.tensors.items()
+    }
+    model_config = comfy.model_detection.model_config_from_unet(tensors, "")
+    if model_config is None or not model_config.unet_config.get("image_model") == "wan2.1":
+        raise CheckpointError(
+            f"This ComfyUI does not take {header.path} for a Wan model. Update ComfyUI, or choose another file."
+        )
+    # float32 in this process: the sampler's latents and the text reach the workers unrounded
+    model_config.set_inference_dtype(torch.float32, None)
+    model_config.unet_config["disable_unet_model_creation"] = True
+    model = model_config.get_model(tensors, "")
+    del model_config.unet_config["disable_unet_model_creation"]
+    model.diffusion_model = RemoteWan(header, spec, pool, tensors)
+    model.__class__ = _weightless(type(model))
+    return RemoteModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+        size=1,  # bytes: ComfyUI neither evicts other models nor splits this one for weights that lie elsewhere
+    )
+
+
+class RemoteWan(torch.nn.Module):
+    """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
+
+    `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward.
+    """
+
+    dtype = torch.float32
+    patch_size = (1, 2, 2)
+
+    def __init__(self, header: Header, spec: ModelSpec, pool: Pool, tensors: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.header, self.spec, self.pool = header, spec, pool
+        self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
+        self.patches: PatchSet | None = None
+        _pools.add(pool)
+        pool.keep(spec)
+        weakref.finalize(self, pool.drop, spec).atexit = False
+        self._tensors = dict(tensors)
+        # no module: ComfyUI would try to move its weight to a device
+        self.patch_embedding = types.SimpleNamespace(weight=tensors["patch_embedding.weight"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _MODULES:
+            refusals.refuse_module(name)
+        return super().__getattr__(name)
+
+    def state_dict(
+        self, *_args: Any, destination: dict | None = None, prefix: str = "", **_options: Any
+    ) -> dict[str, torch.Tensor]:
+        """The real names and shapes on the meta device: LoRA loaders look them up."""
+        destination = {} if destination is None else destination
+        destination.update((prefix + name, tensor) for name, tensor in self._tensors.items())
+        return destination
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        clip_fea: torch.Tensor | None = None,
+        time_dim_concat: torch.Tensor | None = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """As ComfyUI's WanModel.forward: x [B, C, T, H, W], timestep [B] or [B, T], context [B, L, text_dim].
+
+        Wrappers (EasyCache and the like) run here, in this process, around the remote call.
+        """
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, options, **inputs)
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        clip_fea: torch.Tensor | None,
+        time_dim_concat: torch.Tensor | None,
+        transformer_options: Mapping[str, Any],
+        **inputs: Any,
+    ) -> torch.Tensor:
+        refusals.refuse_transformer_options(transformer_options)
+        refusals.refuse_inputs({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs})
+        return self._on_workers(x, timestep, context)
+
+    def _on_workers(self, *inputs: torch.Tensor) -> torch.Tensor:
+        try:
+            return self._run(*inputs)
+        except OutOfMemory as error:
+            if not self._make_more_room():
+                raise
+            log.warning("%s Trying once more with the GPUs cleared of other models.", error)
+        return self._run(*inputs)
+
+    def _run(self, *inputs: torch.Tensor) -> torch.Tensor:
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        with LoadingText(self.spec, self.pool) as text:
+            self.pool.ensure_ready(self.spec, poll=lambda: (text.show(), poll()), make_room=self._make_room)
+        return self.pool.forward(self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room)
+
+    def _make_room(self, nbytes: float) -> bool:
+        """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
+
+        Returns whether there was anything to free.
+        """
+        others = [pool for pool in _pools if pool is not self.pool and pool.alive]
+        for pool in others:
+            log.info("Ending the workers of another XDit+USP Config to make room.")
+            pool.close()
+        management = comfy.model_management
+        device = management.get_torch_device()
+        if device.type != "cuda":  # ComfyUI runs with --cpu and shares no GPU with the workers
+            return bool(others)
+        # dropping one of our own MODELs would unload the pool that is asking
+        ours = [m for m in management.current_loaded_models if isinstance(m.model, RemoteModelPatcher)]
+        freed = management.free_memory(nbytes, device, keep_loaded=ours)
+        management.soft_empty_cache()
+        return bool(others or freed)
+
+    def _make_more_room(self) -> bool:
+        """After the workers ran out of memory: free all that is not this model; whether there was any."""
+        freed = self._make_room(_EVERYTHING)
+        workers = self.pool.status().workers
+        if any(len(worker.models) > 1 for worker in workers):  # such as the other expert of Wan 2.2
+            self.pool.unload()
+            freed = True
+        return freed
+
+
+_EVERYTHING = 1e30  # bytes, as ComfyUI's own unload_all_models asks for
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+"""Pools that a MODEL has been made for."""
+
+
+class _Weightless:
+    """Mixed into ComfyUI's model class: what it must say differently when the transformer is elsewhere."""
+
+    def memory_required(self, *_args: Any, **_options: Any) -> float:
+        """Nothing: activations are in the workers. So both branches of cfg come in one batch, always."""
+        return 0.0
+
+    def process_latent_in(self, latent: torch.Tensor) -> torch.Tensor:
+        self._check_channels(latent)
+        return super().process_latent_in(latent)
+
+    def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
+        self._check_channels(inputs["noise"])
+        return super().concat_cond(**inputs)
+
+    def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_saving()
+
+    def _check_channels(self, latent: torch.Tensor) -> None:
+        wanted = self.diffusion_model.in_dim
+        if latent.ndim != 5 or latent.shape[1] != wanted:
+            raise ValueError(
+                f"The latent has the shape {list(latent.shape)}, but this model takes videos of {wanted} "
+                f"channels ([batch, {wanted}, frames, height, width]). Use "
+                f"{'Wan22ImageToVideoLatent' if wanted == 48 else 'EmptyHunyuanLatentVideo'}, or a video "
+                "encoded with this model's own VAE."
+            )
+
+
+@functools.cache
+def _weightless(cls: type[comfy.model_base.BaseModel]) -> type[comfy.model_base.BaseModel]:
+    return type(f"Remote{cls.__name__}", (_Weightless, cls), {})
+
+
+class RemoteModelPatcher(ModelPatcher):
+    """The MODEL. Keeps LoRA patches for the workers, and refuses what needs the weights in this process."""
+
+    @property
+    def remote(self) -> RemoteWan:
+        return self.model.diffusion_model
+
+    # Where ComfyUI would write patches into weights, note them down for the workers instead.
+
+    def load(self, *args: Any, **options: Any) -> None:
+        super().load(*args, **options)
+        self._hand_over_patches()
+
+    def pre_run(self) -> None:
+        self._hand_over_patches()
+        super().pre_run()
+
+    def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
+        """ComfyUI wants the memory (`unpatch_all`: for good), as with `Unload models`: so do the workers."""
+        model = super().detach(unpatch_all)
+        if unpatch_all:
+            self._unload_workers()
+        return model
+
+    def _unload_workers(self) -> None:
+        try:
+            self.remote.pool.unload(self.remote.spec)
+        except PoolError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
+            log.warning("%s", error)
+
+    def _hand_over_patches(self) -> None:
+        if not self.patches:
+            self.remote.patches = None
+            return
+        spec = self.remote.spec
+        build = functools.partial(for_workers, dict(self.patches), spec.path, spec.weight_dtype)
+        self.remote.patches = PatchSet(str(self.patches_uuid), build)
+
+    def add_patches(
+        self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        for patch in patches.values():
+            refuse_foreign(patch)
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    # What cannot be honoured.
+
+    def add_hook_patches(self, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_weight_hooks()
+
+    def get_key_patches(self, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_merging()
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
+        if filter_prefix is not None:  # Extract and Save Lora, which wants the values and not the names
+            refusals.refuse_saving()
+        return super().model_state_dict()
+
+    def model_state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_saving()
+
+    def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_saving()
+
+    def set_injections(self, key: str, injections: Sequence[Any]) -> None:
+        if injections:
+            refusals.refuse_injection(key)
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        if name.startswith("diffusion_model."):
+            refusals.refuse_object_patch(name)
+        super().add_object_patch(name, obj)
+
+    def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype not in (None, RemoteWan.dtype):
+            refusals.refuse_compute_dtype(dtype)
+
+    def add_weight_wrapper(self, name: str, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_weight_wrapper(name)
+
+    def deepclone_multigpu(self, *_args: Any, **_options: Any) -> None:
+        refusals.refuse_multigpu_clone()

@@ -1,0 +1,149 @@
+"""What the XDit+USP Config node hands to the loader, and what its widgets mean to a pool. Knows no ComfyUI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..distributed.messages import ModelSpec, PoolSettings
+from ..distributed.plan import ParallelPlan, PlanError
+from ..distributed.pool import file_stamp
+
+TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
+FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
+DEVICES = ("auto", "cuda", "cpu")
+ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
+
+
+class SettingsError(ValueError):
+    """Widget values that contradict each other or this machine. The text says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class USPConfig:
+    """The widgets of the XDit+USP Config node, under their names there (its tooltips say what each does)."""
+
+    num_gpus: int = 2
+    gpu_memory_fraction: float = 0.9
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    use_fp16: bool = True
+    use_bf16: bool = False
+    enable_activation_checkpointing: bool = True
+    enable_gradient_checkpointing: bool = False
+    max_batch_size: int = 1
+    max_sequence_length: int = 8192
+    overlap_p2p_comm: bool = True
+    use_flash_attention: bool = True
+    use_sdpa: bool = True
+    ulysses_degree: int = 0
+    ring_degree: int = 0
+    device: str = "auto"
+    usp_backend: str = "auto"
+
+    @property
+    def plan(self) -> ParallelPlan:
+        return ParallelPlan(
+            num_gpus=self.num_gpus,
+            data_parallel=self.data_parallel_size,
+            pipeline_parallel=self.pipeline_parallel_size,
+            tensor_parallel=self.tensor_parallel_size,
+            ulysses_degree=self.ulysses_degree,
+            ring_degree=self.ring_degree,
+        )
+
+    @property
+    def runs_on_cuda(self) -> bool:
+        return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+
+    def validate(self) -> None:
+        """Check what can be known without a model.
+
+        Raises:
+            SettingsError: the widgets contradict each other, or ask for GPUs that are not there.
+        """
+        try:
+            self.plan.validate()
+        except PlanError as error:
+            raise SettingsError(str(error)) from None
+        if self.use_fp16 and self.use_bf16:
+            raise SettingsError(
+                "use_fp16 and use_bf16 are both on, and the activations can have one precision. "
+                "Switch one of them off; with both off they have the precision of the weights."
+            )
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        if self.device not in DEVICES:
+            raise SettingsError(f"device is {self.device}, which is none. Choose {', '.join(DEVICES)}.")
+        if not self.runs_on_cuda:
+            return
+        present = torch.cuda.device_count()
+        if present == 0:
+            raise SettingsError(
+                "device is cuda, but torch finds no CUDA GPU. Check nvidia-smi and that torch is a CUDA "
+                "build, or set device to cpu."
+            )
+        if self.num_gpus > present:
+            raise SettingsError(
+                f"num_gpus is {self.num_gpus}, but ComfyUI sees {_gpus(present)}. Set num_gpus to {present} "
+                "or less, or check nvidia-smi, CUDA_VISIBLE_DEVICES and ComfyUI's --cuda-device."
+            )
+
+    def pool_settings(self) -> PoolSettings:
+        """The pool that this config names: equal settings share one pool."""
+        return PoolSettings(
+            plan=self.plan,
+            device=self.device,
+            memory_fraction=self.gpu_memory_fraction,
+            usp_backend=self.usp_backend,
+            overlap=self.overlap_p2p_comm,
+        )
+
+    def model_spec(self, path: str, base_precision: str, attention_mode: str) -> ModelSpec:
+        """How the workers load and run the checkpoint at `path`.
+
+        Raises:
+            SettingsError: the attention switches leave no kernel, or exclude the one that is named.
+        """
+        self._check_attention(attention_mode)
+        return ModelSpec(
+            path=path,
+            weight_dtype=base_precision,
+            compute_dtype=self.compute_dtype(base_precision),
+            attention=attention_mode,
+            allow_flash=self.use_flash_attention,
+            allow_sdpa=self.use_sdpa,
+            slice_tokens=self.max_sequence_length if self.enable_activation_checkpointing else 0,
+            max_batch=self.max_batch_size,
+            stamp=file_stamp(path),
+        )
+
+    def compute_dtype(self, base_precision: str) -> str:
+        """Precision of the activations in matrix products: `fp16`, `bf16`, or that of the weights."""
+        if self.use_fp16:
+            return "fp16"
+        return "bf16" if self.use_bf16 else base_precision
+
+    def _check_attention(self, mode: str) -> None:
+        if mode in TORCH_KERNELS and not self.use_sdpa:
+            raise SettingsError(
+                f"attention_mode is {mode}, but use_sdpa is off in XDit+USP Config. "
+                "Switch use_sdpa on, or choose another attention_mode."
+            )
+        if mode in FLASH_KERNELS and not self.use_flash_attention:
+            raise SettingsError(
+                f"attention_mode is {mode}, but use_flash_attention is off in XDit+USP Config. "
+                "Switch use_flash_attention on, or choose another attention_mode."
+            )
+        if mode == "auto" and not (self.use_sdpa or self.use_flash_attention):
+            raise SettingsError(
+                "use_sdpa and use_flash_attention are both off, which leaves no attention kernel. "
+                "Switch one of them on in XDit+USP Config, or set attention_mode to sageattn in the loader."
+            )
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"

@@ -1,0 +1,85 @@
+"""XDit+USP Status: what the workers of a MODEL are doing, as text."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..distributed.messages import ModelSpec, ModelStatus, WorkerStatus
+from ..distributed.pool import PoolStatus
+from .config import CATEGORY
+from .remote_model import RemoteModelPatcher
+
+
+class XDitUSPStatus(io.ComfyNode):
+    """Asks the pool behind a MODEL; starts nothing."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDitUSPStatus",
+            display_name="XDit+USP Status",
+            category=CATEGORY,
+            description=(
+                "What runs behind a MODEL of XDit+USP WanVideo Model Loader: plan, memory of each GPU, "
+                "precision, attention kernel, times. Runs with every prompt. To see the state after "
+                "sampling, connect the latent of the sampler too."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="From XDit+USP WanVideo Model Loader or any node behind it."),
+                io.AnyType.Input("after", optional=True, tooltip="Any output. The status is taken once it is there."),
+            ],
+            outputs=[io.String.Output(display_name="status")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_inputs: object) -> float:
+        return float("nan")  # equal to nothing, so ComfyUI never takes the old text
+
+    @classmethod
+    def execute(cls, model: object, after: object = None) -> io.NodeOutput:
+        if not isinstance(model, RemoteModelPatcher):
+            raise ValueError(
+                "This MODEL does not run in workers, so there is no status. "
+                "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
+            )
+        text = report(model.remote.pool.status(), model.remote.spec)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def report(status: PoolStatus, spec: ModelSpec) -> str:
+    """The text of the status node."""
+    plan, device = status.settings.plan, status.settings.device
+    if status.state != "ready":
+        return (
+            f"{status.state}: {plan.num_gpus} workers on {device}. They start with the next sampling step.\n"
+            f"Weights will be {spec.weight_dtype}, activations {spec.compute_dtype}."
+        )
+    lines = [
+        f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
+        f"last forward {status.last_forward_seconds:.3f} s, hop to the workers and back "
+        f"{status.last_hop_seconds * 1000:.1f} ms",
+        *(_model(model) for model in status.workers[0].models),
+        *(_worker(worker) for worker in status.workers),
+        f"torch {status.torch}, xfuser {status.xfuser or 'not installed'}, launcher pid {status.launcher_pid}",
+    ]
+    return "\n".join(lines)
+
+
+def _model(model: ModelStatus) -> str:
+    patches = "with LoRA" if model.patches else "no LoRA"
+    return (
+        f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
+        f"{model.kernel}, Ulysses {model.ulysses} x ring {model.ring} ({model.backend}), {patches}"
+    )
+
+
+def _worker(worker: WorkerStatus) -> str:
+    return (
+        f"rank {worker.rank}: {worker.device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
+        f"peak host memory while loading {_gib(worker.peak_private)}, pid {worker.pid}"
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

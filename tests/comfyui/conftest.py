@@ -1,0 +1,80 @@
+"""Tests in a real ComfyUI. `COMFYUI_DIR` names its folder, `COMFYUI_PYTHON` its interpreter (default: this one)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import loras
+import pytest
+import tiny
+from comfy_server import ComfyServer
+from wan_parallel.wanvideo.config import WanConfig
+
+TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2)
+FOUR_HEADS = WanConfig(dim=512, ffn_dim=1024, num_heads=4, num_layers=2)
+FIVE_B = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.comfyui)
+
+
+@pytest.fixture(scope="session")
+def comfyui_dir() -> Path:
+    folder = os.environ.get("COMFYUI_DIR")
+    if not folder:
+        pytest.skip("COMFYUI_DIR is not set: it names the folder of a ComfyUI to test in")
+    if not (Path(folder) / "main.py").is_file():
+        pytest.fail(f"COMFYUI_DIR is {folder}, which holds no main.py. Set it to a ComfyUI folder.")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def start_comfyui(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ComfyServer]]:
+    """Starts a ComfyUI with the tiny models; whatever was started is ended with the session."""
+    started = []
+
+    def start(*options: str) -> ComfyServer:
+        base = tmp_path_factory.mktemp("comfyui")
+        _write_models(base / "models")
+        server = ComfyServer(comfyui_dir, os.environ.get("COMFYUI_PYTHON", sys.executable), base, options)
+        started.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_comfyui: Callable[..., ComfyServer]) -> ComfyServer:
+    """The ComfyUI that most tests share."""
+    return start_comfyui()
+
+
+def _write_models(folder: Path) -> None:
+    models, lora_files = folder / "diffusion_models", folder / "loras"
+    models.mkdir(parents=True)
+    lora_files.mkdir()
+    tiny.write_checkpoint(models / "tiny.safetensors", TINY)
+    tiny.write_checkpoint(models / "tiny-low.safetensors", TINY, seed=5)
+    tiny.write_checkpoint(models / "four-heads.safetensors", FOUR_HEADS)
+    tiny.write_checkpoint(models / "wan22-5b.safetensors", FIVE_B)
+    loras.write_lora(lora_files / "plain.safetensors", TINY)
+    loras.write_odd_lora(lora_files / "odd.safetensors", TINY)
+    _write_wrong_files(models)
+
+
+def _write_wrong_files(models: Path) -> None:
+    whole = (models / "tiny.safetensors").read_bytes()
+    (models / "cut-short.safetensors").write_bytes(whole[: len(whole) // 2])
+    (models / "corrupt.safetensors").write_bytes(whole[:8] + b"\xff" * 64 + whole[72:])
+    (models / "pickle.pt").write_bytes(b"PK\x03\x04 not opened by anybody")
+    (models / "lora.safetensors").write_bytes((models.parent / "loras" / "plain.safetensors").read_bytes())

@@ -1,0 +1,111 @@
+"""Nodes that only the tests use; linked into ComfyUI's custom_nodes for a run.
+
+They make conditioning without a text encoder and save a latent bit by bit.
+"""
+
+import os
+
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+
+class RandomConditioning:
+    """CONDITIONING of normal numbers, [1, tokens, width]."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "seed": ("INT", {"default": 0}),
+                "tokens": ("INT", {"default": 512}),
+                "width": ("INT", {"default": 4096}),
+            },
+            "optional": {"reference_latent": ("LATENT",)},
+        }
+
+    def make(self, seed, tokens, width, reference_latent=None):
+        generator = torch.Generator().manual_seed(seed)
+        extras = {} if reference_latent is None else {"reference_latents": [reference_latent["samples"]]}
+        return ([[torch.randn(1, tokens, width, generator=generator), extras]],)
+
+
+class RandomLatent:
+    """LATENT of normal numbers, for latents that ComfyUI must not take for empty."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0}), "channels": ("INT", {"default": 16})}}
+
+    def make(self, seed, channels):
+        generator = torch.Generator().manual_seed(seed)
+        return ({"samples": torch.randn(1, channels, 2, 4, 4, generator=generator)},)
+
+
+class SaveLatentTensor:
+    """Write the samples of a LATENT to `<output>/<name>.safetensors`."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",), "name": ("STRING", {"default": "latent"})}}
+
+    def save(self, samples, name):
+        path = os.path.join(folder_paths.get_output_directory(), f"{name}.safetensors")
+        save_file({"samples": samples["samples"].contiguous()}, path)
+        return {}
+
+
+class WanVideoLoraList:
+    """A WANVIDLORA as the select nodes of other packs make it."""
+
+    RETURN_TYPES = ("WANVIDLORA",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "name": ("STRING", {"default": ""}),
+                "strength": ("FLOAT", {"default": 1.0}),
+                "blocks": ("STRING", {"default": ""}),
+            }
+        }
+
+    def make(self, name, strength, blocks):
+        path = folder_paths.get_full_path("loras", name)
+        selected = {blocks: True} if blocks else {}
+        return ([{"path": path, "strength": strength, "name": name, "blocks": selected, "layer_filter": ""}],)
+
+
+class AnyThing:
+    """Something that is of every type and of no use."""
+
+    RETURN_TYPES = ("*",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return (object(),)
+
+
+NODE_CLASS_MAPPINGS = {
+    cls.__name__: cls for cls in (RandomConditioning, RandomLatent, SaveLatentTensor, WanVideoLoraList, AnyThing)
+}

@@ -1,0 +1,240 @@
+"""Native against pool, in a real ComfyUI: the same graph with the stock loader and with ours, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import graphs
+import pytest
+import torch
+from comfy_server import ComfyServer
+from graphs import conditions, custom_sampler, ksampler, link, lora, node, pool_model, stage, stock_model, video
+from tiny import relative_error
+
+EXACT = 1e-5  # relative error
+
+Loader = Callable[..., dict]
+
+
+def sampled(server: ComfyServer, graph: dict, output: str = "sampler") -> torch.Tensor:
+    return server.sample(graph, link(output))
+
+
+def assert_same(server: ComfyServer, graph: Callable[[Loader], dict], output: str = "sampler") -> torch.Tensor:
+    """`graph` gives the nodes for a loader; both loaders must give the same latent. Returns the stock one."""
+    native = sampled(server, graph(stock_model), output)
+    pool = sampled(server, graph(pool_model), output)
+    assert native.isfinite().all() and native.std() > 0.1
+    error = relative_error(pool, native)
+    print(f"relative error {error:.1e}")
+    assert error <= EXACT
+    return native
+
+
+def plain(loader: Loader, **sampler: object) -> dict:
+    return {**loader(), **conditions(), **video(), **ksampler(**sampler)}
+
+
+def test_ksampler_without_cfg(server):
+    assert_same(server, lambda loader: plain(loader, cfg=1.0))
+
+
+def test_ksampler_with_cfg(server):
+    assert_same(server, lambda loader: plain(loader, cfg=5.0))
+
+
+def test_a_sampler_with_noise_of_its_own(server):
+    assert_same(server, lambda loader: plain(loader, sampler_name="dpmpp_2m_sde"))
+
+
+def test_model_sampling_shift(server):
+    def graph(loader):
+        shift = {"shift": node("ModelSamplingSD3", model=link("model"), shift=5.0)}
+        return {**plain(loader), **shift, **ksampler(model="shift")}
+
+    assert_same(server, graph)
+
+
+def test_two_stages_with_two_models(server):
+    def graph(loader):
+        return {
+            **loader("high"),
+            **loader("low", file="tiny-low.safetensors"),
+            **conditions(),
+            **video(),
+            **stage("first", "high", "latent", 0, 2, first=True),
+            **stage("second", "low", "first", 2, 4, first=False),
+        }
+
+    assert_same(server, graph, output="second")
+
+
+def test_custom_sampler_with_uni_pc(server):
+    assert_same(server, lambda loader: {**loader(), **conditions(), **video(), **custom_sampler()})
+
+
+def test_easycache_skips_the_same_steps(server):
+    def graph(loader):
+        cache = node(
+            "EasyCache",
+            model=link("model"),
+            reuse_threshold=0.5,
+            start_percent=0.1,
+            end_percent=0.95,
+            verbose=False,
+        )
+        return {**plain(loader), "cache": cache, **ksampler(model="cache", steps=6)}
+
+    assert_same(server, graph)
+
+
+def test_conditions_of_unequal_length(server):
+    assert_same(server, lambda loader: {**plain(loader), **conditions(512, 300)})
+
+
+@pytest.mark.parametrize("size", [(40, 56, 5), (72, 40, 1), (24, 24, 13)])
+def test_odd_latent_sizes(server, size):
+    assert_same(server, lambda loader: {**plain(loader), **video(*size)})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_wan22_5b_with_a_timestep_for_each_frame(server, masked):
+    def graph(loader):
+        nodes = {**loader(file="wan22-5b.safetensors"), **conditions()}
+        nodes["video"] = node("RandomLatent", seed=3, channels=48)
+        nodes["mask"] = node("SolidMask", value=0.4, width=4, height=4)
+        nodes["masked"] = node("SetLatentNoiseMask", samples=link("video"), mask=link("mask"))
+        return {**nodes, **ksampler(latent_image=link("masked" if masked else "video"))}
+
+    assert_same(server, graph)
+
+
+def test_a_batch_of_videos(server):
+    assert_same(server, lambda loader: {**plain(loader), **video(batch=3)})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_gpus": 1},
+        {"num_gpus": 4},
+        {"num_gpus": 4, "data_parallel_size": 2},
+        {"num_gpus": 2, "data_parallel_size": 2},
+        {"num_gpus": 2, "ulysses_degree": 1, "ring_degree": 2, "overlap_p2p_comm": False},
+        {"num_gpus": 2, "enable_activation_checkpointing": False, "max_batch_size": 1},
+    ],
+    ids=str,
+)
+def test_every_plan_gives_the_native_result(server, config):
+    def graph(loader):
+        return {**plain(loader), **loader(file="four-heads.safetensors")}
+
+    native = sampled(server, graph(stock_model))
+    error = relative_error(
+        sampled(server, graph(lambda file="": pool_model(file="four-heads.safetensors", **config))), native
+    )
+    print(f"relative error {error:.1e}")
+    assert error <= EXACT
+
+
+@pytest.mark.parametrize("file", ["plain.safetensors", "odd.safetensors"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_lora_at_any_strength(server, file, strength):
+    def graph(loader):
+        return {**plain(loader), **lora("model", file, strength), **ksampler(model="lora")}
+
+    with_lora = assert_same(server, graph)
+    assert relative_error(sampled(server, plain(stock_model)), with_lora) > 0.01
+
+
+def test_two_loras_on_top_of_each_other(server):
+    def graph(loader):
+        first = lora("model", "plain.safetensors", 0.8)
+        second = lora("lora", "odd.safetensors", -0.6, name="lora2")
+        return {**plain(loader), **first, **second, **ksampler(model="lora2")}
+
+    assert_same(server, graph)
+
+
+def test_a_lora_is_undone_exactly(server):
+    def graph(model, seed):
+        loras = lora("model", "plain.safetensors", 1.0)
+        return {**plain(pool_model), **loras, **ksampler(model=model, seed=seed)}
+
+    before = sampled(server, graph("model", seed=21))
+    with_lora = sampled(server, graph("lora", seed=21))
+    server.free()  # a cached result would prove nothing
+    after = sampled(server, graph("model", seed=21))
+    assert relative_error(with_lora, before) > 0.01
+    assert torch.equal(before, after)
+
+
+def test_lora_input_of_the_loader_acts_as_the_stock_lora_loader(server):
+    stock = sampled(
+        server,
+        {**plain(pool_model), **lora("model", "plain.safetensors", 0.7), **ksampler(model="lora")},
+    )
+    ours = pool_model(loader={"lora": link("loras")})
+    loras = {"loras": node("WanVideoLoraList", name="plain.safetensors", strength=0.7, blocks="")}
+    assert torch.equal(sampled(server, {**plain(pool_model), **loras, **ours}), stock)
+
+
+@pytest.mark.parametrize(
+    "widgets, base_precision, bound",
+    [
+        ({"use_fp16": True}, "bf16", 0.02),  # the seed's pair
+        ({"use_bf16": True}, "fp32", 0.02),
+        ({}, "bf16", 0.02),
+    ],
+)
+def test_sixteen_bit_pairs_stay_close(server, widgets, base_precision, bound):
+    native = sampled(server, plain(stock_model))
+    ours = pool_model(loader={"base_precision": base_precision}, **widgets)
+    error = relative_error(sampled(server, {**plain(pool_model), **ours}), native)
+    print(f"relative error {error:.1e}")
+    assert 0 < error < bound
+
+
+def test_status_says_what_runs(server):
+    graph = {**plain(pool_model, seed=22)}
+    graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
+    for _ in range(2):  # an identical prompt: the sampler is cached, the status is not
+        outcome = server.run(graph)
+        assert outcome.state == "success", outcome.message
+        text = outcome.outputs["status"]["text"][0]
+        assert "2 workers are ready on cpu" in text
+        assert "tiny.safetensors: weights fp32, activations fp32, attention sdpa" in text
+        assert "rank 1" in text and "hop" in text and "native" in text
+
+
+def test_nodes_show_the_promised_inputs(server):
+    info = server.get("/object_info/XDitUSPConfig")["XDitUSPConfig"]
+    assert info["display_name"] == "XDit+USP Config"
+    assert info["category"] == "WanVideoWrapper/XDitUSP"
+    assert info["output"] == ["XDITUSPCONFIG"] and info["output_name"] == ["xdit_usp_config"]
+    assert info["input_order"]["required"] == list(graphs.CONFIG)
+    assert info["input_order"]["optional"] == ["ulysses_degree", "ring_degree", "device", "usp_backend"]
+    required = info["input"]["required"]
+    limits = {name: (options["min"], options["max"]) for name, (_, options) in required.items() if "min" in options}
+    assert limits == {
+        "num_gpus": (1, 8),
+        "gpu_memory_fraction": (0.1, 1.0),
+        "pipeline_parallel_size": (1, 4),
+        "tensor_parallel_size": (1, 4),
+        "data_parallel_size": (1, 4),
+        "max_batch_size": (1, 8),
+        "max_sequence_length": (512, 8192),
+    }
+    assert required["max_sequence_length"][1]["default"] == 8192
+    assert all(options["tooltip"] for _, options in required.values())
+
+    info = server.get("/object_info/XDitUSPWanVideoModelLoader")["XDitUSPWanVideoModelLoader"]
+    assert info["display_name"] == "XDit+USP WanVideo Model Loader"
+    assert info["output"] == ["XDITUSPWANVIDEOMODEL,MODEL"] and info["output_name"] == ["model"]
+    assert info["input_order"]["required"] == ["model", "base_precision", "xdit_usp_config"]
+    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model"]
+
+
+@pytest.mark.parametrize("node_id", ["XDitUSPConfig", "XDitUSPWanVideoModelLoader", "XDitUSPStatus"])
+def test_nodes_have_help_pages(server, node_id):
+    assert server.get_text(f"/extensions/My-Wan-Pack/docs/{node_id}.md").startswith("# XDit+USP")

@@ -1,0 +1,112 @@
+"""The widgets of XDit+USP Config: what they mean to a pool, and what is refused. Needs no ComfyUI."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import sentences
+from wan_parallel.nodes.settings import SettingsError, USPConfig
+
+CPU = USPConfig(device="cpu")
+
+
+def test_the_defaults_are_accepted():
+    CPU.validate()
+
+
+@pytest.mark.parametrize(
+    "widgets",
+    [
+        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 4},
+        {"num_gpus": 3, "data_parallel_size": 2},
+        {"num_gpus": 4, "ulysses_degree": 3},
+        {"use_fp16": True, "use_bf16": True},
+        {"device": "tpu"},
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_in_two_sentences(widgets):
+    with pytest.raises(SettingsError) as refusal:
+        replace(CPU, **widgets).validate()
+    assert sentences(str(refusal.value)) >= 2
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_more_gpus_than_there_are_are_refused(monkeypatch, present):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
+    with pytest.raises(SettingsError) as refusal:
+        USPConfig(num_gpus=2, device="cuda").validate()
+    assert sentences(str(refusal.value)) >= 2
+
+
+@pytest.mark.parametrize(
+    "fp16, bf16, base, expected",
+    [
+        (True, False, "bf16", "fp16"),
+        (False, True, "fp32", "bf16"),
+        (False, False, "bf16", "bf16"),
+        (False, False, "fp32", "fp32"),
+    ],
+)
+def test_activations_have_the_precision_that_is_switched_on_or_that_of_the_weights(fp16, bf16, base, expected):
+    assert replace(CPU, use_fp16=fp16, use_bf16=bf16).compute_dtype(base) == expected
+
+
+def test_every_widget_reaches_the_pool(checkpoint):
+    config = replace(
+        CPU,
+        num_gpus=4,
+        data_parallel_size=2,
+        gpu_memory_fraction=0.5,
+        overlap_p2p_comm=False,
+        max_sequence_length=1024,
+        max_batch_size=3,
+        use_flash_attention=False,
+        usp_backend="native",
+        ulysses_degree=2,
+        ring_degree=1,
+    )
+    pool, model = config.pool_settings(), config.model_spec(checkpoint, "fp32", "auto")
+    assert (pool.plan.num_gpus, pool.plan.data_parallel) == (4, 2)
+    assert (pool.plan.ulysses_degree, pool.plan.ring_degree) == (2, 1)
+    assert (pool.memory_fraction, pool.overlap, pool.device, pool.usp_backend) == (0.5, False, "cpu", "native")
+    assert (model.slice_tokens, model.max_batch, model.allow_flash, model.allow_sdpa) == (1024, 3, False, True)
+    assert (model.weight_dtype, model.compute_dtype, model.attention) == ("fp32", "fp16", "auto")
+    whole = replace(config, enable_activation_checkpointing=False).model_spec(checkpoint, "fp32", "auto")
+    assert whole.slice_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "mode, switches",
+    [
+        ("auto", {"use_sdpa": False, "use_flash_attention": False}),
+        ("sdpa_cudnn", {"use_sdpa": False}),
+        ("flash_attn_2", {"use_flash_attention": False}),
+    ],
+)
+def test_switched_off_attention_kernels_are_refused(checkpoint, mode, switches):
+    with pytest.raises(SettingsError) as refusal:
+        replace(CPU, **switches).model_spec(checkpoint, "bf16", mode)
+    assert sentences(str(refusal.value)) >= 2
+
+
+def test_sageattn_needs_neither_switch(checkpoint):
+    config = replace(CPU, use_sdpa=False, use_flash_attention=False)
+    assert config.model_spec(checkpoint, "bf16", "sageattn").attention == "sageattn"
+
+
+def test_importing_the_pack_imports_neither_torch_nor_comfyui():
+    """ComfyUI imports every pack at its start, and a worker imports this one without ComfyUI."""
+    root = Path(__file__).parents[1]
+    code = (
+        "import sys, bootstrap; bootstrap.load_pack(); "
+        "print(sorted({'torch', 'comfy', 'xfuser', 'yunchang'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
