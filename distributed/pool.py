@@ -5,17 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -41,13 +36,13 @@ from .messages import (
     Reply,
     Report,
     Request,
-    Start,
     Unload,
     WorkerStatus,
     decode,
     encode,
 )
 from .plan import PlanError
+from .processes import PoolProcesses
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +50,6 @@ Poll = Callable[[], None]
 """Called while waiting; it may raise to give the request up (Cancel)."""
 
 _POLL_SECONDS = 0.1
-_CLOSE_SECONDS = 3.0
-_BOOTSTRAP = Path(__file__).resolve().parent.parent / "bootstrap.py"
 
 
 class PoolError(RuntimeError):
@@ -138,42 +131,6 @@ def file_stamp(path: str) -> str:
     return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
-class _Processes:
-    """A launcher with its workers, and our end of the line to it."""
-
-    def __init__(self, settings: PoolSettings):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.launcher = subprocess.Popen(
-                [sys.executable, str(_BOOTSTRAP), "distributed.launcher", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                # multiprocessing starts workers with `python -c`, which looks for modules in the working directory
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
-            )
-        self.connection = Connection(ours.detach())
-        self.ready: PoolReady | None = None
-        self.connection.send_bytes(encode(Start(settings, os.getpid())))
-
-    def stop(self) -> None:
-        """Hang up; the launcher then ends its workers and itself."""
-        self.connection.close()
-        try:
-            self.launcher.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.launcher.kill()
-            self.launcher.wait()
-
-    def epitaph(self) -> str:
-        try:
-            code = self.launcher.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"The pool's launcher (pid {self.launcher.pid}) closed its connection."
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        return f"The pool's launcher (pid {self.launcher.pid}) was ended {how}."
-
-
 class Pool:
     """Workers that run DiT forwards together. Use `acquire` to get one.
 
@@ -183,7 +140,7 @@ class Pool:
     def __init__(self, settings: PoolSettings):
         self.settings = _resolved(settings)
         self._lock = threading.RLock()
-        self._processes: _Processes | None = None
+        self._processes: PoolProcesses | None = None
         self._finalizer: weakref.finalize | None = None
         self._loaded: dict[ModelSpec, str] = {}  # to the uuid of the patches merged
         self._users: Counter[ModelSpec] = Counter()
@@ -331,7 +288,7 @@ class Pool:
         if self._processes is None:
             if not hasattr(os, "memfd_create"):
                 raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
-            self._processes = _Processes(self.settings)
+            self._processes = PoolProcesses(self.settings)
             self._finalizer = weakref.finalize(self, self._processes.stop)
         while self._processes.ready is None:
             message = self._receive(poll)

@@ -1,0 +1,53 @@
+"""Starting the launcher of a pool, and hanging up on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from .messages import PoolReady, PoolSettings, Start, encode
+
+_CLOSE_SECONDS = 3.0
+_BOOTSTRAP = Path(__file__).resolve().parent.parent / "bootstrap.py"
+
+
+class PoolProcesses:
+    """A launcher with its workers, and our end of the line to it."""
+
+    def __init__(self, settings: PoolSettings):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.launcher = subprocess.Popen(
+                [sys.executable, str(_BOOTSTRAP), "distributed.launcher", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                # multiprocessing starts workers with `python -c`, which looks for modules in the working directory
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
+            )
+        self.connection = Connection(ours.detach())
+        self.ready: PoolReady | None = None
+        self.connection.send_bytes(encode(Start(settings, os.getpid())))
+
+    def stop(self) -> None:
+        """Hang up; the launcher then ends its workers and itself."""
+        self.connection.close()
+        try:
+            self.launcher.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.launcher.kill()
+            self.launcher.wait()
+
+    def epitaph(self) -> str:
+        """How the launcher ended, as a sentence."""
+        try:
+            code = self.launcher.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"The pool's launcher (pid {self.launcher.pid}) closed its connection."
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        return f"The pool's launcher (pid {self.launcher.pid}) was ended {how}."
