@@ -154,13 +154,14 @@ def _read_safetensors_header(path: str) -> tuple[dict[str, dict], dict[str, str]
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            start = file.read(8)
+            start = file.read(9)  # of a safetensors file: the length of its header, and the header's "{"
             _refuse_other_containers(name, start)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER_BYTES + 1
+            length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else _MAX_HEADER_BYTES + 1
             if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
                     f"{name} is not a safetensors file, or its download stopped early. Download it again."
                 )
+            file.seek(8)
             entries = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(
@@ -202,7 +203,9 @@ def _checked_entries(name: str, entries: object, data_bytes: int) -> tuple[dict[
 
 
 def _refuse_other_containers(name: str, start: bytes) -> None:
-    if start[:2] == b"PK" or start[:1] == b"\x80" or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"):
+    # The length of a safetensors header can begin with either magic number as well.
+    pickled = start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
+    if pickled or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"):
         raise CheckpointError(
             f"{name} is a pickle file, which can run code when it is opened. Use its .safetensors version."
         )

@@ -1,0 +1,106 @@
+"""Messages arrive as they were sent, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module, util
+from types import ModuleType
+
+import pack
+import pytest
+import tiny
+from wan_parallel.distributed import messages
+from wan_parallel.distributed.plan import ParallelPlan
+
+SPEC = messages.ModelSpec("/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28")
+ARENA = messages.ArenaRef("/proc/12/fd/7", 2**35, 3)
+TENSOR = messages.TensorRef("float32", (2, 16, 21, 60, 104), 64)
+READY = messages.Ready(1, 4321, "NVIDIA H200", "2.13.0+cu130", "")
+STATUS = messages.WorkerStatus(
+    rank=1,
+    pid=4321,
+    device="CPU",
+    used=2**33,
+    total=2**37,
+    peak_private=2**20,
+    fused=True,
+    models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
+)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS)
+SAMPLES = [
+    messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
+    messages.Load(1, SPEC),
+    messages.Patch(
+        2,
+        SPEC,
+        "uuid",
+        ARENA,
+        {
+            "blocks.0.ffn.0.weight": (
+                messages.PatchRef("LowRank", (TENSOR, TENSOR), 1 / 3, 0.5),
+                messages.PatchRef("Replacement", (TENSOR,)),
+            ),
+            "head.head.bias": (),
+        },
+    ),
+    messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
+    messages.Unload(4, (SPEC, SPEC)),
+    messages.Unload(4, ()),
+    messages.Report(5),
+    messages.Cancel(6),
+    READY,
+    REPLY,
+    messages.Reply(8, 0),
+    messages.PoolReady((READY, READY)),
+    messages.Replies(9, (REPLY, messages.Reply(9, 0))),
+    messages.PoolFailed("Worker rank 1 was ended by SIGKILL.", "WorkerDied"),
+]
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_was_sent(message):
+    assert messages.decode(messages.encode(message)) == message
+
+
+def test_every_kind_of_message_is_tried_here():
+    assert {type(message).__name__ for message in SAMPLES} == set(messages._TYPES)
+
+
+def test_what_arrives_can_be_a_key_as_the_original_can():
+    sent = messages.decode(messages.encode(messages.Load(1, SPEC)))
+    assert {SPEC: 1}[sent.spec] == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'{"type": "Shutdown", "id": 1}', b'{"id": 1}', b'{"type": "ModelSpec", "path": "x"}', b'{"type": "system"}'],
+)
+def test_an_unknown_type_is_refused(data):
+    with pytest.raises(ValueError, match="unknown type") as error:
+        messages.decode(data)
+    assert tiny.sentences(str(error.value)) == 2
+
+
+def test_a_pickle_is_not_opened():
+    with pytest.raises(ValueError):
+        messages.decode(b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ModuleType]:
+    """The same messages module, as ComfyUI has it: under a name made of a path."""
+    name = "custom_nodes.My-Wan-Pack"
+    spec = util.spec_from_file_location(name, pack.ROOT / "__init__.py", submodule_search_locations=[str(pack.ROOT)])
+    sys.modules[name] = util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    yield import_module(f"{name}.distributed.messages")
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith(name)]:
+        del sys.modules[loaded]
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_messages_pass_between_packages_of_different_names(elsewhere, message):
+    there = elsewhere.decode(messages.encode(message))
+    assert type(there) is not type(message) and type(there).__name__ == type(message).__name__
+    assert messages.decode(elsewhere.encode(there)) == message

@@ -1,0 +1,168 @@
+"""How GPUs are shared out, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import tiny
+from wan_parallel.distributed.plan import ParallelPlan, PlanError, SequenceDegrees, attention_cost, bounds, shares
+from wan_parallel.distributed.pool import PoolSettings, acquire
+
+WAN_HEADS = (12, 24, 40)
+
+
+def refusal(**fields: int) -> str:
+    with pytest.raises(PlanError) as error:
+        ParallelPlan(**fields).validate()
+    text = str(error.value)
+    assert tiny.sentences(text) == 2, text
+    return text
+
+
+@pytest.mark.parametrize("heads", WAN_HEADS)
+@pytest.mark.parametrize("num_gpus", range(1, 9))
+def test_every_number_of_gpus_runs_every_wan(num_gpus, heads):
+    plan = ParallelPlan(num_gpus)
+    plan.validate()
+    degrees = plan.sequence_degrees(heads)
+    assert degrees.ulysses * degrees.ring == num_gpus == degrees.ranks
+    assert degrees.ulysses <= heads
+
+
+@pytest.mark.parametrize("heads", WAN_HEADS)
+@pytest.mark.parametrize("num_gpus", range(1, 9))
+def test_the_choice_is_the_cheapest_of_all(num_gpus, heads):
+    chosen = attention_cost(ParallelPlan(num_gpus).sequence_degrees(heads), heads)
+    for ulysses in range(1, num_gpus + 1):
+        if num_gpus % ulysses == 0:
+            assert chosen <= attention_cost(SequenceDegrees(ulysses, num_gpus // ulysses), heads)
+
+
+@pytest.mark.parametrize(
+    "num_gpus, heads, expected",
+    [
+        (8, 12, (4, 2)),  # 1.3B: 8 does not divide 12
+        (8, 40, (8, 1)),
+        (8, 24, (8, 1)),
+        (4, 40, (4, 1)),
+        (3, 12, (3, 1)),
+        (3, 40, (3, 1)),  # 14, 13 and 13 heads cost less than a ring of 3
+        (6, 12, (6, 1)),
+        (2, 40, (2, 1)),
+        (1, 12, (1, 1)),
+    ],
+)
+def test_known_choices(num_gpus, heads, expected):
+    assert ParallelPlan(num_gpus).sequence_degrees(heads) == SequenceDegrees(*expected)
+
+
+def test_ulysses_is_taken_wherever_it_divides_the_heads():
+    for num_gpus in range(1, 9):
+        for heads in WAN_HEADS:
+            if heads % num_gpus == 0:
+                assert ParallelPlan(num_gpus).sequence_degrees(heads) == SequenceDegrees(num_gpus, 1)
+
+
+@pytest.mark.parametrize(
+    "ulysses, ring, expected", [(2, 0, (2, 4)), (0, 8, (1, 8)), (8, 1, (8, 1)), (0, 1, (8, 1)), (1, 0, (1, 8))]
+)
+def test_the_degrees_that_the_user_sets_are_kept(ulysses, ring, expected):
+    plan = ParallelPlan(8, ulysses_degree=ulysses, ring_degree=ring)
+    plan.validate()
+    assert plan.sequence_degrees(12) == SequenceDegrees(*expected)
+
+
+def test_data_parallel_groups_share_the_gpus():
+    plan = ParallelPlan(8, data_parallel=2)
+    plan.validate()
+    assert plan.sequence_ranks == 4
+    assert plan.sequence_degrees(40).ranks == 4
+
+
+def test_all_gpus_share_the_sequence_of_a_batch_that_is_too_small_to_split():
+    plan = ParallelPlan(4, data_parallel=2, ulysses_degree=2, ring_degree=1)
+    plan.validate()
+    assert [plan.group_ranks(batch) for batch in (1, 2, 3)] == [4, 2, 2]
+    assert plan.sequence_degrees(40) == SequenceDegrees(2, 1)
+    assert plan.sequence_degrees(40, 4).ranks == 4  # the user's degrees are meant for a group of 2
+
+
+def test_a_plan_is_described_in_one_line():
+    assert ParallelPlan(8).describe(12) == "8 workers: data 1 x Ulysses 4 x ring 2"
+    assert ParallelPlan(1).describe(40) == "1 worker: data 1 x Ulysses 1 x ring 1"
+    assert ParallelPlan(4, data_parallel=2).describe(40) == "4 workers: data 2 x Ulysses 2 x ring 1"
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("num_gpus", [0, -1, 9])
+def test_a_number_of_gpus_out_of_range_is_refused(num_gpus):
+    text = refusal(num_gpus=num_gpus)
+    assert f"num_gpus is {num_gpus}" in text and "1 to 8" in text
+
+
+@pytest.mark.parametrize("name", ["pipeline_parallel", "tensor_parallel"])
+@pytest.mark.parametrize("size", [2, 4, 0])
+def test_pipeline_and_tensor_sizes_are_refused_for_now(name, size):
+    text = refusal(num_gpus=4, **{name: size})
+    assert f"{name}_size is {size}" in text and "Set it to 1" in text
+
+
+@pytest.mark.parametrize(
+    "num_gpus, size, working", [(3, 2, "1, 3"), (2, 4, "1, 2"), (8, 3, "1, 2, 4, 8"), (4, 0, "1, 2, 4")]
+)
+def test_a_data_parallel_size_that_does_not_divide_is_refused_with_those_that_do(num_gpus, size, working):
+    text = refusal(num_gpus=num_gpus, data_parallel=size)
+    assert f"data_parallel_size {size} does not divide num_gpus {num_gpus}" in text
+    assert f"Use one of {working}." in text
+
+
+def test_degrees_that_do_not_multiply_out_are_refused_with_the_product_that_does():
+    text = refusal(num_gpus=8, ulysses_degree=4, ring_degree=4)
+    assert "is 16, but 8 GPUs" in text and "Make their product 8" in text
+    text = refusal(num_gpus=8, data_parallel=2, ulysses_degree=8, ring_degree=1)
+    assert "is 8, but 4 GPUs" in text and "Make their product 4" in text
+
+
+@pytest.mark.parametrize("name", ["ulysses_degree", "ring_degree"])
+def test_a_degree_that_does_not_divide_is_refused_with_those_that_do(name):
+    text = refusal(num_gpus=6, **{name: 4})
+    assert f"{name} 4 does not divide the 6 GPUs" in text and "1, 2, 3, 6, or 0" in text
+
+
+@pytest.mark.parametrize("name", ["ulysses_degree", "ring_degree"])
+def test_a_negative_degree_is_refused(name):
+    refusal(num_gpus=2, **{name: -2})
+
+
+def test_more_ulysses_ranks_than_heads_are_refused_with_the_heads_there_are():
+    with pytest.raises(PlanError, match=r"2 heads cannot be shared by ulysses_degree 4\. Set it to 2 ") as error:
+        ParallelPlan(4, ulysses_degree=4).sequence_degrees(2)
+    assert tiny.sentences(str(error.value)) == 2
+
+
+def test_no_pool_is_made_of_a_plan_that_cannot_work():
+    with pytest.raises(PlanError):
+        acquire(PoolSettings(ParallelPlan(3, data_parallel=2), device="cpu"))
+
+
+# Shares.
+
+
+@pytest.mark.parametrize("total", [0, 1, 5, 12, 32760, 75600])
+@pytest.mark.parametrize("parts", range(1, 9))
+def test_shares_are_whole_and_differ_by_one_at_most(total, parts):
+    split = shares(total, parts)
+    assert len(split) == parts and sum(split) == total
+    assert max(split) - min(split) <= 1
+    assert split == sorted(split, reverse=True)
+
+
+@pytest.mark.parametrize("total, parts", [(10, 3), (2, 5), (0, 2), (75600, 8)])
+def test_bounds_cover_everything_once(total, parts):
+    edges = [bounds(total, parts, i) for i in range(parts)]
+    assert edges[0][0] == 0 and edges[-1][1] == total
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(edges))
+    assert [stop - start for start, stop in edges] == shares(total, parts)

@@ -1,0 +1,286 @@
+"""A sequence shared by several processes gives what one process computes, for every split."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import gloo_group
+import pack  # noqa: F401 (registers wan_parallel, also in the processes of a group)
+import pytest
+import tiny
+import torch
+from wan_parallel.distributed.plan import SequenceDegrees, bounds
+from wan_parallel.distributed.sequence import NativeAttention, SequenceGroup, join_group
+from wan_parallel.wanvideo.attention import AttentionKernel, get_kernel
+from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.model import TokenSlice, WanModel, grid_of, pad_to_patch, patchify, unpatchify
+
+CPU = torch.device("cpu")
+FIVE_HEADS = WanConfig(dim=640, ffn_dim=256, num_heads=5, num_layers=2, text_dim=32)
+
+# A world of 4 has all splits of 2 and 4 processes (two groups where a split takes 2), one of 6 those of 3 and 6.
+SPLITS = {4: [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2)], 6: [(3, 1), (1, 3), (2, 3), (3, 2), (6, 1), (1, 6)]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One self-attention over a shared sequence."""
+
+    ulysses: int
+    ring: int
+    tokens: int = 96
+    heads: int = 12
+    batch: int = 1
+    dtype: str = "float32"
+    head_dim: int = 32
+    overlap: bool = True
+    content: str = "normal"
+    kernel: str = "sdpa"
+
+    @property
+    def degrees(self) -> SequenceDegrees:
+        return SequenceDegrees(self.ulysses, self.ring)
+
+    def inputs(self, first_rank: int) -> tuple[torch.Tensor, ...]:
+        """q, k, v [B, tokens, heads, head_dim] of the whole sequence; every group has its own."""
+        generator = torch.Generator().manual_seed(first_rank)
+        shape = (self.batch, self.tokens, self.heads, self.head_dim)
+        q, k, v = (torch.randn(shape, generator=generator).to(getattr(torch, self.dtype)) for _ in range(3))
+        if self.content == "far below zero":
+            # Scores of about -90 and values of 1: a single padded key, whose score is 0, would take everything.
+            q, k, v = q.abs() + 4, -k.abs() - 4, torch.ones_like(v)
+        return q, k, v
+
+
+def attention_cases() -> dict[int, list[Case]]:
+    """What runs in each world."""
+    cases: dict[int, list[Case]] = {}
+    for world, splits in SPLITS.items():
+        cases[world] = []
+        for ulysses, ring in splits:
+            even = Case(ulysses, ring)
+            uneven = replace(even, tokens=101, heads=7)
+            cases[world] += [even, uneven, replace(uneven, batch=2, overlap=False)]
+            cases[world] += [replace(uneven, tokens=tokens) for tokens in {1, ulysses * ring - 1}]
+            cases[world] += [replace(uneven, content="far below zero")]
+            cases[world] += [replace(uneven, tokens=509, heads=6, head_dim=64, dtype="bfloat16")]
+    loud = Case(1, 4, tokens=1021, heads=4, head_dim=64, dtype="bfloat16")
+    cases[4] += [loud, *(replace(loud, kernel=kernel) for kernel in BROKEN_KERNELS)]
+    return cases
+
+
+BROKEN_KERNELS = ("log-sum-exp rounded to bf16", "log-sum-exp of zero")
+
+
+def make_kernel(case: Case) -> AttentionKernel:
+    kernel = get_kernel("sdpa", CPU, getattr(torch, case.dtype))
+    if case.kernel == "sdpa":
+        return kernel
+
+    def forward(q, k, v, want_lse):  # what other libraries do (their ring is silently wrong)
+        out, lse = kernel.forward(q, k, v, want_lse)
+        return out, torch.zeros_like(lse) if "zero" in case.kernel else lse.bfloat16().float()
+
+    return AttentionKernel(case.kernel, forward)
+
+
+@functools.cache
+def joined(degrees: SequenceDegrees, rank: int, world: int) -> SequenceGroup:
+    return join_group(degrees, rank, world)
+
+
+def run_attention(rank: int, world: int, cases: list[Case]) -> gloo_group.Results:
+    """On each process: this rank's part of every case."""
+    results = {}
+    for case in cases:
+        group = joined(case.degrees, rank, world)
+        start, stop = group.shard(case.tokens)
+        attend = NativeAttention(group, make_kernel(case), case.tokens, case.heads, case.overlap)
+        results[str(case)] = attend(*(x[:, start:stop] for x in case.inputs(group.first_rank)))
+    return results
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One forward on a shared sequence."""
+
+    ulysses: int
+    ring: int
+    size: tuple[int, int, int] = (3, 6, 10)
+    batch: int = 1
+    by_frame: bool = False
+    slice_tokens: int = 0
+    compute: str = "float32"
+
+    def inputs(self) -> tiny.Inputs:
+        given = tiny.inputs(FIVE_HEADS, self.size, self.batch)
+        frames = torch.linspace(0, 900, self.batch * self.size[0]).view(self.batch, -1)
+        return given._replace(timestep=frames) if self.by_frame else given
+
+    def model(self, path: str) -> WanModel:
+        return WanModel.from_checkpoint(
+            path, compute_dtype=getattr(torch, self.compute), slice_tokens=self.slice_tokens
+        )
+
+
+def model_cases() -> dict[int, list[ModelCase]]:
+    cases: dict[int, list[ModelCase]] = {}
+    for world, splits in SPLITS.items():
+        cases[world] = []
+        for ulysses, ring in splits:
+            if ulysses > FIVE_HEADS.num_heads:
+                continue
+            plain = ModelCase(ulysses, ring)
+            cases[world] += [plain, replace(plain, size=(2, 7, 5), batch=2, by_frame=True, slice_tokens=4)]
+            cases[world] += [replace(plain, size=(1, 2, 4))]  # 2 tokens
+            cases[world] += [replace(plain, compute="bfloat16", size=(3, 16, 16))]
+    return cases
+
+
+def run_model(rank: int, world: int, path: str, cases: list[ModelCase]) -> gloo_group.Results:
+    """On each process: this rank's tokens of every case."""
+    results = {}
+    for case in cases:
+        model = case.model(path)
+        group = joined(SequenceDegrees(case.ulysses, case.ring), rank, world)
+        x, timestep, context = case.inputs()
+        grid = grid_of(x)
+        part = TokenSlice(*group.shard(grid.tokens))
+        tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
+        attend = NativeAttention(group, model.kernel, grid.tokens, model.config.num_heads)
+        results[str(case)] = model.transform(tokens, grid, part, timestep, context, attend)
+    return results
+
+
+# Each world starts once and runs all of its cases.
+
+
+def run_all(rank: int, world: int, path: str) -> gloo_group.Results:
+    return run_attention(rank, world, attention_cases()[world]) | run_model(rank, world, path, model_cases()[world])
+
+
+@pytest.fixture(scope="module")
+def five_heads(tmp_path_factory) -> str:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("five") / "five.safetensors", FIVE_HEADS)
+
+
+@pytest.fixture(scope="module")
+def world_of_4(tmp_path_factory, five_heads) -> list[gloo_group.Results]:
+    return gloo_group.run(4, run_all, tmp_path_factory.mktemp("gloo"), five_heads)
+
+
+@pytest.fixture(scope="module")
+def world_of_6(tmp_path_factory, five_heads) -> list[gloo_group.Results]:
+    return gloo_group.run(6, run_all, tmp_path_factory.mktemp("gloo"), five_heads)
+
+
+@pytest.fixture
+def results(request, world) -> list[gloo_group.Results]:
+    """What the processes of the test's world computed, by rank."""
+    return request.getfixturevalue(f"world_of_{world}")
+
+
+# Self-attention.
+
+
+def whole_outputs(results: list[gloo_group.Results], case: Case) -> list[torch.Tensor]:
+    """The output over the whole sequence, of every group."""
+    parts = [rank[str(case)] for rank in results]
+    ranks = case.degrees.ranks
+    for index, part in enumerate(parts):
+        start, stop = bounds(case.tokens, ranks, index % ranks)
+        assert part.shape == (case.batch, stop - start, case.heads, case.head_dim)
+        assert part.dtype == getattr(torch, case.dtype)
+    return [torch.cat(parts[first : first + ranks], dim=1) for first in range(0, len(parts), ranks)]
+
+
+def exact(case: Case, group: int) -> torch.Tensor:
+    """Attention in float64."""
+    q, k, v = (x.double() for x in case.inputs(group * case.degrees.ranks))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(case.head_dim)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def worst_error(results: list[gloo_group.Results], case: Case) -> float:
+    outputs = whole_outputs(results, case)
+    return max(tiny.relative_error(out, exact(case, group)) for group, out in enumerate(outputs))
+
+
+def error_of_one_process(case: Case) -> float:
+    kernel = get_kernel("sdpa", CPU, getattr(torch, case.dtype))
+    return tiny.relative_error(kernel(*case.inputs(0)), exact(case, 0))
+
+
+def parameters(choose: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """One test for each chosen case."""
+    chosen = [(world, case) for world, cases in attention_cases().items() for case in cases if choose(case)]
+    names = [
+        f"ulysses {c.ulysses} x ring {c.ring}, {c.tokens} tokens, {c.heads} heads, batch {c.batch}" for _, c in chosen
+    ]
+    return pytest.mark.parametrize("world, case", chosen, ids=names)
+
+
+@parameters(lambda case: case.dtype == "float32" and case.content == "normal")
+def test_every_split_gives_exact_attention(results, case):
+    assert worst_error(results, case) <= 1e-6
+
+
+@parameters(lambda case: case.content == "far below zero")
+def test_no_padding_takes_part_in_the_softmax(results, case):
+    for out in whole_outputs(results, case):
+        assert torch.allclose(out, torch.ones_like(out), atol=1e-6)
+
+
+@parameters(lambda case: case.dtype == "bfloat16" and case.kernel == "sdpa")
+def test_a_split_costs_hardly_any_precision_in_bf16(results, case):
+    # A ring rounds the output of each block to bf16 and the merged one again: 1.2 times, however long the ring.
+    assert worst_error(results, case) <= (1.05 if case.ring == 1 else 1.3) * error_of_one_process(case)
+
+
+@parameters(lambda case: case.kernel in BROKEN_KERNELS)
+def test_a_log_sum_exp_of_less_than_fp32_would_be_noticed(results, case):
+    assert worst_error(results, case) > 1.5 * error_of_one_process(case)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_yunchangs_own_kernel_has_no_log_sum_exp_which_is_why_it_is_not_used(dtype):
+    from yunchang.kernels.attention import pytorch_attn_forward
+
+    q, k, v = Case(1, 1, dtype=dtype).inputs(0)
+    assert not pytorch_attn_forward(q, k, v, op_type="math")[1].any()
+    assert make_kernel(Case(1, 1, dtype=dtype)).with_lse(q, k, v)[1].all()
+
+
+# The whole model.
+
+
+def model_outputs(results: list[gloo_group.Results], case: ModelCase) -> list[torch.Tensor]:
+    parts = [rank[str(case)] for rank in results]
+    ranks, x = case.ulysses * case.ring, case.inputs().x
+    wholes = (torch.cat(parts[first : first + ranks], dim=1) for first in range(0, len(parts), ranks))
+    return [unpatchify(whole, grid_of(x), tuple(x.shape[-3:])) for whole in wholes]
+
+
+def model_parameters(compute: str) -> pytest.MarkDecorator:
+    chosen = [(world, case) for world, cases in model_cases().items() for case in cases if case.compute == compute]
+    names = [f"ulysses {c.ulysses} x ring {c.ring}, size {c.size}, batch {c.batch}" for _, c in chosen]
+    return pytest.mark.parametrize("world, case", chosen, ids=names)
+
+
+@model_parameters("float32")
+def test_the_model_gives_the_same_on_one_process_and_on_several(results, five_heads, case):
+    expected = case.model(five_heads)(*case.inputs())
+    for out in model_outputs(results, case):
+        assert tiny.relative_error(out, expected) <= 1e-6
+
+
+@model_parameters("bfloat16")
+def test_the_model_is_as_precise_in_bf16_on_several_processes_as_on_one(results, five_heads, case):
+    precise = replace(case, compute="float32").model(five_heads)(*case.inputs())
+    alone = tiny.relative_error(case.model(five_heads)(*case.inputs()), precise)
+    for out in model_outputs(results, case):
+        assert tiny.relative_error(out, precise) <= 1.2 * alone

@@ -1,0 +1,150 @@
+"""Random Wan checkpoints of a few megabytes, inputs for them, and how results are compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pack  # noqa: F401 (registers wan_parallel)
+import torch
+from safetensors.torch import load_file, save_file
+from wan_parallel.wanvideo.config import FLOAT_DTYPES, WanConfig
+
+TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+
+
+class Inputs(NamedTuple):
+    """What one forward is given."""
+
+    x: torch.Tensor
+    timestep: torch.Tensor
+    context: torch.Tensor
+
+
+def inputs(
+    config: WanConfig = TINY,
+    size: tuple[int, int, int] = (3, 6, 8),
+    batch: int = 1,
+    seed: int = 0,
+    timestep: float = 700.0,
+    text_tokens: int = 32,
+) -> Inputs:
+    """Normal latent [batch, C, *size] and text; each batch item has a timestep of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return Inputs(
+        torch.randn(batch, config.in_dim, *size, generator=generator),
+        timestep / torch.arange(1, batch + 1),
+        torch.randn(batch, text_tokens, config.text_dim, generator=generator),
+    )
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `expected`."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def sentences(text: str) -> int:
+    """How many sentences a message has; one without an end counts as none."""
+    return len(re.findall(r"[.?!](?=\s+[A-Z]|$)", text)) if text.endswith(".") else 0
+
+
+def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Float32 weights by name, large enough that every part of the model shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in config.shapes().items():
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):
+            weights[name] = 1 + 0.1 * noise
+        elif "modulation" in name:
+            weights[name] = 0.3 * noise
+        elif name.endswith("bias"):
+            weights[name] = 0.02 * noise
+        else:
+            weights[name] = noise / noise[0].numel() ** 0.5
+    return weights
+
+
+def write_checkpoint(
+    path: Path, config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32, prefix: str = ""
+) -> str:
+    """A checkpoint of random weights; returns its path."""
+    save_file({prefix + k: v.to(dtype) for k, v in random_weights(config, seed).items()}, path)
+    return str(path)
+
+
+def write_layout(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """A file with the real header of `tensors` (name to dtype and shape) and a hole of the right size for data."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = FLOAT_DTYPES.get(dtype, 1)
+        for size in shape:
+            nbytes *= size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    return write_header(path, json.dumps(header).encode(), end)
+
+
+def write_header(path: Path, header: bytes, data_bytes: int = 0) -> Path:
+    """A safetensors file with this text for its header and a hole of `data_bytes` behind it."""
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + data_bytes)
+    return path
+
+
+def layout(config: WanConfig = TINY, dtype: str = "BF16", prefix: str = "") -> dict[str, tuple]:
+    """What `write_layout` takes, for a whole model."""
+    return {prefix + name: (dtype, shape) for name, shape in config.shapes().items()}
+
+
+_DIFFUSERS_NAMES = (
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"^head\.head\.", "proj_out."),
+    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
+    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", ".ffn.net.2."),
+    (r"\.norm3\.", ".norm2."),  # the norm before cross-attention; the others have no weights
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"(attn[12])\.([qkv])\.", r"\1.to_\2."),
+    (r"(attn[12])\.o\.", r"\1.to_out.0."),
+)
+
+
+def diffusers_name(name: str) -> str:
+    """The name that diffusers has for a tensor of the original model."""
+    for pattern, replacement in _DIFFUSERS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
+    """diffusers' WanTransformer3DModel in float32 with the weights of a checkpoint without prefix."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+    )
+    weights = {diffusers_name(name): weight.float() for name, weight in load_file(path).items()}
+    model.load_state_dict(weights, strict=True)
+    return model.eval().requires_grad_(False)
