@@ -245,7 +245,7 @@ def decode(data: bytes) -> object:
         ValueError: the data is no message of ours.
     """
     fields = json.loads(data)
-    cls = _TYPES.get(fields.pop("type", ""))
+    cls = _TYPES.get(fields.pop("type", "")) if isinstance(fields, dict) else None
     if cls is None:
         raise ValueError("A pool message has an unknown type. Restart ComfyUI after updating WanParallel.")
     return _revive(cls, fields)

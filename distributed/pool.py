@@ -65,7 +65,7 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
-_ERRORS |= dict.fromkeys(("BackendError", "MissingPackage"), PoolError)  # the workers' own, worded for the user
+_ERRORS |= dict.fromkeys(("BackendError", "MissingPackage", "PatchError"), PoolError)  # the workers' own words
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Pool:
         with self._lock:
             if not self.workers:
                 return PoolStatus("not started", self.settings)
-            if not self.alive:
+            if self._lost():
                 return PoolStatus("ended", self.settings)
             self._drain(None)
             replies = self._call(Report(self._new_id()), None)

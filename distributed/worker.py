@@ -21,7 +21,7 @@ from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
 from ..wanvideo.config import CheckpointError
-from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch, merge
+from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
 from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
 from .arena import ArenaReader
@@ -58,6 +58,7 @@ _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
     MissingPackage,
+    PatchError,
     PlanError,
     xfuser_backend.BackendError,
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -308,6 +309,9 @@ def client_of(many_layers, tmp_path):
         client.process.kill()
         client.process.wait()
         client.process.stdout.close()
+        for pid in client.pool:  # none, unless the test failed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("mode", ["idle", "busy", "starting", "forked"])

@@ -38,6 +38,10 @@ class Replacement:
     weight: torch.Tensor
 
 
+class PatchError(ValueError):
+    """A patch that does not fit its weight."""
+
+
 WeightPatch = LowRank | Difference | Replacement
 
 
@@ -45,7 +49,7 @@ def merge(weight: torch.Tensor, patches: Sequence[WeightPatch]) -> torch.Tensor:
     """Apply `patches` in their order to `weight` in float32; the result has its dtype, shape and device.
 
     Raises:
-        ValueError: a patch does not have the weight's shape.
+        PatchError: a patch does not have the weight's shape.
     """
     merged = weight.to(torch.float32, copy=True)
     for patch in patches:
@@ -68,7 +72,7 @@ def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:
 
 def _like(change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if change.numel() != weight.numel():
-        raise ValueError(
+        raise PatchError(
             f"A LoRA tensor of shape {tuple(change.shape)} does not fit a weight of shape {tuple(weight.shape)}. "
             "Use a LoRA made for this size of Wan."
         )
