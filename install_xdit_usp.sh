@@ -10,14 +10,16 @@ readonly VENV="$PACK/.venv"
 usage() {
     cat <<EOF
 Usage:
-  ./install_xdit_usp.sh [--with-xfuser]
+  ./install_xdit_usp.sh [--with-example-models] [--with-xfuser]
       Installs requirements_compatible.txt into the ComfyUI that this folder lies in
       (ComfyUI/custom_nodes/<this folder>). Your torch stays as it is.
+      --with-example-models links the two small models of example_workflows/tiny_wan_demo.json (39 MB, part of
+      this folder) into models/diffusion_models and models/vae of that ComfyUI.
       --with-xfuser adds xfuser, the second sequence-parallel path for NVIDIA GPUs (about ten packages).
 
-  ./install_xdit_usp.sh --demo [--out DIR] [--gpus N] [...]
-      Samples a short video with a small random model on all GPUs (or on 2 CPU workers), compares it with one
-      worker, and writes video, contact sheet and report to DIR (default: demo_output in this folder).
+  ./install_xdit_usp.sh --demo [--out DIR] [--gpus N] [--prompt TEXT] [...]
+      Samples a short video of a prompt with a small model on all GPUs (or on 2 CPU workers), compares it with
+      one worker, and writes video, contact sheet and report to DIR (default: demo_output in this folder).
       Uses ComfyUI's Python where this folder lies in a ComfyUI, else a virtual environment of its own
       ($VENV, with torch $DEMO_TORCH). Other arguments go to tools/demo.py.
 
@@ -130,8 +132,31 @@ make_venv() {
     printf '%s\n' "$wanted" >>"$stamp"
 }
 
+link_example_models() { # into the model folders of the ComfyUI in folder $1
+    local model name source target
+    for model in diffusion_models/tiny_wan_t2v vae/tiny_wan_vae; do
+        name="$(basename "$model").safetensors"
+        source="$PACK/example_workflows/models/$name" target="$1/models/$model.safetensors"
+        [[ -f "$source" ]] || fail "$source is missing. Restore it with 'git checkout', or get the whole pack again."
+        if [[ -e "$target" ]]; then
+            cmp -s "$source" "$target" ||
+                fail "$target is another file than the one of this pack. Move it away and run this script again."
+            say "$target is there already."
+            continue
+        fi
+        # What `rm` takes away is a link to where this pack was before.
+        if mkdir -p "$(dirname "$target")" && rm -f "$target" && ln -s "$source" "$target" 2>/dev/null; then
+            say "Linked $target."
+        else
+            cp "$source" "$target" || fail "$target can neither be linked nor copied (the reason is above)." \
+                "Make that folder writable and run this script again."
+            say "Copied $target (this file system has no links)."
+        fi
+    done
+}
+
 install_into_comfyui() {
-    local with_xfuser="$1" comfyui python
+    local with_xfuser="$1" with_models="$2" comfyui python
     local arguments=(--requirement "$PACK/requirements_compatible.txt")
     if [[ -n "${COMFYUI_PYTHON:-}" ]]; then
         python="$COMFYUI_PYTHON"
@@ -145,11 +170,18 @@ install_into_comfyui() {
             fail "No Python with torch was found for $comfyui. Set COMFYUI_PYTHON to the interpreter that starts" \
                 "ComfyUI."
     fi
+    if [[ "$with_models" == yes ]]; then
+        comfyui="$(comfyui_folder)" ||
+            fail "$PACK does not lie in ComfyUI/custom_nodes, so --with-example-models has no model folders to" \
+                "link into. Move it there and run this script again."
+        link_example_models "$comfyui"
+    fi
     [[ "$with_xfuser" == yes ]] && arguments+=("xfuser>=0.7,<0.8")
     say "Installing requirements_compatible.txt$([[ "$with_xfuser" == yes ]] && printf ' and xfuser') into $python."
     say "torch $(torch_version "$python") stays as it is."
     pip_install "$python" "${arguments[@]}"
-    say "Done. Restart ComfyUI and open example_workflows/xdit_usp_example.json."
+    say "Done. Restart ComfyUI and open example_workflows/$([[ "$with_models" == yes ]] &&
+        printf tiny_wan_demo || printf xdit_usp_example).json."
 }
 
 run_demo() {
@@ -169,13 +201,14 @@ run_demo() {
 }
 
 main() {
-    local mode=install with_xfuser=no rest=()
+    local mode=install with_xfuser=no with_models=no rest=()
     for argument in "$@"; do
         case "$argument" in
             -h | --help) usage && return ;;
             --demo) mode=demo ;;
             --make-venv) mode=venv ;;
             --with-xfuser) with_xfuser=yes ;;
+            --with-example-models) with_models=yes ;;
             *) rest+=("$argument") ;;
         esac
     done
@@ -184,7 +217,7 @@ main() {
         venv) make_venv "${rest[@]}" ;;
         install)
             [[ ${#rest[@]} == 0 ]] || fail "There is no option '${rest[0]}'. Run '$0 --help' to see the options."
-            install_into_comfyui "$with_xfuser"
+            install_into_comfyui "$with_xfuser" "$with_models"
             ;;
     esac
 }

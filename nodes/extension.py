@@ -7,10 +7,11 @@ from comfy_api.latest import ComfyExtension, io
 from .config import XDitUSPConfig
 from .loader import XDitUSPWanVideoModelLoader
 from .status import XDitUSPStatus
+from .tiny_text import TinyWanTextEncode
 
 
 class WanParallelExtension(ComfyExtension):
     """Config -> loader -> any stock node that takes a MODEL; the status node reads a MODEL of ours."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [XDitUSPConfig, XDitUSPWanVideoModelLoader, XDitUSPStatus]
+        return [XDitUSPConfig, XDitUSPWanVideoModelLoader, XDitUSPStatus, TinyWanTextEncode]

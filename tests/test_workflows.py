@@ -29,7 +29,9 @@ OUR_WIDGETS = {
     "XDitUSPConfig": len(fields(USPConfig)),
     "XDitUSPWanVideoModelLoader": 3,  # model, base_precision, attention_mode
     "XDitUSPStatus": 0,
+    "TinyWanTextEncode": 1,
 }
+PRECISION = {"xdit_usp_example": "bf16", "tiny_wan_demo": "fp32"}
 
 pytestmark = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -89,7 +91,12 @@ def test_our_widget_values_are_ones_that_run(path: Path, tmp_path: Path) -> None
     assert model.endswith(".safetensors")
     assert attention in ATTENTION_MODES
     (tmp_path / model).touch()
-    assert config.model_spec(str(tmp_path / model), precision, attention).compute_dtype == "bf16"
+    assert config.model_spec(str(tmp_path / model), precision, attention).compute_dtype == PRECISION[path.stem]
+
+
+def test_it_has_a_thumbnail_for_the_template_browser(path: Path) -> None:
+    thumbnail = path.with_suffix(".jpg")
+    assert thumbnail.read_bytes().startswith(b"\xff\xd8") and thumbnail.stat().st_size < 100_000
 
 
 def test_the_model_goes_through_our_loader_to_a_stock_sampler(path: Path) -> None:

@@ -1,8 +1,9 @@
 """The main job without ComfyUI: sample a short video on several workers and compare it with one worker.
 
-`./install_xdit_usp.sh --demo` runs this. The checkpoint is written here and has random weights in Wan's own
-layout, so the picture is structured noise: coloured clouds that grow out of the smooth start noise. What the
-demo shows is that the whole engine runs on this machine, and that sharing the work changes only rounding.
+`./install_xdit_usp.sh --demo` runs this, with the small Wan model in example_workflows/models. The video shows what
+the prompt says; the comparison shows that sharing the work changes only rounding. Prompt and seed mean the same as in
+ComfyUI (euler, simple, as in example_workflows/tiny_wan_demo.json) and give the same video there, where the
+number of steps divides 1000, as the default does.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import platform
 import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -26,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 try:
     import torch
     from PIL import Image
-    from safetensors.torch import save_file
 
     _spec = util.spec_from_file_location("wan_parallel_bootstrap", ROOT / "bootstrap.py")
     _bootstrap = util.module_from_spec(_spec)
@@ -34,19 +34,19 @@ try:
     _bootstrap.load_pack()
     config = import_module("wan_parallel.wanvideo.config")
     sampling = import_module("wan_parallel.wanvideo.sampling")
+    tiny_text = import_module("wan_parallel.wanvideo.tiny_text")
     plans = import_module("wan_parallel.distributed.plan")
     pools = import_module("wan_parallel.distributed.pool")
+    tiny_vae = import_module("wan_parallel.tools.tiny_wan.vae")
+    tiny_wan = import_module("wan_parallel.tools.tiny_wan.judging")
+    classifier = import_module("wan_parallel.tools.tiny_wan.classifier")
 except ModuleNotFoundError as missing:
     sys.exit(f"{sys.executable} lacks {missing.name}. Run ./install_xdit_usp.sh --demo, which installs it.")
 
-MODEL = config.WanConfig(dim=512, ffn_dim=1024, num_heads=4, num_layers=3)
-LATENT = (1, 16, 9, 18, 30)  # 1,215 tokens, which no even number of workers shares evenly
-FRAMES, HEIGHT, WIDTH = 33, 144, 240  # of the video: 4 x 8 x 8 as in Wan's VAE
-FPS = 16
+FPS = 8
 SHEET_COLUMNS, SHEET_ROWS, SHEET_GAP = 4, 2, 4
 CPU_WORKERS = 2
-SHIFT, GUIDANCE = 5.0, 3.0
-SEED = 20250221
+SEED = 5
 TOLERANCE = 1e-5
 """Largest difference to one worker, relative to the largest value: float32 sums in another order."""
 
@@ -64,46 +64,10 @@ class Result:
     status: object  # distributed.pool.PoolStatus
 
 
-def write_checkpoint(path: Path) -> None:
-    """Random weights under Wan's original key names, drawn so that activations neither vanish nor blow up."""
-    generator = torch.Generator().manual_seed(SEED)
-    tensors = {}
-    for name, shape in MODEL.shapes().items():
-        if name.endswith(".bias"):
-            tensors[name] = torch.zeros(shape)
-        elif "norm" in name:
-            tensors[name] = torch.ones(shape)
-        else:
-            scale = 0.3 if name.endswith("modulation") else math.prod(shape[1:]) ** -0.5
-            tensors[name] = torch.randn(shape, generator=generator) * scale
-    # The four latent pixels of a token get one velocity; with four random ones the picture is a dot pattern.
-    tensors["head.head.weight"] = tensors["head.head.weight"][: MODEL.out_dim].repeat(4, 1)
-    save_file(tensors, path)
-
-
-def start_noise() -> torch.Tensor:
-    """Noise [1, 16, T, H, W], smooth over a few latent pixels so that there is something to look at."""
-    generator = torch.Generator().manual_seed(SEED + 1)
-    batch, channels, *size = LATENT
-    coarse = torch.randn(batch, channels, *(math.ceil(n / 6) + 1 for n in size), generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
-    noise = smooth / smooth.std() + 0.05 * torch.randn(LATENT, generator=generator)
-    return noise / noise.std()
-
-
-def text_embeddings() -> torch.Tensor:
-    """Stand-ins for the text encoder's output, [2, 512, 4096]: the prompt, then the empty prompt."""
-    generator = torch.Generator().manual_seed(SEED + 2)
-    context = torch.zeros(2, 512, MODEL.text_dim)
-    context[0, :24] = torch.randn(24, MODEL.text_dim, generator=generator)
-    context[1, :2] = torch.randn(2, MODEL.text_dim, generator=generator)
-    return context
-
-
-def sample(settings: object, checkpoint: Path, steps: int, label: str) -> Result:
+def sample(settings: object, prompt: str, seed: int, how: object, label: str) -> Result:
     """Sample with guidance on a pool of its own, which is closed again however this ends."""
-    spec = pools.ModelSpec(path=str(checkpoint), weight_dtype="fp32", compute_dtype="fp32")
-    context = text_embeddings()
+    spec = pools.ModelSpec(path=str(tiny_wan.T2V_FILE), weight_dtype="fp32", compute_dtype="fp32")
+    context = torch.stack([tiny_text.encode(prompt), tiny_text.encode("")])
     pool = pools.acquire(settings)
     seconds: list[float] = []
 
@@ -111,17 +75,17 @@ def sample(settings: object, checkpoint: Path, steps: int, label: str) -> Result
         started = time.perf_counter()
         both = pool.forward(spec, torch.cat([x, x]), torch.full((2,), 1000 * sigma), context)
         seconds.append(time.perf_counter() - started)
-        prompt, empty = both.chunk(2)
-        return empty + GUIDANCE * (prompt - empty)
+        conditional, unconditional = both.chunk(2)
+        return unconditional + how.guidance * (conditional - unconditional)
 
     try:
         say(f"{label}: starting")
         pool.ensure_ready(spec)
         latent = sampling.euler(
             velocity,
-            start_noise(),
-            sampling.flow_sigmas(steps, SHIFT),
-            on_step=lambda i, _: progress(label, i + 1, steps, statistics.median(seconds)),
+            tiny_wan.start_noise(seed, how),
+            sampling.flow_sigmas(how.steps, how.shift),
+            on_step=lambda i, _: progress(label, i + 1, how.steps, statistics.median(seconds)),
         )
         return Result(latent, statistics.median(seconds), pool.status())
     finally:
@@ -129,27 +93,22 @@ def sample(settings: object, checkpoint: Path, steps: int, label: str) -> Result
 
 
 def decode(latent: torch.Tensor) -> torch.Tensor:
-    """Latent [1, 16, T, H, W] to frames [FRAMES, HEIGHT, WIDTH, 3], uint8; no VAE.
+    """Latent [1, 16, T, H, W] to a video [3, frames, 8H, 8W], float32 from -1 to 1, on the CPU."""
+    return tiny_wan.decode(tiny_vae.load_vae(str(tiny_wan.VAE_FILE)), latent)[0]
 
-    The 16 channels stand for 16 hues round the colour wheel: red, green and blue are each a cosine of the
-    channel's place on it. The result is stretched to the video's size.
-    """
-    hue = torch.arange(16) / 16
-    wheel = torch.stack([torch.cos(2 * math.pi * (hue - primary / 3)) for primary in range(3)])
-    rgb = torch.einsum("pc,cthw->pthw", wheel, latent[0])
-    rgb = torch.nn.functional.interpolate(
-        rgb.unsqueeze(0), size=(FRAMES, HEIGHT, WIDTH), mode="trilinear", align_corners=True
-    )[0]
-    rgb = torch.sigmoid(1.2 * (rgb - rgb.mean()) / rgb.std())
-    return (255 * rgb).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+def pictures(video: torch.Tensor) -> torch.Tensor:
+    """Video [3, frames, H, W] to frames [frames, H, W, 3], uint8."""
+    return ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
 def write_video(frames: torch.Tensor, out: Path) -> Path:
     """video.mp4 where imageio-ffmpeg is installed, else video.gif; returns its path."""
+    height, width = frames.shape[1:3]
     if util.find_spec("imageio_ffmpeg") is not None:
         path = out / "video.mp4"
         writer = import_module("imageio_ffmpeg").write_frames(
-            str(path), size=(WIDTH, HEIGHT), fps=FPS, quality=8, ffmpeg_log_level="error"
+            str(path), size=(width, height), fps=FPS, quality=8, ffmpeg_log_level="error"
         )
         writer.send(None)
         for frame in frames:
@@ -165,7 +124,7 @@ def write_video(frames: torch.Tensor, out: Path) -> Path:
 def write_contact_sheet(frames: torch.Tensor, path: Path) -> None:
     """Frames spread over the whole video, left to right, top to bottom."""
     count = SHEET_COLUMNS * SHEET_ROWS
-    across, down = WIDTH + SHEET_GAP, HEIGHT + SHEET_GAP
+    down, across = (side + SHEET_GAP for side in frames.shape[1:3])
     sheet = Image.new("RGB", (SHEET_COLUMNS * across - SHEET_GAP, SHEET_ROWS * down - SHEET_GAP))
     for i in range(count):
         frame = frames[round(i * (len(frames) - 1) / (count - 1))]
@@ -174,7 +133,8 @@ def write_contact_sheet(frames: torch.Tensor, path: Path) -> None:
 
 
 def as_image(frame: torch.Tensor) -> Image.Image:
-    return Image.frombytes("RGB", (WIDTH, HEIGHT), as_bytes(frame))
+    height, width = frame.shape[:2]
+    return Image.frombytes("RGB", (width, height), as_bytes(frame))
 
 
 def as_bytes(frame: torch.Tensor) -> bytes:
@@ -207,62 +167,86 @@ def run(arguments: argparse.Namespace) -> bool:
     device, workers = choose_workers(arguments.device, arguments.gpus)
     plan = plans.ParallelPlan(num_gpus=workers)
     plan.validate()
+    check_prompt(arguments.prompt)
+    model = read_model()
+    how = tiny_wan.Sampling(steps=arguments.steps)
     out = Path(arguments.out).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
 
     kind = "GPU" if device == "cuda" else "CPU worker"
-    say(f"Sampling a video of {FRAMES} frames, {WIDTH} x {HEIGHT}, on {workers} {kind}{'s' * (workers > 1)},")
+    say(f"'{arguments.prompt}'")
+    say(f"Sampling {how.frames} frames, {how.size} x {how.size}, on {workers} {kind}{'s' * (workers > 1)},")
     say(f"then the same on one, into {out}")
-    checkpoint = out / "random_wan_t2v.safetensors"
-    write_checkpoint(checkpoint)
-    say(f"Wrote {checkpoint.name}: {MODEL.parameters / 1e6:.0f} million random weights in Wan's layout.")
-    say("Random weights draw no scene: the video is structured noise that looks like coloured clouds.")
+    say(f"The model, {tiny_wan.T2V_FILE.name}, has {model.parameters / 1e6:.0f} million parameters.")
 
     settings = pools.PoolSettings(plan=plan, device=device)
-    shared = sample(settings, checkpoint, arguments.steps, f"{workers} x {kind}")
+    shared = sample(settings, arguments.prompt, arguments.seed, how, f"{workers} x {kind}")
     settings = pools.PoolSettings(plan=plans.ParallelPlan(num_gpus=1), device=device)
-    one = sample(settings, checkpoint, arguments.steps, f"1 x {kind}")
+    one = sample(settings, arguments.prompt, arguments.seed, how, f"1 x {kind}")
 
-    frames = decode(shared.latent)
-    video = write_video(frames, out)
+    say("Decoding the video")
+    video = decode(shared.latent)
+    seen = str(classifier.classify(video))
+    frames = pictures(video)
+    path = write_video(frames, out)
     write_contact_sheet(frames, out / "frames.png")
     difference = (shared.latent - one.latent).abs().max().item()
     relative = difference / one.latent.abs().max().item()
     agree = relative <= TOLERANCE  # False for NaN too
-    write_report(out / "report.json", plan, arguments.steps, shared, one, difference, relative)
+    report = describe(plan, model, how, shared, one) | {
+        "max_abs_diff_vs_one_worker": difference,
+        "relative_diff_vs_one_worker": relative,
+        "relative_tolerance": TOLERANCE,
+        "prompt": arguments.prompt,
+        "seen_in_the_video": seen,
+        "seed": arguments.seed,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
+    say(f"A program that sees only the video says: {seen}.")
     say(f"Largest difference to one worker: {relative:.1e} of the largest value (allowed: {TOLERANCE:.0e}).")
-    say(f"Wrote {video.name}, frames.png and report.json to {out}")
+    say(f"Wrote {path.name}, frames.png and report.json to {out}")
     if not agree:
         say("The workers do not agree with one worker. Please report this with report.json.")
     return agree
 
 
-def write_report(
-    path: Path, plan: object, steps: int, shared: Result, one: Result, difference: float, relative: float
-) -> None:
+def check_prompt(prompt: str) -> None:
+    try:
+        tiny_text.tokenize(prompt)
+    except ValueError as error:
+        raise DemoError(str(error)) from None
+
+
+def read_model() -> object:
+    """The configuration of the shipped DiT (wanvideo.config.WanConfig); both files are there then."""
+    for path in (tiny_wan.T2V_FILE, tiny_wan.VAE_FILE):
+        if not path.is_file():
+            raise DemoError(f"{path} is missing. Restore it with 'git checkout', or get the whole pack again.")
+    return config.read_header(tiny_wan.T2V_FILE).config
+
+
+def describe(plan: object, model: object, how: object, shared: Result, one: Result) -> dict[str, object]:
+    """What the report says about the run, but for the comparison."""
     worker = shared.status.workers[0]
-    model = worker.models[0]
-    report = {
+    loaded = worker.models[0]
+    return {
         "workers": plan.num_gpus,
-        "plan": plan.describe(MODEL.num_heads),
+        "plan": plan.describe(model.num_heads),
         "device": worker.device,
         "seconds_per_step": round(shared.seconds_per_step, 4),
         "seconds_per_step_one_worker": round(one.seconds_per_step, 4),
-        "max_abs_diff_vs_one_worker": difference,
-        "relative_diff_vs_one_worker": relative,
-        "relative_tolerance": TOLERANCE,
-        "backend": model.backend,
-        "attention": model.kernel,
+        "backend": loaded.backend,
+        "attention": loaded.kernel,
         "precision": "fp32",
-        "steps": steps,
-        "guidance": GUIDANCE,
-        "latent": list(LATENT),
-        "weights": "random: the picture is structured noise",
+        "steps": how.steps,
+        "shift": how.shift,
+        "guidance": how.guidance,
+        "latent": list(shared.latent.shape),
+        "weights": [tiny_wan.T2V_FILE.name, tiny_wan.VAE_FILE.name],
         "torch": torch.__version__,
         "versions": versions(),
     }
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -290,16 +274,21 @@ def say(text: str) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-        return int(text)
+    def number(lowest: int, highest: int = 2**64 - 1) -> Callable[[str], int]:
+        def parse_number(text: str) -> int:
+            if not text.isdecimal() or not lowest <= int(text) <= highest:
+                raise argparse.ArgumentTypeError(f"{text} is not a whole number from {lowest} to {highest}")
+            return int(text)
+
+        return parse_number
 
     parser = argparse.ArgumentParser(prog="install_xdit_usp.sh --demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default=str(ROOT / "demo_output"), help="folder for the results")
-    parser.add_argument("--gpus", type=positive, help="workers (default: all GPUs, or 2 on the CPU)")
+    parser.add_argument("--prompt", default=tiny_text.EXAMPLE, help="what moves where (default: '%(default)s')")
+    parser.add_argument("--seed", type=number(0), default=SEED, help="of the start noise (default: %(default)s)")
+    parser.add_argument("--gpus", type=number(1), help="workers (default: all GPUs, or 2 on the CPU)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--steps", type=positive, default=12, help="sampling steps (default: 12)")
+    parser.add_argument("--steps", type=number(1, 1000), default=tiny_wan.Sampling.steps, help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -310,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # so that the pool is closed as after Ctrl-C
     try:
         return 0 if run(arguments) else 1
-    except (DemoError, plans.PlanError) as error:
+    except (DemoError, plans.PlanError, config.CheckpointError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("Stopped. Run it again to start from the beginning.", 130)
