@@ -292,7 +292,9 @@ class Client:
             name
             for pid in self.pool
             for name in open_files(pid)
-            if name.startswith(("/tmp/", "/dev/shm/", str(self.temp))) and name not in (str(self.log), checkpoint)
+            if name.startswith(("/tmp/", "/dev/shm/", str(self.temp)))
+            and not name.startswith((str(pack.ROOT), sys.prefix))  # a checkout in /tmp
+            and name not in (str(self.log), checkpoint)
         }
 
 
