@@ -22,12 +22,14 @@ from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
-from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
 from .arena import ArenaReader
+from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .messages import (
     ArenaRef,
+    Exchange,
     Forward,
     Load,
     ModelSpec,
@@ -41,12 +43,14 @@ from .messages import (
     Request,
     Start,
     TensorRef,
+    Trim,
     Unload,
     WorkerStatus,
     decode,
     encode,
 )
 from .plan import PlanError, SequenceDegrees, bounds
+from .schedule import EXACT
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ _FOR_THE_USER = (
     MissingPackage,
     PatchError,
     PlanError,
+    StaleError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
@@ -84,6 +89,7 @@ class Worker:
         self.models: dict[ModelSpec, LoadedModel] = {}
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
+        self.patches = PatchParallel(rank, settings.plan.num_gpus, self.device)
         self.arena = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
@@ -101,7 +107,9 @@ class Worker:
                     case Patch():
                         self.patch(request)
                     case Forward():
-                        self.forward(request)
+                        reply = replace(reply, exchange=self.forward(request))
+                    case Trim():
+                        self.trim()
                     case Unload():
                         self.unload(request.specs)
                     case Report():
@@ -147,30 +155,46 @@ class Worker:
             raise
         loaded.patched, loaded.uuid = set(request.weights), request.uuid
 
-    def forward(self, request: Forward) -> None:
+    def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded = self.models[request.spec]
-        config = loaded.model.config
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         grid = grid_of(x)
         ranks = self.settings.plan.group_ranks(len(x))
-        group = self.groups[self.settings.plan.sequence_degrees(config.num_heads, ranks)]
-        part = TokenSlice(*group.shard(grid.tokens))
-        tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
+        group = self.groups[self.settings.plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
+        tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
-        attend = self._attention(group, loaded, grid)
+        exact, part = self._attention(group, loaded, grid), slice(*group.shard(grid.tokens))
+        step = request.displaced if ranks > 1 else None
+        if step is not None:
+            self.patches.begin(step)
         self.gate.begin(request.id)
         before_block = self._before_block(group.first_rank)
         first, last = bounds(len(x), self.settings.plan.num_gpus // ranks, self.rank // ranks)
-        step = request.spec.max_batch
-        for start in range(first, last, step):
-            items = slice(start, min(start + step, last))
+        stale = []
+        for start in range(first, last, request.spec.max_batch):
+            items = slice(start, min(start + request.spec.max_batch, last))
+            attend = exact
+            if step is not None and step.kind != EXACT:
+                attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
+                part = attend.part
             result = loaded.model.transform(
-                tokens[items], grid, part, timestep[items], context[items], attend, before_block
+                tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
             )
-            out[items, part.start : part.stop].copy_(result)
+            if attend is not exact:
+                attend.finish()
+            if isinstance(attend, StaleAttention):
+                stale.append(attend)
+            _write(out, items, part, result)
+        return self.patches.report(stale) if stale else None
+
+    def trim(self) -> None:
+        """Give back what only a sampling run needs."""
+        self.patches.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
@@ -307,6 +331,14 @@ def _ready(worker: Worker) -> Ready:
     except importlib.metadata.PackageNotFoundError:
         xfuser = ""
     return Ready(worker.rank, os.getpid(), _device_name(worker.device), torch.__version__, xfuser)
+
+
+def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) -> None:
+    """Put result [b, n, c] of some items and tokens into out [B, tokens, c] on the CPU."""
+    if isinstance(part, slice):
+        out[items, part].copy_(result)
+    else:
+        out[items].index_copy_(1, part.cpu(), result.to(out.device))
 
 
 def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:
