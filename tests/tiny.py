@@ -73,7 +73,12 @@ def write_checkpoint(
     path: Path, config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32, prefix: str = ""
 ) -> str:
     """A checkpoint of random weights; returns its path."""
-    save_file({prefix + k: v.to(dtype) for k, v in random_weights(config, seed).items()}, path)
+    return write_weights(path, {prefix + k: v.to(dtype) for k, v in random_weights(config, seed).items()})
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """A safetensors file of these tensors; returns its path."""
+    save_file(dict(tensors), path, dict(metadata) if metadata else None)
     return str(path)
 
 
