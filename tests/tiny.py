@@ -12,8 +12,9 @@ from typing import NamedTuple
 import pack  # noqa: F401 (registers wan_parallel)
 import torch
 from safetensors.torch import load_file, save_file
-from wan_parallel.wanvideo.config import FLOAT_DTYPES, WanConfig
+from wan_parallel.wanvideo.config import WanConfig
 
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
 
 
@@ -89,7 +90,7 @@ def write_layout(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        nbytes = FLOAT_DTYPES.get(dtype, 1)
+        nbytes = ITEM_BYTES.get(dtype, 1)
         for size in shape:
             nbytes *= size
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}

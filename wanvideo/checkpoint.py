@@ -1,14 +1,20 @@
-"""Weights of a Wan DiT: from a safetensors file through the page cache, or random ones for benchmarks."""
+"""Weights of a Wan DiT: from its file through the page cache, or random ones for benchmarks."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
-from .config import PRESETS, CheckpointError, WanConfig, read_header
+from .config import PRESETS, WanConfig, read_header
+from .contents import CheckpointError, TensorInfo
+from .files import is_gguf
+from .formats import is_quantized, weight_of
+from .gguf_file import gguf_tensor, map_file
 from .lora import WeightPatch, merge
 from .quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
 
@@ -22,20 +28,27 @@ class WeightSource(Protocol):
 
     config: WanConfig
 
-    def tensor(self, name: str) -> torch.Tensor: ...
+    def tensor(self, name: str) -> Weight: ...
 
 
 class Checkpoint:
-    """A safetensors file, opened once and memory-mapped: processes that read it share its pages."""
+    """A model's file or files, each opened once and memory-mapped: processes that read it share its pages."""
 
     def __init__(self, path: str):
         self.header = read_header(path)
         self.config = self.header.config
-        self._file = safe_open(path, framework="pt", device="cpu")
+        self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
+        self._mapped = functools.cache(map_file)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it stands in the file, on the CPU."""
-        return self._file.get_tensor(self.header.prefix + name)
+    def tensor(self, name: str) -> Weight:
+        """The weight as it stands in the file, on the CPU."""
+        info = self.header.tensors[name]
+        return weight_of(info, self._read(info), self._read(info.scale) if info.scale else None)
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        if is_gguf(info.file):
+            return gguf_tensor(info, self._mapped(info.file))
+        return self._safetensors(info.file).get_tensor(info.key)
 
 
 def random_config(size: str) -> WanConfig:
@@ -74,6 +87,29 @@ def open_weights(path: str, device: torch.device | str = "cpu") -> WeightSource:
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
     return Checkpoint(path)
+
+
+def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
+    """Bytes that a model takes on a device where it is held in `weight_dtype` (see `place`).
+
+    Raises:
+        CheckpointError: see `open_weights`.
+    """
+    if path.startswith(RANDOM_PREFIX):
+        shapes, quantized = random_config(path.removeprefix(RANDOM_PREFIX)).shapes(), {}
+    else:
+        tensors = read_header(path).tensors
+        shapes = {name: info.shape for name, info in tensors.items()}
+        quantized = {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
+    return sum(quantized.get(name) or _bytes_of(name, shape, weight_dtype) for name, shape in shapes.items())
+
+
+def _bytes_of(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
+    if len(shape) != 2:
+        return math.prod(shape) * 4
+    if weight_dtype in FLOAT8.values():
+        return math.prod(shape) + shape[0] * 4 if is_quantizable(name) else math.prod(shape) * 2
+    return math.prod(shape) * weight_dtype.itemsize
 
 
 def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:

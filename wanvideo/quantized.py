@@ -128,6 +128,13 @@ class Int8Weight(QuantizedWeight):
     skip: int = 0
     columns: int = -1  # -1: all
 
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> Int8Weight:
+        """Round a matrix to nearest with one scale for each output channel, unrotated."""
+        scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return cls((weight / scale).round_().to(torch.int8), scale)
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size((len(self.data), self.data.shape[1] if self.columns < 0 else self.columns))
@@ -160,9 +167,7 @@ class Int8Weight(QuantizedWeight):
         return replace(self, data=data, scale=scale, skip=self.skip + start - first * group, columns=length)
 
     def requantize(self, weight: torch.Tensor) -> Int8Weight:
-        scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return Int8Weight((weight / scale).round_().to(torch.int8), scale)
+        return Int8Weight.quantize(weight)
 
 
 def covering(start: int, length: int, group: int) -> tuple[int, int]:
