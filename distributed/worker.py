@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
-from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, open_weights, place
+from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, held_as, open_weights, place
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
@@ -218,7 +218,7 @@ class Worker:
         degrees = self.settings.plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
             name=Path(spec.path).name,
-            weight_dtype=spec.weight_dtype,
+            weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
             compute_dtype=spec.compute_dtype,
             kernel=loaded.model.kernel.name,
             backend="xfuser" if self.settings.usp_backend == "xfuser" else "native",

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from .config import PRESETS, WanConfig, read_header
+from .config import PRESETS, Header, WanConfig, read_header
 from .contents import CheckpointError, TensorInfo
 from .files import is_gguf
-from .formats import is_quantized, weight_of
+from .formats import format_name, is_quantized, weight_of
 from .gguf_file import gguf_tensor, map_file
 from .lora import WeightPatch, merge
 from .quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
@@ -24,9 +24,10 @@ WEIGHT_DTYPES = DTYPES | FLOAT8
 
 
 class WeightSource(Protocol):
-    """Where the tensors of one model come from, by their names without prefix."""
+    """Where the tensors of one model come from, by their names without prefix. `header` is None without a file."""
 
     config: WanConfig
+    header: Header | None
 
     def tensor(self, name: str) -> Weight: ...
 
@@ -65,6 +66,8 @@ def random_config(size: str) -> WanConfig:
 class RandomWeights:
     """Normal weights of a released size (`random:14b`): what a speed needs, without a file of 28 GB."""
 
+    header = None
+
     def __init__(self, size: str, device: torch.device | str):
         self.config = random_config(size)
         self._device = torch.device(device)
@@ -87,6 +90,14 @@ def open_weights(path: str, device: torch.device | str = "cpu") -> WeightSource:
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
     return Checkpoint(path)
+
+
+def held_as(header: Header | None, weight_dtype: str) -> str:
+    """How the weights of a model are held, such as bf16, or GGUF Q4_K and bf16; random weights have no header."""
+    quantized = {name: info for name, info in header.tensors.items() if is_quantized(info)} if header else {}
+    if not quantized:
+        return f"{weight_dtype} and bf16" if weight_dtype in FLOAT8 else weight_dtype
+    return f"{format_name(quantized)} and {'bf16' if weight_dtype in FLOAT8 else weight_dtype}"
 
 
 def held_bytes(path: str, weight_dtype: torch.dtype) -> int:

@@ -40,6 +40,16 @@ def is_gguf(path: str) -> bool:
     return path.lower().endswith(".gguf")
 
 
+def is_index(path: str) -> bool:
+    """Whether a file lists the shards of a model."""
+    return path.endswith(_INDEX)
+
+
+def is_shard(path: str) -> bool:
+    """Whether a file is one of several that hold a model."""
+    return _SHARD.fullmatch(os.path.basename(path)) is not None
+
+
 def model_files(path: str) -> list[str]:
     """The files that `path` stands for: itself, or those of a folder or of a shard's model that are there."""
     index = _index_of(path)
@@ -52,7 +62,7 @@ def model_files(path: str) -> list[str]:
 def _index_of(path: str) -> str | None:
     """The index of shards that a folder holds or a shard belongs to."""
     if os.path.isdir(path):
-        indices = sorted(name for name in os.listdir(path) if name.endswith(_INDEX))
+        indices = sorted(name for name in os.listdir(path) if is_index(name))
         return os.path.join(path, min(indices, key=len)) if indices else None  # others are variants such as .fp16
     shard = _SHARD.fullmatch(os.path.basename(path))
     index = os.path.join(os.path.dirname(path), shard[1] + _INDEX) if shard else ""
