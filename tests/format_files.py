@@ -100,6 +100,19 @@ def plain_int8(weights: Tensors) -> tuple[Tensors, Tensors]:
     return stored, meant
 
 
+def write_shards(folder: Path, config: WanConfig) -> None:
+    """A folder as diffusers' save_pretrained leaves it for a large model: its names, shards and an index."""
+    folder.mkdir(parents=True)
+    tensors = {tiny.diffusers_name(name): weight for name, weight in tiny.random_weights(config).items()}
+    names, places = sorted(tensors), {}
+    for part in range(2):
+        file = f"diffusion_pytorch_model-{part + 1:05d}-of-00002.safetensors"
+        places |= dict.fromkeys(names[part::2], file)
+        tiny.write_weights(folder / file, {name: tensors[name] for name in names[part::2]}, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
 E4M3 = "float8_e4m3fn"
 LAYERS = {name.removesuffix(".weight") for name in block_matrices(tiny.random_weights(tiny.TINY))}
 STORED: dict[str, tuple[Callable[[Tensors], tuple[Tensors, Tensors]], str, dict]] = {
@@ -119,10 +132,10 @@ STORED: dict[str, tuple[Callable[[Tensors], tuple[Tensors, Tensors]], str, dict]
 }
 
 
-def written(folder: Path, kind: str, prefix: str = "") -> tuple[str, str]:
+def written(folder: Path, kind: str, prefix: str = "", config: WanConfig = tiny.TINY) -> tuple[str, str]:
     """The file of a format, and one of what it stands for in float32."""
     make, _, description = STORED[kind]
-    stored, meant = make(tiny.random_weights(tiny.TINY))
+    stored, meant = make(tiny.random_weights(config))
     metadata = {"_quantization_metadata": json.dumps(description)} if description else None
     path = tiny.write_weights(folder / "quantised.safetensors", {prefix + k: v for k, v in stored.items()}, metadata)
     return path, tiny.write_weights(folder / "meant.safetensors", meant)

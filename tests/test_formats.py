@@ -29,8 +29,9 @@ def normal(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize(
+    "kind, prefix", [*((kind, "") for kind in STORED), ("ComfyUI's newer scaled", "model.diffusion_model.")]
+)
 def test_a_quantised_file_computes_what_it_stands_for_in_its_own_bytes(tmp_path, kind, prefix):
     path, meant = written(tmp_path, kind, prefix)
     header = read_header(path)
