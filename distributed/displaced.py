@@ -95,9 +95,7 @@ class BufferManager:
         buffer = self._buffers[idx]
         mine = buffer[self.config.split_idx()]
         mine.copy_(tensor.flatten())
-        self.handles[idx] = _all_gather(
-            buffer.view(-1), mine, group=self.config.batch_group, async_op=True
-        )
+        self.handles[idx] = _all_gather(buffer.view(-1), mine, group=self.config.batch_group, async_op=True)
 
     def clear(self) -> None:
         """Wait for every exchange under way."""

@@ -34,10 +34,13 @@ def plain_fp8(weights: Tensors, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     return stored, {name: weight.float() for name, weight in stored.items()}
 
 
-def scaled(weights: Tensors, scale_name: str, dtype=torch.float8_e4m3fn, rows: bool = False) -> tuple[Tensors, Tensors]:
+def scaled(
+    weights: Tensors, scale_name: str, dtype=torch.float8_e4m3fn, rows: bool = False, names: list[str] | None = None
+) -> tuple[Tensors, Tensors]:
+    """The matrices `names` (of the blocks) in fp8 with scales, the other matrices in fp16."""
     stored = {name: weight.half() if weight.ndim == 2 else weight for name, weight in weights.items()}
     meant = {name: weight.float() for name, weight in stored.items()}
-    for name in block_matrices(weights):
+    for name in names or block_matrices(weights):
         weight = weights[name]
         scale = weight.abs().amax(dim=1, keepdim=True) if rows else weight.abs().max()
         scale = scale / torch.finfo(dtype).max
@@ -48,10 +51,14 @@ def scaled(weights: Tensors, scale_name: str, dtype=torch.float8_e4m3fn, rows: b
 
 
 def old_comfy(weights: Tensors) -> tuple[Tensors, Tensors]:
-    stored, meant = scaled(weights, "scale_weight")
+    """Every Linear is fp8. An older ComfyUI casts their biases to fp8 as well, so these are chosen to survive that."""
+    of_linear = {name: name.removesuffix("weight") for name, weight in weights.items() if weight.ndim == 2}
+    for layer in of_linear.values():
+        weights[f"{layer}bias"] = weights[f"{layer}bias"].to(torch.float8_e4m3fn).float()
+    stored, meant = scaled(weights, "scale_weight", names=list(of_linear))
     stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    for name in block_matrices(weights):
-        stored[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+    for layer in of_linear.values():
+        stored[f"{layer}scale_input"] = torch.ones(())
     return stored, meant
 
 

@@ -58,7 +58,7 @@ def test_16_bit_arithmetic_rounds_the_dequantised_weights_once(tmp_path, dtype):
 
 
 def test_base_precision_applies_to_what_the_file_has_in_float(tmp_path):
-    path, _ = written(tmp_path, "ComfyUI's older scaled")
+    path, _ = written(tmp_path, "ComfyUI's newer scaled")
     for dtype, other in ((torch.bfloat16, torch.bfloat16), (torch.float8_e5m2, torch.bfloat16)):
         held = dict(WanModel.from_checkpoint(path, dtype).weights())
         assert held["blocks.0.ffn.0.weight"].format == "scaled fp8 e4m3"

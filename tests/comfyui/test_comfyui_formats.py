@@ -11,7 +11,6 @@ from graphs import conditions, ksampler, link, lora, node, pool_model, stock_mod
 from tiny import relative_error
 
 EXACT = 1e-5  # relative error of fp32 arithmetic in another order
-NATIVE = {"fp8-older": 1.0, "fp8-newer": 1.0}
 
 
 def sampled(server: ComfyServer, model: dict, sampler: dict | None = None) -> torch.Tensor:
@@ -23,10 +22,9 @@ def test_a_scaled_fp8_file_gives_what_its_numbers_mean_and_what_comfyui_makes_of
     file = f"{kind}/quantised.safetensors"
     ours = sampled(server, pool_model(file=file))
     assert relative_error(ours, sampled(server, stock_model(file=f"{kind}/meant.safetensors"))) <= EXACT
-    native = sampled(server, stock_model(file=file))
-    error = relative_error(ours, native)
-    print(f"relative error to ComfyUI's own fp8 path {error:.1e}")
-    assert error <= NATIVE[kind]
+    if kind == "fp8-newer" and not (server.comfyui / "comfy" / "quant_ops.py").is_file():
+        return  # this ComfyUI is older than the format, ignores the scales, and makes noise of the file
+    assert relative_error(ours, sampled(server, stock_model(file=file))) <= EXACT
 
 
 def test_a_lora_on_fp8_changes_the_result_and_leaves_it_again(server):
