@@ -7,7 +7,7 @@ import tiny
 import torch
 from wan_parallel.distributed.pool import ModelSpec, PatchSet
 from wan_parallel.wanvideo.lora import Difference, LowRank, merge
-from wan_parallel.wanvideo.model import WanModel
+from wan_parallel.wanvideo.model import Linear, WanModel
 from wan_parallel.wanvideo.quantized import FLOAT8, Fp8Weight, Int8Weight, QuantizedWeight
 
 GIVEN = tiny.inputs()
@@ -113,6 +113,20 @@ def test_fp8_at_load_takes_a_byte_a_weight_and_computes_with_its_values(tmp_path
     assert tiny.relative_error(model(*GIVEN), WanModel.from_checkpoint(reference)(*GIVEN)) <= 1e-6
     error = tiny.relative_error(model(*GIVEN), WanModel.from_checkpoint(checkpoint)(*GIVEN))
     assert 1e-3 < error < 0.15
+
+
+def test_slices_of_tokens_convert_each_matrix_once_and_keep_nothing(checkpoint, monkeypatch):
+    calls = []
+    dequantize = Fp8Weight.dequantize
+    monkeypatch.setattr(Fp8Weight, "dequantize", lambda self, dtype: calls.append(1) or dequantize(self, dtype))
+    outputs = {}
+    for step in (0, 10):
+        calls.clear()
+        model = WanModel.from_checkpoint(checkpoint, torch.float8_e4m3fn, slice_tokens=step)
+        outputs[step] = model(*GIVEN)
+        assert len(calls) == 10 * tiny.TINY.num_layers
+        assert all(module.ready is None for module in model.modules() if isinstance(module, Linear))
+    assert tiny.relative_error(outputs[10], outputs[0]) <= 1e-6
 
 
 def test_fp8_weights_on_workers_take_loras_and_give_them_back(pool_of, checkpoint):

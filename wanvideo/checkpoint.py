@@ -100,22 +100,28 @@ def held_as(header: Header | None, weight_dtype: str) -> str:
     return f"{format_name(quantized)} and {'bf16' if weight_dtype in FLOAT8 else weight_dtype}"
 
 
+def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each weight of a model as `place` holds it; reads none. Random weights have no header."""
+    sizes = {name: _held(name, shape, weight_dtype) for name, shape in config.shapes().items()}
+    tensors = header.tensors if header else {}
+    return sizes | {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
+
+
 def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
-    """Bytes that a model takes on a device where it is held in `weight_dtype` (see `place`).
+    """Bytes that a model takes on a device where it is held in `weight_dtype`.
 
     Raises:
         CheckpointError: see `open_weights`.
     """
     if path.startswith(RANDOM_PREFIX):
-        shapes, quantized = random_config(path.removeprefix(RANDOM_PREFIX)).shapes(), {}
+        config, header = random_config(path.removeprefix(RANDOM_PREFIX)), None
     else:
-        tensors = read_header(path).tensors
-        shapes = {name: info.shape for name, info in tensors.items()}
-        quantized = {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
-    return sum(quantized.get(name) or _bytes_of(name, shape, weight_dtype) for name, shape in shapes.items())
+        header = read_header(path)
+        config = header.config
+    return sum(held_sizes(config, header, weight_dtype).values())
 
 
-def _bytes_of(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
+def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
     if len(shape) != 2:
         return math.prod(shape) * 4
     if weight_dtype in FLOAT8.values():

@@ -91,9 +91,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+        self.ready: torch.Tensor | None = None  # the weight converted, while it is used several times
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, as_tensor(self.weight, x.dtype), self.bias.to(x.dtype))
+        weight = as_tensor(self.weight if self.ready is None else self.ready, x.dtype)
+        return F.linear(x, weight, self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -188,12 +190,24 @@ class Block(nn.Module):
         y = modulate(x, self.eps, shift, scale, dtype)
         pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
         text = self.cross_attn.text_keys(inputs.context)
-        for s in slices(x.shape[1], inputs.slice_tokens):
+        for s in self._slices(x.shape[1], inputs):
             part = x[:, s]
             pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), text, inputs.kernel))
             y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype)
             pointwise.add_(part, self.ffn(y), rows(gate_ffn, s))
         return x
+
+    def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
+        """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
+        runs = list(slices(length, inputs.slice_tokens))
+        linears = [m for m in (self.cross_attn.q, self.cross_attn.o, *self.ffn) if isinstance(m, Linear)]
+        try:
+            for linear in linears if len(runs) > 1 else ():
+                linear.ready = as_tensor(linear.weight, inputs.compute_dtype)
+            yield from runs
+        finally:
+            for linear in linears:
+                linear.ready = None
 
 
 class Head(nn.Module):
