@@ -31,7 +31,7 @@ class Row:
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
     after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
-    hop_s: the part of `s` in which no worker computed (ours only).
+    hop_s: the part of `s` in which no worker computed (ours only). weights: how they are held, if not in `precision`.
     """
 
     lib: str
@@ -54,6 +54,7 @@ class Row:
     ulysses: int | None = None
     ring: int | None = None
     hop_s: float | None = None
+    weights: str | None = None
 
     def json(self) -> str:
         """One line; fields that do not apply are left out."""

@@ -18,7 +18,7 @@ def model_names() -> list[str]:
     """Names relative to ComfyUI's folders for diffusion models. A stock ComfyUI lists neither GGUF files nor folders;
     this looks for them by itself, as ComfyUI's own lists belong to all nodes."""
     files = [file for root in folder_paths.get_folder_paths(MODEL_FOLDER) for file in _files_below(root)]
-    folders = {os.path.dirname(file) for file in files if is_index(file)} - {""}
+    folders = {os.path.dirname(file) for file in files if _is_index_of_model(file)} - {""}
     names = {name for name in folder_paths.get_filename_list(MODEL_FOLDER) if not _is_part(name, folders)}
     return sorted(names | folders | {file for file in files if is_gguf(file)})
 
@@ -34,6 +34,11 @@ def model_path(name: str) -> str:
         if inside != "." and os.path.isdir(folder):
             return folder
     return os.path.join(MODEL_FOLDER, name)
+
+
+def _is_index_of_model(file: str) -> bool:
+    """Whether shards of a transformer are listed; those of a text encoder are in folders beside it."""
+    return is_index(file) and os.path.basename(file).startswith("diffusion_pytorch_model")
 
 
 def _is_part(name: str, folders: set[str]) -> bool:
