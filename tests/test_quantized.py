@@ -58,7 +58,10 @@ def test_slices_are_exact(weight):
     whole = weight.dequantize(torch.float32)
     assert torch.equal(weight.narrow(0, 7, 20).dequantize(torch.float32), whole[7:27])
     part = weight.narrow(1, 24, 40)
-    assert part.shape == (48, 40) and part.nbytes < weight.nbytes
+    assert part.shape == (48, 40) and part.ndim == 2 and part.nbytes < weight.nbytes
+    compact = part.contiguous()
+    assert all(tensor.is_contiguous() for tensor in compact.components().values())
+    assert torch.equal(compact.dequantize(torch.float32), whole[:, 24:64])
     assert torch.equal(part.dequantize(torch.float32), whole[:, 24:64])
     again = part.narrow(1, 9, 30).narrow(0, 40, 8)
     assert torch.equal(again.dequantize(torch.float32), whole[40:, 33:63])

@@ -122,11 +122,9 @@ def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
 
 
 def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
-    if len(shape) != 2:
-        return math.prod(shape) * 4
-    if weight_dtype in FLOAT8.values():
-        return math.prod(shape) + shape[0] * 4 if is_quantizable(name) else math.prod(shape) * 2
-    return math.prod(shape) * weight_dtype.itemsize
+    if is_quantized_at_load(name, len(shape), weight_dtype):
+        return math.prod(shape) + shape[0] * 4
+    return math.prod(shape) * held_dtype(len(shape), weight_dtype).itemsize
 
 
 def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
@@ -135,22 +133,26 @@ def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str,
     Matrices are in `weight_dtype`; norms, biases, modulation and the patch embedding in float32: these are 0.1 % of the
     bytes, and the residual stream they act on is float32. What the file has quantised stays as it is. An fp8
     `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the embeddings and the
-    head, 2 % of the bytes, whose errors would reach every block, are in bf16.
+    head, 2 % of the bytes, whose errors would reach every block, are in bf16, as in files that are published in fp8.
+    (ComfyUI's own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
     """
     if isinstance(weight, QuantizedWeight):
         return weight.to(device)
-    if weight.ndim != 2:
-        return weight.to(device, torch.float32)
-    if weight_dtype not in FLOAT8.values():
-        return weight.to(device, weight_dtype)
-    if is_quantizable(name):
+    if is_quantized_at_load(name, weight.ndim, weight_dtype):
         return Fp8Weight.quantize(weight.to(device), weight_dtype)
-    return weight.to(device, torch.bfloat16)
+    return weight.to(device, held_dtype(weight.ndim, weight_dtype))
 
 
-def is_quantizable(name: str) -> bool:
-    """Whether a matrix of this name is one of the blocks, which hold 98 % of the weights."""
-    return "blocks." in name
+def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
+    """Whether `place` quantises a float weight: in fp8, the matrices of the blocks, which are 98 % of the bytes."""
+    return weight_dtype in FLOAT8.values() and ndim == 2 and "blocks." in name
+
+
+def held_dtype(ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `place` holds a weight of so many dimensions that is not quantised."""
+    if ndim != 2:
+        return torch.float32
+    return torch.bfloat16 if weight_dtype in FLOAT8.values() else weight_dtype
 
 
 def change(weight: Weight, patches: Sequence[WeightPatch]) -> Weight:

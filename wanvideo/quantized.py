@@ -57,9 +57,17 @@ class QuantizedWeight(ABC):
     def device(self) -> torch.device:
         return next(iter(self.components().values())).device
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The weight on `device`."""
         return self.replace({name: tensor.to(device) for name, tensor in self.components().items()})
+
+    def contiguous(self) -> QuantizedWeight:
+        """The weight without what lies between its rows, as a slice of columns has it."""
+        return self.replace({name: tensor.contiguous() for name, tensor in self.components().items()})
 
 
 Weight = torch.Tensor | QuantizedWeight
