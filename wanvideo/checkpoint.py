@@ -133,7 +133,7 @@ def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str,
     Matrices are in `weight_dtype`; norms, biases, modulation and the patch embedding in float32: these are 0.1 % of the
     bytes, and the residual stream they act on is float32. What the file has quantised stays as it is. An fp8
     `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the embeddings and the
-    head, 2 % of the bytes, whose errors would reach every block, are in bf16, as in files that are published in fp8.
+    head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's fp8 files.
     (ComfyUI's own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
     """
     if isinstance(weight, QuantizedWeight):
