@@ -203,6 +203,7 @@ class Branch:
     manager: Manager
     manager_name: str
     layer_seconds: float = 0.0  # one layer's exchange, nothing else running
+    complete: bool = False  # every layer's buffers are of one forward: none was given up in between
 
 
 @dataclass
@@ -235,6 +236,7 @@ class StaleAttention:
 
     def finish(self) -> None:
         """After the last layer; what was sent has until the next step."""
+        self.branch.complete = True
 
     @property
     def waited(self) -> float:
@@ -295,11 +297,16 @@ class FillAttention:
         own = F.pad(own, (0, 0, 0, 0, 0, missing)) if missing else own
         arrived = own.new_empty(len(self._lengths), *own.shape)
         work = _all_gather(arrived.view(-1), own.view(-1), group=self.gather, async_op=True)
-        self.finish()
+        self._store_pending()
         self._pending = work, arrived
         return self.exact(q, k, v)
 
     def finish(self) -> None:
+        """After the last layer."""
+        self._store_pending()
+        self.branch.complete = True
+
+    def _store_pending(self) -> None:
         """Bring the last layer's keys and values into the buffers."""
         if self._pending is None:
             return
@@ -355,12 +362,14 @@ class PatchParallel:
         """
         branch = self._branches.get(lanes)
         if step.kind == STALE:
-            if branch is None:
+            if branch is None or not branch.complete:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
+            branch.complete = False
             return StaleAttention(branch, group.index, model.kernel, self._groups[group.degrees.ranks], self.device)
         groups = self._join(group.degrees.ranks)
         if branch is None:
             branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)
+        branch.complete = False
         return FillAttention(branch, exact, group, groups.gather)
 
     def _new_branch(
