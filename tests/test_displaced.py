@@ -6,8 +6,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import gloo_group
 import pack  # noqa: F401 (registers wan_parallel, also in the processes of a group)
@@ -15,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from patch_runs import STEPS, UNEVEN, Reference, assert_like_the_reference, sample, through
 from wan_parallel.distributed.displaced import (
     INSTALL_LINE,
     BufferManager,
@@ -25,15 +25,11 @@ from wan_parallel.distributed.displaced import (
     official_version,
 )
 from wan_parallel.distributed.messages import Displaced
-from wan_parallel.distributed.patches import split_grid
 from wan_parallel.distributed.plan import SPLIT_MODES, PatchSplit, PlanError
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolError, WorkerDied
+from wan_parallel.distributed.pool import PoolError, WorkerDied
 from wan_parallel.distributed.schedule import FILL, STALE, PatchSettings, Schedule
-from wan_parallel.wanvideo.model import WanModel, grid_of, pad_to_patch, patchify, unpatchify
 
 CPU = torch.device("cpu")
-UNEVEN = (5, 14, 6)  # latent frames, rows, columns: 5 x 7 x 3 tokens
-STEPS = 8
 MANAGERS = [
     "native",
     pytest.param(
@@ -167,113 +163,6 @@ def test_keys_of_zero_come_back_as_zero():
 
 
 # Runs through a pool, and what they are compared with.
-
-
-@dataclass(frozen=True)
-class Ran:
-    """The latents after each step of a run, and the kinds of its steps."""
-
-    latents: list[torch.Tensor]
-    kinds: str
-
-    @property
-    def last(self) -> torch.Tensor:
-        return self.latents[-1]
-
-
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Displaced | None], torch.Tensor]
-
-
-def sample(
-    forward: Forward,
-    settings: PatchSettings | None,
-    batch: int = 1,
-    size: tuple[int, int, int] = UNEVEN,
-    steps: int = STEPS,
-    schedule: Schedule | None = None,
-    items: slice = slice(None),
-) -> Ran:
-    """A short run from noise; `items` picks some of the batch, which keep their noise, text and lanes."""
-    _, _, context = tiny.inputs(size=size, batch=batch)
-    x = tiny.inputs(size=size, batch=batch).x[items]
-    lanes = tuple(f"branch {i}" for i in range(batch))[items]
-    schedule, kinds, latents = schedule or Schedule(), [], []
-    for step in range(steps):
-        timestep = torch.full((len(x),), 1000 * (1 - step / steps))
-        part = schedule.plan(settings, "model", lanes, x, timestep) if settings else None
-        kinds.append(part.kind[0] if part else "e")
-        x = x - 0.05 * forward(x, timestep, context[items], part)
-        latents.append(x)
-    return Ran(latents, "".join(kinds))
-
-
-def through(pool: Pool, spec: ModelSpec) -> Forward:
-    return lambda x, timestep, context, part: pool.forward(spec, x, timestep, context, displaced=part)
-
-
-class Reference:
-    """Displaced patches on one process: for each patch, attention of its queries to keys and values of which its own
-    and those within the overlap are fresh and all others are those of the last forward."""
-
-    def __init__(self, model: WanModel, ranks: int, overlap: int = 0):
-        self.model, self.ranks, self.border = model, ranks, -(-overlap // 16)
-        self.kept: dict[tuple, list[torch.Tensor]] = {}
-
-    def __call__(
-        self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, part: Displaced | None
-    ) -> torch.Tensor:
-        grid, kept, fresh = grid_of(x), self.kept.get(part.lanes, []), []
-        layout = split_grid(grid, part.split, self.ranks, 16)
-        codec = Codec(len(x), grid.tokens, 2, 128, torch.float32, part.fp8_buffers)
-        mine = [layout.index(rank) for rank in range(self.ranks)]
-        near = [self._near(layout, rank) for rank in range(self.ranks)]
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            now = torch.stack([k, v])
-            fresh.append(now)
-            if part.kind != STALE:
-                return self.model.kernel(q, k, v)
-            old, out = kept[len(fresh) - 1], torch.empty_like(q)
-            for own, fresh_ones in zip(mine, near, strict=True):
-                mixed = old.clone()
-                mixed[:, :, fresh_ones] = now[:, :, fresh_ones]
-                out[:, own] = self.model.kernel(q[:, own], *mixed)
-            return out
-
-        tokens = patchify(pad_to_patch(x))
-        out = self.model.transform(tokens, grid, slice(None), timestep, context, attend)
-        if part.kind in (FILL, STALE):
-            self.kept[part.lanes] = [self._as_sent(kv, mine, codec) for kv in fresh]
-        return unpatchify(out, grid, tuple(x.shape[-3:]))
-
-    def _near(self, layout, rank: int) -> torch.Tensor:
-        """Tokens of a patch and of the strips around it, as places in the grid."""
-        patch, shape = layout.patches[rank], layout.grid.shape
-        inside = torch.zeros(shape, dtype=torch.bool)
-        t, r = self.border, self.border
-        frames = slice(max(0, patch.frames[0] - t), patch.frames[1] + t)
-        rows = slice(max(0, patch.rows[0] - r), patch.rows[1] + r)
-        inside[frames, rows] = True
-        return inside.flatten().nonzero().flatten()
-
-    def _as_sent(self, kv: torch.Tensor, patches: list[torch.Tensor], codec: Codec) -> torch.Tensor:
-        out = torch.empty_like(kv)
-        for patch in patches:
-            sent = torch.empty_like(kv[:, :, patch])
-            codec.decode(codec.encode(kv[:, :, patch]), sent)
-            out[:, :, patch] = sent
-        return out
-
-
-def assert_like_the_reference(pool: Pool, spec: ModelSpec, model: WanModel, settings: PatchSettings, **how) -> None:
-    got = sample(through(pool, spec), settings, **how)
-    with torch.inference_mode():
-        expected = sample(Reference(model, pool.settings.plan.num_gpus, settings.split.overlap), settings, **how)
-        exact = sample(lambda x, t, c, _: model(x, t, c), None, **how)
-    assert got.kinds == expected.kinds and "s" in got.kinds and "f" in got.kinds
-    errors = [tiny.relative_error(a, b) for a, b in zip(got.latents, expected.latents, strict=True)]
-    assert max(errors) <= 1e-5, errors
-    assert tiny.relative_error(got.last, exact.last) > 5e-5  # the reference is not the exact path
 
 
 @pytest.mark.parametrize("manager", MANAGERS)
