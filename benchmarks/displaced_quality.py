@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
-from wan_parallel.distributed.displaced import manager_name  # noqa: E402
+from wan_parallel.distributed.patch_buffers import MANAGERS, manager_name  # noqa: E402
 from wan_parallel.distributed.patches import PatchLayout, split_grid, token_pixels  # noqa: E402
 from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError  # noqa: E402
 from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, acquire, model_config  # noqa: E402
@@ -214,7 +214,7 @@ class Study:
             patch_size=settings.split.size,
             border=self.layout(settings).border if setting.settings else (0, 0),
             ranks=self.pool.settings.plan.num_gpus,
-            manager=manager_name(settings.manager),
+            manager=manager_name(settings.manager, self.device),
             prompts=len(self.cases),
             steps=self.how.steps,
             stale_steps=sampled.kinds.count(LETTERS[STALE]),
@@ -372,7 +372,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--compute", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--manager", choices=("auto", "native", "official"), default="auto")
+    parser.add_argument("--manager", choices=MANAGERS, default="auto")
     parser.add_argument("--patch-size", type=int, default=32, help="larger ones do not cut the small frame in four")
     parser.add_argument("--warmup", type=int, default=PatchSettings.warmup_steps)
     parser.add_argument("--modes", nargs="+", choices=SPLIT_MODES, default=list(SPLIT_MODES))

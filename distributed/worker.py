@@ -27,6 +27,7 @@ from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
+from .host_exchange import HostMemoryError
 from .messages import (
     ArenaRef,
     Exchange,
@@ -61,6 +62,7 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    HostMemoryError,
     MissingPackage,
     PatchError,
     PlanError,
@@ -180,11 +182,13 @@ class Worker:
             if step is not None and step.kind != EXACT:
                 attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
                 part = attend.part
-            result = loaded.model.transform(
-                tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
-            )
-            if attend is not exact:
-                attend.finish()
+            try:
+                result = loaded.model.transform(
+                    tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
+                )
+            finally:
+                if attend is not exact:
+                    attend.finish()
             if isinstance(attend, StaleAttention):
                 stale.append(attend)
             _write(out, items, part, result)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import tiny
 import torch
-from wan_parallel.distributed.displaced import Codec
 from wan_parallel.distributed.messages import Displaced
+from wan_parallel.distributed.patch_buffers import Codec
 from wan_parallel.distributed.patches import PatchLayout, split_grid
 from wan_parallel.distributed.pool import ModelSpec, Pool
 from wan_parallel.distributed.schedule import EXACT, STALE, PatchSettings, Schedule

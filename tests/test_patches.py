@@ -112,8 +112,13 @@ def test_strips_are_the_tokens_within_the_overlap(mode, ranks, overlap):
         far_in_time = (frame[mine, None] - frame[None, its]).abs() > (width if cuts_time else 0)
         far_in_rows = (row[mine, None] - row[None, its]).abs() > (width if cuts_rows else 0)
         near = (~(far_in_time | far_in_rows)).any(1)
-        expected = near.nonzero().flatten() if owner != reader and width else torch.empty(0, dtype=torch.int64)
-        assert torch.equal(layout.strip(owner, reader), expected)
+        strip, found = layout.strip(owner, reader), torch.zeros_like(near)
+        if strip is not None:
+            patch = layout.patches[owner]
+            frames, rows = patch.frames[1] - patch.frames[0], patch.rows[1] - patch.rows[0]
+            found.view(frames, rows, grid.columns)[slice(*strip.frames), slice(*strip.rows)] = True
+            assert strip.tokens(grid) == found.sum() > 0
+        assert torch.equal(found, near if owner != reader and width else torch.zeros_like(near))
 
 
 # Refusals.

@@ -13,7 +13,7 @@ import tiny
 import torch
 from patch_runs import Reference, assert_like_the_reference, sample, through
 from tiny import relative_error
-from wan_parallel.distributed.displaced import INSTALL_LINE, manager_name, official_version
+from wan_parallel.distributed.patch_buffers import INSTALL_LINE, manager_name, official_version
 from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import ModelSpec, PoolSettings, WorkerDied, acquire
 from wan_parallel.distributed.schedule import STALE, PatchSettings, Schedule
@@ -47,7 +47,7 @@ EVERY = pytest.mark.parametrize("shared", [Shared(2), Shared(4)], indirect=True,
 TWO = pytest.mark.parametrize("shared", [Shared(2)], indirect=True, ids=str)
 FOUR = pytest.mark.parametrize("shared", [Shared(4)], indirect=True, ids=str)
 official = pytest.mark.skipif(not official_version(), reason=f"distrifuser is missing: {INSTALL_LINE}")
-MANAGERS = pytest.mark.parametrize("manager", ["native", pytest.param("official", marks=official)])
+MANAGERS = pytest.mark.parametrize("manager", ["host", "native", pytest.param("official", marks=official)])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def spec(path, dtype="fp32", **options):
 def test_a_run_is_that_of_the_reference(shared, path, one_gpu, mode, overlap, manager):
     settings = replace(DEFAULT, split=PatchSplit(mode, 32, overlap), manager=manager)
     assert_like_the_reference(shared, spec(path), one_gpu, settings, **HERE)
-    assert {exchange.manager for exchange in shared.status().exchanges} <= {manager_name(manager)}
+    assert {exchange.manager for exchange in shared.status().exchanges} <= {manager_name(manager, torch.device(DEVICE))}
 
 
 @MANAGERS
@@ -150,7 +150,7 @@ def test_branches_of_one_forward_share_nothing(shared, path, one_gpu):
 def test_a_large_run_comes_out_the_same_each_time_and_with_both_managers(shared, fp8):
     big, how = spec("random:1.3b", "bf16"), {"size": LARGE, "config": PRESETS["1.3b"], "device": DEVICE}
     settings = replace(DEFAULT, split=PatchSplit("spatial", 64, 16), fp8_buffers=fp8)
-    ways = ["native", "native", "native"] + (["official", "official"] if official_version() else [])
+    ways = ["native", "native", "host", "host", "host"] + (["official", "official"] if official_version() else [])
     runs = [sample(through(shared, big), replace(settings, manager=manager), **how) for manager in ways]
     assert runs[0].kinds == "efsssfss" and runs[0].last.isfinite().all()
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run.latents, runs[0].latents, strict=True))
