@@ -352,8 +352,10 @@ def test_patches_that_cannot_be_cut_are_refused_and_the_pool_goes_on(pool_of, sp
 
 @pytest.mark.parametrize("kind", [FILL, STALE])
 @pytest.mark.parametrize("overlap", [0, 16])
-def test_a_run_after_one_that_was_cancelled_is_right(own_pool, spec, kind, overlap):
-    settings = replace(DEFAULT, warmup_steps=1, sync_frequency=10, split=PatchSplit("spatial", 32, overlap))
+@pytest.mark.parametrize("manager", ["host", "native"])
+def test_a_run_after_one_that_was_cancelled_is_right(own_pool, spec, kind, overlap, manager):
+    split = PatchSplit("spatial", 32, overlap)
+    settings = replace(DEFAULT, warmup_steps=1, sync_frequency=10, split=split, manager=manager)
     forward, schedule = through(own_pool, spec), Schedule()
     fresh = sample(forward, settings)
     pids, stopped = own_pool.worker_pids, []
@@ -377,23 +379,25 @@ def test_a_run_after_one_that_was_cancelled_is_right(own_pool, spec, kind, overl
     assert own_pool.worker_pids == pids
 
 
-def test_a_stale_step_after_one_that_was_given_up_is_refused(own_pool, spec):
+@pytest.mark.parametrize("manager", ["host", "native"])
+def test_a_stale_step_after_one_that_was_given_up_is_refused(own_pool, spec, manager):
     """The schedule begins anew where it can tell; where it cannot, the workers do not mix two steps."""
+    how = {"manager": manager, "run": f"a run of {manager}"}
     given, forward = tiny.inputs(size=UNEVEN), through(own_pool, spec)
-    assert forward(*given, stale_plan(kind=FILL)).isfinite().all()
-    assert forward(*given, stale_plan()).isfinite().all()
+    assert forward(*given, stale_plan(kind=FILL, **how)).isfinite().all()
+    assert forward(*given, stale_plan(**how)).isfinite().all()
     os.kill(own_pool.worker_pids[1], signal.SIGSTOP)
 
     def interrupt() -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        own_pool.forward(spec, *given, poll=interrupt, displaced=stale_plan(kind=FILL))
+        own_pool.forward(spec, *given, poll=interrupt, displaced=stale_plan(kind=FILL, **how))
     os.kill(own_pool.worker_pids[1], signal.SIGCONT)
     with pytest.raises(PoolError, match="no keys and values of the step before"):
-        forward(*given, stale_plan())
-    forward(*given, stale_plan(kind=FILL))
-    forward(*given, stale_plan())
+        forward(*given, stale_plan(**how))
+    forward(*given, stale_plan(kind=FILL, **how))
+    forward(*given, stale_plan(**how))
 
 
 @pytest.mark.parametrize("manager", MANAGERS)

@@ -182,10 +182,12 @@ class Interrupted(BaseException):
 
 
 @TWO
+@pytest.mark.parametrize("manager", ["host", "native"])
 @pytest.mark.parametrize("kind", ["fill", "stale"])
-def test_a_run_after_one_that_was_cancelled_is_right(shared, kind):
+def test_a_run_after_one_that_was_cancelled_is_right(shared, kind, manager):
     big, how = spec("random:1.3b", "bf16"), {"size": (21, 60, 104), "config": PRESETS["1.3b"], "device": DEVICE}
-    settings = replace(DEFAULT, warmup_steps=1, sync_frequency=10, split=PatchSplit("spatial", 64, 16))
+    split = PatchSplit("spatial", 64, 16)
+    settings = replace(DEFAULT, warmup_steps=1, sync_frequency=10, split=split, manager=manager)
     forward, schedule = through(shared, big), Schedule()
     fresh = sample(forward, settings, steps=3, **how)
     pids = shared.worker_pids
