@@ -214,7 +214,7 @@ class Study:
             patch_size=settings.split.size,
             border=self.layout(settings).border if setting.settings else (0, 0),
             ranks=self.pool.settings.plan.num_gpus,
-            manager=manager_name(settings.manager, self.device),
+            manager=manager_name(settings.manager, torch.device(self.pool.settings.device)),
             prompts=len(self.cases),
             steps=self.how.steps,
             stale_steps=sampled.kinds.count(LETTERS[STALE]),
