@@ -27,6 +27,7 @@ from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
+from .links import link_kind
 from .messages import (
     ArenaRef,
     Exchange,
@@ -214,6 +215,7 @@ class Worker:
             peak_private=self.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+            link=link_kind(self.device, self.settings.plan.num_gpus),
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
