@@ -27,7 +27,7 @@ SYNC_FREQUENCY = "wan_parallel_sync_frequency"
 class RunRecord:
     """One sampling run as the status shows it. Times are those of whole forwards, in seconds."""
 
-    layout: PatchLayout | None = None
+    grid: Grid | None = None
     branches: int = 0  # batch items that have buffers of their own
     sync_frequency: int = 0
     last: StepInfo | None = None
@@ -95,7 +95,7 @@ class PatchRuns:
         settings, ranks, lanes = self._settings(options), self._ranks(size[0]), lane_names(options, size[0])
         if settings.sync_frequency > 1 and not _why_exact(settings, ranks, lanes, options):
             grid = grid_of(torch.empty(size, device="meta"))
-            self._check(settings, self._layout(grid, ranks), _share(size[0], ranks, self.pool))
+            self._check(settings, self.layout(grid, ranks), _share(size[0], ranks, self.pool))
 
     def _plan(
         self,
@@ -107,7 +107,7 @@ class PatchRuns:
     ) -> Displaced | None:
         settings = self._settings(options)
         ranks, lanes = self._ranks(len(x)), lane_names(options, len(x))
-        self.record.sync_frequency = settings.sync_frequency
+        self.record.grid, self.record.sync_frequency = grid_of(x), settings.sync_frequency
         self.record.exact_because = _why_exact(settings, ranks, lanes, options)
         if self.record.exact_because:
             self._schedule.restart()
@@ -129,11 +129,11 @@ class PatchRuns:
         make_room: Callable[[int], object],
     ) -> None:
         """Make sure that the buffers of these batch items fit beside those that the run has already."""
-        self.record.layout = self._layout(grid, ranks)
+        layout = self.layout(grid, ranks)
         if lanes in self._items:
             return
         self._items[lanes] = _share(len(lanes), ranks, self.pool)
-        need = self._check(settings, self.record.layout, sum(self._items.values()))
+        need = self._check(settings, layout, sum(self._items.values()))
         self.record.branches = sum(len(names) for names in self._items)
         if self.pool.settings.device == "cuda":
             make_room(need.total - need.weights)
@@ -157,7 +157,8 @@ class PatchRuns:
     def _settings(self, options: Mapping[str, Any]) -> PatchSettings:
         return replace(self.settings, sync_frequency=options.get(SYNC_FREQUENCY, self.settings.sync_frequency))
 
-    def _layout(self, grid: Grid, ranks: int) -> PatchLayout:
+    def layout(self, grid: Grid, ranks: int) -> PatchLayout:
+        """How `ranks` GPUs share a video. Raises PlanError where they cannot."""
         return split_grid(grid, self.settings.split, ranks, token_pixels(self.config))
 
     def _ranks(self, batch: int) -> int:

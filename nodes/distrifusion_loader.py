@@ -1,0 +1,303 @@
+"""Official DistriFusion Model Loader: a MODEL that several GPUs run by displaced patches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..distributed.displaced import INSTALL_LINE, official_version
+from ..distributed.messages import ModelSpec, PoolSettings
+from ..distributed.patch_memory import capacity, check_weights, gib, patch_memory
+from ..distributed.patches import split_grid, token_pixels
+from ..distributed.plan import SPLIT_MODES, PlanError
+from ..distributed.pool import acquire, file_stamp
+from ..distributed.schedule import PatchSettings
+from ..wanvideo.config import CheckpointError, WanConfig, read_header
+from ..wanvideo.model import Grid
+from .distrifusion_settings import KV_BUFFERS, MANAGERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
+from .loader import MODEL_FOLDER, model_path
+from .remote_model import build_model
+from .settings import ATTENTION_MODES, DEVICES, SettingsError
+
+log = logging.getLogger(__name__)
+
+CATEGORY = "WanVideoWrapper/Official DistriFusion"
+DISTRIFUSION_MODEL = io.Custom("OFFICIAL_DISTRIFUSION_MODEL,MODEL")
+_SIZES = ((832, 480), (1280, 720))
+_FRAMES = 21  # latent frames of a video of 81
+
+
+class OfficialDistriFusionModelLoader(io.ComfyNode):
+    """Reads the header of a checkpoint; weights and workers come with the first sampling step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OfficialDistriFusionModelLoader",
+            display_name="🎯 Official DistriFusion Model Loader",
+            category=CATEGORY,
+            description=(
+                "A Wan 2.1/2.2 text-to-video model whose video is cut into patches, one for each GPU. A GPU sees the "
+                "other patches as they were one step before (DistriFusion, CVPR 2024), so that the GPUs need not wait "
+                "for each other. Not exact, and it needs much memory: XDit+USP WanVideo Model Loader is exact and "
+                "needs less. Worth it where the GPUs have no NVLink."
+            ),
+            inputs=[*_model(), *_patches(), *_hosts(), *_optional()],
+            outputs=[
+                DISTRIFUSION_MODEL.Output(
+                    display_name="model", tooltip="For Official DistriFusion Sampler, or any other MODEL input."
+                ),
+                io.String.Output(
+                    display_name="status", tooltip="What runs, and the memory that videos of two sizes need."
+                ),
+            ],
+        )
+
+    # As XDit+USP Config: what is named here is not checked by ComfyUI, and None where it is linked.
+    @classmethod
+    def validate_inputs(
+        cls,
+        model: str | None = None,
+        num_gpus: int | None = 2,
+        world_size: int | None = 2,
+        rank: int | None = 0,
+        split_cfg: bool | None = False,
+        device: str | None = "auto",
+    ) -> bool | str:
+        named = {
+            "num_gpus": num_gpus,
+            "world_size": world_size,
+            "rank": rank,
+            "split_cfg": split_cfg,
+            "device": device,
+        }
+        try:
+            if model is not None:
+                read_header(model_path(model))
+            if None not in named.values():
+                DistriFusionConfig(**named).validate()
+        except (CheckpointError, SettingsError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
+        path = folder_paths.get_full_path(MODEL_FOLDER, model) if model else None
+        return file_stamp(path) if path else ""  # a file that was replaced is another model
+
+    @classmethod
+    def execute(cls, model: str, **widgets: int | float | bool | str) -> io.NodeOutput:
+        config = DistriFusionConfig(**widgets)
+        config.validate()
+        header = read_header(model_path(model))
+        spec, settings = config.model_spec(header.path), config.patch_settings()
+        pool = acquire(config.pool_settings())
+        text = "\n".join(_status(header.config, spec, pool.settings, settings))
+        log.info("DistriFusion: %s\n%s", model, text)
+        return io.NodeOutput(build_model(header, spec, pool, settings), text)
+
+
+def _status(config: WanConfig, spec: ModelSpec, pool: PoolSettings, settings: PatchSettings) -> Iterator[str]:
+    """What the node says; refuses what cannot fit.
+
+    Raises:
+        TooLarge: the weights alone are more than a worker may take.
+    """
+    plan, split = pool.plan, settings.split
+    available = capacity(pool.device, plan.num_gpus, pool.memory_fraction)
+    check_weights(config, spec.weight_dtype, available)
+    halves = ", half of them for each branch of cfg" if plan.data_parallel > 1 else ""
+    yield f"{plan.num_gpus} workers on {pool.device}{halves}; {availability()}"
+    yield (
+        f"{split.mode} patches, patch_size {split.size}, patch_overlap {split.overlap}; {settings.warmup_steps} "
+        "synchronous steps at the start of a run"
+    )
+    yield f"weights {spec.weight_dtype}, activations {spec.compute_dtype}; a worker may take {gib(available)}"
+    for width, height in _SIZES:
+        yield f"81 frames of {width}x{height} with cfg above 1: {_need(config, spec, pool, settings, width, height)}"
+
+
+def availability() -> str:
+    """Whether the official package is there, or how to get it."""
+    version = official_version()
+    if version:
+        return f"the official package distrifuser {version} is installed"
+    return f"the official package is not installed, and this pack's own manager does the same (for it: {INSTALL_LINE})"
+
+
+def _need(
+    config: WanConfig, spec: ModelSpec, pool: PoolSettings, settings: PatchSettings, width: int, height: int
+) -> str:
+    ranks, groups, pixels = pool.plan.sequence_ranks, pool.plan.data_parallel, token_pixels(config)
+    if ranks == 1:
+        return "one GPU has each video to itself, which is exact and needs no buffers"
+    try:
+        layout = split_grid(Grid(_FRAMES, height // pixels, width // pixels), settings.split, ranks, pixels)
+    except PlanError as error:
+        return str(error)
+    need = patch_memory(
+        config,
+        layout,
+        spec.weight_dtype,
+        spec.compute_dtype,
+        items=2 // groups,
+        fp8_buffers=settings.fp8_buffers,
+        slice_tokens=spec.slice_tokens,
+    )
+    fits = "fits" if need.total <= capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction) else "does not fit"
+    return f"{need} on each GPU, {fits}"
+
+
+def _model() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "model",
+            options=folder_paths.get_filename_list(MODEL_FOLDER),
+            tooltip="A Wan text-to-video file from models/diffusion_models.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=list(PRECISIONS),
+            default="bf16",
+            tooltip="Of activations, of the stale keys and values, and of the weights unless they are quantised.",
+        ),
+        io.Combo.Input(
+            "quantization",
+            options=list(QUANTIZATIONS),
+            default="disabled",
+            tooltip=(
+                "Weights in 8 bits, with scales for each channel: half the memory of bf16, not exact. Activations "
+                "keep their precision."
+            ),
+        ),
+    ]
+
+
+def _patches() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "num_gpus",
+            default=2,
+            min=1,
+            max=8,
+            tooltip="GPUs that share the video, one worker process and one patch each. With device cpu: CPU processes.",
+        ),
+        io.Int.Input(
+            "patch_size",
+            default=64,
+            min=32,
+            max=128,
+            step=8,
+            tooltip=(
+                "Pixels: borders between patches lie at multiples of it. A smaller one shares the rows more evenly. "
+                "How many patches there are is num_gpus, whatever this is."
+            ),
+        ),
+        io.Int.Input(
+            "patch_overlap",
+            default=DistriFusionConfig.patch_overlap,
+            min=0,
+            max=32,
+            step=8,
+            tooltip=(
+                "Pixels on either side of a border that are exchanged fresh in every step, rounded up to tokens of 16 "
+                "pixels; in time as many latent frames. More is closer to exact at the borders, and a little slower."
+            ),
+        ),
+        io.Combo.Input(
+            "split_mode",
+            options=list(SPLIT_MODES),
+            default=DistriFusionConfig.split_mode,
+            tooltip="spatial: bands of rows. temporal: runs of latent frames. spatiotemporal: both.",
+        ),
+    ]
+
+
+def _hosts() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "world_size",
+            default=2,
+            min=0,
+            max=64,
+            tooltip="For several hosts, which are not supported yet: must be num_gpus, or 0 for automatic.",
+        ),
+        io.Int.Input(
+            "rank",
+            default=0,
+            min=0,
+            max=63,
+            tooltip="For several hosts, which are not supported yet: must be 0. The loader starts all ranks itself.",
+        ),
+    ]
+
+
+def _optional() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "attention_mode",
+            options=list(ATTENTION_MODES),
+            default="auto",
+            optional=True,
+            tooltip="As in XDit+USP WanVideo Model Loader: auto is the fastest exact kernel that is installed.",
+        ),
+        io.Int.Input(
+            "warmup_steps",
+            default=DistriFusionConfig.warmup_steps,
+            min=1,
+            max=100,
+            optional=True,
+            tooltip=(
+                "Synchronous, exact steps at the start of every run, where the picture takes shape. As many as the "
+                "sampler has steps: exact."
+            ),
+        ),
+        io.Combo.Input(
+            "kv_buffers",
+            options=list(KV_BUFFERS),
+            default=KV_BUFFERS[0],
+            optional=True,
+            tooltip="How the other patches' keys and values are held and sent. fp8 halves their memory and traffic.",
+        ),
+        io.Boolean.Input(
+            "split_cfg",
+            default=False,
+            optional=True,
+            tooltip=(
+                "The two branches of cfg on different halves of the GPUs, which halves the buffers on each. For cfg "
+                "above 1 and an even num_gpus."
+            ),
+        ),
+        io.Combo.Input(
+            "manager",
+            options=list(MANAGERS),
+            default="auto",
+            optional=True,
+            tooltip=(
+                "Who exchanges keys and values: official is MIT's distrifuser, native this pack's own code, which "
+                "gives the same. auto: official where it is installed."
+            ),
+        ),
+        io.Float.Input(
+            "gpu_memory_fraction",
+            default=0.9,
+            min=0.1,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip=(
+                "The share of its GPU that a worker may take. What does not fit is refused before it starts. On the "
+                "CPU: of the host's memory, all workers together."
+            ),
+        ),
+        io.Combo.Input(
+            "device",
+            options=list(DEVICES),
+            default="auto",
+            optional=True,
+            tooltip="auto: the GPUs where there are any, else the CPU. cpu is meant for tests: it is slow.",
+        ),
+    ]
