@@ -95,7 +95,7 @@ def test_stale_steps_come_close_and_the_next_prompt_warms_up_again(server, widge
 
 def test_status_tells_about_run_and_layout(server):
     graph = {**patch_model(patch_overlap=16), **patch_sampler(cfg=4.0, sync_frequency=3, seed=next(SEEDS))}
-    text, outputs = run_with_status(server, graph)
+    text, _ = run_with_status(server, graph)
     print(text)
     assert "distrifuser" in text and "2 workers on cpu: ready" in text
     assert re.search(r"rank 1: CPU, [\d.]+ GiB used, [\d.]+ GiB free, link: CPU", text)
