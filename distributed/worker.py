@@ -181,11 +181,13 @@ class Worker:
             if step is not None and step.kind != EXACT:
                 attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
                 part = attend.part
-            result = loaded.model.transform(
-                tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
-            )
-            if attend is not exact:
-                attend.finish()
+            try:
+                result = loaded.model.transform(
+                    tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
+                )
+            finally:
+                if attend is not exact:
+                    attend.finish()
             if isinstance(attend, StaleAttention):
                 stale.append(attend)
             _write(out, items, part, result)
