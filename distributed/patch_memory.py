@@ -2,7 +2,8 @@
 
 The price of the method is that every GPU keeps the keys and values of all layers for the whole video, however many
 GPUs share it: 25 GiB for the 14B at 480p and 81 frames, 58 GiB at 720p, and twice that where both branches of cfg
-are on the same GPUs.
+are on the same GPUs. The exchange through host memory keeps them there, once for all GPUs, and few layers of them on
+each.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from ..wanvideo.config import WanConfig
+from .host_exchange import FETCHED_AHEAD
 from .patches import PatchLayout
 from .plan import PlanError
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1}
+_HOST_SHARE = 0.9
+"""Of the host's memory that may be pinned; the rest is for the system and ComfyUI."""
 _LAYER_COPIES = 3
 """Full keys and values of one layer that exist at once: the assembled sequence, what arrived, a padded copy."""
 _ATTENTION_TENSORS = 8
@@ -29,11 +33,13 @@ class TooLarge(PlanError):
 
 @dataclass(frozen=True)
 class PatchMemory:
-    """Bytes on each GPU: the model's weights, the buffers of stale keys and values, and what a forward works with."""
+    """Bytes on each GPU: the model's weights, the buffers of stale keys and values, and what a forward works with.
+    `host` are those of the buffers in host memory, for all GPUs together."""
 
     weights: int
     buffers: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -42,7 +48,8 @@ class PatchMemory:
     def __str__(self) -> str:
         return (
             f"{gib(self.total)} (weights {gib(self.weights)}, K/V buffers {gib(self.buffers)}, "
-            f"working memory about {gib(self.working)})"
+            f"working memory about {gib(self.working)}) on each GPU"
+            + (f" and {gib(self.host)} of pinned host memory for all" if self.host else "")
         )
 
 
@@ -53,14 +60,14 @@ def weight_bytes(config: WanConfig, weight_dtype: str) -> int:
     return matrices * _BYTES[weight_dtype] + 4 * (config.parameters - matrices)
 
 
-def buffer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8: bool = False) -> int:
-    """Bytes on each GPU of one batch item's stale keys and values: of every layer and every rank's patch.
+def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8: bool = False) -> int:
+    """Bytes of one layer's keys and values of every rank's patch, for one batch item.
 
     Patches are padded to the longest (see displaced.Codec). fp8 has a float32 scale for each head.
     """
     patch = 2 * max(layout.counts) * config.dim * (1 if fp8 else _BYTES[compute_dtype])
     scales = 2 * 4 * config.num_heads if fp8 else 0
-    return config.num_layers * len(layout.patches) * (patch + scales)
+    return len(layout.patches) * (patch + scales)
 
 
 def working_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, slice_tokens: int = 0) -> int:
@@ -86,6 +93,8 @@ def patch_memory(
     at_once: int = 1,
     fp8_buffers: bool = False,
     slice_tokens: int = 0,
+    manager: str = "auto",
+    groups: int = 1,
 ) -> PatchMemory:
     """What a sampling run needs on each GPU.
 
@@ -93,11 +102,16 @@ def patch_memory(
         items: batch items whose buffers a GPU keeps: the branches of cfg times the videos, over the groups of GPUs.
         at_once: of these, how many a forward takes together.
         slice_tokens: see `ModelSpec`.
+        manager: see `Displaced`; "host" keeps the buffers in host memory.
+        groups: groups of GPUs, which keep buffers of their own.
     """
+    layer = items * layer_bytes(config, layout, compute_dtype, fp8_buffers)
+    on_host = manager == "host"
     return PatchMemory(
         weights=weight_bytes(config, weight_dtype),
-        buffers=items * buffer_bytes(config, layout, compute_dtype, fp8_buffers),
+        buffers=layer * (FETCHED_AHEAD if on_host else config.num_layers),
         working=at_once * working_bytes(config, layout, compute_dtype, slice_tokens),
+        host=groups * layer * config.num_layers if on_host else 0,
     )
 
 
@@ -105,7 +119,12 @@ def capacity(device: str, num_gpus: int, fraction: float) -> int:
     """Bytes that each worker may take: `fraction` of the smallest GPU, or on the CPU of its part of the host."""
     if device == "cuda":
         return int(fraction * min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus)))
-    return int(fraction * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_gpus)
+    return int(fraction * host_memory() / num_gpus)
+
+
+def host_memory() -> int:
+    """Bytes of memory that the host has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_weights(config: WanConfig, weight_dtype: str, available: int) -> None:
@@ -132,12 +151,17 @@ def check_run(need: PatchMemory, available: int, ways_out: list[str]) -> None:
     Raises:
         TooLarge: with the figures.
     """
-    if need.total > available:
-        raise TooLarge(
-            f"DistriFusion needs {need} on each GPU for this video, and a worker may take {gib(available)}. "
-            f"Use fewer frames or a smaller size, {', '.join(ways_out)}, or run exactly, which needs no buffers: "
-            "sync_frequency 1, or XDit+USP WanVideo Model Loader."
-        )
+    pinnable = int(_HOST_SHARE * host_memory())
+    if need.total <= available and need.host <= pinnable:
+        return
+    there = f"a worker may take {gib(available)}"
+    if need.host:
+        there += f" of its GPU and all together {gib(pinnable)} of the host"
+    raise TooLarge(
+        f"DistriFusion needs {need} for this video, and {there}. "
+        f"Use fewer frames or a smaller size, {', '.join(ways_out)}, or run exactly, which needs no buffers: "
+        "sync_frequency 1, or XDit+USP WanVideo Model Loader."
+    )
 
 
 def gib(nbytes: int) -> str:

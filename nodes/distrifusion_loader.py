@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import folder_paths
 from comfy_api.latest import io
 
-from ..distributed.displaced import INSTALL_LINE, official_version
+from ..distributed.displaced import INSTALL_LINE, MANAGERS, official_version
 from ..distributed.messages import ModelSpec, PoolSettings
 from ..distributed.patch_memory import capacity, check_weights, gib, patch_memory
 from ..distributed.patches import split_grid, token_pixels
 from ..distributed.plan import SPLIT_MODES, PlanError
-from ..distributed.pool import acquire, file_stamp
+from ..distributed.pool import acquire
 from ..distributed.schedule import PatchSettings
-from ..wanvideo.config import CheckpointError, WanConfig, read_header
+from ..wanvideo.config import WanConfig, read_header
 from ..wanvideo.model import Grid
-from .distrifusion_settings import KV_BUFFERS, MANAGERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
-from .loader import MODEL_FOLDER, model_path
+from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
+from .loader import MODEL_FOLDER, XDitUSPWanVideoModelLoader, model_path
 from .remote_model import build_model
 from .settings import ATTENTION_MODES, DEVICES, SettingsError
 
@@ -74,19 +74,16 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             "split_cfg": split_cfg,
             "device": device,
         }
-        try:
-            if model is not None:
-                read_header(model_path(model))
-            if None not in named.values():
+        if None not in named.values():
+            try:
                 DistriFusionConfig(**named).validate()
-        except (CheckpointError, SettingsError) as error:
-            return str(error)
-        return True
+            except SettingsError as error:
+                return str(error)
+        return XDitUSPWanVideoModelLoader.validate_inputs(model)
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
-        path = folder_paths.get_full_path(MODEL_FOLDER, model) if model else None
-        return file_stamp(path) if path else ""  # a file that was replaced is another model
+        return XDitUSPWanVideoModelLoader.fingerprint_inputs(model)
 
     @classmethod
     def execute(cls, model: str, **widgets: int | float | bool | str) -> io.NodeOutput:
@@ -146,9 +143,11 @@ def _need(
         items=2 // groups,
         fp8_buffers=settings.fp8_buffers,
         slice_tokens=spec.slice_tokens,
+        manager=settings.manager,
+        groups=groups,
     )
     fits = "fits" if need.total <= capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction) else "does not fit"
-    return f"{need} on each GPU, {fits}"
+    return f"{need}, {fits}"
 
 
 def _model() -> list[io.Input]:
@@ -277,8 +276,9 @@ def _optional() -> list[io.Input]:
             default="auto",
             optional=True,
             tooltip=(
-                "Who exchanges keys and values: official is MIT's distrifuser, native this pack's own code, which "
-                "gives the same. auto: official where it is installed."
+                "Who exchanges keys and values, with the same result. official: MIT's distrifuser. native: this "
+                "pack's own gathers. host: the GPUs' copy engines by way of pinned host memory, where the buffers "
+                "then are. auto: official where it is installed, else native."
             ),
         ),
         io.Float.Input(

@@ -12,7 +12,6 @@ from .settings import SettingsError, USPConfig
 PRECISIONS = ("fp16", "bf16", "fp32")
 QUANTIZATIONS = ("disabled", "fp8_e4m3fn", "fp8_e5m2")
 KV_BUFFERS = ("as precision", "fp8")
-MANAGERS = ("auto", "official", "native")
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,8 @@ class PatchRuns:
             at_once=min(items, spec.max_batch),
             fp8_buffers=settings.fp8_buffers,
             slice_tokens=spec.slice_tokens,
+            manager=settings.manager,
+            groups=pool.plan.num_gpus // len(layout.patches),
         )
         available = capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction)
         check_run(need, available, _ways_out(settings, pool.plan.num_gpus, pool.plan.data_parallel))
@@ -216,5 +218,7 @@ def _ways_out(settings: PatchSettings, num_gpus: int, groups: int) -> list[str]:
         ways.append("switch split_cfg on, which halves the buffers where cfg is above 1")
     if not settings.fp8_buffers:
         ways.append("set kv_buffers to fp8")
+    if settings.manager != "host":
+        ways.append("set manager to host, which keeps the buffers in host memory")
     ways.append("raise gpu_memory_fraction")
     return ways

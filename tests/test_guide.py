@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from wan_parallel.distributed.patch_memory import buffer_bytes, gib, weight_bytes
+from wan_parallel.distributed.patch_memory import gib, patch_memory
 from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
@@ -54,8 +54,8 @@ def test_the_memory_of_the_buffers_is_what_the_loader_computes() -> None:
         config = PRESETS[model.lower()]
         width, height = (int(pixels) // token_pixels(config) for pixels in size.split("x"))
         layout = split_grid(Grid(31 if model == "5B" else 21, height, width), PatchSplit(), 1, token_pixels(config))
-        assert shown == gib(buffer_bytes(config, layout, "bf16"))
-        assert weights == gib(weight_bytes(config, "bf16"))
+        need = patch_memory(config, layout, "bf16", "bf16")
+        assert (shown, weights) == (gib(need.buffers), gib(need.weights))
 
 
 def test_the_degrees_are_those_that_are_chosen() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from tiny import sentences
-from wan_parallel.distributed.displaced import Codec, make_manager
+from wan_parallel.distributed.displaced import Codec, make_buffers
+from wan_parallel.distributed.host_exchange import HostManager
 from wan_parallel.distributed.patch_memory import (
     PatchMemory,
     TooLarge,
-    buffer_bytes,
     capacity,
     check_run,
     check_weights,
+    host_memory,
     patch_memory,
     weight_bytes,
     working_bytes,
@@ -23,6 +27,11 @@ from wan_parallel.wanvideo.config import PRESETS
 from wan_parallel.wanvideo.model import Grid
 
 P480, P720, TI2V = Grid(21, 30, 52), Grid(21, 45, 80), Grid(31, 22, 40)
+
+
+def buffer_bytes(config, cut, compute_dtype: str, fp8: bool = False, manager: str = "native") -> int:
+    """Of one batch item on each GPU."""
+    return patch_memory(config, cut, "bf16", compute_dtype, fp8_buffers=fp8, manager=manager).buffers
 
 
 def layout(size: str, grid: Grid, ranks: int, mode: str = "spatial"):
@@ -51,12 +60,17 @@ def test_more_gpus_do_not_shrink_the_buffers_but_uneven_patches_pad_them(mode, r
 def test_the_figure_is_what_the_workers_allocate(fp8):
     config, cut = PRESETS["1.3b"], layout("1.3b", Grid(1, 4, 6), 2)
     codec = Codec(1, max(cut.counts), config.num_heads, config.head_dim, DTYPES["bf16"], fp8)
-    manager = make_manager("native", 0, 0, 2, "cpu", None)
-    for _ in range(config.num_layers):
-        manager.register_tensor(codec.shape, codec.dtype)
-    manager.create_buffer()
-    allocated = sum(b.nbytes for i in range(config.num_layers) for b in manager.get_buffer_list(i))
+    buffers, host = make_buffers("native", 0, 0, 2, "cpu", None), HostManager(0, 2, torch.device("cpu"))
+    for manager in (buffers, host):
+        for _ in range(config.num_layers):
+            manager.register_tensor(codec.shape, codec.dtype)
+    buffers.create_buffer()
+    allocated = sum(b.nbytes for i in range(config.num_layers) for b in buffers.get_buffer_list(i))
     assert buffer_bytes(config, cut, "bf16", fp8) == allocated
+    host.create_buffer(SimpleNamespace(words=[[0, 0], [0, 0]]))
+    assert buffer_bytes(config, cut, "bf16", fp8, "host") == host.nbytes
+    both = patch_memory(config, cut, "bf16", "bf16", items=2, fp8_buffers=fp8, manager="host")
+    assert both.host == 2 * 2 * host.registered_bytes  # branches, ranks
 
 
 def test_weights_are_in_their_dtype_and_small_tensors_in_float32():
@@ -90,6 +104,9 @@ def test_what_does_not_fit_is_refused_with_figures_and_ways_out():
         check_run(need, need.total - 1, ["set kv_buffers to fp8"])
     text = str(refusal.value)
     assert sentences(text) >= 2
+    host = PatchMemory(2**30, 2**30, 2**30, host=2 * host_memory())
+    with pytest.raises(TooLarge, match="of pinned host memory"):
+        check_run(host, host.total, [])
     for said in ("86.0 GiB", "54.0 GiB", "fewer frames", "kv_buffers to fp8", "sync_frequency 1", "XDit+USP"):
         assert said in text
 

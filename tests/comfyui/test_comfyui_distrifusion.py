@@ -82,7 +82,11 @@ def test_as_many_warmup_steps_as_steps_are_exact(server):
     assert torch.equal(sampled(server, {**patch_model(warmup_steps=STEPS), **patch_sampler()}), exact(server))
 
 
-@pytest.mark.parametrize("widgets", [{}, {"split_mode": "temporal"}, {"kv_buffers": "fp8", "patch_overlap": 16}])
+@pytest.mark.parametrize(
+    "widgets",
+    [{}, {"split_mode": "temporal", "manager": "host"}, {"kv_buffers": "fp8", "patch_overlap": 16, "manager": "native"}],
+    ids=str,
+)
 def test_stale_steps_come_close_and_the_next_prompt_warms_up_again(server, widgets):
     graph = {**patch_model(**widgets), **patch_sampler(cfg=4.0)}
     first = sampled(server, graph)
@@ -251,7 +255,7 @@ def test_what_cannot_work_is_refused_when_queued(server, widgets, text):
         (pool_model(), "Connect Official DistriFusion Model Loader, or sample this MODEL with KSampler"),
         (
             {**patch_model(gpu_memory_fraction=0.1), **video(2048, 2048, 401)},
-            "set kv_buffers to fp8, raise gpu_memory_fraction, or run exactly",
+            "set kv_buffers to fp8, set manager to host, which keeps the buffers in host memory, raise",
         ),
         (
             {**patch_model(gpu_memory_fraction=0.1), **video(2048, 2048, 401), **ksampler(cfg=1.0, steps=STEPS)},

@@ -29,7 +29,7 @@ def pool():
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("manager", ["native", "official"])
+@pytest.mark.parametrize("manager", ["native", "official", "host"])
 def test_a_run_takes_the_memory_that_was_computed_and_gives_it_back(pool, manager, fp8):
     if manager == "official" and not official_version():
         pytest.skip("the official distrifuser is not installed")
@@ -47,7 +47,9 @@ def test_a_run_takes_the_memory_that_was_computed_and_gives_it_back(pool, manage
     taken = max(worker.used for worker in pool.status().workers) - before
     config = PRESETS["1.3b"]
     layout = split_grid(grid_of(x), SPLIT, 2, token_pixels(config))
-    need = patch_memory(config, layout, "bf16", "bf16", fp8_buffers=fp8, slice_tokens=SPEC.slice_tokens)
+    need = patch_memory(
+        config, layout, "bf16", "bf16", fp8_buffers=fp8, slice_tokens=SPEC.slice_tokens, manager=manager
+    )
     print(f"{manager}, fp8 {fp8}: took {gib(taken)}, computed {need}")
     assert need.buffers <= taken <= 1.1 * (need.buffers + need.working) + 2**29  # NCCL has buffers of its own
     pool.trim()
