@@ -84,7 +84,7 @@ def test_as_many_warmup_steps_as_steps_are_exact(server):
 
 @pytest.mark.parametrize(
     "widgets",
-    [{}, {"split_mode": "temporal", "manager": "host"}, {"kv_buffers": "fp8", "patch_overlap": 16, "manager": "native"}],
+    [{}, {"split_mode": "temporal", "manager": "host"}, {"kv_buffers": "fp8", "patch_overlap": 16}],
     ids=str,
 )
 def test_stale_steps_come_close_and_the_next_prompt_warms_up_again(server, widgets):
