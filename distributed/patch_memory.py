@@ -1,9 +1,9 @@
 """What displaced patches need of each GPU's memory, computed before anything is allocated.
 
-The price of the method is that every GPU keeps the keys and values of all layers for the whole video, however many
-GPUs share it: 25 GiB for the 14B at 480p and 81 frames, 58 GiB at 720p, and twice that where both branches of cfg
-are on the same GPUs. The exchange through host memory keeps them there, once for all GPUs, and few layers of them on
-each.
+The price of the method is the keys and values of all layers for the whole video: 25 GiB for the 14B at 480p and 81
+frames, 58 GiB at 720p, and twice that with both branches of cfg. The exchange through host memory keeps them there,
+once for all GPUs that share a video, and few layers of them on each. With gathers every GPU keeps them all, however
+many GPUs there are.
 """
 
 from __future__ import annotations
@@ -63,11 +63,10 @@ def weight_bytes(config: WanConfig, weight_dtype: str) -> int:
 def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8: bool = False) -> int:
     """Bytes of one layer's keys and values of every rank's patch, for one batch item.
 
-    Patches are padded to the longest (see displaced.Codec). fp8 has a float32 scale for each head.
+    Patches are padded to the longest (see patch_buffers.Codec). fp8 has a float32 scale for each token and head.
     """
-    patch = 2 * max(layout.counts) * config.dim * (1 if fp8 else _BYTES[compute_dtype])
-    scales = 2 * 4 * config.num_heads if fp8 else 0
-    return len(layout.patches) * (patch + scales)
+    token = config.dim + 4 * config.num_heads if fp8 else config.dim * _BYTES[compute_dtype]
+    return len(layout.patches) * max(layout.counts) * 2 * token
 
 
 def working_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, slice_tokens: int = 0) -> int:
@@ -93,7 +92,7 @@ def patch_memory(
     at_once: int = 1,
     fp8_buffers: bool = False,
     slice_tokens: int = 0,
-    manager: str = "auto",
+    manager: str = "native",
     groups: int = 1,
 ) -> PatchMemory:
     """What a sampling run needs on each GPU.
@@ -102,7 +101,7 @@ def patch_memory(
         items: batch items whose buffers a GPU keeps: the branches of cfg times the videos, over the groups of GPUs.
         at_once: of these, how many a forward takes together.
         slice_tokens: see `ModelSpec`.
-        manager: see `Displaced`; "host" keeps the buffers in host memory.
+        manager: who exchanges (see `patch_buffers.manager_name`); "host" keeps the buffers in host memory.
         groups: groups of GPUs, which keep buffers of their own.
     """
     layer = items * layer_bytes(config, layout, compute_dtype, fp8_buffers)

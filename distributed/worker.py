@@ -27,6 +27,7 @@ from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
+from .host_exchange import HostMemoryError
 from .links import link_kind
 from .messages import (
     ArenaRef,
@@ -62,6 +63,7 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    HostMemoryError,
     MissingPackage,
     PatchError,
     PlanError,

@@ -8,17 +8,16 @@ from collections.abc import Iterator
 import folder_paths
 from comfy_api.latest import io
 
-from ..distributed.displaced import INSTALL_LINE, MANAGERS, official_version
-from ..distributed.messages import ModelSpec, PoolSettings
-from ..distributed.patch_memory import capacity, check_weights, gib, patch_memory
-from ..distributed.patches import split_grid, token_pixels
+from ..distributed.patch_buffers import INSTALL_LINE, MANAGERS, official_version
+from ..distributed.patch_memory import TooLarge, check_run, check_weights, gib
+from ..distributed.patches import token_pixels
 from ..distributed.plan import SPLIT_MODES, PlanError
 from ..distributed.pool import acquire
-from ..distributed.schedule import PatchSettings
-from ..wanvideo.config import WanConfig, read_header
+from ..wanvideo.config import read_header
 from ..wanvideo.model import Grid
 from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
 from .loader import MODEL_FOLDER, XDitUSPWanVideoModelLoader, model_path
+from .patch_runs import PatchRuns
 from .remote_model import build_model
 from .settings import ATTENTION_MODES, DEVICES, SettingsError
 
@@ -42,8 +41,8 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             description=(
                 "A Wan 2.1/2.2 text-to-video model whose video is cut into patches, one for each GPU. A GPU sees the "
                 "other patches as they were one step before (DistriFusion, CVPR 2024), so that the GPUs need not wait "
-                "for each other. Not exact, and it needs much memory: XDit+USP WanVideo Model Loader is exact and "
-                "needs less. Worth it where the GPUs have no NVLink."
+                "for each other. Not exact, and it needs much host memory: XDit+USP WanVideo Model Loader is exact and "
+                "needs less. Meant for GPUs without NVLink."
             ),
             inputs=[*_model(), *_patches(), *_hosts(), *_optional()],
             outputs=[
@@ -90,31 +89,32 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         config = DistriFusionConfig(**widgets)
         config.validate()
         header = read_header(model_path(model))
-        spec, settings = config.model_spec(header.path), config.patch_settings()
-        pool = acquire(config.pool_settings())
-        text = "\n".join(_status(header.config, spec, pool.settings, settings))
+        patcher = build_model(
+            header, config.model_spec(header.path), acquire(config.pool_settings()), config.patch_settings()
+        )
+        text = "\n".join(_status(patcher.remote.patch_runs))
         log.info("DistriFusion: %s\n%s", model, text)
-        return io.NodeOutput(build_model(header, spec, pool, settings), text)
+        return io.NodeOutput(patcher, text)
 
 
-def _status(config: WanConfig, spec: ModelSpec, pool: PoolSettings, settings: PatchSettings) -> Iterator[str]:
+def _status(runs: PatchRuns) -> Iterator[str]:
     """What the node says; refuses what cannot fit.
 
     Raises:
         TooLarge: the weights alone are more than a worker may take.
     """
-    plan, split = pool.plan, settings.split
-    available = capacity(pool.device, plan.num_gpus, pool.memory_fraction)
-    check_weights(config, spec.weight_dtype, available)
-    halves = ", half of them for each branch of cfg" if plan.data_parallel > 1 else ""
-    yield f"{plan.num_gpus} workers on {pool.device}{halves}; {availability()}"
+    pool, spec, split = runs.pool.settings, runs.spec, runs.settings.split
+    check_weights(runs.config, spec.weight_dtype, runs.available)
+    halves = ", half of them for each branch of cfg" if pool.plan.data_parallel > 1 else ""
+    yield f"{pool.plan.num_gpus} workers on {pool.device}{halves}; patches are exchanged by manager {runs.manager}"
+    yield availability()
     yield (
-        f"{split.mode} patches, patch_size {split.size}, patch_overlap {split.overlap}; {settings.warmup_steps} "
+        f"{split.mode} patches, patch_size {split.size}, patch_overlap {split.overlap}; {runs.settings.warmup_steps} "
         "synchronous steps at the start of a run"
     )
-    yield f"weights {spec.weight_dtype}, activations {spec.compute_dtype}; a worker may take {gib(available)}"
+    yield f"weights {spec.weight_dtype}, activations {spec.compute_dtype}; a worker may take {gib(runs.available)}"
     for width, height in _SIZES:
-        yield f"81 frames of {width}x{height} with cfg above 1: {_need(config, spec, pool, settings, width, height)}"
+        yield f"81 frames of {width}x{height} with cfg above 1: {_need(runs, width, height)}"
 
 
 def availability() -> str:
@@ -122,32 +122,23 @@ def availability() -> str:
     version = official_version()
     if version:
         return f"the official package distrifuser {version} is installed"
-    return f"the official package is not installed, and this pack's own manager does the same (for it: {INSTALL_LINE})"
+    return f"the official package is not installed, and this pack's own code does the same (for it: {INSTALL_LINE})"
 
 
-def _need(
-    config: WanConfig, spec: ModelSpec, pool: PoolSettings, settings: PatchSettings, width: int, height: int
-) -> str:
-    ranks, groups, pixels = pool.plan.sequence_ranks, pool.plan.data_parallel, token_pixels(config)
-    if ranks == 1:
+def _need(runs: PatchRuns, width: int, height: int) -> str:
+    plan, pixels = runs.pool.settings.plan, token_pixels(runs.config)
+    if plan.sequence_ranks == 1:
         return "one GPU has each video to itself, which is exact and needs no buffers"
     try:
-        layout = split_grid(Grid(_FRAMES, height // pixels, width // pixels), settings.split, ranks, pixels)
+        layout = runs.layout(Grid(_FRAMES, height // pixels, width // pixels), plan.sequence_ranks)
     except PlanError as error:
         return str(error)
-    need = patch_memory(
-        config,
-        layout,
-        spec.weight_dtype,
-        spec.compute_dtype,
-        items=2 // groups,
-        fp8_buffers=settings.fp8_buffers,
-        slice_tokens=spec.slice_tokens,
-        manager=settings.manager,
-        groups=groups,
-    )
-    fits = "fits" if need.total <= capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction) else "does not fit"
-    return f"{need}, {fits}"
+    need = runs.need(layout, items=2 // plan.data_parallel)
+    try:
+        check_run(need, runs.available, [])
+    except TooLarge:
+        return f"{need}, does not fit"
+    return f"{need}, fits"
 
 
 def _model() -> list[io.Input]:
@@ -277,8 +268,8 @@ def _optional() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "Who exchanges keys and values, with the same result. official: MIT's distrifuser. native: this "
-                "pack's own gathers. host: the GPUs' copy engines by way of pinned host memory, where the buffers "
-                "then are. auto: official where it is installed, else native."
+                "pack's own gathers. Both keep the buffers on every GPU. host: the GPUs' copy engines by way of "
+                "pinned host memory, where the buffers then are. auto: host on GPUs, official or native on the CPU."
             ),
         ),
         io.Float.Input(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from comfy_api.latest import io, ui
 
-from ..distributed.displaced import official_version
 from ..distributed.messages import Exchange, WorkerStatus
+from ..distributed.patch_buffers import official_version
 from ..distributed.patch_memory import gib
 from ..distributed.patches import PatchLayout, token_pixels
 from ..distributed.plan import PlanError
@@ -88,7 +88,7 @@ def _report(runs: PatchRuns, pool: PoolStatus, layout: PatchLayout, problem: str
     settings, plan = runs.settings, pool.settings.plan
     yield (
         f"🔲 {_caption(runs)}; {settings.warmup_steps} warm-up steps, K/V buffers "
-        f"{'fp8' if settings.fp8_buffers else runs.spec.compute_dtype}, manager {settings.manager}"
+        f"{'fp8' if settings.fp8_buffers else runs.spec.compute_dtype}, manager {runs.manager}"
     )
     yield f"🎮 {plan.num_gpus} workers on {pool.settings.device}: {_state(pool)}"
     yield from (f"  {_worker(worker)}" for worker in pool.workers)
@@ -122,6 +122,8 @@ def _run_lines(record: RunRecord) -> Iterator[str]:
         yield "🔄 nothing has been sampled yet"
         return
     yield f"🔄 {_step(record)}"
+    if record.need:
+        yield f"  memory needed: {record.need}, for {record.branches} batch items (cfg branches)"
     yield f"  seconds per forward: {_seconds('synchronous', record.synchronous)}, {_seconds('stale', record.stale)}"
     if record.exchanges:
         yield from (f"  {line}" for line in _exchange_lines(record))
@@ -152,7 +154,7 @@ def _exchange_lines(record: RunRecord) -> Iterator[str]:
         "in the run"
     )
     yield f"hidden behind computation: {_hidden(worst)}"
-    yield f"K/V buffers during the run: {_bytes(buffers)} on each GPU for {record.branches} batch items (cfg branches)"
+    yield f"K/V buffers during the run: {_bytes(buffers)} on each GPU"
 
 
 def _hidden(exchange: Exchange) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..distributed.messages import Displaced, Exchange, ModelSpec
+from ..distributed.patch_buffers import manager_name
 from ..distributed.patch_memory import PatchMemory, capacity, check_run, patch_memory
 from ..distributed.patches import PatchLayout, split_grid, token_pixels
 from ..distributed.pool import Pool
@@ -29,6 +30,7 @@ class RunRecord:
 
     grid: Grid | None = None
     branches: int = 0  # batch items that have buffers of their own
+    need: PatchMemory | None = None
     sync_frequency: int = 0
     last: StepInfo | None = None
     exact_because: str = ""
@@ -39,10 +41,15 @@ class RunRecord:
 
 
 class PatchRuns:
-    """The sampling runs of one MODEL; see `Schedule` for which of their forwards are synchronous."""
+    """The sampling runs of one MODEL; see `Schedule` for which of their forwards are synchronous.
+
+    Raises:
+        MissingPackage: the official manager was asked for and is not installed.
+    """
 
     def __init__(self, settings: PatchSettings, config: WanConfig, spec: ModelSpec, pool: Pool):
         self.settings, self.config, self.spec, self.pool = settings, config, spec, pool
+        self.manager = manager_name(settings.manager, torch.device(pool.settings.device))
         self.record = RunRecord()
         self._schedule = Schedule()
         self._run = ""
@@ -95,7 +102,7 @@ class PatchRuns:
         settings, ranks, lanes = self._settings(options), self._ranks(size[0]), lane_names(options, size[0])
         if settings.sync_frequency > 1 and not _why_exact(settings, ranks, lanes, options):
             grid = grid_of(torch.empty(size, device="meta"))
-            self._check(settings, self.layout(grid, ranks), _share(size[0], ranks, self.pool))
+            self._check(self.layout(grid, ranks), _share(size[0], ranks, self.pool))
 
     def _plan(
         self,
@@ -116,45 +123,59 @@ class PatchRuns:
         if step.run != self._run:
             self._run, self._items = step.run, {}
         if settings.sync_frequency > 1:
-            self._keep_buffers(settings, lanes, grid_of(x), ranks, make_room)
+            self._keep_buffers(lanes, grid_of(x), ranks, make_room)
         self.record.last = self._schedule.last
         return step
 
     def _keep_buffers(
-        self,
-        settings: PatchSettings,
-        lanes: tuple[str, ...],
-        grid: Grid,
-        ranks: int,
-        make_room: Callable[[int], object],
+        self, lanes: tuple[str, ...], grid: Grid, ranks: int, make_room: Callable[[int], object]
     ) -> None:
         """Make sure that the buffers of these batch items fit beside those that the run has already."""
         layout = self.layout(grid, ranks)
         if lanes in self._items:
             return
         self._items[lanes] = _share(len(lanes), ranks, self.pool)
-        need = self._check(settings, layout, sum(self._items.values()))
-        self.record.branches = sum(len(names) for names in self._items)
+        need = self._check(layout, sum(self._items.values()))
+        self.record.branches, self.record.need = sum(len(names) for names in self._items), need
         if self.pool.settings.device == "cuda":
             make_room(need.total - need.weights)
 
-    def _check(self, settings: PatchSettings, layout: PatchLayout, items: int) -> PatchMemory:
-        pool, spec = self.pool.settings, self.spec
-        need = patch_memory(
+    def need(self, layout: PatchLayout, items: int) -> PatchMemory:
+        """What a run needs whose buffers are those of `items` batch items on each GPU."""
+        spec = self.spec
+        return patch_memory(
             self.config,
             layout,
             spec.weight_dtype,
             spec.compute_dtype,
             items=items,
             at_once=min(items, spec.max_batch),
-            fp8_buffers=settings.fp8_buffers,
+            fp8_buffers=self.settings.fp8_buffers,
             slice_tokens=spec.slice_tokens,
-            manager=settings.manager,
-            groups=pool.plan.num_gpus // len(layout.patches),
+            manager=self.manager,
+            groups=self.pool.settings.plan.num_gpus // len(layout.patches),
         )
-        available = capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction)
-        check_run(need, available, _ways_out(settings, pool.plan.num_gpus, pool.plan.data_parallel))
+
+    @property
+    def available(self) -> int:
+        """Bytes that each worker may take."""
+        pool = self.pool.settings
+        return capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction)
+
+    def _check(self, layout: PatchLayout, items: int) -> PatchMemory:
+        need = self.need(layout, items)
+        check_run(need, self.available, self._ways_out())
         return need
+
+    def _ways_out(self) -> list[str]:
+        plan, ways = self.pool.settings.plan, []
+        if plan.data_parallel == 1 and plan.num_gpus % 2 == 0:
+            ways.append("switch split_cfg on, which halves the buffers on each GPU where cfg is above 1")
+        if not self.settings.fp8_buffers:
+            ways.append("set kv_buffers to fp8")
+        if self.manager != "host":
+            ways.append("set manager to host, which keeps the buffers in host memory")
+        return [*ways, "raise gpu_memory_fraction"]
 
     def _settings(self, options: Mapping[str, Any]) -> PatchSettings:
         return replace(self.settings, sync_frequency=options.get(SYNC_FREQUENCY, self.settings.sync_frequency))
@@ -210,15 +231,3 @@ def _why_exact(
 def _share(items: int, ranks: int, pool: Pool) -> int:
     """How many of some batch items one group of GPUs takes."""
     return -(-items * ranks // pool.settings.plan.num_gpus)
-
-
-def _ways_out(settings: PatchSettings, num_gpus: int, groups: int) -> list[str]:
-    ways = []
-    if groups == 1 and num_gpus % 2 == 0:
-        ways.append("switch split_cfg on, which halves the buffers where cfg is above 1")
-    if not settings.fp8_buffers:
-        ways.append("set kv_buffers to fp8")
-    if settings.manager != "host":
-        ways.append("set manager to host, which keeps the buffers in host memory")
-    ways.append("raise gpu_memory_fraction")
-    return ways

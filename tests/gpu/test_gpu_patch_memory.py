@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wan_parallel.distributed.displaced import official_version
 from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
+from wan_parallel.distributed.patch_buffers import official_version
 from wan_parallel.distributed.patch_memory import gib, patch_memory
 from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
