@@ -91,7 +91,9 @@ def _report(runs: PatchRuns, pool: PoolStatus, layout: PatchLayout, problem: str
         f"{'fp8' if settings.fp8_buffers else runs.spec.compute_dtype}, manager {runs.manager}"
     )
     yield f"🎮 {plan.num_gpus} workers on {pool.settings.device}: {_state(pool)}"
-    yield from (f"  {_worker(worker)}" for worker in pool.workers)
+    yield from (f"  {line}" for line in map(_worker, pool.workers))
+    if not pool.workers and pool.settings.device == "cuda":
+        yield from (f"  {_gpu(index)}" for index in range(plan.num_gpus))
     yield from _layout_lines(layout, runs.record, plan.data_parallel)
     if problem:
         yield f"  {problem}"
@@ -107,6 +109,12 @@ def _worker(worker: WorkerStatus) -> str:
         f"rank {worker.rank}: {worker.device}, {gib(worker.used)} used, {gib(worker.total - worker.used)} free, "
         f"link: {worker.link}"
     )
+
+
+def _gpu(index: int) -> str:
+    """Without a context on the GPU, which would take memory there."""
+    found = torch.cuda.get_device_properties(index)
+    return f"rank {index}: {found.name}, {gib(found.total_memory)}; what is free, and the link, once the workers run"
 
 
 def _layout_lines(layout: PatchLayout, record: RunRecord, groups: int) -> Iterator[str]:
