@@ -218,6 +218,22 @@ def test_a_worker_that_dies_in_a_stale_step_and_the_prompt_after(server):
     assert torch.equal(sampled(server, patch_sampler()), before)
 
 
+def test_cancel_in_a_stale_step_and_the_prompt_after(server):
+    before = sampled(server, patch_sampler())
+    slow = {**video(832, 448, 25), **patch_model(warmup_steps=1), **patch_sampler(seed=next(SEEDS))}
+    prompt = server.queue({**PLAIN, **slow, "out": node("SaveLatentTensor", samples=link("sampler"), name="unused")})
+    wait_for_progress(server, 3)
+    begin = time.monotonic()
+    server.interrupt()
+    outcome = server.wait(prompt)
+    seconds = time.monotonic() - begin
+    print(f"cancelled after {seconds:.2f} s")
+    assert outcome.state == "interrupted" and outcome.node_type == "OfficialDistriFusionSampler"
+    assert seconds < 3  # the workers' buffers are given back, which waits for the block that runs
+    server.free()
+    assert torch.equal(sampled(server, patch_sampler()), before)
+
+
 def wait_for_progress(server: ComfyServer, steps: int) -> None:
     """Wait until the sampler's progress bar on the console has got that far."""
     deadline = time.monotonic() + 60
