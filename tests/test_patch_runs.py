@@ -9,11 +9,13 @@ import pytest
 import tiny
 import torch
 from tiny import sentences
+from wan_parallel.distributed import patch_buffers
 from wan_parallel.distributed.messages import Exchange, ModelSpec, PoolSettings
 from wan_parallel.distributed.patch_memory import TooLarge
 from wan_parallel.distributed.patches import split_grid
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.schedule import PatchSettings
+from wan_parallel.distributed.sequence import MissingPackage
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.patch_picture import draw_layout
 from wan_parallel.nodes.patch_runs import SYNC_FREQUENCY, PatchRuns, lane_names
@@ -126,6 +128,12 @@ def test_a_video_whose_buffers_do_not_fit_is_refused_before_it_starts(data_paral
 def test_a_video_that_cannot_be_cut_is_refused_before_it_starts():
     with pytest.raises(PlanError, match="4 GPUs cannot share"):
         runs_of(4).check(tuple(LATENT.shape), options("p"))
+
+
+def test_the_official_manager_is_refused_in_the_loader_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(patch_buffers, "official_version", str)
+    with pytest.raises(MissingPackage, match="Run: pip install --no-deps"):
+        runs_of(manager="official")
 
 
 @pytest.mark.parametrize(
