@@ -130,11 +130,11 @@ def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
 def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
     """A weight as the model holds it on `device`.
 
-    Matrices are in `weight_dtype`; norms, biases, modulation and the patch embedding in float32: these are 0.1 % of the
-    bytes, and the residual stream they act on is float32. What the file has quantised stays as it is. An fp8
-    `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the embeddings and the
-    head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's fp8 files.
-    (ComfyUI's own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
+    Matrices and 2-D convolutions are in `weight_dtype`; norms, biases, modulation and the patch embedding in float32:
+    these are 0.1 % of the bytes, and the residual stream they act on is float32. What the file has quantised stays as
+    it is. An fp8 `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the
+    embeddings and the head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's
+    fp8 files. (ComfyUI's own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
     """
     if isinstance(weight, QuantizedWeight):
         return weight.to(device)
@@ -150,7 +150,7 @@ def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> boo
 
 def held_dtype(ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which `place` holds a weight of so many dimensions that is not quantised."""
-    if ndim != 2:
+    if ndim not in (2, 4):
         return torch.float32
     return torch.bfloat16 if weight_dtype in FLOAT8.values() else weight_dtype
 

@@ -82,7 +82,7 @@ def _open(path: str) -> GGUFReader:
             f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
         ) from error
     # what reading past the end of the file, or numbers that make no sense, end in inside the package
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{name} is cut short or its header is corrupt. Download it again.") from error
