@@ -196,7 +196,7 @@ def _patches() -> list[io.Input]:
             step=8,
             tooltip=(
                 "Pixels on either side of a border that are exchanged fresh in every step, rounded up to tokens of 16 "
-                "pixels; in time as many latent frames. More is closer to exact at the borders, and a little slower."
+                "pixels; in time as many latent frames. 8 comes much closer to exact, for a third of the gain in speed."
             ),
         ),
         io.Combo.Input(
@@ -212,7 +212,7 @@ def _hosts() -> list[io.Input]:
     return [
         io.Int.Input(
             "world_size",
-            default=2,
+            default=DistriFusionConfig.world_size,
             min=0,
             max=64,
             tooltip="For several hosts, which are not supported yet: must be num_gpus, or 0 for automatic.",
@@ -243,8 +243,8 @@ def _optional() -> list[io.Input]:
             max=100,
             optional=True,
             tooltip=(
-                "Synchronous, exact steps at the start of every run, where the picture takes shape. As many as the "
-                "sampler has steps: exact."
+                "Synchronous, exact steps at the start of every run, where stale activations cost "
+                "most. 8 come much closer to exact than 4; as many as the sampler has steps are exact."
             ),
         ),
         io.Combo.Input(
@@ -252,7 +252,10 @@ def _optional() -> list[io.Input]:
             options=list(KV_BUFFERS),
             default=KV_BUFFERS[0],
             optional=True,
-            tooltip="How the other patches' keys and values are held and sent. fp8 halves their memory and traffic.",
+            tooltip=(
+                "How the other patches' keys and values are held and sent. fp8 halves memory and traffic; the error it "
+                "adds is far smaller than that of their being a step old."
+            ),
         ),
         io.Boolean.Input(
             "split_cfg",
