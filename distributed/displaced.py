@@ -95,9 +95,7 @@ class BufferManager:
         buffer = self._buffers[idx]
         mine = buffer[self.config.split_idx()]
         mine.copy_(tensor.flatten())
-        self.handles[idx] = _all_gather(
-            buffer.view(-1), mine, group=self.config.batch_group, async_op=True
-        )
+        self.handles[idx] = _all_gather(buffer.view(-1), mine, group=self.config.batch_group, async_op=True)
 
     def clear(self) -> None:
         """Wait for every exchange under way."""
@@ -343,11 +341,15 @@ class PatchParallel:
         step: Displaced,
         lanes: tuple[str, ...],
         model: WanModel,
+        layers: int,
         grid: Grid,
         group: SequenceGroup,
         exact: SelfAttention,
     ) -> FillAttention | StaleAttention:
         """Self-attention of one forward of some batch items, which is no exact one.
+
+        Args:
+            layers: how often the forward will call it; the same in all forwards of a run.
 
         Raises:
             StaleError: there is nothing from the step before.
@@ -360,11 +362,18 @@ class PatchParallel:
             return StaleAttention(branch, group.index, model.kernel, self._groups[group.degrees.ranks], self.device)
         groups = self._join(group.degrees.ranks)
         if branch is None:
-            branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)
+            branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, layers, grid, group, groups)
         return FillAttention(branch, exact, group, groups.gather)
 
     def _new_branch(
-        self, step: Displaced, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, groups: Groups
+        self,
+        step: Displaced,
+        batch: int,
+        model: WanModel,
+        layers: int,
+        grid: Grid,
+        group: SequenceGroup,
+        groups: Groups,
     ) -> Branch:
         """Allocate the buffers of some batch items, and time their exchange."""
         config, ranks = model.config, group.degrees.ranks
@@ -374,7 +383,7 @@ class PatchParallel:
         )
         name = manager_name(step.manager)
         manager = make_manager(name, self.rank, group.index, ranks, self.device, groups.gather)
-        for _ in range(config.num_layers):
+        for _ in range(layers):
             manager.register_tensor(codec.shape, codec.dtype)
         manager.create_buffer()
         return Branch(layout, codec, manager, name, self._time_exchange(manager, codec))

@@ -20,15 +20,18 @@ import torch.distributed as dist
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
+from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .messages import (
     ArenaRef,
+    ConditioningRef,
     Exchange,
     Forward,
     Load,
@@ -91,6 +94,7 @@ class Worker:
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
         self.patches = PatchParallel(rank, settings.plan.num_gpus, self.device)
         self.arena = ArenaReader()
+        self.conditioning = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
 
@@ -134,7 +138,7 @@ class Worker:
         source = open_weights(spec.path, self.device)
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
-            model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
         for name in source.config.shapes():
             _assign(model, name, self._weight(source, spec, name))
             self.peak_private = max(self.peak_private, _private_bytes())
@@ -161,6 +165,7 @@ class Worker:
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
+        conditioning = self._conditioning(request.conditioning, len(x))
         grid = grid_of(x)
         ranks = self.settings.plan.group_ranks(len(x))
         group = self.groups[self.settings.plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
@@ -178,10 +183,18 @@ class Worker:
             items = slice(start, min(start + request.spec.max_batch, last))
             attend = exact
             if step is not None and step.kind != EXACT:
-                attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
+                layers = loaded.model.self_attentions(conditioning)
+                attend = self.patches.attention(step, step.lanes[items], loaded.model, layers, grid, group, exact)
                 part = attend.part
             result = loaded.model.transform(
-                tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
+                tokens[items, part],
+                grid,
+                part,
+                timestep[items],
+                context[items],
+                attend,
+                before_block,
+                conditioning.items(items),
             )
             if attend is not exact:
                 attend.finish()
@@ -277,6 +290,14 @@ class Worker:
                 return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
             case _:
                 return Replacement(*tensors)
+
+    def _conditioning(self, ref: ConditioningRef | None, batch: int) -> Conditioning:
+        """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
+        if ref is None:
+            return NOTHING
+        views = {name: self.conditioning.view(ref.arena, tensor) for name, tensor in ref.tensors.items()}
+        shared = {name: view.expand(batch, *view.shape[1:]) for name, view in views.items()}
+        return Conditioning(**shared, options=ref.options)
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)

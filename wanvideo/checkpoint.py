@@ -82,8 +82,8 @@ def placed(
 
 
 def place(tensor: torch.Tensor, weight_dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """Matrices in `weight_dtype`; norms, biases, modulation and the patch embedding in float32.
+    """Matrices and 2-D convolutions in `weight_dtype`; norms, biases, modulation and the patch embedding in float32.
 
     The small tensors are 0.1 % of the bytes, and the residual stream they act on is float32.
     """
-    return tensor.to(device=device, dtype=weight_dtype if tensor.ndim == 2 else torch.float32)
+    return tensor.to(device=device, dtype=weight_dtype if tensor.ndim in (2, 4) else torch.float32)
