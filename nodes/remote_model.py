@@ -23,8 +23,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ..distributed.messages import ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
+from ..wanvideo.conditioning import Conditioning
 from ..wanvideo.config import CheckpointError, Header
 from . import refusals
+from .conditioning import check_start_image, from_comfyui, latent_node
 from .progress import LoadingText
 from .weight_patches import for_workers, refuse_foreign
 
@@ -39,7 +41,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatch
     """The MODEL of a checkpoint. Reads no weights and starts no workers.
 
     Raises:
-        CheckpointError: this ComfyUI takes the file for something else than a Wan text-to-video model.
+        CheckpointError: this ComfyUI takes the file for something else than a Wan model.
     """
     tensors = {
         name: torch.empty(info.shape, dtype=_FILE_DTYPES[info.dtype], device="meta")
@@ -128,24 +130,31 @@ class RemoteWan(torch.nn.Module):
         transformer_options: Mapping[str, Any],
         **inputs: Any,
     ) -> torch.Tensor:
-        refusals.refuse_transformer_options(transformer_options)
-        refusals.refuse_inputs({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs})
-        return self._on_workers(x, timestep, context)
+        given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs}
+        conditioning = from_comfyui(self.header.config, transformer_options, given)
+        return self._on_workers(x, timestep, context, conditioning=conditioning)
 
-    def _on_workers(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _on_workers(self, *inputs: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         try:
-            return self._run(*inputs)
+            return self._run(*inputs, conditioning=conditioning)
         except OutOfMemory as error:
             if not self._make_more_room():
                 raise
             log.warning("%s Trying once more with the GPUs cleared of other models.", error)
-        return self._run(*inputs)
+        return self._run(*inputs, conditioning=conditioning)
 
-    def _run(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, *inputs: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(self.spec, poll=lambda: (text.show(), poll()), make_room=self._make_room)
-        return self.pool.forward(self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room)
+        return self.pool.forward(
+            self.spec,
+            *inputs,
+            patches=self.patches,
+            poll=poll,
+            make_room=self._make_room,
+            conditioning=conditioning,
+        )
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
@@ -194,19 +203,20 @@ class _Weightless:
 
     def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
         self._check_channels(inputs["noise"])
+        check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
         return super().concat_cond(**inputs)
 
     def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
         refusals.refuse_saving()
 
     def _check_channels(self, latent: torch.Tensor) -> None:
-        wanted = self.diffusion_model.in_dim
+        config = self.diffusion_model.header.config
+        wanted = self.diffusion_model.out_dim
         if latent.ndim != 5 or latent.shape[1] != wanted:
             raise ValueError(
-                f"The latent has the shape {list(latent.shape)}, but this model takes videos of {wanted} "
-                f"channels ([batch, {wanted}, frames, height, width]). Use "
-                f"{'Wan22ImageToVideoLatent' if wanted == 48 else 'EmptyHunyuanLatentVideo'}, or a video "
-                "encoded with this model's own VAE."
+                f"The latent has the shape {list(latent.shape)}, but this {config.variant} model takes videos of "
+                f"{wanted} channels ([batch, {wanted}, frames, height, width]). Connect {latent_node(config)}, or a "
+                "video encoded with this model's own VAE."
             )
 
 
