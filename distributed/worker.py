@@ -29,6 +29,7 @@ from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
+from .host_exchange import HostMemoryError
 from .messages import (
     ArenaRef,
     ConditioningRef,
@@ -64,6 +65,7 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    HostMemoryError,
     MissingPackage,
     PatchError,
     PlanError,
@@ -172,7 +174,9 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         exact, part = self._attention(group, loaded, grid), slice(*group.shard(grid.tokens))
-        step = request.displaced if ranks > 1 else None
+        # buffers are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
+        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
+        step = request.displaced if ranks > 1 and usual else None
         if step is not None:
             self.patches.begin(step)
         self.gate.begin(request.id)
@@ -183,21 +187,22 @@ class Worker:
             items = slice(start, min(start + request.spec.max_batch, last))
             attend = exact
             if step is not None and step.kind != EXACT:
-                layers = loaded.model.self_attentions(conditioning)
-                attend = self.patches.attention(step, step.lanes[items], loaded.model, layers, grid, group, exact)
+                attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
                 part = attend.part
-            result = loaded.model.transform(
-                tokens[items, part],
-                grid,
-                part,
-                timestep[items],
-                context[items],
-                attend,
-                before_block,
-                conditioning.items(items),
-            )
-            if attend is not exact:
-                attend.finish()
+            try:
+                result = loaded.model.transform(
+                    tokens[items, part],
+                    grid,
+                    part,
+                    timestep[items],
+                    context[items],
+                    attend,
+                    before_block,
+                    conditioning.items(items),
+                )
+            finally:
+                if attend is not exact:
+                    attend.finish()
             if isinstance(attend, StaleAttention):
                 stale.append(attend)
             _write(out, items, part, result)
