@@ -276,6 +276,7 @@ class Pool:
         with self._lock:
             if self.workers and not self._lost():
                 self._drain(None)
+                self._conditioning.close()
                 self._call(Trim(self._new_id()), None)
 
     def close(self) -> None:

@@ -221,7 +221,7 @@ def test_two_workers_give_the_result_of_one_model(pool_of, models, single, name)
 
 @pytest.mark.parametrize("name", ["fun-control", "fun-camera", "vace"])
 @pytest.mark.parametrize(
-    "workers, plan", [(1, {}), (4, {}), (4, {"data_parallel": 2}), (2, {"ring_degree": 2})], ids=str
+    "workers, plan", [(1, {}), (4, {}), (4, {"data_parallel": 2})], ids=str
 )
 def test_every_split_gives_the_result_of_one_model(pool_of, models, single, name, workers, plan):
     inputs = given(tiny.VARIANTS[name], batch=2, size=(2, 4, 6), **({"contexts": 2} if name == "vace" else {}))

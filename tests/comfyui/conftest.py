@@ -25,6 +25,10 @@ VARIANTS = {  # with the text and image widths that ComfyUI takes for granted
     )
     for name, config in tiny.VARIANTS.items()
 }
+VARIANTS |= {
+    "fun-control-5b": replace(tiny.TINY, text_dim=4096, in_dim=148, out_dim=48, reference_dim=48),
+    "fun-inp-5b": replace(tiny.TINY, text_dim=4096, in_dim=100, out_dim=48),
+}
 FIVE_B = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48)
 
 

@@ -153,6 +153,29 @@ def test_5b_image_to_video(server):
     assert_same(server, five)
 
 
+@pytest.mark.parametrize(
+    "file, kind, inputs",
+    [
+        ("fun-control-5b", "Wan22FunControlToVideo", {"ref_image": "start", "control_video": "control", "height": 64}),
+        ("fun-inp-5b", "WanFunInpaintToVideo", {"start_image": "start"}),
+    ],
+    ids=["control", "inpaint"],
+)
+def test_fun_models_of_5b(server, file, kind, inputs):
+    vae = {"vae": node("PoolingVAE", channels=48, scale=16)}
+    assert_same(server, lambda loader: {**graph(file, kind, **inputs)(loader), **vae})
+
+
+def test_a_batch_of_videos_on_data_parallel_groups(server):
+    def batch(loader):
+        inputs = {"start_image": "start", "clip_vision_output": "clip_start", "batch_size": 2}
+        return graph("i2v-2.1", "WanImageToVideo", **inputs)(loader)
+
+    native = sampled(server, batch(stock_model))
+    pool = sampled(server, batch(lambda file: pool_model(file=file, num_gpus=2, data_parallel_size=2)))
+    assert relative_error(pool, native) <= EXACT
+
+
 def test_both_experts_of_image_to_video(server):
     def experts(loader):
         nodes = {**loader("high", file="i2v-2.2.safetensors"), **loader("low", file="fun-camera-2.2.safetensors")}
