@@ -107,6 +107,21 @@ class AnyThing:
         return (object(),)
 
 
+class NoCLIP:
+    """A CLIP that is none: LoraLoader then changes the model alone."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return (None,)
+
+
 class PoolingVAE:
     """VAE whose encoder averages pixels and mixes colours: enough for nodes that condition on images."""
 
@@ -173,6 +188,7 @@ NODE_CLASS_MAPPINGS = {
         SaveLatentTensor,
         WanVideoLoraList,
         AnyThing,
+        NoCLIP,
         PoolingVAE,
         RandomImages,
         RandomClipVision,
