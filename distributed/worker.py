@@ -30,6 +30,7 @@ from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
+from .links import link_kind
 from .messages import (
     ArenaRef,
     ConditioningRef,
@@ -218,6 +219,8 @@ class Worker:
         """Drop the weights of these models and give their memory back to the device."""
         for spec in specs:
             self.models.pop(spec, None)
+        if not self.models:
+            self.patches.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -232,6 +235,7 @@ class Worker:
             peak_private=self.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+            link=link_kind(self.device, self.settings.plan.num_gpus),
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:

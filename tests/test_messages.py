@@ -11,7 +11,7 @@ import pack
 import pytest
 import tiny
 from wan_parallel.distributed import messages
-from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.wanvideo.options import Options, RopeOptions
 
 SPEC = messages.ModelSpec("/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28")
@@ -27,8 +27,11 @@ STATUS = messages.WorkerStatus(
     peak_private=2**20,
     fused=True,
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
+    link="NVLink",
 )
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS)
+EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE)
+DISPLACED = messages.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
     messages.Load(1, SPEC),
@@ -55,6 +58,8 @@ SAMPLES = [
             ARENA, {"vace": TENSOR}, Options(1, (0.7, 1 / 3), (9,), RopeOptions(scale_t=0.5))
         ),
     ),
+    messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
+    messages.Trim(4),
     messages.Unload(4, (SPEC, SPEC)),
     messages.Unload(4, ()),
     messages.Report(5),
