@@ -20,10 +20,12 @@ import torch.distributed as dist
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, held_as, open_weights, place
+from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from ..wanvideo.quantized import Weight
+from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
@@ -32,6 +34,7 @@ from .host_exchange import HostMemoryError
 from .links import link_kind
 from .messages import (
     ArenaRef,
+    ConditioningRef,
     Exchange,
     Forward,
     Load,
@@ -95,6 +98,7 @@ class Worker:
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
         self.patches = PatchParallel(rank, settings.plan.num_gpus, self.device)
         self.arena = ArenaReader()
+        self.conditioning = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
 
@@ -138,7 +142,7 @@ class Worker:
         source = open_weights(spec.path, self.device)
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
-            model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
         for name in source.config.shapes():
             model.set_weight(name, self._weight(source, spec, name))
             self.peak_private = max(self.peak_private, _private_bytes())
@@ -162,13 +166,16 @@ class Worker:
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
+        conditioning = self._conditioning(request.conditioning, len(x))
         grid = grid_of(x)
         ranks = self.settings.plan.group_ranks(len(x))
         group = self.groups[self.settings.plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         exact, part = self._attention(group, loaded, grid), slice(*group.shard(grid.tokens))
-        step = request.displaced if ranks > 1 else None
+        # buffers are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
+        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
+        step = request.displaced if ranks > 1 and usual else None
         if step is not None:
             self.patches.begin(step)
         self.gate.begin(request.id)
@@ -183,7 +190,14 @@ class Worker:
                 part = attend.part
             try:
                 result = loaded.model.transform(
-                    tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
+                    tokens[items, part],
+                    grid,
+                    part,
+                    timestep[items],
+                    context[items],
+                    attend,
+                    before_block,
+                    conditioning.items(items),
                 )
             finally:
                 if attend is not exact:
@@ -286,6 +300,14 @@ class Worker:
                 return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
             case _:
                 return Replacement(*tensors)
+
+    def _conditioning(self, ref: ConditioningRef | None, batch: int) -> Conditioning:
+        """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
+        if ref is None:
+            return NOTHING
+        views = {name: self.conditioning.view(ref.arena, tensor) for name, tensor in ref.tensors.items()}
+        shared = {name: view.expand(batch, *view.shape[1:]) for name, view in views.items()}
+        return Conditioning(**shared, options=ref.options)
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)
