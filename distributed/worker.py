@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,11 +19,12 @@ import torch.distributed as dist
 
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
-from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
+from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, held_as, open_weights, place
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError
-from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
+from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.quantized import Weight
 from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
@@ -143,7 +144,7 @@ class Worker:
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
         for name in source.config.shapes():
-            _assign(model, name, self._weight(source, spec, name))
+            model.set_weight(name, self._weight(source, spec, name))
             self.peak_private = max(self.peak_private, _private_bytes())
         self.models[spec] = LoadedModel(source, model.eval())
 
@@ -152,11 +153,8 @@ class Worker:
         loaded = self.models[request.spec]
         try:
             for name in sorted(loaded.patched | request.weights.keys()):
-                weight = self._weight(loaded.source, request.spec, name)
-                refs = request.weights.get(name, ())
-                if refs:
-                    weight = merge(weight, [self._weight_patch(request.arena, ref) for ref in refs])
-                _assign(loaded.model, name, weight)
+                patches = [self._weight_patch(request.arena, ref) for ref in request.weights.get(name, ())]
+                loaded.model.set_weight(name, self._weight(loaded.source, request.spec, name, patches))
         except BaseException:
             del self.models[request.spec]  # half patched: the next forward reads it again
             raise
@@ -242,7 +240,7 @@ class Worker:
         degrees = self.settings.plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
             name=Path(spec.path).name,
-            weight_dtype=spec.weight_dtype,
+            weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
             compute_dtype=spec.compute_dtype,
             kernel=loaded.model.kernel.name,
             backend="xfuser" if self.settings.usp_backend == "xfuser" else "native",
@@ -287,8 +285,11 @@ class Worker:
 
         return check
 
-    def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
-        return place(source.tensor(name), DTYPES[spec.weight_dtype], self.device)
+    def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
+        weight = source.tensor(name)
+        if patches:
+            weight = change(weight.to(self.device), patches)
+        return place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
 
     def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
         tensors = [self.arena.view(arena, t) for t in ref.tensors]
@@ -369,11 +370,6 @@ def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) ->
         out[items, part].copy_(result)
     else:
         out[items].index_copy_(1, part.cpu(), result.to(out.device))
-
-
-def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _device_name(device: torch.device) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..distributed.patch_buffers import INSTALL_LINE, MANAGERS, official_version
@@ -13,10 +12,12 @@ from ..distributed.patch_memory import TooLarge, check_run, check_weights, gib
 from ..distributed.patches import token_pixels
 from ..distributed.plan import SPLIT_MODES, PlanError
 from ..distributed.pool import acquire
+from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import read_header
 from ..wanvideo.model import Grid
 from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
-from .loader import MODEL_FOLDER, XDitUSPWanVideoModelLoader, model_path
+from .loader import XDitUSPWanVideoModelLoader
+from .model_files import model_names, model_path
 from .patch_runs import PatchRuns
 from .remote_model import build_model
 from .settings import ATTENTION_MODES, DEVICES, SettingsError
@@ -104,7 +105,7 @@ def _status(runs: PatchRuns) -> Iterator[str]:
         TooLarge: the weights alone are more than a worker may take.
     """
     pool, spec, split = runs.pool.settings, runs.spec, runs.settings.split
-    check_weights(runs.config, spec.weight_dtype, runs.available)
+    check_weights(runs.config, spec.weight_dtype, runs.available, runs.header)
     halves = ", half of them for each branch of cfg" if pool.plan.data_parallel > 1 else ""
     yield f"{pool.plan.num_gpus} workers on {pool.device}{halves}; patches are exchanged by manager {runs.manager}"
     yield availability()
@@ -112,7 +113,8 @@ def _status(runs: PatchRuns) -> Iterator[str]:
         f"{split.mode} patches, patch_size {split.size}, patch_overlap {split.overlap}; {runs.settings.warmup_steps} "
         "synchronous steps at the start of a run"
     )
-    yield f"weights {spec.weight_dtype}, activations {spec.compute_dtype}; a worker may take {gib(runs.available)}"
+    weights = held_as(runs.header, spec.weight_dtype)
+    yield f"weights {weights}, activations {spec.compute_dtype}; a worker may take {gib(runs.available)}"
     for width, height in _SIZES:
         yield f"81 frames of {width}x{height} with cfg above 1: {_need(runs, width, height)}"
 
@@ -145,8 +147,8 @@ def _model() -> list[io.Input]:
     return [
         io.Combo.Input(
             "model",
-            options=folder_paths.get_filename_list(MODEL_FOLDER),
-            tooltip="A Wan text-to-video file from models/diffusion_models.",
+            options=model_names(),
+            tooltip="A Wan text-to-video model: what XDit+USP WanVideo Model Loader reads.",
         ),
         io.Combo.Input(
             "precision",
@@ -160,7 +162,7 @@ def _model() -> list[io.Input]:
             default="disabled",
             tooltip=(
                 "Weights in 8 bits, with scales for each channel: half the memory of bf16, not exact. Activations "
-                "keep their precision."
+                "keep their precision, and what the file itself has quantised keeps its format."
             ),
         ),
     ]

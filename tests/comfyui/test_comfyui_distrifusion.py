@@ -289,7 +289,6 @@ def test_status_of_an_exact_model_is_refused(server):
     assert "Connect Official DistriFusion Model Loader" in error_text(server, {**pool_model(), "status": asked})
 
 
-@pytest.mark.xfail(reason="fp8 weights come with the quantised formats", strict=False)
 def test_fp8_weights(server):
     ours = sampled(server, {**patch_model(quantization="fp8_e4m3fn"), **patch_sampler()})
     assert relative_error(ours, exact(server)) < 0.2
