@@ -46,7 +46,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                     "model",
                     options=model_names(),
                     tooltip=(
-                        "A Wan text-to-video model from models/diffusion_models or models/unet: .safetensors in fp32, "
+                        "A Wan model from models/diffusion_models or models/unet: .safetensors in fp32, "
                         "bf16, fp16, fp8 or fp8_scaled, .gguf, or the transformer folder of a diffusers model."
                     ),
                 ),
@@ -82,7 +82,9 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                     ),
                 ),
                 io.Custom("VACEPATH").Input(
-                    "vace_model", optional=True, tooltip="VACE comes in a later version. Leave it unconnected."
+                    "vace_model",
+                    optional=True,
+                    tooltip="A VACE module beside its model comes later: leave it open, and choose a whole VACE file.",
                 ),
             ],
             outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
@@ -137,7 +139,10 @@ def _check_inputs(config: object, vace_model: object) -> None:
         )
     config.validate()
     if vace_model is not None:
-        raise ValueError("VACE comes in a later version. Disconnect vace_model from the loader.")
+        raise ValueError(
+            "A VACE module beside its model comes in a later version. Disconnect vace_model, and choose a file "
+            "that has both, such as wan2.1_vace_14B_fp16.safetensors, as model."
+        )
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:

@@ -111,6 +111,6 @@ def _computed(entries: Sequence[Entry], weight: torch.Tensor, key: str, dtype: t
     if result.shape != weight.shape:
         refuse(
             f"A LoRA changes the shape of {key} from {tuple(weight.shape)} to {tuple(result.shape)}",
-            "Use a LoRA made for the text-to-video model.",
+            "Use a LoRA made for a model of this variant.",
         )
     return Replacement(result.to(dtype))

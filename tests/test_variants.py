@@ -9,7 +9,10 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from wan_parallel.distributed.messages import Displaced
+from wan_parallel.distributed.plan import PatchSplit
 from wan_parallel.distributed.pool import ModelSpec
+from wan_parallel.distributed.schedule import FILL, STALE
 from wan_parallel.wanvideo.conditioning import Conditioning, check, extended
 from wan_parallel.wanvideo.config import WanConfig, read_header
 from wan_parallel.wanvideo.model import grid_of, patchify
@@ -282,6 +285,21 @@ def test_16_bit_stays_close(pool_of, models, single, name):
     spec = ModelSpec(models[name], "bf16", "bf16")
     out = pool_of(2).forward(spec, *inputs[:3], conditioning=inputs[3])
     assert tiny.relative_error(out, single(name)(*inputs)) <= 0.02
+
+
+# By displaced patches.
+
+
+@pytest.mark.parametrize("name", ["i2v-2.1", "fun-control", "fun-camera"])
+@pytest.mark.parametrize("mode", ["spatial", "temporal"])
+def test_a_stale_step_with_the_inputs_of_the_step_before_is_the_exact_one(pool_of, models, single, name, mode):
+    inputs = given(tiny.VARIANTS[name], size=(4, 8, 8))
+    pool, spec = pool_of(2), spec_of(models[name])
+    step = Displaced(FILL, f"{name} {mode}", ("a",), PatchSplit(mode, 16), manager="native")
+    for kind in (FILL, STALE):
+        part = replace(step, kind=kind)
+        out = pool.forward(spec, *inputs[:3], conditioning=inputs[3], displaced=part)
+        assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
 
 
 # Wrong inputs.

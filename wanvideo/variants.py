@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .conditioning import CAMERA_PIXELS, Conditioning
 from .config import WanConfig
-from .model import Block, BlockInputs, Grid, Linear, Part, PatchEmbedding, WanModel, pad_to_patch, patchify, slices
+from .model import Block, BlockInputs, Grid, Linear, Part, PatchEmbedding, WanModel, pad_to_patch, patchify
 
 
 class ImageEmbedding(nn.Module):
@@ -161,8 +161,7 @@ class VariantModel(WanModel):
         vace = self.vace_blocks[block // self.config.vace_stride]
         for stream, strength in zip(sides, conditioning.options.vace_strengths, strict=True):
             vace(stream, inputs)
-            for s in slices(x.shape[1], inputs.slice_tokens):
-                x[:, s].add_(vace.after_proj(stream[:, s].to(inputs.compute_dtype)), alpha=strength)
+            x.add_(vace.after_proj(stream.to(inputs.compute_dtype)), alpha=strength)
 
     def self_attentions(self, conditioning: Conditioning) -> int:
         contexts = len(conditioning.options.vace_strengths)

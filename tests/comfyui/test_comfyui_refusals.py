@@ -66,7 +66,7 @@ def test_configs_that_cannot_work_are_refused_when_queued(server, config, text):
 @pytest.mark.parametrize(
     "loader, config, text",
     [
-        ({"vace_model": link("anything")}, {}, "VACE comes in a later version"),
+        ({"vace_model": link("anything")}, {}, "A VACE module beside its model comes in a later version"),
         ({"attention_mode": "sdpa"}, {"use_sdpa": False}, "use_sdpa is off"),
         ({"attention_mode": "flash_attn_3"}, {"use_flash_attention": False}, "use_flash_attention is off"),
         ({}, {"use_sdpa": False, "use_flash_attention": False}, "leaves no attention kernel"),
