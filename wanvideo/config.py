@@ -18,11 +18,7 @@ from .formats import format_name, logical_tensors
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-<<<<<<< HEAD
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
-=======
-_LATER = "Use a file of a variant that the README lists; this kind comes in a later version."
->>>>>>> variants
 
 # Tensors of variants that are not there yet (../README.md says which run). Order matters: first match wins.
 _VARIANT_MARKERS = (
