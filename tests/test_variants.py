@@ -287,6 +287,22 @@ def test_16_bit_stays_close(pool_of, models, single, name):
     assert tiny.relative_error(out, single(name)(*inputs)) <= 0.02
 
 
+@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control"])
+def test_weights_in_fp8_stay_close(pool_of, models, single, name):
+    inputs = given(tiny.VARIANTS[name])
+    out = pool_of(2).forward(ModelSpec(models[name], "fp8_e4m3fn", "fp32"), *inputs[:3], conditioning=inputs[3])
+    assert 1e-4 < tiny.relative_error(out, single(name)(*inputs)) <= 0.1
+
+
+@pytest.mark.parametrize("name", ["i2v-2.1", "flf2v", "vace"])
+def test_files_with_the_names_of_diffusers_are_the_same_model(tmp_path, single, name):
+    weights = tiny.random_weights(tiny.VARIANTS[name])
+    save_file({tiny.diffusers_name(key): weight for key, weight in weights.items()}, tmp_path / "model.safetensors")
+    inputs = given(tiny.VARIANTS[name])
+    out = VariantModel.from_checkpoint(str(tmp_path / "model.safetensors"))(*inputs)
+    assert torch.equal(out, single(name)(*inputs)) or tiny.relative_error(out, single(name)(*inputs)) <= 1e-6
+
+
 # By displaced patches.
 
 
