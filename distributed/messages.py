@@ -162,6 +162,8 @@ class ModelStatus:
     ulysses: int
     ring: int
     patches: str
+    tensor: int = 1
+    pipeline: int = 1
 
 
 @dataclass(frozen=True)

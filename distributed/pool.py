@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -41,8 +42,10 @@ from .messages import (
     decode,
     encode,
 )
-from .plan import PlanError
+from .pipeline import Stage
+from .plan import ParallelPlan, PlanError
 from .processes import PoolProcesses
+from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +177,7 @@ class Pool:
         self, spec: ModelSpec, poll: Poll | None = None, make_room: Callable[[int], None] | None = None
     ) -> None:
         """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there."""
+        _check_plan(_config_of(spec), self.settings.plan)
         with self._lock:
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room)
@@ -210,6 +214,7 @@ class Pool:
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
+        _check_plan(config, self.settings.plan)
         _check_inputs(config, x, timestep, context)
         with self._lock:
             self._ensure_started(poll)
@@ -314,13 +319,11 @@ class Pool:
             return True
         return False
 
-    def _ensure_loaded(
-        self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None
-    ) -> None:
+    def _ensure_loaded(self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
         if spec in self._loaded:
             return
         if make_room is not None and self.settings.device == "cuda":
-            make_room(_config_of(spec).parameters * DTYPES[spec.weight_dtype].itemsize)
+            make_room(held_parameters(_config_of(spec), self.settings.plan) * DTYPES[spec.weight_dtype].itemsize)
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
@@ -447,7 +450,24 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
             "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
     backend = "native" if settings.usp_backend == "auto" else settings.usp_backend
+    if backend == "xfuser" and settings.plan.tensor_parallel * settings.plan.pipeline_parallel > 1:
+        raise PlanError(
+            "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
+            "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
+        )
     return PoolSettings(settings.plan, device, settings.memory_fraction, backend, settings.overlap)
+
+
+def _check_plan(config: WanConfig, plan: ParallelPlan) -> None:
+    plan.check_model(config.num_heads, config.num_layers)
+
+
+def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
+    """Parameters on the rank that has most of them."""
+    shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
+    stages = [Stage(i, tuple(range(plan.pipeline_parallel))) for i in range(plan.pipeline_parallel)]
+    sizes = {name: math.prod(shard.held_shape(name, shape)) for name, shape in shapes.items()}
+    return max(sum(n for name, n in sizes.items() if stage.holds(name, config.num_layers)) for stage in stages)
 
 
 def _check_inputs(config: WanConfig, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> None:

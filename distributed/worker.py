@@ -1,9 +1,10 @@
-"""One process per GPU: joins the group, holds its copy of the weights, answers requests one after the other."""
+"""One process per GPU: joins the group, holds its part of the weights, answers requests one after the other."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import resource
 import sys
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
-from ..wanvideo.config import CheckpointError
+from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
 from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
@@ -46,8 +47,10 @@ from .messages import (
     decode,
     encode,
 )
-from .plan import PlanError, SequenceDegrees, bounds
-from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
+from .pipeline import Flow, Stage
+from .plan import Place, PlanError, SequenceDegrees, bounds
+from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
+from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
@@ -81,6 +84,8 @@ class Worker:
     def __init__(self, rank: int, settings: PoolSettings, gate: Gate):
         self.rank, self.settings, self.gate = rank, settings, gate
         self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
+        self.place = settings.plan.place(rank)
+        self.shard, self.stage = self._join_divided()
         self.models: dict[ModelSpec, LoadedModel] = {}
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
@@ -118,7 +123,7 @@ class Worker:
         return replace(reply, seconds=time.perf_counter() - started)
 
     def load(self, spec: ModelSpec) -> None:
-        """Read the model onto this worker's device, tensor by tensor, unless it is there."""
+        """Read this worker's part of the model onto its device, tensor by tensor, unless it is there."""
         if spec in self.models:
             return
         dtype = DTYPES[spec.compute_dtype]
@@ -127,20 +132,27 @@ class Worker:
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
             model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+        model.span = self.stage.span(source.config.num_layers)
         for name in source.config.shapes():
-            _assign(model, name, self._weight(source, spec, name))
-            self.peak_private = max(self.peak_private, _private_bytes())
+            if self.stage.holds(name, source.config.num_layers):
+                _assign(model, name, self._weight(source, spec, name))
+                self.peak_private = max(self.peak_private, _private_bytes())
+        self.shard.apply(model)
         self.models[spec] = LoadedModel(source, model.eval())
 
     def patch(self, request: Patch) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
         loaded = self.models[request.spec]
+        shapes, num_layers = loaded.source.config.shapes(), loaded.source.config.num_layers
         try:
             for name in sorted(loaded.patched | request.weights.keys()):
+                if name in shapes and not self.stage.holds(name, num_layers):
+                    continue
                 weight = self._weight(loaded.source, request.spec, name)
-                refs = request.weights.get(name, ())
-                if refs:
-                    weight = merge(weight, [self._weight_patch(request.arena, ref) for ref in refs])
+                patches = [self._weight_patch(request.arena, ref) for ref in request.weights.get(name, ())]
+                patches = self.shard.take_patches(name, shapes[name], patches)
+                if patches:
+                    weight = merge(weight, patches)
                 _assign(loaded.model, name, weight)
         except BaseException:
             del self.models[request.spec]  # half patched: the next forward reads it again
@@ -149,28 +161,33 @@ class Worker:
 
     def forward(self, request: Forward) -> None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
-        loaded = self.models[request.spec]
+        loaded, plan = self.models[request.spec], self.settings.plan
         config = loaded.model.config
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         grid = grid_of(x)
-        ranks = self.settings.plan.group_ranks(len(x))
-        group = self.groups[self.settings.plan.sequence_degrees(config.num_heads, ranks)]
+        ranks = plan.group_ranks(len(x))
+        group = self.groups[plan.sequence_degrees(config.num_heads, ranks)]
         part = TokenSlice(*group.shard(grid.tokens))
         tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
         out = self.arena.view(request.arena, request.out)
         attend = self._attention(group, loaded, grid)
         self.gate.begin(request.id)
-        before_block = self._before_block(group.first_rank)
-        first, last = bounds(len(x), self.settings.plan.num_gpus // ranks, self.rank // ranks)
-        step = request.spec.max_batch
-        for start in range(first, last, step):
-            items = slice(start, min(start + step, last))
+        flow = self._flow(request.spec, config, len(x), part)
+        for items, stream in flow:
             result = loaded.model.transform(
-                tokens[items], grid, part, timestep[items], context[items], attend, before_block
+                tokens[items] if stream is None else stream,
+                grid,
+                part,
+                timestep[items],
+                context[items],
+                attend,
+                flow.before_block,
             )
-            out[items, part.start : part.stop].copy_(result)
+            flow.pass_on(result)
+            if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
+                out[items, part.start : part.stop].copy_(result)
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
@@ -193,7 +210,8 @@ class Worker:
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
-        degrees = self.settings.plan.sequence_degrees(loaded.model.config.num_heads)
+        plan = self.settings.plan
+        degrees = plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
             name=Path(spec.path).name,
             weight_dtype=spec.weight_dtype,
@@ -203,23 +221,54 @@ class Worker:
             ulysses=degrees.ulysses,
             ring=degrees.ring,
             patches=loaded.uuid,
+            tensor=plan.tensor_parallel,
+            pipeline=plan.pipeline_parallel,
+        )
+
+    def _join_divided(self) -> tuple[TensorShard, Stage]:
+        """This rank's part of the matrices and of the blocks, with the process groups that belong to them."""
+        plan = self.settings.plan
+        tensor_group = own_process_group(plan.tensor_groups(), self.rank)
+        pipelines = plan.pipelines()
+        ranks = next(ranks for ranks in pipelines if self.rank in ranks)
+        return (
+            TensorShard(plan.tensor_parallel, self.place.tensor, tensor_group),
+            Stage(self.place.stage, ranks, own_process_group(pipelines, self.rank)),
         )
 
     def _join_groups(self, num_heads: int) -> None:
         """Make the process groups that a model of `num_heads` heads will use, for each size of group."""
         plan = self.settings.plan
-        for ranks in sorted({plan.sequence_ranks, plan.num_gpus}):
-            degrees = plan.sequence_degrees(num_heads, ranks)
+        for ranks in sorted({plan.sequence_ranks, plan.sequence_ranks * plan.data_parallel}):
+            degrees, members = plan.sequence_degrees(num_heads, ranks), plan.sequence_groups(ranks)
             if degrees in self.groups:
                 continue
             if self.settings.usp_backend == "xfuser" and degrees.ranks > 1:
                 self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
-                self.groups[degrees] = place_in(degrees, self.rank)
+                self.groups[degrees] = place_in(degrees, self.rank, members)
             else:
-                self.groups[degrees] = join_group(degrees, self.rank, plan.num_gpus)
+                self.groups[degrees] = join_group(degrees, self.rank, members)
+
+    def _flow(self, spec: ModelSpec, config: WanConfig, batch: int, part: TokenSlice) -> Flow:
+        """The batch items of this rank on their way through its stage."""
+        plan, data, groups = self.settings.plan, self.place.data, self.settings.plan.data_parallel
+        if batch < plan.data_parallel:  # all groups work on each item together
+            data, groups = 0, 1
+        first, last = bounds(batch, groups, data)
+        step = min(spec.max_batch, math.ceil(max(1, last - first) / plan.pipeline_parallel))  # more fill a pipeline
+        leaders = [plan.rank_at(Place(data, stage, 0, 0)) for stage in range(plan.pipeline_parallel)]
+        check = self._block_check()
+        return Flow(
+            self.stage,
+            [slice(start, min(start + step, last)) for start in range(first, last, step)],
+            self.stage.most_blocks(config.num_layers),
+            lambda items: (items.stop - items.start, part.stop - part.start, config.dim),
+            self.device,
+            lambda stage: check(leaders[stage]),
+        )
 
     def _attention(self, group: SequenceGroup, loaded: LoadedModel, grid: Grid) -> SelfAttention:
-        kernel, heads = loaded.model.kernel, loaded.model.config.num_heads
+        kernel, heads = loaded.model.kernel, loaded.model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:
@@ -227,11 +276,11 @@ class Worker:
             return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
 
-    def _before_block(self, leader: int) -> Callable[[int], None]:
-        """The cancel check of one request (see gate.py)."""
+    def _block_check(self) -> Callable[[int], None]:
+        """The cancel check of one request (see gate.py); it is given the rank that decides."""
         launched: deque[torch.cuda.Event] = deque()
 
-        def check(_block: int) -> None:
+        def check(leader: int) -> None:
             if self.device.type == "cuda":
                 launched.append(torch.cuda.Event(blocking=True))
                 launched[-1].record()
@@ -242,7 +291,9 @@ class Worker:
         return check
 
     def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
-        return place(source.tensor(name), DTYPES[spec.weight_dtype], self.device)
+        """This worker's part of a weight."""
+        weight = place(self.shard.take(name, source.tensor(name)), DTYPES[spec.weight_dtype], self.device)
+        return weight.contiguous()  # columns of a mapped file, which would be read with every use
 
     def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
         tensors = [self.arena.view(arena, t) for t in ref.tensors]

@@ -30,6 +30,10 @@ TIMESTEP_PERIOD = 10000.0
 SelfAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each [B, n, heads, head_dim], to the attention output of the same n tokens over all tokens."""
 
+MeanSquares = Callable[..., "list[torch.Tensor] | list[None]"]
+"""Rows [B, n, d] of which this device may hold a part, to the mean square [B, n] of each whole row, in float32;
+None for rows that are whole, of which the norm then takes it itself."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -100,15 +104,20 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`."""
+    """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`.
+
+    `mean_square` [B, n] comes with an x that has a part of the heads alone.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
-        return pointwise.rms_norm(x, self.weight, self.eps, rope)
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor | None = None, mean_square: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return pointwise.rms_norm(x, self.weight, self.eps, rope, mean_square)
 
 
 class LayerNorm(nn.Module):
@@ -135,11 +144,16 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections and norms that self- and cross-attention share."""
+    """The projections and norms that self- and cross-attention share.
+
+    The number of heads is that of the weights: a tensor-parallel rank has some of them, and then gives
+    `mean_squares` for the norms over all.
+    """
 
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.mean_squares: MeanSquares = _whole_rows
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, config.dim)
         self.v = Linear(config.dim, config.dim)
@@ -148,26 +162,34 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.dim, config.eps)
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def self_attention(self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention) -> torch.Tensor:
         """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
-        q = self.by_head(self.norm_q(self.q(x), rope))
-        k = self.by_head(self.norm_k(self.k(x), rope))
+        q, k = self.q(x), self.k(x)
+        squares_q, squares_k = self.mean_squares(q, k)
+        q = self.by_head(self.norm_q(q, rope, squares_q))
+        k = self.by_head(self.norm_k(k, rope, squares_k))
         v = self.by_head(self.v(x))
         return self.o(attend(q, k, v).flatten(2))
 
     def text_keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the text [B, L, dim], the same for every token of the video."""
-        k = self.by_head(self.norm_k(self.k(context)))
+        k = self.k(context)
+        k = self.by_head(self.norm_k(k, None, *self.mean_squares(k)))
         return k, self.by_head(self.v(context))
 
     def cross_attention(
         self, x: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor], kernel: AttentionKernel
     ) -> torch.Tensor:
         """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained."""
-        q = self.by_head(self.norm_q(self.q(x)))
+        q = self.q(x)
+        q = self.by_head(self.norm_q(q, None, *self.mean_squares(q)))
         return self.o(kernel(q, *text).flatten(2))
+
+
+def _whole_rows(*rows: torch.Tensor) -> list[None]:
+    return [None] * len(rows)
 
 
 class Block(nn.Module):
@@ -233,9 +255,7 @@ class BlockInputs:
         return v if self.row_of_token is None else v[:, self.row_of_token]
 
 
-def modulate(
-    x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`."""
     return pointwise.norm(x, 1 + scale, shift, eps, dtype)
 
@@ -262,6 +282,10 @@ def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
 class WanModel(nn.Module):
     """The DiT. Weights are read with `from_checkpoint`; a bare instance has the shapes alone.
 
+    Attributes:
+        span: the blocks to run, all by default. A pipeline stage has a part of them: it takes the residual
+            stream where it lacks the first, and gives it where it lacks the last (see `transform`).
+
     Args:
         config: dimensions.
         kernel: attention kernel for cross-attention, and for self-attention on one device.
@@ -280,6 +304,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config, self.kernel = config, kernel
         self.compute_dtype, self.slice_tokens = compute_dtype, slice_tokens
+        self.span = range(config.num_layers)
         d = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, d)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
@@ -343,13 +368,15 @@ class WanModel(nn.Module):
         """The DiT on the tokens `part` of a grid.
 
         Args:
-            tokens: those tokens, [B, part, in_dim*4].
+            tokens: those tokens, [B, part, in_dim*4]; the residual stream [B, part, dim] in float32, which is
+                changed in place, where `span` begins behind the first block.
             attend: self-attention over the whole grid for the queries of this part; the model's own kernel
                 where the part is the whole.
             before_block: called with the index of each block before it runs.
 
         Returns:
-            float32 [B, part, out_dim*4].
+            float32 [B, part, out_dim*4]; the residual stream [B, part, dim] where `span` ends before the last
+            block.
         """
         embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim))  # [B, d] or [B, T, d]
         embedding = embedding.reshape(len(timestep), -1, self.config.dim)
@@ -363,12 +390,12 @@ class WanModel(nn.Module):
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
         )
-        x = self.patch_embedding(tokens.float())
-        for i, block in enumerate(self.blocks):
+        x = self.patch_embedding(tokens.float()) if self.span.start == 0 else tokens
+        for i in self.span:
             if before_block is not None:
                 before_block(i)
-            x = block(x, inputs)
-        return self.head(x, inputs.by_token(embedding))
+            x = self.blocks[i](x, inputs)
+        return self.head(x, inputs.by_token(embedding)) if self.span.stop == len(self.blocks) else x
 
 
 def _frame_of_token(grid: Grid, part: TokenSlice, embedding: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,118 @@
+"""A model divided by tensor and pipeline parallelism, alone and with every other kind, gives what one process gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import tiny
+import torch
+import worker_group
+from wan_parallel.distributed.messages import ModelSpec
+from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.pool import held_parameters
+from wan_parallel.wanvideo.checkpoint import DTYPES
+from wan_parallel.wanvideo.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.model import WanModel
+
+# 4 heads for 4 ranks, hidden columns and blocks that do not divide
+UNEVEN = WanConfig(dim=512, ffn_dim=515, num_heads=4, num_layers=5, text_dim=32)
+
+# Every pair of kinds, and each size alone, on 4 ranks.
+PLANS = [
+    ParallelPlan(4, tensor_parallel=4),
+    ParallelPlan(4, pipeline_parallel=4),
+    ParallelPlan(4, tensor_parallel=2, ulysses_degree=2),
+    ParallelPlan(4, tensor_parallel=2, ring_degree=2),
+    ParallelPlan(4, tensor_parallel=2, data_parallel=2),
+    ParallelPlan(4, pipeline_parallel=2, ulysses_degree=2),
+    ParallelPlan(4, pipeline_parallel=2, ring_degree=2),
+    ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
+    ParallelPlan(4, pipeline_parallel=2, tensor_parallel=2),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward."""
+
+    plan: ParallelPlan
+    size: tuple[int, int, int] = (3, 6, 10)
+    batch: int = 1
+    by_frame: bool = False
+    slice_tokens: int = 0
+    max_batch: int = 1
+    compute: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.plan.describe(4)}, size {self.size}, batch {self.batch}, {self.compute}"
+
+    def inputs(self) -> tiny.Inputs:
+        given = tiny.inputs(UNEVEN, self.size, self.batch)
+        frames = torch.linspace(0, 900, self.batch * self.size[0]).view(self.batch, -1)
+        return given._replace(timestep=frames) if self.by_frame else given
+
+    def job(self, path: str) -> worker_group.Job:
+        spec = ModelSpec(path, "fp32", self.compute, slice_tokens=self.slice_tokens, max_batch=self.max_batch)
+        return worker_group.Job(self.plan, spec, self.inputs())
+
+    def alone(self, path: str, compute: str) -> torch.Tensor:
+        return WanModel.from_checkpoint(path, compute_dtype=DTYPES[compute])(*self.inputs())
+
+
+def cases(plans: list[ParallelPlan]) -> list[Case]:
+    made = []
+    for plan in plans:
+        plain = Case(plan)
+        made += [plain, replace(plain, batch=2)]
+        made += [replace(plain, size=(2, 7, 5), batch=3, by_frame=True, slice_tokens=4)]
+        made += [replace(plain, size=(2, 7, 5), batch=5, max_batch=2)]
+        made += [replace(plain, size=(1, 2, 4))]  # 2 tokens
+        made += [replace(plain, size=(3, 16, 16), compute="bf16")]
+    return made
+
+
+CASES = cases(PLANS)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("divided") / "uneven.safetensors", UNEVEN)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory, path) -> worker_group.Outcome:
+    return worker_group.run(4, [case.job(path) for case in CASES], tmp_path_factory.mktemp("gloo"))
+
+
+def chosen(compute: str) -> pytest.MarkDecorator:
+    numbers = [number for number, case in enumerate(CASES) if case.compute == compute]
+    return pytest.mark.parametrize("number", numbers, ids=[str(CASES[number]) for number in numbers])
+
+
+@chosen("fp32")
+def test_a_divided_model_gives_what_one_process_gives(outcome, path, number):
+    assert tiny.relative_error(outcome.latents[number], CASES[number].alone(path, "fp32")) <= 2e-6
+
+
+@chosen("bf16")
+def test_a_divided_model_is_about_as_precise_in_bf16_as_one_process(outcome, path, number):
+    case = CASES[number]
+    precise = case.alone(path, "fp32")
+    alone = tiny.relative_error(case.alone(path, "bf16"), precise)
+    # Each tensor-parallel rank rounds its partial sum, and each sum of two is rounded again.
+    assert tiny.relative_error(outcome.latents[number], precise) <= (1.1 + 0.1 * case.plan.tensor_parallel) * alone
+
+
+@pytest.mark.parametrize("number", range(0, len(CASES), len(CASES) // len(PLANS)))
+def test_each_rank_holds_its_part_of_the_weights_and_no_more(outcome, number):
+    assert max(outcome.held[number]) == 4 * held_parameters(UNEVEN, CASES[number].plan)
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4)])
+def test_a_part_of_a_released_model_is_little_more_than_its_share(size, tensor, pipeline):
+    config = PRESETS[size]
+    plan = ParallelPlan(tensor * pipeline, tensor_parallel=tensor, pipeline_parallel=pipeline)
+    share = held_parameters(config, plan) * tensor * pipeline / config.parameters
+    assert 1 < share < 1.15, share
