@@ -49,6 +49,8 @@ LARGEST_PSNR = 120.0
 _PLAN = {
     "gpus": "num_gpus",
     "data": "data_parallel",
+    "tensor": "tensor_parallel",
+    "pipeline": "pipeline_parallel",
     "ulysses": "ulysses_degree",
     "ring": "ring_degree",
 }

@@ -21,8 +21,8 @@ class XDitUSPConfig(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "How many GPUs work on one Wan video together, and how. Connect it to XDit+USP WanVideo "
-                "Model Loader. GPUs that data_parallel_size leaves over share the token sequence of the "
-                "video, which is exact: the result is that of one GPU within rounding."
+                "Model Loader. GPUs that the other sizes leave over share the token sequence of the video. All "
+                "of it is exact: the result is that of one GPU within rounding."
             ),
             inputs=[*_sizes(), *_precision(), *_memory(), *_communication(), *_later_inputs()],
             outputs=[
@@ -101,14 +101,24 @@ def _sizes() -> list[io.Input]:
             default=1,
             min=1,
             max=4,
-            tooltip="Pipeline parallelism (blocks on different GPUs) comes in a later version. Leave it at 1.",
+            tooltip=(
+                "Stages: each has a part of the model's blocks, and so needs that part of the memory for weights. "
+                "Exact: whole branches and batch items pass from stage to stage. Two branches (cfg above 1) keep 2 "
+                "stages busy for 2/3 of the time; a single item saves memory, not time. Sizes multiply: "
+                "pipeline x tensor x data must divide num_gpus."
+            ),
         ),
         io.Int.Input(
             "tensor_parallel_size",
             default=1,
             min=1,
             max=4,
-            tooltip="Tensor parallelism (each matrix over several GPUs) comes in a later version. Leave it at 1.",
+            tooltip=(
+                "GPUs that share each matrix: each has some attention heads and feed-forward columns, and so needs "
+                "that part of the memory for weights. Exact. It must divide the heads of the model (1.3B: 12, "
+                "5B: 24, 14B: 40). It exchanges far more data than sharing the token sequence does: without NVLink "
+                "it costs time, and is for GPUs that the weights do not fit into."
+            ),
         ),
         io.Int.Input(
             "data_parallel_size",
@@ -119,7 +129,7 @@ def _sizes() -> list[io.Input]:
                 "Groups of GPUs that take different items: with cfg above 1 the conditional and the "
                 "unconditional branch, and the items of a batch. 2 with cfg above 1 saves communication. It "
                 "must divide num_gpus; the GPUs of a group share the token sequence. Where a step has fewer "
-                "items than groups, all GPUs work on one item."
+                "items than groups, all groups work on one item."
             ),
         ),
     ]
@@ -227,7 +237,8 @@ def _later_inputs() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "GPUs that exchange attention heads for tokens (Ulysses). 0: automatic, from the number of "
-                "heads. ulysses_degree x ring_degree must be num_gpus / data_parallel_size."
+                "heads. ulysses_degree x ring_degree must be what the other sizes leave over: num_gpus / "
+                "(data_parallel_size x pipeline_parallel_size x tensor_parallel_size)."
             ),
         ),
         io.Int.Input(

@@ -73,6 +73,11 @@ class USPConfig:
                 "use_fp16 and use_bf16 are both on, and the activations can have one precision. "
                 "Switch one of them off; with both off they have the precision of the weights."
             )
+        if self.usp_backend == "xfuser" and self.pipeline_parallel_size * self.tensor_parallel_size > 1:
+            raise SettingsError(
+                "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
+                "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
+            )
         self._check_devices()
 
     def _check_devices(self) -> None:

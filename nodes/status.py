@@ -68,9 +68,11 @@ def report(status: PoolStatus, spec: ModelSpec) -> str:
 
 def _model(model: ModelStatus) -> str:
     patches = "with LoRA" if model.patches else "no LoRA"
+    divided = f"pipeline {model.pipeline} (exact) x " if model.pipeline > 1 else ""
+    divided += f"tensor {model.tensor} x " if model.tensor > 1 else ""
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
-        f"{model.kernel}, Ulysses {model.ulysses} x ring {model.ring} ({model.backend}), {patches}"
+        f"{model.kernel}, {divided}Ulysses {model.ulysses} x ring {model.ring} ({model.backend}), {patches}"
     )
 
 

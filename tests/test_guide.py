@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.pool import held_parameters
 from wan_parallel.nodes.settings import ATTENTION_MODES, USPConfig
 from wan_parallel.wanvideo.config import PRESETS
 
@@ -44,8 +45,18 @@ def test_the_degrees_are_those_that_are_chosen() -> None:
 
 
 def test_the_memory_of_the_weights_is_that_of_their_parameters() -> None:
-    for preset, (_, *shown) in zip(PRESETS.values(), rows("Memory")[1:], strict=True):
+    body = [row for row in rows("Memory") if row[0].split(",")[0] in ("1.3B", "5B", "14B")]
+    for preset, (_, *shown) in zip(PRESETS.values(), body, strict=True):
         assert shown == [f"{preset.parameters * nbytes / 2**30:.1f} GiB" for nbytes in (4, 2)]
+
+
+def test_the_memory_of_divided_weights_is_that_of_the_largest_part() -> None:
+    body = [row for row in rows("Memory") if row[0].startswith(("pipeline", "tensor"))]
+    assert len(body) == 5
+    for sizes, *shown in body:
+        given = {f"{kind}_parallel": int(size) for kind, size in re.findall(r"(pipeline|tensor) (\d)", sizes)}
+        plan = ParallelPlan(8, **given)
+        assert shown == [f"{held_parameters(preset, plan) * 2 / 2**30:.1f} GiB" for preset in PRESETS.values()]
 
 
 def test_every_attention_kernel_is_explained() -> None:
