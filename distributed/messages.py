@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, is_dataclass
 
-from .plan import ParallelPlan
+from .plan import ParallelPlan, PatchSplit
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,24 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Displaced:
+    """How one forward takes part in displaced patch parallelism; see schedule.py for its fields.
+
+    Args:
+        kind: "exact", "fill" or "stale".
+        run: buffers of another run are dropped.
+        lanes: a name for each batch item; items of one name follow each other over the steps.
+    """
+
+    kind: str
+    run: str
+    lanes: tuple[str, ...]
+    split: PatchSplit
+    fp8_buffers: bool = False
+    manager: str = "auto"
+
+
+@dataclass(frozen=True)
 class Forward:
     """Run one DiT forward; the workers write their tokens of the result into `out` [B, tokens, 4*out_dim]."""
 
@@ -123,6 +141,14 @@ class Forward:
     timestep: TensorRef
     context: TensorRef
     out: TensorRef
+    displaced: Displaced | None = None
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
+
+    id: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +173,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | Report
+Request = Load | Patch | Forward | Trim | Unload | Report
 
 
 @dataclass(frozen=True)
@@ -194,6 +220,25 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What a forward on stale keys and values exchanged with the other patches.
+
+    Args:
+        manager: who did it, with its version.
+        received: bytes that arrived on this rank.
+        seconds: what the exchange takes when nothing else runs, from one layer measured alone.
+        waited: seconds for which this rank's device stood still for it.
+        buffers: bytes of the buffers of all branches on this rank.
+    """
+
+    manager: str
+    received: int
+    seconds: float
+    waited: float
+    buffers: int
+
+
+@dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
     the uuid of those merged into the model that was to be loaded."""
@@ -206,6 +251,7 @@ class Reply:
     seconds: float = 0.0
     patches: str = ""
     status: WorkerStatus | None = None
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +277,7 @@ class PoolFailed:
 
 _TYPES = {
     cls.__name__: cls
-    for cls in (Start, Load, Patch, Forward, Unload, Report, Cancel, Ready, Reply, PoolReady, Replies, PoolFailed)
+    for cls in (Start, Load, Patch, Forward, Trim, Unload, Report, Cancel, Ready, Reply, PoolReady, Replies, PoolFailed)
 }
 
 

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .plan import bounds, shares
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,15 @@ class Stage:
         return part != "head" or self.is_last
 
 
-class Flow:
+class Flow(Generic[Batch]):
     """Passes the batches of one request through the stages. To iterate over it is to work on what comes.
 
-        for items, stream in flow:      # stream: the residual stream of the stage before, None in the first
+        for batch, stream in flow:      # stream: the residual stream of the stage before, None in the first
             flow.pass_on(the work of this stage's blocks, with flow.before_block before each)
 
     Args:
         stage: this rank's stage.
-        batches: batch items that go through together.
+        batches: what goes through one after the other, such as slices of batch items.
         blocks: those of the longest stage.
         shape: the residual stream's for a batch on this rank, [items, tokens, dim].
         check: called with the stage that decides, before each block; raises to leave.
@@ -67,9 +70,9 @@ class Flow:
     def __init__(
         self,
         stage: Stage,
-        batches: Sequence[slice],
+        batches: Sequence[Batch],
         blocks: int,
-        shape: Callable[[slice], tuple[int, ...]],
+        shape: Callable[[Batch], tuple[int, ...]],
         device: torch.device,
         check: Callable[[int], None],
     ):
@@ -78,7 +81,7 @@ class Flow:
         self._slot = self._checked = 0
         self._result: torch.Tensor | None = None
 
-    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor | None]]:
         stream = None
         slots = len(self.batches) + len(self.stage.ranks) - 1 if self.batches else 0
         for slot in range(slots):
@@ -99,7 +102,7 @@ class Flow:
         """Give the residual stream behind this stage's blocks; the last stage keeps its own."""
         self._result = None if self.stage.is_last else result
 
-    def _batch(self, slot: int) -> slice | None:
+    def _batch(self, slot: int) -> Batch | None:
         """What this stage works on in a slot."""
         place = slot - self.stage.index
         return self.batches[place] if 0 <= place < len(self.batches) else None

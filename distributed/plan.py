@@ -202,6 +202,26 @@ class ParallelPlan:
         return f"{workers}: data {self.data_parallel} x {pipeline}{self.sequence_degrees(num_heads)}{tensor}"
 
 
+SPLIT_MODES = ("spatial", "temporal", "spatiotemporal")
+
+
+@dataclass(frozen=True)
+class PatchSplit:
+    """How the user wants a video cut into patches (see patches.py).
+
+    Args:
+        mode: one of `SPLIT_MODES`.
+        size: pixels to whose multiples the borders between bands of rows snap. Frames have no pixels: borders in
+            time lie between any two latent frames.
+        overlap: pixels on either side of a border whose keys and values are exchanged fresh in every step; in
+            time as many latent frames as that is rows of tokens.
+    """
+
+    mode: str = "spatial"
+    size: int = 64
+    overlap: int = 0
+
+
 def attention_cost(degrees: SequenceDegrees, num_heads: int) -> float:
     """Expected time of one self-attention, relative to a perfect split without a ring."""
     most_heads = math.ceil(num_heads / degrees.ulysses)

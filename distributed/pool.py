@@ -24,6 +24,8 @@ from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
 from .messages import (
     Cancel,
+    Displaced,
+    Exchange,
     Forward,
     Load,
     ModelSpec,
@@ -37,6 +39,7 @@ from .messages import (
     Reply,
     Report,
     Request,
+    Trim,
     Unload,
     WorkerStatus,
     decode,
@@ -68,7 +71,9 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
-_ERRORS |= dict.fromkeys(("BackendError", "MissingPackage", "PatchError"), PoolError)  # the workers' own words
+_ERRORS |= dict.fromkeys(
+    ("BackendError", "MissingPackage", "PatchError", "StaleError"), PoolError
+)  # the workers' own words
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class PoolStatus:
     workers: tuple[WorkerStatus, ...] = ()
     last_forward_seconds: float = 0.0
     last_hop_seconds: float = 0.0
+    exchanges: tuple[Exchange, ...] = ()
 
 
 def acquire(settings: PoolSettings) -> Pool:
@@ -152,6 +158,7 @@ class Pool:
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._seconds = self._hop = 0.0
+        self._exchanges: tuple[Exchange, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -191,6 +198,7 @@ class Pool:
         patches: PatchSet | None = None,
         poll: Poll | None = None,
         make_room: Callable[[int], None] | None = None,
+        displaced: Displaced | None = None,
     ) -> torch.Tensor:
         """One DiT forward on all workers (see `WanModel.forward`).
 
@@ -203,6 +211,7 @@ class Pool:
             poll: called at least every 0.1 s while waiting. What it raises is passed on, the workers drop the
                 request, and the pool stays usable.
             make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
+            displaced: the forward's part in displaced patch parallelism (see schedule.py); exact without.
 
         Returns:
             float32 [B, out_dim, T, H, W] on the device of x.
@@ -227,11 +236,12 @@ class Pool:
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
             refs = [arena.write(tensor) for tensor in inputs]
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
-            request = Forward(self._new_id(), spec, arena.ref, *refs, out)
+            request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced)
             replies = self._call(request, poll)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             self._seconds = max(reply.seconds for reply in replies.replies)
             self._hop = time.perf_counter() - started - self._seconds
+            self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
             return result
 
     def keep(self, spec: ModelSpec) -> None:
@@ -255,6 +265,13 @@ class Pool:
                 self._drain(None)
                 wanted = {spec} | self._dropped if spec else set(self._loaded)
                 self._unload(wanted & self._loaded.keys())
+
+    def trim(self) -> None:
+        """Let the workers give back what only a sampling run needs; weights stay. Starts nothing."""
+        with self._lock:
+            if self.workers and not self._lost():
+                self._drain(None)
+                self._call(Trim(self._new_id()), None)
 
     def close(self) -> None:
         """End the processes. The next request starts new ones."""
@@ -284,6 +301,7 @@ class Pool:
                 tuple(reply.status for reply in replies.replies),
                 self._seconds,
                 self._hop,
+                self._exchanges,
             )
 
     def _ensure_started(self, poll: Poll | None) -> None:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,12 +23,15 @@ from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
-from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
 from .arena import ArenaReader
+from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .messages import (
     ArenaRef,
+    Displaced,
+    Exchange,
     Forward,
     Load,
     ModelSpec,
@@ -42,6 +45,7 @@ from .messages import (
     Request,
     Start,
     TensorRef,
+    Trim,
     Unload,
     WorkerStatus,
     decode,
@@ -49,6 +53,7 @@ from .messages import (
 )
 from .pipeline import Flow, Stage
 from .plan import Place, PlanError, SequenceDegrees, bounds
+from .schedule import EXACT
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
 from .tensor import TensorShard
 
@@ -63,6 +68,7 @@ _FOR_THE_USER = (
     MissingPackage,
     PatchError,
     PlanError,
+    StaleError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
@@ -78,6 +84,16 @@ class LoadedModel:
     uuid: str = ""
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Some batch items and tokens of one forward, as this rank works on them."""
+
+    items: slice
+    part: Part
+    tokens: int
+    attend: SelfAttention
+
+
 class Worker:
     """Executes requests; every method that the ranks run together makes the same collective calls on all."""
 
@@ -89,6 +105,7 @@ class Worker:
         self.models: dict[ModelSpec, LoadedModel] = {}
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
+        self.patches = PatchParallel(rank, settings.plan, self.device)
         self.arena = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
@@ -106,7 +123,9 @@ class Worker:
                     case Patch():
                         self.patch(request)
                     case Forward():
-                        self.forward(request)
+                        reply = replace(reply, exchange=self.forward(request))
+                    case Trim():
+                        self.trim()
                     case Unload():
                         self.unload(request.specs)
                     case Report():
@@ -159,35 +178,49 @@ class Worker:
             raise
         loaded.patched, loaded.uuid = set(request.weights), request.uuid
 
-    def forward(self, request: Forward) -> None:
+    def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded, plan = self.models[request.spec], self.settings.plan
-        config = loaded.model.config
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         grid = grid_of(x)
         ranks = plan.group_ranks(len(x))
-        group = self.groups[plan.sequence_degrees(config.num_heads, ranks)]
-        part = TokenSlice(*group.shard(grid.tokens))
-        tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
+        group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
+        tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
-        attend = self._attention(group, loaded, grid)
+        step = request.displaced if ranks > 1 else None
+        if step is not None:
+            self.patches.begin(step)
         self.gate.begin(request.id)
-        flow = self._flow(request.spec, config, len(x), part)
-        for items, stream in flow:
+        portions = [
+            self._portion(items, step, loaded.model, grid, group) for items in self._batches(request.spec, len(x))
+        ]
+        flow = self._flow(portions, loaded.model.config, len(x))
+        for portion, stream in flow:
+            items, part = portion.items, portion.part
             result = loaded.model.transform(
-                tokens[items] if stream is None else stream,
+                tokens[items, part] if stream is None else stream,
                 grid,
                 part,
                 timestep[items],
                 context[items],
-                attend,
+                portion.attend,
                 flow.before_block,
             )
+            if isinstance(portion.attend, FillAttention | StaleAttention):
+                portion.attend.finish()
             flow.pass_on(result)
             if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
-                out[items, part.start : part.stop].copy_(result)
+                _write(out, items, part, result)
+        stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
+        return self.patches.report(stale) if stale else None
+
+    def trim(self) -> None:
+        """Give back what only a sampling run needs."""
+        self.patches.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
@@ -249,26 +282,44 @@ class Worker:
             else:
                 self.groups[degrees] = join_group(degrees, self.rank, members)
 
-    def _flow(self, spec: ModelSpec, config: WanConfig, batch: int, part: TokenSlice) -> Flow:
-        """The batch items of this rank on their way through its stage."""
-        plan, data, groups = self.settings.plan, self.place.data, self.settings.plan.data_parallel
+    def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
+        """The batch items of this rank, as many in each slice as go through the model at once."""
+        plan = self.settings.plan
         if batch < plan.data_parallel:  # all groups work on each item together
-            data, groups = 0, 1
-        first, last = bounds(batch, groups, data)
-        step = min(spec.max_batch, math.ceil(max(1, last - first) / plan.pipeline_parallel))  # more fill a pipeline
+            first, last = 0, batch
+        else:
+            first, last = bounds(batch, plan.data_parallel, self.place.data)
+        step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
+        return [slice(start, min(start + step, last)) for start in range(first, last, step)]
+
+    def _portion(
+        self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
+    ) -> Portion:
+        """What this rank does for some batch items: its tokens, and how they see the others."""
+        attend, start, stop = self._attention(group, model, grid), *group.shard(grid.tokens)
+        if step is None or step.kind == EXACT:
+            return Portion(items, slice(start, stop), stop - start, attend)
+        attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
+        part = attend.part
+        return Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)
+
+    def _flow(self, portions: Sequence[Portion], config: WanConfig, batch: int) -> Flow[Portion]:
+        """The portions of this rank on their way through its stage."""
+        plan = self.settings.plan
+        data = self.place.data if batch >= plan.data_parallel else 0  # the first of the ranks that work together
         leaders = [plan.rank_at(Place(data, stage, 0, 0)) for stage in range(plan.pipeline_parallel)]
         check = self._block_check()
         return Flow(
             self.stage,
-            [slice(start, min(start + step, last)) for start in range(first, last, step)],
+            portions,
             self.stage.most_blocks(config.num_layers),
-            lambda items: (items.stop - items.start, part.stop - part.start, config.dim),
+            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, config.dim),
             self.device,
             lambda stage: check(leaders[stage]),
         )
 
-    def _attention(self, group: SequenceGroup, loaded: LoadedModel, grid: Grid) -> SelfAttention:
-        kernel, heads = loaded.model.kernel, loaded.model.config.num_heads // self.shard.size
+    def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
+        kernel, heads = model.kernel, model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:
@@ -358,6 +409,14 @@ def _ready(worker: Worker) -> Ready:
     except importlib.metadata.PackageNotFoundError:
         xfuser = ""
     return Ready(worker.rank, os.getpid(), _device_name(worker.device), torch.__version__, xfuser)
+
+
+def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) -> None:
+    """Put result [b, n, c] of some items and tokens into out [B, tokens, c] on the CPU."""
+    if isinstance(part, slice):
+        out[items, part].copy_(result)
+    else:
+        out[items].index_copy_(1, part.cpu(), result.to(out.device))
 
 
 def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:
