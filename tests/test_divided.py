@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 import worker_group
-from wan_parallel.distributed.messages import ModelSpec
-from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.messages import Displaced, ModelSpec
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import held_parameters
+from wan_parallel.distributed.schedule import FILL, STALE
 from wan_parallel.wanvideo.checkpoint import DTYPES
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.model import WanModel
@@ -82,7 +83,8 @@ def path(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory, path) -> worker_group.Outcome:
-    return worker_group.run(4, [case.job(path) for case in CASES], tmp_path_factory.mktemp("gloo"))
+    jobs = [case.job(path) for case in CASES] + displaced_jobs(path)
+    return worker_group.run(4, jobs, tmp_path_factory.mktemp("gloo"))
 
 
 def chosen(compute: str) -> pytest.MarkDecorator:
@@ -107,6 +109,31 @@ def test_a_divided_model_is_about_as_precise_in_bf16_as_one_process(outcome, pat
 @pytest.mark.parametrize("number", range(0, len(CASES), len(CASES) // len(PLANS)))
 def test_each_rank_holds_its_part_of_the_weights_and_no_more(outcome, number):
     assert max(outcome.held[number]) == 4 * held_parameters(UNEVEN, CASES[number].plan)
+
+
+# Displaced patches, which go on where a model is divided.
+
+SAME_PATCHES = [ParallelPlan(4, **{f"{kind}_parallel": 2}) for kind in ("data", "tensor", "pipeline")]  # 2 ranks share
+
+
+def displaced_jobs(path: str) -> list[worker_group.Job]:
+    """A step that leaves its keys and values behind, and one that uses them, under each plan."""
+    jobs = []
+    for plan in SAME_PATCHES:
+        for step, kind in enumerate((FILL, STALE)):
+            given = tiny.inputs(UNEVEN, (2, 24, 8), batch=2)
+            given = given._replace(x=given.x * (1 + 0.1 * step), timestep=given.timestep - 20 * step)
+            part_in_run = Displaced(kind, f"run of {plan}", ("conditional", "unconditional"), PatchSplit())
+            jobs.append(worker_group.Job(plan, ModelSpec(path, "fp32", "fp32"), given, part_in_run))
+    return jobs
+
+
+def test_displaced_patches_are_the_same_on_a_divided_model(outcome, path):
+    fill, stale, *divided = outcome.latents[len(CASES) :]
+    for number, latent in enumerate(divided):
+        assert tiny.relative_error(latent, stale if number % 2 else fill) <= 2e-6
+    exact = WanModel.from_checkpoint(path)(*displaced_jobs(path)[1].given)
+    assert tiny.relative_error(stale, exact) > 1e-3
 
 
 @pytest.mark.parametrize("size", ["1.3b", "14b"])

@@ -12,7 +12,7 @@ import tiny
 import torch
 from wan_parallel.distributed.arena import Arena, needed
 from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.messages import Forward, Load, ModelSpec, PoolSettings, Unload
+from wan_parallel.distributed.messages import Displaced, Forward, Load, ModelSpec, PoolSettings, Unload
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.worker import Worker
 from wan_parallel.wanvideo.model import grid_of, unpatchify
@@ -25,6 +25,7 @@ class Job:
     plan: ParallelPlan
     spec: ModelSpec
     given: tiny.Inputs
+    displaced: Displaced | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _request(number: int, job: Job, arena: Arena) -> Forward:
     refs = [arena.write(tensor) for tensor in job.given]
     out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, x.shape[1] * 4))
     arena.view(out).fill_(float("nan"))  # each number must be written
-    return Forward(number, job.spec, arena.ref, *refs, out)
+    return Forward(number, job.spec, arena.ref, *refs, out, job.displaced)
 
 
 def _work(rank: int, _world: int, gate: str, work: list[tuple[ParallelPlan, Forward]]) -> gloo_group.Results:
