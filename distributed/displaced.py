@@ -29,34 +29,84 @@ from torch.nn import functional as F
 
 from ..wanvideo.attention import AttentionKernel
 from ..wanvideo.model import Grid, SelfAttention, WanModel
+from .host_exchange import HostManager, Segment
 from .messages import Displaced, Exchange
 from .patches import PatchLayout, split_grid, token_pixels
-from .plan import ParallelPlan, shares
+from .plan import ParallelPlan, bounds
 from .schedule import STALE
 from .sequence import MissingPackage, SequenceGroup
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+MANAGERS = ("auto", "host", "native", "official")
+"""Who exchanges: copies through host memory, or gathers with our buffers or distrifuser's."""
+
 INSTALL_LINE = "pip install --no-deps git+https://github.com/mit-han-lab/distrifuser.git"
 
 
 class Manager(Protocol):
-    """Buffers of one shape on every rank, and their asynchronous exchange: what distrifuser's manager offers."""
+    """Buffers of one shape on every rank, and their exchange while computation goes on.
 
-    handles: list[dist.Work | None]
+    Every rank makes the same calls in the same order: `enqueue` in each step, and in the next one either `arrive`
+    or `forget` before it.
+    """
 
-    def register_tensor(self, shape: tuple[int, ...], torch_dtype: torch.dtype) -> int: ...
-    def create_buffer(self) -> None: ...
-    def get_buffer_list(self, idx: int) -> list[torch.Tensor]: ...
-    def enqueue(self, idx: int, tensor: torch.Tensor) -> None: ...
-    def clear(self) -> None: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers on this rank's device."""
+
+    def get_buffer_list(self, idx: int) -> list[torch.Tensor]:
+        """The tensors of all ranks that have arrived as `idx`, by rank. This rank's own may be missing."""
+
+    def enqueue(self, idx: int, tensor: torch.Tensor) -> None:
+        """Start to send this rank's tensor to the others."""
+
+    def arrive(self, idx: int) -> None:
+        """Make the device wait for what was enqueued last as `idx`."""
+
+    def forget(self, idx: int) -> None:
+        """Do without what was enqueued last as `idx`."""
+
+    def settle(self, everything: bool = False) -> None:
+        """End a step. With `everything`, what it enqueued needs no more help of this rank."""
+
+    def clear(self) -> None:
+        """Wait for what is on its way, and drop the rest."""
+
+
+class GatherManager:
+    """The exchange by asynchronous gathers, with the buffers of distrifuser's manager or of `BufferManager`.
+
+    Args:
+        buffers: their tensors are registered and their buffers created.
+    """
+
+    def __init__(self, buffers: BufferManager):
+        self.buffers = buffers
+        self.get_buffer_list, self.enqueue, self.clear = buffers.get_buffer_list, buffers.enqueue, buffers.clear
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for idx in range(len(self.buffers.handles)) for b in self.get_buffer_list(idx))
+
+    def arrive(self, idx: int) -> None:
+        handle, self.buffers.handles[idx] = self.buffers.handles[idx], None
+        if handle is not None:
+            handle.wait()
+
+    def forget(self, idx: int) -> None:
+        self.arrive(idx)  # else it could write over what is enqueued next
+
+    def settle(self, everything: bool = False) -> None:
+        """Nothing to do: a gather goes on by itself."""
 
 
 class BufferManager:
     """Registered tensors of every rank, each gathered from all ranks while computation goes on.
 
-    A rank's tensor lies beside those of the others, so that one gather fills the place without another copy.
+    It has the methods of distrifuser's PatchParallelismCommManager. A rank's tensor lies beside those of the
+    others, so that one gather fills the place without another copy.
 
     Args:
         config: has `device`, `n_device_per_batch` (ranks), `split_idx()` (this rank's place) and `batch_group`, as
@@ -98,7 +148,7 @@ class BufferManager:
         self.handles[idx] = _all_gather(buffer.view(-1), mine, group=self.config.batch_group, async_op=True)
 
     def clear(self) -> None:
-        """Wait for every exchange under way."""
+        """Wait for every gather under way."""
         for idx, handle in enumerate(self.handles):
             if handle is not None:
                 handle.wait()
@@ -114,7 +164,7 @@ def official_version() -> str:
 
 
 def manager_name(wanted: str) -> str:
-    """Who does the exchange, with the version, for "auto", "official" or "native".
+    """Who does the exchange, for one of `MANAGERS`; the official one with its version.
 
     Raises:
         MissingPackage: the official one was asked for and is not installed.
@@ -124,11 +174,13 @@ def manager_name(wanted: str) -> str:
         raise MissingPackage(
             f"The official DistriFusion package is not installed. Run: {INSTALL_LINE}, or set manager to auto."
         )
-    return f"distrifuser {version}" if version and wanted != "native" else "native"
+    if wanted == "auto":
+        return f"distrifuser {version}" if version else "native"
+    return f"distrifuser {version}" if wanted == "official" else wanted
 
 
-def make_manager(name: str, rank: int, place: int, ranks: int, device: torch.device, group: object) -> Manager:
-    """An empty manager: ours, or distrifuser's on a configuration made by hand.
+def make_buffers(name: str, rank: int, place: int, ranks: int, device: torch.device, group: object) -> BufferManager:
+    """Empty buffers: ours, or distrifuser's on a configuration made by hand.
 
     Its own DistriConfig would start another process group on NCCL and, where one exists, fall back to one rank.
     """
@@ -189,7 +241,7 @@ class Groups:
     its own, so that what is exchanged fresh does not queue behind what has a whole step's time."""
 
     gather: dist.ProcessGroup
-    strips: dist.ProcessGroup
+    fresh: dist.ProcessGroup
 
 
 @dataclass
@@ -200,17 +252,61 @@ class Branch:
     codec: Codec
     manager: Manager
     manager_name: str
-    layer_seconds: float = 0.0  # one layer's exchange, nothing else running
+    layers: int
+    layer_seconds: float  # that one layer's exchange takes, nothing else running
 
 
-@dataclass
-class _Strips:
-    """Which tokens this rank sends to and receives from each other rank fresh, on its device."""
+@dataclass(frozen=True)
+class Routes:
+    """Which of its tokens this rank sends to each other rank, and how many it gets from each.
 
-    sent: torch.Tensor  # places in the own patch, reader by reader
+    Args:
+        sent: places in what this rank has, reader by reader.
+        received_places: where what arrives belongs, owner by owner; None where that is the order it comes in.
+    """
+
+    sent: torch.Tensor
     sent_counts: list[int]
-    received: torch.Tensor  # places in the sequence of all patches, owner by owner
     received_counts: list[int]
+    received_places: torch.Tensor | None = None
+
+    def exchange(self, own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """Send tokens of own [2, B, n, heads, d]; returns those that arrived, in the same form."""
+        token = own.numel() // max(1, own.shape[2])
+        outgoing = own.index_select(2, self.sent).movedim(2, 0).contiguous()
+        arrived = outgoing.new_empty(sum(self.received_counts), *outgoing.shape[1:])
+        dist.all_to_all_single(
+            arrived.view(-1),
+            outgoing.view(-1),
+            [count * token for count in self.received_counts],
+            [count * token for count in self.sent_counts],
+            group=group,
+        )
+        return arrived.movedim(0, 2)
+
+
+def strip_routes(layout: PatchLayout, place: int, device: torch.device) -> Routes:
+    """The border strips that the patch at `place` sends and receives fresh."""
+    ranks = range(len(layout.patches))
+    sent = [layout.strip(place, reader) for reader in ranks]
+    offsets = [sum(layout.counts[:owner]) for owner in ranks]
+    received = [layout.strip(owner, place) + offsets[owner] for owner in ranks]
+    return Routes(
+        torch.cat(sent).to(device), [len(s) for s in sent], [len(r) for r in received], torch.cat(received).to(device)
+    )
+
+
+def shard_routes(layout: PatchLayout, place: int, device: torch.device) -> Routes:
+    """From the shards of the sequence, as the exact path has them, to the patches."""
+    ranks = range(len(layout.patches))
+    shards = [bounds(layout.grid.tokens, len(ranks), rank) for rank in ranks]
+
+    def held(shard: tuple[int, int], patch: int) -> torch.Tensor:
+        index = layout.index(patch)
+        return index[(index >= shard[0]) & (index < shard[1])] - shard[0]
+
+    sent = [held(shards[place], patch) for patch in ranks]
+    return Routes(torch.cat(sent).to(device), [len(s) for s in sent], [len(held(s, place)) for s in shards])
 
 
 class StaleAttention:
@@ -218,9 +314,9 @@ class StaleAttention:
 
     def __init__(self, branch: Branch, place: int, kernel: AttentionKernel, groups: Groups, device: torch.device):
         self.branch, self.place, self.kernel, self.groups = branch, place, kernel, groups
-        self.strips = _strips(branch.layout, place, device) if any(branch.layout.border) else None
         self.part = branch.layout.index(place).to(device)
         self.received = 0
+        self._strips = strip_routes(branch.layout, place, device) if any(branch.layout.border) else None
         self._layer = 0
         self._stops = Stopwatch(device)
 
@@ -232,7 +328,8 @@ class StaleAttention:
         return self.kernel(q, keys, values)
 
     def finish(self) -> None:
-        """After the last layer; what was sent has until the next step."""
+        """Leave the step, after the last layer or in the middle. What was sent has until the next step."""
+        self.branch.manager.settle()
 
     @property
     def waited(self) -> float:
@@ -243,73 +340,44 @@ class StaleAttention:
         """Keys and values of all patches, patch by patch: [2, B, tokens, heads, d]."""
         manager, counts = self.branch.manager, self.branch.layout.counts
         self._stops.start()
-        _arrive(manager, layer)
-        fresh = self._exchange_strips(own) if self.strips else None
+        manager.arrive(layer)
+        fresh = self._strips.exchange(own, self.groups.fresh) if self._strips else None
         self._stops.stop()
         full = own.new_empty(*own.shape[:2], sum(counts), *own.shape[3:])
-        for rank, (buffer, part) in enumerate(
-            zip(manager.get_buffer_list(layer), full.split(counts, dim=2), strict=True)
-        ):
+        parts = full.split(counts, dim=2)
+        for rank, (buffer, part) in enumerate(zip(manager.get_buffer_list(layer), parts, strict=True)):
             if rank == self.place:
                 part.copy_(own)
             else:
                 self.branch.codec.decode(buffer, part)
                 self.received += buffer.nbytes
         if fresh is not None:
-            full.index_copy_(2, self.strips.received, fresh)
+            full.index_copy_(2, self._strips.received_places, fresh)
+            self.received += fresh.nbytes
         return full
-
-    def _exchange_strips(self, own: torch.Tensor) -> torch.Tensor:
-        """The border strips of the other patches, fresh: [2, B, tokens of the strips, heads, d]."""
-        strips, token = self.strips, own.numel() // own.shape[2]
-        outgoing = own.index_select(2, strips.sent).movedim(2, 0).contiguous()
-        arrived = outgoing.new_empty(sum(strips.received_counts), *outgoing.shape[1:])
-        dist.all_to_all_single(
-            arrived.view(-1),
-            outgoing.view(-1),
-            [count * token for count in strips.received_counts],
-            [count * token for count in strips.sent_counts],
-            group=self.groups.strips,
-        )
-        self.received += arrived.nbytes
-        return arrived.movedim(0, 2)
 
 
 class FillAttention:
-    """The exact self-attention of a sequence shard, which also leaves every patch's keys and values in the buffers."""
+    """The exact self-attention of a sequence shard, which also sends every patch's keys and values on their way."""
 
-    def __init__(self, branch: Branch, exact: SelfAttention, group: SequenceGroup, gather: dist.ProcessGroup):
-        self.branch, self.exact, self.gather = branch, exact, gather
-        tokens = branch.layout.grid.tokens
-        self.part = slice(*group.shard(tokens))
-        self._lengths = shares(tokens, group.degrees.ranks)
-        self._indices = [branch.layout.index(rank) for rank in range(group.degrees.ranks)]
+    def __init__(
+        self, branch: Branch, exact: SelfAttention, group: SequenceGroup, groups: Groups, device: torch.device
+    ):
+        self.branch, self.exact, self.groups = branch, exact, groups
+        self.part = slice(*group.shard(branch.layout.grid.tokens))
+        self._routes = shard_routes(branch.layout, group.index, device)
         self._layer = 0
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        own = torch.stack((k, v))
-        missing = self._lengths[0] - own.shape[2]
-        own = F.pad(own, (0, 0, 0, 0, 0, missing)) if missing else own
-        arrived = own.new_empty(len(self._lengths), *own.shape)
-        work = _all_gather(arrived.view(-1), own.view(-1), group=self.gather, async_op=True)
-        self.finish()
-        self._pending = work, arrived
+        layer, self._layer = self._layer, self._layer + 1
+        patch = self._routes.exchange(torch.stack((k, v)), self.groups.fresh)
+        self.branch.manager.forget(layer)  # of a stale step before
+        self.branch.manager.enqueue(layer, self.branch.codec.encode(patch))
         return self.exact(q, k, v)
 
     def finish(self) -> None:
-        """Bring the last layer's keys and values into the buffers."""
-        if self._pending is None:
-            return
-        work, arrived = self._pending
-        work.wait()
-        full = torch.cat([shard[:, :, :n] for shard, n in zip(arrived.unbind(), self._lengths, strict=True)], dim=2)
-        _arrive(self.branch.manager, self._layer)  # of a stale step before: it would write over what comes now
-        buffers = self.branch.manager.get_buffer_list(self._layer)
-        for buffer, index in zip(buffers, self._indices, strict=True):
-            buffer.copy_(self.branch.codec.encode(full.index_select(2, index.to(full.device))))
-        self._layer += 1
-        self._pending = None
+        """Leave the step, after the last layer or in the middle."""
+        self.branch.manager.settle()
 
 
 class PatchParallel:
@@ -322,6 +390,7 @@ class PatchParallel:
         self.rank, self.plan, self.device = rank, plan, device
         self._groups: dict[int, Groups] = {}
         self._branches: dict[Hashable, Branch] = {}
+        self._segments: list[Segment] = []
         self._run = ""
 
     def begin(self, step: Displaced) -> None:
@@ -335,6 +404,12 @@ class PatchParallel:
         for branch in self._branches.values():
             branch.manager.clear()
         self._branches.clear()
+
+    def close(self) -> None:
+        """Give host memory back too."""
+        self.clear()
+        while self._segments:
+            self._segments.pop().close()
 
     def attention(
         self,
@@ -359,7 +434,7 @@ class PatchParallel:
         groups = self._join(group.degrees.ranks)
         if branch is None:
             branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)
-        return FillAttention(branch, exact, group, groups.gather)
+        return FillAttention(branch, exact, group, groups, self.device)
 
     def _new_branch(
         self, step: Displaced, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, groups: Groups
@@ -370,11 +445,34 @@ class PatchParallel:
         heads = config.num_heads // self.plan.tensor_parallel
         codec = Codec(batch, max(layout.counts), heads, config.head_dim, model.compute_dtype, step.fp8_buffers)
         name = manager_name(step.manager)
-        manager = make_manager(name, self.rank, group.index, ranks, self.device, groups.gather)
-        for _ in model.span:
+        if name == "host":
+            manager = self._host_manager(codec, len(model.span), group.index, groups)
+        else:
+            buffers = make_buffers(name, self.rank, group.index, ranks, self.device, groups.gather)
+            for _ in model.span:
+                buffers.register_tensor(codec.shape, codec.dtype)
+            buffers.create_buffer()
+            manager = GatherManager(buffers)
+        return Branch(layout, codec, manager, name, len(model.span), self._time_exchange(manager, codec))
+
+    def _host_manager(self, codec: Codec, layers: int, place: int, groups: Groups) -> HostManager:
+        """Pinning takes a second for each GiB, so a segment is kept for later runs."""
+        ranks = groups.gather.size()
+        manager = HostManager(place, ranks, self.device)
+        for _ in range(layers):
             manager.register_tensor(codec.shape, codec.dtype)
-        manager.create_buffer()
-        return Branch(layout, codec, manager, name, self._time_exchange(manager, codec))
+        used = [branch.manager.segment for branch in self._branches.values()]
+        free = [s for s in self._segments if s not in used and s.ranks == ranks]
+        segment = next((s for s in free if s.nbytes >= manager.registered_bytes), None)
+        if segment is None:
+            for small in free:
+                small.close()
+                self._segments.remove(small)
+            segment = Segment(manager.registered_bytes, place, ranks, self.device, groups.gather)
+            self._segments.append(segment)
+        manager.create_buffer(segment)
+        dist.barrier(groups.gather)  # see create_buffer
+        return manager
 
     def _join(self, ranks: int) -> Groups:
         """The process groups of this rank for videos shared by `ranks`; made at first use, by all ranks."""
@@ -391,9 +489,9 @@ class PatchParallel:
         return Exchange(
             manager=branches[0].manager_name,
             received=sum(attention.received for attention in attentions),
-            seconds=sum(branch.layer_seconds * len(branch.manager.handles) for branch in branches),
+            seconds=sum(branch.layer_seconds * branch.layers for branch in branches),
             waited=sum(attention.waited for attention in attentions),
-            buffers=sum(_nbytes(branch.manager) for branch in self._branches.values()),
+            buffers=sum(branch.manager.nbytes for branch in self._branches.values()),
         )
 
     def _time_exchange(self, manager: Manager, codec: Codec) -> float:
@@ -403,7 +501,8 @@ class PatchParallel:
             self._synchronize()
             start = time.perf_counter()
             manager.enqueue(0, nothing)
-            manager.clear()
+            manager.arrive(0)
+            manager.settle(everything=True)
             self._synchronize()
         return time.perf_counter() - start
 
@@ -442,27 +541,3 @@ class Stopwatch:
         if self._events:
             self._events[-1][1].synchronize()
         return self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1000
-
-
-def _arrive(manager: Manager, layer: int) -> None:
-    """Make the device wait for the exchange of a layer, if one is under way."""
-    handle, manager.handles[layer] = manager.handles[layer], None
-    if handle is not None:
-        handle.wait()
-
-
-def _strips(layout: PatchLayout, place: int, device: torch.device) -> _Strips:
-    ranks = range(len(layout.patches))
-    sent = [layout.strip(place, reader) for reader in ranks]
-    offsets = [sum(layout.counts[:owner]) for owner in ranks]
-    received = [layout.strip(owner, place) + offsets[owner] for owner in ranks]
-    return _Strips(
-        torch.cat(sent).to(device),
-        [len(s) for s in sent],
-        torch.cat(received).to(device),
-        [len(r) for r in received],
-    )
-
-
-def _nbytes(manager: Manager) -> int:
-    return sum(b.nbytes for idx in range(len(manager.handles)) for b in manager.get_buffer_list(idx))

@@ -199,17 +199,19 @@ class Worker:
         flow = self._flow(portions, loaded.model.config, len(x))
         for portion, stream in flow:
             items, part = portion.items, portion.part
-            result = loaded.model.transform(
-                tokens[items, part] if stream is None else stream,
-                grid,
-                part,
-                timestep[items],
-                context[items],
-                portion.attend,
-                flow.before_block,
-            )
-            if isinstance(portion.attend, FillAttention | StaleAttention):
-                portion.attend.finish()
+            try:
+                result = loaded.model.transform(
+                    tokens[items, part] if stream is None else stream,
+                    grid,
+                    part,
+                    timestep[items],
+                    context[items],
+                    portion.attend,
+                    flow.before_block,
+                )
+            finally:
+                if isinstance(portion.attend, FillAttention | StaleAttention):
+                    portion.attend.finish()
             flow.pass_on(result)
             if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
                 _write(out, items, part, result)
