@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 
 from .plan import ParallelPlan, PatchSplit
 
+PIPELINE_MODES = ("exact", "pipefusion")
+
 
 @dataclass(frozen=True)
 class PoolSettings:
@@ -24,6 +26,8 @@ class PoolSettings:
         memory_fraction: share of each GPU's memory that a worker's tensors may take.
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
         overlap: exchange keys and values of a ring while the block at hand is computed.
+        pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
+            patches through the stages (see pipefusion.py).
     """
 
     plan: ParallelPlan
@@ -31,6 +35,7 @@ class PoolSettings:
     memory_fraction: float = 1.0
     usp_backend: str = "auto"
     overlap: bool = True
+    pipeline_mode: str = "exact"
 
 
 @dataclass(frozen=True)

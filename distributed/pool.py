@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -184,7 +184,7 @@ class Pool:
         self, spec: ModelSpec, poll: Poll | None = None, make_room: Callable[[int], None] | None = None
     ) -> None:
         """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there."""
-        _check_plan(_config_of(spec), self.settings.plan)
+        _check_plan(_config_of(spec), self.settings)
         with self._lock:
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room)
@@ -223,7 +223,7 @@ class Pool:
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
-        _check_plan(config, self.settings.plan)
+        _check_plan(config, self.settings)
         _check_inputs(config, x, timestep, context)
         with self._lock:
             self._ensure_started(poll)
@@ -473,11 +473,20 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
             "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
             "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
         )
-    return PoolSettings(settings.plan, device, settings.memory_fraction, backend, settings.overlap)
+    return replace(settings, device=device, usp_backend=backend)
 
 
-def _check_plan(config: WanConfig, plan: ParallelPlan) -> None:
+def _check_plan(config: WanConfig, settings: PoolSettings) -> None:
+    plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
+    if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
+        for batch in (1, plan.data_parallel):
+            degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
+            if degrees.ring > 1:
+                raise PlanError(
+                    f"{degrees} share each token sequence, but PipeFusion keeps keys and values that a ring does not "
+                    "have in one place. Set pipeline_mode to exact, or sizes that leave no ring."
+                )
 
 
 def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:

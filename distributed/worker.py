@@ -51,6 +51,7 @@ from .messages import (
     decode,
     encode,
 )
+from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
 from .plan import Place, PlanError, SequenceDegrees, bounds
 from .schedule import EXACT
@@ -106,6 +107,8 @@ class Worker:
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
         self.patches = PatchParallel(rank, settings.plan, self.device)
+        streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
+        self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
         self.arena = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
@@ -189,12 +192,15 @@ class Worker:
         group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
-        step = request.displaced if ranks > 1 else None
+        approximate = self.stream or (self.patches if ranks > 1 else None)
+        step = request.displaced if approximate else None
         if step is not None:
-            self.patches.begin(step)
+            approximate.begin(step)
         self.gate.begin(request.id)
         portions = [
-            self._portion(items, step, loaded.model, grid, group) for items in self._batches(request.spec, len(x))
+            portion
+            for items in self._batches(request.spec, len(x))
+            for portion in self._portions(items, step, loaded.model, grid, group)
         ]
         flow = self._flow(portions, loaded.model.config, len(x))
         for portion, stream in flow:
@@ -221,6 +227,8 @@ class Worker:
     def trim(self) -> None:
         """Give back what only a sampling run needs."""
         self.patches.clear()
+        if self.stream is not None:
+            self.stream.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -294,16 +302,20 @@ class Worker:
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
-    def _portion(
+    def _portions(
         self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
-    ) -> Portion:
+    ) -> list[Portion]:
         """What this rank does for some batch items: its tokens, and how they see the others."""
         attend, start, stop = self._attention(group, model, grid), *group.shard(grid.tokens)
         if step is None or step.kind == EXACT:
-            return Portion(items, slice(start, stop), stop - start, attend)
+            return [Portion(items, slice(start, stop), stop - start, attend)]
+        if self.stream is not None:
+            heads = model.config.num_heads // self.shard.size
+            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads)
+            return [Portion(items, slice(s.start, s.stop), s.stop - s.start, s.attend) for s in stretches]
         attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
         part = attend.part
-        return Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)
+        return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
 
     def _flow(self, portions: Sequence[Portion], config: WanConfig, batch: int) -> Flow[Portion]:
         """The portions of this rank on their way through its stage."""

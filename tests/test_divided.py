@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,12 +11,14 @@ import tiny
 import torch
 import worker_group
 from wan_parallel.distributed.messages import Displaced, ModelSpec
+from wan_parallel.distributed.pipefusion import cut
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import held_parameters
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.wanvideo.attention import AttentionKernel
 from wan_parallel.wanvideo.checkpoint import DTYPES
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.model import WanModel
+from wan_parallel.wanvideo.model import Grid, WanModel, grid_of, pad_to_patch, patchify, unpatchify
 
 # 4 heads for 4 ranks, hidden columns and blocks that do not divide
 UNEVEN = WanConfig(dim=512, ffn_dim=515, num_heads=4, num_layers=5, text_dim=32)
@@ -65,7 +69,7 @@ def cases(plans: list[ParallelPlan]) -> list[Case]:
     made = []
     for plan in plans:
         plain = Case(plan)
-        made += [plain, replace(plain, batch=2)]
+        made += [plain]
         made += [replace(plain, size=(2, 7, 5), batch=3, by_frame=True, slice_tokens=4)]
         made += [replace(plain, size=(2, 7, 5), batch=5, max_batch=2)]
         made += [replace(plain, size=(1, 2, 4))]  # 2 tokens
@@ -83,7 +87,7 @@ def path(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory, path) -> worker_group.Outcome:
-    jobs = [case.job(path) for case in CASES] + displaced_jobs(path)
+    jobs = [case.job(path) for case in CASES] + displaced_jobs(path) + streamed_jobs(path)
     return worker_group.run(4, jobs, tmp_path_factory.mktemp("gloo"))
 
 
@@ -129,11 +133,100 @@ def displaced_jobs(path: str) -> list[worker_group.Job]:
 
 
 def test_displaced_patches_are_the_same_on_a_divided_model(outcome, path):
-    fill, stale, *divided = outcome.latents[len(CASES) :]
+    fill, stale, *divided = outcome.latents[len(CASES) : len(CASES) + 2 * len(SAME_PATCHES)]
     for number, latent in enumerate(divided):
         assert tiny.relative_error(latent, stale if number % 2 else fill) <= 2e-6
     exact = WanModel.from_checkpoint(path)(*displaced_jobs(path)[1].given)
     assert tiny.relative_error(stale, exact) > 1e-3
+
+
+# PipeFusion.
+
+STREAMED = [
+    ParallelPlan(4, pipeline_parallel=4),
+    ParallelPlan(4, pipeline_parallel=2, tensor_parallel=2),
+    ParallelPlan(4, pipeline_parallel=2, ulysses_degree=2),
+    ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
+]
+STREAMED_SIZES = [(9, 8, 6), (2, 14, 6)]  # patches of whole frames for two stages, and of rows of tokens
+STEPS = (FILL, STALE, STALE)
+
+
+def step_inputs(size: tuple[int, int, int], step: int) -> tiny.Inputs:
+    given = tiny.inputs(UNEVEN, size, batch=2)
+    return given._replace(x=given.x * (1 + 0.1 * step), timestep=given.timestep - 20 * step)
+
+
+def streamed_jobs(path: str) -> list[worker_group.Job]:
+    jobs = []
+    for plan, size in itertools.product(STREAMED, STREAMED_SIZES):
+        for step, kind in enumerate(STEPS):
+            given = step_inputs(size, step)
+            part_in_run = Displaced(kind, f"run of {plan} {size}", ("conditional", "unconditional"), PatchSplit())
+            jobs.append(worker_group.Job(plan, ModelSpec(path, "fp32", "fp32"), given, part_in_run, "pipefusion"))
+    return jobs
+
+
+class KeptInOneProcess:
+    """Attention to the keys and values that each block saw last of every token."""
+
+    def __init__(self, kernel: AttentionKernel, tokens: int):
+        self.kernel, self.tokens, self.kept = kernel, tokens, {}
+
+    def of(self, part: slice) -> Callable[..., torch.Tensor]:
+        blocks = itertools.count()
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            block = next(blocks)
+            for name, new in (("keys", k), ("values", v)):
+                whole = self.kept.get((name, block), new.new_empty(len(new), self.tokens, *new.shape[2:])).clone()
+                whole[:, part] = new
+                self.kept[name, block] = whole
+            return self.kernel(q, self.kept["keys", block], self.kept["values", block])
+
+        return attend
+
+
+def streamed_in_one_process(path: str, plan: ParallelPlan, size: tuple[int, int, int]) -> list[torch.Tensor]:
+    """The steps of a run as they should be: patch after patch through all blocks."""
+    model, latents = WanModel.from_checkpoint(path), []
+    grid = grid_of(step_inputs(size, 0).x)
+    kept = KeptInOneProcess(model.kernel, grid.tokens)
+    for step, kind in enumerate(STEPS):
+        x, timestep, context = step_inputs(size, step)
+        parts = cut(grid, plan.pipeline_parallel) if kind == STALE else [(0, grid.tokens)]
+        tokens = patchify(pad_to_patch(x))
+        done = []
+        for part in (slice(*edges) for edges in parts):
+            done.append(model.transform(tokens[:, part], grid, part, timestep, context, kept.of(part)))
+        latents.append(unpatchify(torch.cat(done, dim=1), grid, size))
+    return latents
+
+
+@pytest.mark.parametrize("number", range(len(STREAMED) * len(STREAMED_SIZES)))
+def test_streamed_patches_see_fresh_keys_behind_them_and_stale_ones_ahead(outcome, path, number):
+    plan, size = list(itertools.product(STREAMED, STREAMED_SIZES))[number]
+    first = len(CASES) + 2 * len(SAME_PATCHES) + number * len(STEPS)
+    expected = streamed_in_one_process(path, plan, size)
+    for latent, wanted in zip(outcome.latents[first : first + len(STEPS)], expected, strict=True):
+        assert tiny.relative_error(latent, wanted) <= 2e-6
+    exact = [WanModel.from_checkpoint(path)(*step_inputs(size, step)) for step in range(len(STEPS))]
+    assert tiny.relative_error(expected[0], exact[0]) <= 2e-6
+    assert 1e-4 < tiny.relative_error(expected[2], exact[2]) < 0.2
+
+
+@pytest.mark.parametrize("frames, stages, patches", [(21, 2, 8), (21, 4, 16), (1, 4, 16), (1, 2, 8)])
+def test_patches_are_runs_of_whole_frames_or_of_whole_rows(frames, stages, patches):
+    grid = Grid(frames, 30, 52)
+    edges = cut(grid, stages)
+    assert len(edges) == patches and edges[0][0] == 0 and edges[-1][1] == grid.tokens
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(edges))
+    unit = 30 * 52 if frames >= patches else 52
+    assert all(start % unit == 0 for start, _ in edges)
+
+
+def test_a_video_of_few_rows_has_few_patches():
+    assert cut(Grid(1, 3, 4), 2) == [(0, 4), (4, 8), (8, 12)]
 
 
 @pytest.mark.parametrize("size", ["1.3b", "14b"])

@@ -26,6 +26,11 @@ class Job:
     spec: ModelSpec
     given: tiny.Inputs
     displaced: Displaced | None = None
+    pipeline_mode: str = "exact"
+
+    @property
+    def settings(self) -> PoolSettings:
+        return PoolSettings(self.plan, device="cpu", pipeline_mode=self.pipeline_mode)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
     gate, arena = GateMemory(), Arena(sum(_room(job) for job in jobs))
     requests = [_request(number, job, arena) for number, job in enumerate(jobs, 1)]
-    work = [(job.plan, request) for job, request in zip(jobs, requests, strict=True)]
+    work = [(job.settings, request) for job, request in zip(jobs, requests, strict=True)]
     results = gloo_group.run(world_size, _work, folder, gate.path, work)
     latents = []
     for job, request in zip(jobs, requests, strict=True):
@@ -61,13 +66,13 @@ def _request(number: int, job: Job, arena: Arena) -> Forward:
     return Forward(number, job.spec, arena.ref, *refs, out, job.displaced)
 
 
-def _work(rank: int, _world: int, gate: str, work: list[tuple[ParallelPlan, Forward]]) -> gloo_group.Results:
-    workers: dict[ParallelPlan, Worker] = {}
+def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward]]) -> gloo_group.Results:
+    workers: dict[PoolSettings, Worker] = {}
     held = []
-    for plan, request in work:
-        if plan not in workers:
-            workers[plan] = Worker(rank, PoolSettings(plan, device="cpu"), Gate(gate))
-        worker = workers[plan]
+    for settings, request in work:
+        if settings not in workers:
+            workers[settings] = Worker(rank, settings, Gate(gate))
+        worker = workers[settings]
         _handle(worker, Load(request.id, request.spec))
         parameters = worker.models[request.spec].model.parameters()
         held.append(sum(parameter.nbytes for parameter in parameters if not parameter.is_meta))
