@@ -48,18 +48,14 @@ class PatchLayout:
         """Places of a rank's tokens in the grid, ascending; int64."""
         return self._select(self.patches[rank])
 
-    def strip(self, owner: int, reader: int) -> torch.Tensor:
-        """Which of the owner's tokens the reader needs fresh, as places in the owner's patch, ascending."""
+    def strip(self, owner: int, reader: int) -> Patch | None:
+        """The part of the owner's patch that the reader needs fresh, counted from the patch's own corner."""
         if owner == reader or not any(self.border):
-            return torch.empty(0, dtype=torch.int64)
-        grid, patch, border = self.grid, self.patches[reader], self.border
-        wider = Patch(
-            (max(0, patch.frames[0] - border[0]), min(grid.frames, patch.frames[1] + border[0])),
-            (max(0, patch.rows[0] - border[1]), min(grid.rows, patch.rows[1] + border[1])),
-        )
-        near = torch.zeros(grid.tokens, dtype=torch.bool)
-        near[self._select(wider)] = True
-        return near[self.index(owner)].nonzero().flatten()
+            return None
+        mine, theirs = self.patches[owner], self.patches[reader]
+        frames = _overlap(mine.frames, theirs.frames, self.border[0])
+        rows = _overlap(mine.rows, theirs.rows, self.border[1])
+        return Patch(frames, rows) if frames and rows else None
 
     def _select(self, patch: Patch) -> torch.Tensor:
         places = torch.arange(self.grid.tokens).view(self.grid.shape)
@@ -72,6 +68,12 @@ class PatchLayout:
             f"{patch.rows[1] - 1}, {100 * count / self.grid.tokens:.1f} % of the tokens"
             for rank, (patch, count) in enumerate(zip(self.patches, self.counts, strict=True))
         ]
+
+
+def _overlap(owner: tuple[int, int], reader: tuple[int, int], border: int) -> tuple[int, int] | None:
+    """Where a run meets another one that is `border` wider on both sides, counted from its own start."""
+    start, stop = max(owner[0], reader[0] - border), min(owner[1], reader[1] + border)
+    return (start - owner[0], stop - owner[0]) if start < stop else None
 
 
 def token_pixels(config: WanConfig) -> int:

@@ -71,9 +71,8 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
-_ERRORS |= dict.fromkeys(
-    ("BackendError", "MissingPackage", "PatchError", "StaleError"), PoolError
-)  # the workers' own words
+_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError")
+_ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
+from .host_exchange import HostMemoryError
 from .messages import (
     ArenaRef,
     Displaced,
@@ -66,6 +67,7 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    HostMemoryError,
     MissingPackage,
     PatchError,
     PlanError,
