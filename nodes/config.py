@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..distributed.messages import PIPELINE_MODES
 from .settings import DEVICES, SettingsError, USPConfig
 
 CATEGORY = "WanVideoWrapper/XDitUSP"
@@ -22,7 +23,7 @@ class XDitUSPConfig(io.ComfyNode):
             description=(
                 "How many GPUs work on one Wan video together, and how. Connect it to XDit+USP WanVideo "
                 "Model Loader. GPUs that the other sizes leave over share the token sequence of the video. All "
-                "of it is exact: the result is that of one GPU within rounding."
+                "of it is exact (the result is that of one GPU within rounding), save pipeline_mode pipefusion."
             ),
             inputs=[*_sizes(), *_precision(), *_memory(), *_communication(), *_later_inputs()],
             outputs=[
@@ -265,6 +266,19 @@ def _later_inputs() -> list[io.Input]:
                 "Who does the sequence-parallel attention on GPUs: this pack's own code (native), or xDiT's "
                 "xfuser where it is installed. auto takes the faster of those that are exact; XDit+USP "
                 "Status says which one runs. The CPU always uses native."
+            ),
+        ),
+        io.Combo.Input(
+            "pipeline_mode",
+            options=list(PIPELINE_MODES),
+            default="exact",
+            optional=True,
+            tooltip=(
+                "What passes through the stages of pipeline_parallel_size. exact: whole branches and batch items. "
+                "pipefusion: parts of the video, which keeps all stages busy with a single item too, and is "
+                "approximate: to some of the tokens the keys and values of others are one step old. The first 4 "
+                "steps, and every tenth after them, are exact. It keeps keys and values of all tokens on the GPUs, "
+                "which XDIT_USP_README.md has figures for."
             ),
         ),
     ]

@@ -21,8 +21,9 @@ import comfy.patcher_extension
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..distributed.messages import ModelSpec
+from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
+from ..distributed.schedule import PatchSettings, Schedule
 from ..wanvideo.config import CheckpointError, Header
 from . import refusals
 from .progress import LoadingText
@@ -130,22 +131,46 @@ class RemoteWan(torch.nn.Module):
     ) -> torch.Tensor:
         refusals.refuse_transformer_options(transformer_options)
         refusals.refuse_inputs({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs})
-        return self._on_workers(x, timestep, context)
+        return self._on_workers(transformer_options, x, timestep, context)
 
-    def _on_workers(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _on_workers(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
         try:
-            return self._run(*inputs)
+            return self._run(options, *inputs)
         except OutOfMemory as error:
             if not self._make_more_room():
                 raise
             log.warning("%s Trying once more with the GPUs cleared of other models.", error)
-        return self._run(*inputs)
+        return self._run(options, *inputs)
 
-    def _run(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(self.spec, poll=lambda: (text.show(), poll()), make_room=self._make_room)
-        return self.pool.forward(self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room)
+        return self.pool.forward(
+            self.spec,
+            *inputs,
+            patches=self.patches,
+            poll=poll,
+            make_room=self._make_room,
+            displaced=self._part_in_run(options, inputs[0], inputs[1]),
+        )
+
+    def _part_in_run(self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor) -> Displaced | None:
+        """What the workers must know of a run whose patches are streamed; nothing where all is exact."""
+        if self.pool.settings.pipeline_mode != "pipefusion":
+            return None
+        conditions = options.get("uuids") or options.get("cond_or_uncond") or [0]
+        items = range(len(x) // len(conditions))
+        lanes = tuple(f"{condition} {item}" for condition in conditions for item in items)
+        state = (self.spec, self.patches.uuid if self.patches else "", self.pool.launcher_pid)
+        schedule = _schedules.setdefault(self.pool, Schedule())  # of a pool: another model drops what one has kept
+        return schedule.plan(PatchSettings(), state, lanes, x.float(), timestep)
+
+    def end_run(self) -> None:
+        """A sampling run is over: the workers give back what only it needed."""
+        if self.pool in _schedules:
+            del _schedules[self.pool]
+            self.pool.trim()
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
@@ -179,6 +204,8 @@ class RemoteWan(torch.nn.Module):
 _EVERYTHING = 1e30  # bytes, as ComfyUI's own unload_all_models asks for
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools that a MODEL has been made for."""
+_schedules: weakref.WeakKeyDictionary[Pool, Schedule] = weakref.WeakKeyDictionary()
+"""Of the sampling runs whose patches are streamed."""
 
 
 class _Weightless:
@@ -231,6 +258,14 @@ class RemoteModelPatcher(ModelPatcher):
     def pre_run(self) -> None:
         self._hand_over_patches()
         super().pre_run()
+
+    def cleanup(self) -> None:
+        """ComfyUI calls this at the end of a sampling run."""
+        super().cleanup()
+        try:
+            self.remote.end_run()
+        except PoolError as error:  # nothing is left to give back
+            log.warning("%s", error)
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         """ComfyUI wants the memory (`unpatch_all`: for good), as with `Unload models`: so do the workers."""

@@ -42,6 +42,7 @@ class USPConfig:
     ring_degree: int = 0
     device: str = "auto"
     usp_backend: str = "auto"
+    pipeline_mode: str = "exact"
 
     @property
     def plan(self) -> ParallelPlan:
@@ -105,6 +106,7 @@ class USPConfig:
             memory_fraction=self.gpu_memory_fraction,
             usp_backend=self.usp_backend,
             overlap=self.overlap_p2p_comm,
+            pipeline_mode=self.pipeline_mode if self.pipeline_parallel_size > 1 else "exact",
         )
 
     def model_spec(self, path: str, base_precision: str, attention_mode: str) -> ModelSpec:

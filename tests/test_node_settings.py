@@ -84,6 +84,11 @@ def test_every_widget_reaches_the_pool(checkpoint):
         usp_backend="native",
         ulysses_degree=2,
         ring_degree=1,
+        pipeline_mode="pipefusion",
+    )
+    assert config.pool_settings().pipeline_mode == "exact"  # there are no stages
+    assert (
+        replace(CPU, pipeline_parallel_size=2, pipeline_mode="pipefusion").pool_settings().pipeline_mode == "pipefusion"
     )
     pool, model = config.pool_settings(), config.model_spec(checkpoint, "fp32", "auto")
     assert (pool.plan.num_gpus, pool.plan.data_parallel) == (4, 2)
