@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -68,7 +68,7 @@ class Setting:
     name: str
     pool: PoolSettings
     spec: ModelSpec
-    steps: PatchSettings = PatchSettings()  # of pipefusion
+    steps: PatchSettings = field(default_factory=PatchSettings)  # of pipefusion
 
 
 @dataclass(frozen=True)
