@@ -25,6 +25,7 @@ from ..wanvideo.lora import WeightPatch, narrow_patch
 from ..wanvideo.model import Attention, WanModel
 from .plan import bounds
 
+_UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
 ROWS, COLUMNS, GATHERED, ONCE = "rows", "columns", "gathered", "once"
 
 # How each tensor is divided: its rows; its columns, the products being summed; its rows, the products being put
@@ -114,8 +115,10 @@ class TensorShard:
         if how is None or how == ONCE:
             return 0, 0, shape[0]
         dim = 1 if how == COLUMNS else 0
-        start, stop = bounds(shape[dim], self.size, self.index)
-        return dim, start, stop - start
+        size = shape[dim]
+        unit = _UNIT if size % self.size and size % _UNIT == 0 else 1
+        start, stop = bounds(size // unit, self.size, self.index)
+        return dim, start * unit, (stop - start) * unit
 
     def _sum_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         return self.sum(output)
