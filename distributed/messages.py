@@ -25,7 +25,7 @@ class PoolSettings:
         device: "cuda", "cpu", or "auto" (cuda where there is one).
         memory_fraction: share of each GPU's memory that a worker's tensors may take.
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
-        overlap: exchange keys and values of a ring while the block at hand is computed.
+        overlap: exchange keys and values of a ring, and the sums of tensor-parallel ranks, during computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
     """

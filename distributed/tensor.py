@@ -8,21 +8,22 @@ token. The residual stream is the same on all ranks of a group.
 The sums travel in the compute dtype. In float32 that is exact to its rounding. In 16 bit it adds one rounding a rank
 to a residual stream that stays float32, less than the products' own inputs cost (tests/test_tensor.py has the
 figures); float32 sums would double the bytes of what is by far the dearest exchange of all strategies: three sums of
-the full width in each block.
+the full width in each block. Those of cross-attention and feed-forward can travel while another slice of tokens is
+computed (`overlapped`), over a communicator of their own, as the norms' small reduces would queue behind them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..wanvideo.lora import WeightPatch, narrow_patch
-from ..wanvideo.model import Attention, WanModel
+from ..wanvideo.model import Attention, Block, WanModel
 from .plan import bounds
 
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
@@ -40,6 +41,7 @@ _SPLITS = (
     (r"(ffn|text_embedding)\.2\.bias", ONCE),
     (r"time_projection\.1\.(weight|bias)", GATHERED),
 )
+_USED_LATER = re.compile(r"(^|\.)(cross_attn\.o|ffn\.2)$")  # outputs that a block asks to have `arrived`
 _PATTERNS = tuple((re.compile(rf"(^|\.){pattern}$"), how) for pattern, how in _SPLITS)
 
 
@@ -58,6 +60,8 @@ class TensorShard:
     size: int = 1
     index: int = 0
     group: dist.ProcessGroup | None = None
+    overlapped: dist.ProcessGroup | None = None
+    _travelling: dict[int, dist.Work] = field(default_factory=dict, compare=False)
 
     def held_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of this rank's part of a tensor."""
@@ -91,9 +95,12 @@ class TensorShard:
         for name, module in model.named_modules():
             if isinstance(module, Attention):
                 module.mean_squares = self.mean_squares
+            if isinstance(module, Block) and self.overlapped is not None:
+                module.at_once, module.arrived = 2, self._arrived
             how = split_of(f"{name}.weight")
             if how == COLUMNS:
-                module.register_forward_hook(self._sum_output)
+                later = self.overlapped is not None and _USED_LATER.search(name) is not None
+                module.register_forward_hook(self._start_sum if later else self._sum_output)
             elif how == GATHERED:
                 module.register_forward_hook(self._gather_output)
 
@@ -122,6 +129,17 @@ class TensorShard:
 
     def _sum_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         return self.sum(output)
+
+    def _start_sum(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        if output.numel():
+            self._travelling[id(output)] = dist.all_reduce(output, group=self.overlapped, async_op=True)
+
+    def _arrived(self, output: torch.Tensor) -> torch.Tensor:
+        """Make the device wait for the sum of what `_start_sum` has seen."""
+        work = self._travelling.pop(id(output), None)
+        if work is not None:
+            work.wait()
+        return output
 
     def _gather_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(output) for _ in range(self.size)]

@@ -273,11 +273,13 @@ class Worker:
     def _join_divided(self) -> tuple[TensorShard, Stage]:
         """This rank's part of the matrices and of the blocks, with the process groups that belong to them."""
         plan = self.settings.plan
-        tensor_group = own_process_group(plan.tensor_groups(), self.rank)
+        groups = plan.tensor_groups()
+        tensor_group = own_process_group(groups, self.rank)
+        overlapped = own_process_group(groups, self.rank) if self.settings.overlap else None
         pipelines = plan.pipelines()
         ranks = next(ranks for ranks in pipelines if self.rank in ranks)
         return (
-            TensorShard(plan.tensor_parallel, self.place.tensor, tensor_group),
+            TensorShard(plan.tensor_parallel, self.place.tensor, tensor_group, overlapped),
             Stage(self.place.stage, ranks, own_process_group(pipelines, self.rank)),
         )
 

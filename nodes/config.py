@@ -204,8 +204,9 @@ def _communication() -> list[io.Input]:
             "overlap_p2p_comm",
             default=True,
             tooltip=(
-                "In a ring (ring_degree above 1) the next keys and values travel while attention computes. "
-                "Off: it waits for them first, for comparison. No effect without a ring."
+                "In a ring (ring_degree above 1) the next keys and values travel while attention computes; with "
+                "tensor_parallel_size above 1 the sums of one slice of tokens while the next one is computed. "
+                "Off: it waits for them first, for comparison. No effect without either."
             ),
         ),
         io.Boolean.Input(

@@ -27,10 +27,11 @@ class Job:
     given: tiny.Inputs
     displaced: Displaced | None = None
     pipeline_mode: str = "exact"
+    overlap: bool = True
 
     @property
     def settings(self) -> PoolSettings:
-        return PoolSettings(self.plan, device="cpu", pipeline_mode=self.pipeline_mode)
+        return PoolSettings(self.plan, device="cpu", pipeline_mode=self.pipeline_mode, overlap=self.overlap)
 
 
 @dataclass(frozen=True)

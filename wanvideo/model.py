@@ -11,8 +11,10 @@ strategies build on: they hand `WanModel.transform` a part of the tokens and an 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -189,10 +191,18 @@ def _whole_rows(*rows: torch.Tensor) -> list[None]:
 
 
 class Block(nn.Module):
-    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward.
+
+    Attributes:
+        at_once: slices of tokens that are worked on in turn. With 2, what one slice waits for can arrive while the
+            other one is computed.
+        arrived: called with the output of cross-attention or feed-forward before it is used; returns it complete.
+    """
 
     def __init__(self, config: WanConfig):
         super().__init__()
+        self.at_once = 1
+        self.arrived: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
         self.dim, self.eps = config.dim, config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = Attention(config)
@@ -209,12 +219,34 @@ class Block(nn.Module):
         y = modulate(x, self.eps, shift, scale, dtype)
         pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
         text = self.cross_attn.text_keys(inputs.context)
-        for s in slices(x.shape[1], inputs.slice_tokens):
+
+        def work(s: slice) -> Iterator[None]:
             part = x[:, s]
-            pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), text, inputs.kernel))
-            y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype)
-            pointwise.add_(part, self.ffn(y), rows(gate_ffn, s))
+            y = self.cross_attn.cross_attention(self.norm3(part, dtype), text, inputs.kernel)
+            yield
+            pointwise.add_(part, self.arrived(y))
+            y = self.ffn(modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype))
+            yield
+            pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
+
+        in_turn((work(s) for s in slices(x.shape[1], inputs.slice_tokens, self.at_once)), self.at_once)
         return x
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
+    """Run each of `works` to its end, `at_once` of them in turn from one `yield` to the next."""
+    active = deque(islice(works, at_once))
+    while active:
+        work = active.popleft()
+        try:
+            next(work)
+            active.append(work)
+        except StopIteration:
+            active.extendleft(islice(works, 1))  # begins before the others go on: they wait for something
 
 
 class Head(nn.Module):
@@ -256,9 +288,9 @@ def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tens
     return pointwise.norm(x, 1 + scale, shift, eps, dtype)
 
 
-def slices(length: int, step: int) -> Iterator[slice]:
-    """Cut `length` tokens into runs of `step`; 0 leaves them whole."""
-    step = step or max(length, 1)  # a rank has no tokens where there are fewer than ranks
+def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
+    """Cut `length` tokens into runs of `step`, 0 being the whole, and into `parts` at least."""
+    step = min(step or length, math.ceil(length / parts)) or 1  # a rank has no tokens where there are fewer than ranks
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
