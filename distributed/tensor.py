@@ -5,11 +5,12 @@ heads or hidden columns to a partial sum over the full width without asking anyb
 The norms of q and k go over the full width, of which a rank has a part: the sums of squares are reduced, one number a
 token. The residual stream is the same on all ranks of a group.
 
-The sums travel in the compute dtype. In float32 that is exact to its rounding. In 16 bit it adds one rounding a rank
-to a residual stream that stays float32, less than the products' own inputs cost (tests/test_tensor.py has the
-figures); float32 sums would double the bytes of what is by far the dearest exchange of all strategies: three sums of
-the full width in each block. Those of cross-attention and feed-forward can travel while another slice of tokens is
-computed (`overlapped`), over a communicator of their own, as the norms' small reduces would queue behind them.
+The sums travel in the compute dtype. In float32 that is exact to its rounding. In 16 bit each rank rounds its part of a
+sum, which the residual stream then takes in float32: on a random model the error against float32 becomes 1.09, 1.16 and
+1.32 times that of one process on 2, 4 and 8 ranks (bf16, gloo). Sums in float32 would keep it, at twice the bytes of what
+is by far the largest exchange of all strategies: three sums of the full width in each block. Those of cross-attention and
+feed-forward can travel while another slice of tokens is computed (`overlapped`), over a communicator of their own, as
+the norms' small reduces would queue behind them.
 """
 
 from __future__ import annotations
