@@ -6,11 +6,11 @@ The norms of q and k go over the full width, of which a rank has a part: the sum
 token. The residual stream is the same on all ranks of a group.
 
 The sums travel in the compute dtype. In float32 that is exact to its rounding. In 16 bit each rank rounds its part of a
-sum, which the residual stream then takes in float32: on a random model the error against float32 becomes 1.09, 1.16 and
-1.32 times that of one process on 2, 4 and 8 ranks (bf16, gloo). Sums in float32 would keep it, at twice the bytes of what
-is by far the largest exchange of all strategies: three sums of the full width in each block. Those of cross-attention and
-feed-forward can travel while another slice of tokens is computed (`overlapped`), over a communicator of their own, as
-the norms' small reduces would queue behind them.
+sum, which the residual stream then takes in float32: on a random model the error against float32 becomes 1.09, 1.16
+and 1.32 times that of one process on 2, 4 and 8 ranks (bf16, gloo). Sums in float32 would keep it, at twice the bytes
+of what is by far the largest exchange of all strategies: three sums of the full width in each block. Those of
+cross-attention and feed-forward can travel while another slice of tokens is computed (`overlapped`), over a
+communicator of their own, as the norms' small reduces would queue behind them.
 """
 
 from __future__ import annotations

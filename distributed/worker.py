@@ -362,6 +362,8 @@ class Worker:
     def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
         """This worker's part of a weight."""
         weight = place(self.shard.take(name, source.tensor(name)), DTYPES[spec.weight_dtype], self.device)
+        if self.device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
+            return weight.clone()  # rows of a random weight, which would keep the whole in memory
         return weight.contiguous()  # columns of a mapped file, which would be read with every use
 
     def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
