@@ -4,7 +4,7 @@
         --variants exact spatial spatial,overlap=16 temporal,sync=5,fp8
 
 Each variant is `exact`, or a split mode with words after it: size=64 (pixels to which borders snap), overlap=0
-(pixels), warmup=4, sync=10, fp8 (buffers), manager=native|official|auto. The latent moves from step to step as in
+(pixels), warmup=4, sync=10, fp8 (buffers), manager=host|native|official. The latent moves from step to step as in
 sampling: by the model's output, brought to the latent's norm, from noise level to noise level. One pool runs all
 variants.
 
@@ -145,7 +145,7 @@ def parse_variant(text: str) -> Variant:
             settings = replace(settings, manager=value)
         else:
             raise ValueError(
-                f"'{word}' is no setting. Write size=64, overlap=16, warmup=4, sync=10, fp8, manager=native."
+                f"'{word}' is no setting. Write size=64, overlap=16, warmup=4, sync=10, fp8, manager=host."
             )
     return Variant(text, settings)
 

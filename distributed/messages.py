@@ -201,7 +201,7 @@ class ModelStatus:
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
-    kernels are used (see wanvideo/pointwise.py)."""
+    kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py)."""
 
     rank: int
     pid: int
@@ -211,6 +211,7 @@ class WorkerStatus:
     peak_private: int
     fused: bool
     models: tuple[ModelStatus, ...]
+    link: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
+from .links import link_kind
 from .messages import (
     ArenaRef,
     Displaced,
@@ -252,6 +253,7 @@ class Worker:
             peak_private=self.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+            link=link_kind(self.device, self.settings.plan.num_gpus),
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:

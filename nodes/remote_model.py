@@ -12,6 +12,7 @@ import logging
 import types
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_base
@@ -23,10 +24,12 @@ from comfy.model_patcher import ModelPatcher
 
 from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
-from ..distributed.schedule import PatchSettings, Schedule
+from ..distributed.schedule import PatchSettings
 from ..wanvideo.config import CheckpointError, Header
 from . import refusals
+from .patch_runs import PatchRuns
 from .progress import LoadingText
+from .stream_runs import StreamRuns
 from .weight_patches import for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
@@ -36,8 +39,13 @@ _FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 _MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
 
 
-def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatcher:
+def build_model(
+    header: Header, spec: ModelSpec, pool: Pool, patch_settings: PatchSettings | None = None
+) -> RemoteModelPatcher:
     """The MODEL of a checkpoint. Reads no weights and starts no workers.
+
+    Args:
+        patch_settings: run it by displaced patches (DistriFusion); exactly without.
 
     Raises:
         CheckpointError: this ComfyUI takes the file for something else than a Wan text-to-video model.
@@ -57,6 +65,8 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatch
     model = model_config.get_model(tensors, "")
     del model_config.unet_config["disable_unet_model_creation"]
     model.diffusion_model = RemoteWan(header, spec, pool, tensors)
+    if patch_settings is not None:
+        model.diffusion_model.patch_runs = PatchRuns(patch_settings, header.config, spec, pool)
     model.__class__ = _weightless(type(model))
     return RemoteModelPatcher(
         model,
@@ -69,7 +79,8 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatch
 class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
-    `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward.
+    `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward. `patch_runs` is
+    there where it runs by displaced patches.
     """
 
     dtype = torch.float32
@@ -80,12 +91,19 @@ class RemoteWan(torch.nn.Module):
         self.header, self.spec, self.pool = header, spec, pool
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.patches: PatchSet | None = None
+        self.patch_runs: PatchRuns | None = None
+        self.stream_runs = StreamRuns(pool) if pool.settings.pipeline_mode == "pipefusion" else None
         _pools.add(pool)
         pool.keep(spec)
         weakref.finalize(self, pool.drop, spec).atexit = False
         self._tensors = dict(tensors)
         # no module: ComfyUI would try to move its weight to a device
         self.patch_embedding = types.SimpleNamespace(weight=tensors["patch_embedding.weight"])
+
+    @property
+    def runs(self) -> PatchRuns | StreamRuns | None:
+        """What is known of the sampling runs of a MODEL that is not exact."""
+        return self.patch_runs or self.stream_runs
 
     def __getattr__(self, name: str) -> Any:
         if name in _MODULES:
@@ -144,33 +162,22 @@ class RemoteWan(torch.nn.Module):
 
     def _run(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
+        if self.patch_runs is not None:
+            self.patch_runs.check(inputs[0].shape, options)
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(self.spec, poll=lambda: (text.show(), poll()), make_room=self._make_room)
-        return self.pool.forward(
-            self.spec,
-            *inputs,
-            patches=self.patches,
-            poll=poll,
-            make_room=self._make_room,
-            displaced=self._part_in_run(options, inputs[0], inputs[1]),
-        )
+        with self._patch_step(options, *inputs) as displaced:
+            return self.pool.forward(
+                self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room, displaced=displaced
+            )
 
-    def _part_in_run(self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor) -> Displaced | None:
-        """What the workers must know of a run whose patches are streamed; nothing where all is exact."""
-        if self.pool.settings.pipeline_mode != "pipefusion":
-            return None
-        conditions = options.get("uuids") or options.get("cond_or_uncond") or [0]
-        items = range(len(x) // len(conditions))
-        lanes = tuple(f"{condition} {item}" for condition in conditions for item in items)
-        state = (self.spec, self.patches.uuid if self.patches else "", self.pool.launcher_pid)
-        schedule = _schedules.setdefault(self.pool, Schedule())  # of a pool: another model drops what one has kept
-        return schedule.plan(PatchSettings(), state, lanes, x.float(), timestep)
-
-    def end_run(self) -> None:
-        """A sampling run is over: the workers give back what only it needed."""
-        if self.pool in _schedules:
-            del _schedules[self.pool]
-            self.pool.trim()
+    def _patch_step(
+        self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, *_context: torch.Tensor
+    ) -> AbstractContextManager[Displaced | None]:
+        uuid = self.patches.uuid if self.patches else ""
+        if self.patch_runs is not None:
+            return self.patch_runs.step(x, timestep, options, uuid, self._make_room)
+        return self.stream_runs.step(x, timestep, options, uuid) if self.stream_runs is not None else nullcontext()
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
@@ -204,8 +211,6 @@ class RemoteWan(torch.nn.Module):
 _EVERYTHING = 1e30  # bytes, as ComfyUI's own unload_all_models asks for
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools that a MODEL has been made for."""
-_schedules: weakref.WeakKeyDictionary[Pool, Schedule] = weakref.WeakKeyDictionary()
-"""Of the sampling runs whose patches are streamed."""
 
 
 class _Weightless:
@@ -257,14 +262,18 @@ class RemoteModelPatcher(ModelPatcher):
 
     def pre_run(self) -> None:
         self._hand_over_patches()
+        if self.remote.runs is not None:
+            self.remote.runs.begin()
         super().pre_run()
 
     def cleanup(self) -> None:
-        """ComfyUI calls this at the end of a sampling run."""
+        """The end of a sampling run, a cancelled one too: what only displaced patches need makes room for the VAE."""
         super().cleanup()
+        if self.remote.runs is None:
+            return
         try:
-            self.remote.end_run()
-        except PoolError as error:  # nothing is left to give back
+            self.remote.pool.trim()
+        except PoolError as error:  # what is gone needs no trimming, and the run has had its own error
             log.warning("%s", error)
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:

@@ -396,23 +396,25 @@ def test_a_run_after_one_that_was_cancelled_is_right(own_pool, spec, kind, overl
     assert own_pool.worker_pids == pids
 
 
-def test_a_stale_step_after_one_that_was_given_up_is_refused(own_pool, spec):
+@pytest.mark.parametrize("manager", ["native", "host"])
+def test_a_stale_step_after_one_that_was_given_up_is_refused(own_pool, spec, manager):
     """The schedule begins anew where it can tell; where it cannot, the workers do not mix two steps."""
+    how = {"manager": manager, "run": f"a run of {manager}"}
     given, forward = tiny.inputs(size=UNEVEN), through(own_pool, spec)
-    assert forward(*given, stale_plan(kind=FILL)).isfinite().all()
-    assert forward(*given, stale_plan()).isfinite().all()
+    assert forward(*given, stale_plan(kind=FILL, **how)).isfinite().all()
+    assert forward(*given, stale_plan(**how)).isfinite().all()
     os.kill(own_pool.worker_pids[1], signal.SIGSTOP)
 
     def interrupt() -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        own_pool.forward(spec, *given, poll=interrupt, displaced=stale_plan(kind=FILL))
+        own_pool.forward(spec, *given, poll=interrupt, displaced=stale_plan(kind=FILL, **how))
     os.kill(own_pool.worker_pids[1], signal.SIGCONT)
     with pytest.raises(PoolError, match="no keys and values of the step before"):
-        forward(*given, stale_plan())
-    forward(*given, stale_plan(kind=FILL))
-    forward(*given, stale_plan())
+        forward(*given, stale_plan(**how))
+    forward(*given, stale_plan(kind=FILL, **how))
+    forward(*given, stale_plan(**how))
 
 
 @pytest.mark.parametrize("manager", MANAGERS)

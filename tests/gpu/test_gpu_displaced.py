@@ -83,7 +83,7 @@ def spec(path, dtype="fp32", **options):
 def test_a_run_is_that_of_the_reference(shared, path, one_gpu, mode, overlap, manager):
     settings = replace(DEFAULT, split=PatchSplit(mode, 32, overlap), manager=manager)
     assert_like_the_reference(shared, spec(path), one_gpu, settings, **HERE)
-    assert {exchange.manager for exchange in shared.status().exchanges} <= {manager_name(manager, torch.device("cuda"))}
+    assert {exchange.manager for exchange in shared.status().exchanges} <= {manager_name(manager, torch.device(DEVICE))}
 
 
 @MANAGERS
@@ -150,7 +150,7 @@ def test_branches_of_one_forward_share_nothing(shared, path, one_gpu):
 def test_a_large_run_comes_out_the_same_each_time_and_with_both_managers(shared, fp8):
     big, how = spec("random:1.3b", "bf16"), {"size": LARGE, "config": PRESETS["1.3b"], "device": DEVICE}
     settings = replace(DEFAULT, split=PatchSplit("spatial", 64, 16), fp8_buffers=fp8)
-    ways = ["native", "native", "native"] + (["official", "official"] if official_version() else [])
+    ways = ["native", "native", "host", "host", "host"] + (["official", "official"] if official_version() else [])
     runs = [sample(through(shared, big), replace(settings, manager=manager), **how) for manager in ways]
     assert runs[0].kinds == "efsssfss" and runs[0].last.isfinite().all()
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run.latents, runs[0].latents, strict=True))
@@ -182,10 +182,12 @@ class Interrupted(BaseException):
 
 
 @TWO
+@pytest.mark.parametrize("manager", ["host", "native"])
 @pytest.mark.parametrize("kind", ["fill", "stale"])
-def test_a_run_after_one_that_was_cancelled_is_right(shared, kind):
+def test_a_run_after_one_that_was_cancelled_is_right(shared, kind, manager):
     big, how = spec("random:1.3b", "bf16"), {"size": (21, 60, 104), "config": PRESETS["1.3b"], "device": DEVICE}
-    settings = replace(DEFAULT, warmup_steps=1, sync_frequency=10, split=PatchSplit("spatial", 64, 16))
+    split = PatchSplit("spatial", 64, 16)
+    settings = replace(DEFAULT, warmup_steps=1, sync_frequency=10, split=split, manager=manager)
     forward, schedule = through(shared, big), Schedule()
     fresh = sample(forward, settings, steps=3, **how)
     pids = shared.worker_pids
