@@ -64,7 +64,8 @@ class Flow(Generic[Batch]):
         batches: what goes through one after the other, such as slices of batch items.
         blocks: those of the longest stage.
         shape: the residual stream's for a batch on this rank, [items, tokens, dim].
-        check: called with the stage that decides, before each block; raises to leave.
+        check: called with the stage that decides, and with the block that comes next (None where this stage has none);
+            raises to leave.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Flow(Generic[Batch]):
         blocks: int,
         shape: Callable[[Batch], tuple[int, ...]],
         device: torch.device,
-        check: Callable[[int], None],
+        check: Callable[[int, int | None], None],
     ):
         self.stage, self.batches, self.blocks = stage, batches, blocks
         self._shape, self._device, self._check = shape, device, check
@@ -90,13 +91,13 @@ class Flow(Generic[Batch]):
             if batch is not None:
                 yield batch, stream
             while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
-                self.before_block()
+                self.before_block(None)
             stream = self._exchange()
 
-    def before_block(self, _block: int = 0) -> None:
+    def before_block(self, block: int | None) -> None:
         """Go on, or leave the request with all other stages."""
         self._checked += 1
-        self._check(min(self._slot, len(self.stage.ranks) - 1))
+        self._check(min(self._slot, len(self.stage.ranks) - 1), block)
 
     def pass_on(self, result: torch.Tensor) -> None:
         """Give the residual stream behind this stage's blocks; the last stage keeps its own."""

@@ -335,7 +335,7 @@ class Worker:
             self.stage.most_blocks(config.num_layers),
             lambda portion: (portion.items.stop - portion.items.start, portion.tokens, config.dim),
             self.device,
-            lambda stage: check(leaders[stage]),
+            lambda stage, _block: check(leaders[stage]),
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:

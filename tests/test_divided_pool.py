@@ -88,12 +88,12 @@ def test_all_stages_leave_at_the_same_block(monkeypatch):
             blocks,
             lambda items: (0,),
             torch.device("cpu"),
-            lambda leader: gates[rank].check(rank, leader),
+            lambda leader, _block: gates[rank].check(rank, leader),
         )
         try:
             for _ in flow:
-                for _ in range(blocks - rank % 2):  # stages of different lengths
-                    flow.before_block()
+                for block in range(blocks - rank % 2):  # stages of different lengths
+                    flow.before_block(block)
                     time.sleep(pauses.random() * 4e-4)
         except Cancelled:
             left_at[rank] = (flow._slot, flow._checked)
