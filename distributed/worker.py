@@ -239,6 +239,8 @@ class Worker:
         """Drop the weights of these models and give their memory back to the device."""
         for spec in specs:
             self.models.pop(spec, None)
+        if not self.models:
+            self.patches.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
