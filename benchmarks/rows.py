@@ -41,7 +41,7 @@ class Row(Line):
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
     after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
-    hop_s: the part of `s` in which no worker computed (ours only).
+    hop_s: the part of `s` in which no worker computed (ours only). weights: how they are held, if not in `precision`.
     """
 
     lib: str
@@ -67,6 +67,7 @@ class Row(Line):
     pipeline: int | None = None
     batch: int | None = None
     hop_s: float | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)

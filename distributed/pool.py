@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, random_config
+from ..wanvideo.checkpoint import RANDOM_PREFIX, WEIGHT_DTYPES, held_sizes_of, random_config
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
+from ..wanvideo.files import model_files
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
@@ -132,11 +133,11 @@ _registry_lock = threading.Lock()
 
 
 def file_stamp(path: str) -> str:
-    """Changes when the file does; "" for random weights."""
+    """Changes when the file does, or one of a folder's; "" for random weights."""
     if path.startswith(RANDOM_PREFIX):
         return ""
-    stat = os.stat(path)
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
+    stats = [os.stat(file) for file in model_files(path)]
+    return f"{max(stat.st_mtime_ns for stat in stats)}-{sum(stat.st_size for stat in stats)}"
 
 
 class Pool:
@@ -345,7 +346,7 @@ class Pool:
         if spec in self._loaded:
             return
         if make_room is not None and self.settings.device == "cuda":
-            make_room(held_parameters(_config_of(spec), self.settings.plan) * DTYPES[spec.weight_dtype].itemsize)
+            make_room(_most_held(_config_of(spec), spec, self.settings.plan))
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
@@ -495,10 +496,23 @@ def _check_plan(config: WanConfig, settings: PoolSettings) -> None:
 
 def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
     """Parameters on the rank that has most of them."""
+    return _of_largest_part(config, plan, {name: math.prod(shape) for name, shape in config.shapes().items()})
+
+
+def _most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
+    """Bytes of weights on the rank that has most of them."""
+    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype]))
+
+
+def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:
+    """What the rank with the largest part of a model has of `sizes` of the whole tensors."""
     shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
     stages = [Stage(i, tuple(range(plan.pipeline_parallel))) for i in range(plan.pipeline_parallel)]
-    sizes = {name: math.prod(shard.held_shape(name, shape)) for name, shape in shapes.items()}
-    return max(sum(n for name, n in sizes.items() if stage.holds(name, config.num_layers)) for stage in stages)
+    parts = {
+        name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
+        for name, size in sizes.items()
+    }
+    return max(sum(n for name, n in parts.items() if stage.holds(name, config.num_layers)) for stage in stages)
 
 
 def _check_inputs(config: WanConfig, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..wanvideo.lora import WeightPatch, narrow_patch
 from ..wanvideo.model import Attention, Block, WanModel
+from ..wanvideo.quantized import Weight
 from .plan import bounds
 
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
@@ -69,7 +70,7 @@ class TensorShard:
         dim, _, length = self._cut(name, shape)
         return (*shape[:dim], length, *shape[dim + 1 :])
 
-    def take(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def take(self, name: str, weight: Weight) -> Weight:
         """This rank's part of a tensor; of one mapped from a file, no other part is read."""
         if split_of(name) == ONCE and self.index > 0:
             return torch.zeros_like(weight)

@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
-from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
+from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, held_as, open_weights, place
 from ..wanvideo.config import CheckpointError, WanConfig
-from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
+from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.quantized import QuantizedWeight, Weight
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -160,7 +161,7 @@ class Worker:
         model.span = self.stage.span(source.config.num_layers)
         for name in source.config.shapes():
             if self.stage.holds(name, source.config.num_layers):
-                _assign(model, name, self._weight(source, spec, name))
+                model.set_weight(name, self._weight(source, spec, name))
                 self.peak_private = max(self.peak_private, _private_bytes())
         self.shard.apply(model)
         self.models[spec] = LoadedModel(source, model.eval())
@@ -173,12 +174,8 @@ class Worker:
             for name in sorted(loaded.patched | request.weights.keys()):
                 if name in shapes and not self.stage.holds(name, num_layers):
                     continue
-                weight = self._weight(loaded.source, request.spec, name)
                 patches = [self._weight_patch(request.arena, ref) for ref in request.weights.get(name, ())]
-                patches = self.shard.take_patches(name, shapes[name], patches)
-                if patches:
-                    weight = merge(weight, patches)
-                _assign(loaded.model, name, weight)
+                loaded.model.set_weight(name, self._weight(loaded.source, request.spec, name, patches))
         except BaseException:
             del self.models[request.spec]  # half patched: the next forward reads it again
             raise
@@ -263,7 +260,7 @@ class Worker:
         degrees = plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
             name=Path(spec.path).name,
-            weight_dtype=spec.weight_dtype,
+            weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
             compute_dtype=spec.compute_dtype,
             kernel=loaded.model.kernel.name,
             backend="xfuser" if self.settings.usp_backend == "xfuser" else "native",
@@ -363,9 +360,16 @@ class Worker:
 
         return check
 
-    def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
-        """This worker's part of a weight."""
-        weight = place(self.shard.take(name, source.tensor(name)), DTYPES[spec.weight_dtype], self.device)
+    def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
+        """This worker's part of a weight, with `patches` of the whole merged."""
+        whole = source.tensor(name)
+        weight = self.shard.take(name, whole)
+        patches = self.shard.take_patches(name, tuple(whole.shape), patches)
+        if patches:
+            weight = change(weight.to(self.device), patches)
+        weight = place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
+        if isinstance(weight, QuantizedWeight):
+            return weight
         if self.device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
             return weight.clone()  # rows of a random weight, which would keep the whole in memory
         return weight.contiguous()  # columns of a mapped file, which would be read with every use
@@ -441,11 +445,6 @@ def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) ->
         out[items, part].copy_(result)
     else:
         out[items].index_copy_(1, part.cpu(), result.to(out.device))
-
-
-def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _device_name(device: torch.device) -> str:
