@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import worker_group
+from format_files import write_gguf, written
 from wan_parallel.distributed.messages import Displaced, ModelSpec
 from wan_parallel.distributed.pipefusion import cut
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
@@ -92,8 +93,20 @@ def path(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory, path) -> worker_group.Outcome:
-    jobs = [case.job(path) for case in CASES] + displaced_jobs(path) + streamed_jobs(path)
+def files(tmp_path_factory) -> list[str]:
+    """Quantised files whose blocks of numbers lie across the borders between four ranks."""
+    folders = [tmp_path_factory.mktemp("quantised") for _ in QUANTISED]
+    return [
+        write_gguf(folder / "model.gguf", kind.removeprefix("GGUF "), QUANTISED_CONFIG)[0]
+        if kind.startswith("GGUF")
+        else written(folder, kind, config=QUANTISED_CONFIG)[0]
+        for folder, kind in zip(folders, QUANTISED, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory, path, files) -> worker_group.Outcome:
+    jobs = [case.job(path) for case in CASES] + displaced_jobs(path) + streamed_jobs(path) + quantised_jobs(files)
     return worker_group.run(4, jobs, tmp_path_factory.mktemp("gloo"))
 
 
@@ -219,6 +232,26 @@ def test_streamed_patches_see_fresh_keys_behind_them_and_stale_ones_ahead(outcom
     exact = [WanModel.from_checkpoint(path)(*step_inputs(size, step)) for step in range(len(STEPS))]
     assert tiny.relative_error(expected[0], exact[0]) <= 2e-6
     assert 1e-4 < tiny.relative_error(expected[2], exact[2]) < 0.2
+
+
+# Quantised weights.
+
+QUANTISED = ["ComfyUI's newer scaled", "int8 convrot", "GGUF Q8_0", "GGUF Q4_K"]
+QUANTISED_CONFIG = WanConfig(dim=512, ffn_dim=768, num_heads=4, num_layers=2, text_dim=64)
+QUANTISED_PLANS = [PLANS[0], PLANS[-1]]
+
+
+def quantised_jobs(files: list[str]) -> list[worker_group.Job]:
+    given = tiny.inputs(QUANTISED_CONFIG, batch=2)
+    pairs = itertools.product(QUANTISED_PLANS, files)
+    return [worker_group.Job(plan, ModelSpec(file, "fp32", "fp32"), given) for plan, file in pairs]
+
+
+@pytest.mark.parametrize("number", range(len(QUANTISED_PLANS) * len(QUANTISED)))
+def test_parts_of_quantised_weights_are_those_of_the_whole(outcome, files, number):
+    latent = outcome.latents[number - len(QUANTISED_PLANS) * len(QUANTISED)]
+    model = WanModel.from_checkpoint(files[number % len(files)])
+    assert tiny.relative_error(latent, model(*tiny.inputs(QUANTISED_CONFIG, batch=2))) <= 2e-6
 
 
 @pytest.mark.parametrize("frames, stages, patches", [(21, 2, 8), (21, 4, 16), (1, 4, 16), (1, 2, 8)])

@@ -70,7 +70,7 @@ def _request(number: int, job: Job, arena: Arena) -> Forward:
 def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward]]) -> gloo_group.Results:
     workers: dict[PoolSettings, Worker] = {}
     held = []
-    for settings, request in work:
+    for (settings, request), following in zip(work, [*work[1:], None], strict=True):
         if settings not in workers:
             workers[settings] = Worker(rank, settings, Gate(gate))
         worker = workers[settings]
@@ -78,7 +78,8 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
         parameters = worker.models[request.spec].model.parameters()
         held.append(sum(parameter.nbytes for parameter in parameters if not parameter.is_meta))
         _handle(worker, request)
-        _handle(worker, Unload(request.id, (request.spec,)))
+        if following is None or following[0] != settings:  # a sampling run ends with its model
+            _handle(worker, Unload(request.id, tuple(worker.models)))
     return {"held": torch.tensor(held)}
 
 
