@@ -48,7 +48,7 @@ class Stage:
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) in self.span(num_layers)
-        if part == "patch_embedding":
+        if part in ("patch_embedding", "ref_conv", "control_adapter"):
             return self.index == 0
         return part != "head" or self.is_last
 

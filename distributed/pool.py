@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import RANDOM_PREFIX, WEIGHT_DTYPES, held_sizes_of, random_config
+from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, WEIGHT_DTYPES, held_sizes_of, random_config
+from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.files import model_files
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
+from .conditioning import SharedConditioning
 from .messages import (
     Cancel,
     Displaced,
@@ -155,6 +157,7 @@ class Pool:
         self._users: Counter[ModelSpec] = Counter()
         self._dropped: set[ModelSpec] = set()
         self._arena: Arena | None = None
+        self._conditioning = SharedConditioning()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._seconds = self._hop = 0.0
@@ -204,6 +207,7 @@ class Pool:
         poll: Poll | None = None,
         make_room: Callable[[int], None] | None = None,
         displaced: Displaced | None = None,
+        conditioning: Conditioning = NOTHING,
     ) -> torch.Tensor:
         """One DiT forward on all workers (see `WanModel.forward`).
 
@@ -217,6 +221,7 @@ class Pool:
                 request, and the pool stays usable.
             make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
             displaced: the forward's part in displaced patch parallelism (see schedule.py); exact without.
+            conditioning: further inputs of some variants, each with B items.
 
         Returns:
             float32 [B, out_dim, T, H, W] on the device of x.
@@ -229,7 +234,11 @@ class Pool:
         """
         config = _config_of(spec)
         _check_plan(config, self.settings)
-        _check_inputs(config, x, timestep, context)
+        frames = x.shape[2] if x.ndim == 5 else 0
+        _check_inputs(config, x, context)
+        check(config, x, conditioning)
+        x, conditioning = extended(x, conditioning)
+        _check_timestep(x, timestep)
         with self._lock:
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room)
@@ -241,9 +250,11 @@ class Pool:
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
             refs = [arena.write(tensor) for tensor in inputs]
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
-            request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced)
+            shared = self._conditioning.share(conditioning, DTYPES[spec.compute_dtype])
+            request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced, shared)
             replies = self._call(request, poll)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
+            result = core(result, frames, conditioning.options)
             self._seconds = max(reply.seconds for reply in replies.replies)
             self._hop = time.perf_counter() - started - self._seconds
             self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
@@ -276,6 +287,7 @@ class Pool:
         with self._lock:
             if self.workers and not self._lost():
                 self._drain(None)
+                self._conditioning.close()
                 self._call(Trim(self._new_id()), None)
 
     def close(self) -> None:
@@ -287,6 +299,7 @@ class Pool:
             self._loaded.clear()
             self._abandoned = 0
             self._close_arena()
+            self._conditioning.close()
 
     def status(self) -> PoolStatus:
         """Memory, models and speed as they are now. Starts nothing."""
@@ -484,6 +497,11 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
 def _check_plan(config: WanConfig, settings: PoolSettings) -> None:
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
+    if config.vace_layers and plan.pipeline_parallel > 1:
+        raise PlanError(
+            f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
+            "stages do not pass that on yet. Set it to 1; tensor_parallel_size divides the weights of VACE too."
+        )
     if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
         for batch in (1, plan.data_parallel):
             degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
@@ -515,17 +533,20 @@ def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, 
     return max(sum(n for name, n in parts.items() if stage.holds(name, config.num_layers)) for stage in stages)
 
 
-def _check_inputs(config: WanConfig, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> None:
+def _check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> None:
     if x.ndim != 5 or x.shape[1] != config.in_dim:
         raise ValueError(
-            f"The latent has shape {tuple(x.shape)}, but this Wan model takes [batch, {config.in_dim}, frames, "
-            "height, width]. Use EmptyHunyuanLatentVideo, or the latent node of this model's family."
+            f"The latent has shape {tuple(x.shape)}, but this {config.variant} Wan model takes [batch, "
+            f"{config.in_dim}, frames, height, width]. Use the latent and conditioning nodes of this variant."
         )
     if context.ndim != 3 or context.shape[-1] != config.text_dim or len(context) != len(x):
         raise ValueError(
             f"The text conditioning has shape {tuple(context.shape)}, but this model takes [{len(x)}, tokens, "
             f"{config.text_dim}]. Use CLIPLoader with type wan and the umt5-xxl text encoder."
         )
+
+
+def _check_timestep(x: torch.Tensor, timestep: torch.Tensor) -> None:
     if timestep.shape not in ((len(x),), (len(x), x.shape[2])):
         raise ValueError(
             f"The timesteps have shape {tuple(timestep.shape)}, but one for each of {len(x)} batch items or for "

@@ -21,10 +21,12 @@ import torch.distributed as dist
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, held_as, open_weights, place
+from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from ..wanvideo.quantized import QuantizedWeight, Weight
+from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -33,6 +35,7 @@ from .host_exchange import HostMemoryError
 from .links import link_kind
 from .messages import (
     ArenaRef,
+    ConditioningRef,
     Displaced,
     Exchange,
     Forward,
@@ -114,6 +117,7 @@ class Worker:
         streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
         self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
         self.arena = ArenaReader()
+        self.conditioning = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
 
@@ -157,7 +161,7 @@ class Worker:
         source = open_weights(spec.path, self.device)
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
-            model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
         model.span = self.stage.span(source.config.num_layers)
         for name in source.config.shapes():
             if self.stage.holds(name, source.config.num_layers):
@@ -187,13 +191,16 @@ class Worker:
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
+        conditioning = self._conditioning(request.conditioning, len(x))
         grid = grid_of(x)
         ranks = plan.group_ranks(len(x))
         group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         approximate = self.stream or (self.patches if ranks > 1 else None)
-        step = request.displaced if approximate else None
+        # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
+        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
+        step = request.displaced if approximate and usual else None
         if step is not None:
             approximate.begin(step)
         self.gate.begin(request.id)
@@ -214,6 +221,7 @@ class Worker:
                     context[items],
                     portion.attend,
                     flow.before_block,
+                    conditioning.items(items),
                 )
             finally:
                 if isinstance(portion.attend, FillAttention | StaleAttention):
@@ -383,6 +391,14 @@ class Worker:
                 return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
             case _:
                 return Replacement(*tensors)
+
+    def _conditioning(self, ref: ConditioningRef | None, batch: int) -> Conditioning:
+        """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
+        if ref is None:
+            return NOTHING
+        views = {name: self.conditioning.view(ref.arena, tensor) for name, tensor in ref.tensors.items()}
+        shared = {name: view.expand(batch, *view.shape[1:]) for name, view in views.items()}
+        return Conditioning(**shared, options=ref.options)
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)

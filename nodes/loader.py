@@ -35,7 +35,8 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             display_name="XDit+USP WanVideo Model Loader",
             category=CATEGORY,
             description=(
-                "A Wan 2.1/2.2 text-to-video model that runs on all GPUs of XDit+USP Config. Its output "
+                "A Wan 2.1/2.2 model (text- or image-to-video, first-last-frame, Fun, VACE) that runs on all GPUs of "
+                "XDit+USP Config; which of the high- and low-noise files is which cannot be told from them. Its output "
                 "goes where any MODEL goes: LoRA loaders, ModelSamplingSD3, KSampler, EasyCache and so on. "
                 "The workers start and load the weights with the first sampling step, and stay for the next "
                 "prompt."
