@@ -99,7 +99,8 @@ def main() -> int:
 def _ours(options: argparse.Namespace) -> list[Row]:
     plan = ParallelPlan(
         num_gpus=options.gpus,
-        data_parallel=1,
+        pipeline_parallel=options.pipeline,
+        tensor_parallel=options.tensor,
         ulysses_degree=options.ulysses,
         ring_degree=options.ring,
     )
@@ -119,9 +120,10 @@ def _ours(options: argparse.Namespace) -> list[Row]:
 def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace) -> Row:
     config = model_config(spec.path)
     device, dtype = torch.device(pool.settings.device), DTYPES[options.precision]
-    x = torch.randn(1, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
-    context = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
-    timestep = torch.tensor([500.0], device=device)
+    batch = options.batch
+    x = torch.randn(batch, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
+    context = torch.randn(batch, 512, config.text_dim, device=device, dtype=dtype)
+    timestep = torch.full((batch,), 500.0, device=device)
     pool.ensure_ready(spec)
     times, hops = [], []
     for _ in range(options.iters + 1):
@@ -138,6 +140,7 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         size=options.size,
         res=res,
         gpus=options.gpus,
+        batch=batch,
         timing=Timing(times[0], tuple(times[1:])),
         config=config,
         peak_bytes=_peak_bytes(workers, device),
@@ -148,6 +151,8 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         backend=model.backend,
         ulysses=model.ulysses,
         ring=model.ring,
+        tensor=model.tensor,
+        pipeline=model.pipeline,
         hop_s=round(median(hops[1:]), 4),
         weights=None if model.weight_dtype == options.precision else model.weight_dtype,
     )
@@ -187,6 +192,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backend", choices=("auto", "native", "xfuser"), default="auto")
     parser.add_argument("--ulysses", type=int, default=0, help="0 is automatic")
     parser.add_argument("--ring", type=int, default=0, help="0 is automatic")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--model", help="a checkpoint of that --size; random weights without")
     parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")

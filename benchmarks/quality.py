@@ -3,8 +3,9 @@
     python3 benchmarks/quality.py --a gpus=1 --b gpus=2,compute=bf16 --prompts 10 --out results/quality
 
 samples the same prompts from the same noise with the settings A and B, decodes both, and compares the frames.
-Settings are words such as gpus=4,data=2,ulysses=2,ring=1,weights=fp16,compute=bf16,attention=sageattn,backend=xfuser;
-what is left out has its default. Prints a table; --out gets quality.jsonl (one line a prompt and one for all) and
+Settings are words such as gpus=4,data=2,ulysses=2,ring=1,weights=fp16,compute=bf16,attention=sageattn,backend=xfuser
+or gpus=2,pipeline=2,mode=pipefusion,warmup=4,sync=10 (exact steps at the start, and every so many after them); what is
+left out has its default. Prints a table; --out gets quality.jsonl (one line a prompt and one for all) and
 quality.png. LPIPS is left out: its weights need a download.
 
 The model is the tiny Wan unless --t2v and --vae name others. It reads prompts of its own few words only, and a
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +32,7 @@ from bootstrap import load_pack
 load_pack()
 from wan_parallel.distributed.plan import ParallelPlan, PlanError  # noqa: E402
 from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire  # noqa: E402
+from wan_parallel.distributed.schedule import PatchSettings, Schedule  # noqa: E402
 from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
     T2V_FILE,
     VAE_FILE,
@@ -50,9 +52,13 @@ LARGEST_PSNR = 120.0
 _PLAN = {
     "gpus": "num_gpus",
     "data": "data_parallel",
+    "tensor": "tensor_parallel",
+    "pipeline": "pipeline_parallel",
     "ulysses": "ulysses_degree",
     "ring": "ring_degree",
 }
+_POOL = {"backend": "usp_backend", "mode": "pipeline_mode"}
+_STEPS = {"warmup": "warmup_steps", "sync": "sync_frequency"}
 _SPEC = {"weights": "weight_dtype", "compute": "compute_dtype", "attention": "attention"}
 
 
@@ -63,6 +69,7 @@ class Setting:
     name: str
     pool: PoolSettings
     spec: ModelSpec
+    steps: PatchSettings = field(default_factory=PatchSettings)  # of pipefusion
 
 
 @dataclass(frozen=True)
@@ -85,35 +92,40 @@ def parse_setting(text: str, t2v: str, device: str) -> Setting:
     """
     plan: dict[str, int] = {"num_gpus": 1}
     spec: dict[str, str] = {"weight_dtype": "fp32", "compute_dtype": "fp32"}
-    backend = "auto"
+    pool: dict[str, str] = {}
+    steps: dict[str, int] = {}
     for word in filter(None, text.split(",")):
         key, _, value = word.partition("=")
         if key in _PLAN and value.isdecimal():
             plan[_PLAN[key]] = int(value)
         elif key in _SPEC and value:
             spec[_SPEC[key]] = value
-        elif key == "backend" and value:
-            backend = value
+        elif key in _POOL and value:
+            pool[_POOL[key]] = value
+        elif key in _STEPS and value.isdecimal():
+            steps[_STEPS[key]] = int(value)
         else:
-            known = ", ".join([*_PLAN, *_SPEC, "backend"])
+            known = ", ".join([*_PLAN, *_SPEC, *_POOL, *_STEPS])
             raise ValueError(f"'{word}' is no setting. Write settings such as gpus=2, with these names: {known}.")
     parallel = ParallelPlan(**plan)
     parallel.validate()
-    return Setting(text, PoolSettings(parallel, device, usp_backend=backend), ModelSpec(t2v, **spec))
+    return Setting(text, PoolSettings(parallel, device, **pool), ModelSpec(t2v, **spec), PatchSettings(**steps))
 
 
 def sample_through_pool(setting: Setting, cases: Sequence[Case], how: Sampling) -> torch.Tensor:
     """Latents [N, 16, T, H, W] as the DiT sees them, one prompt at a time; the pool is closed again."""
     pool = acquire(setting.pool)
     empty = tiny_text.encode("")
+    schedule, streamed = Schedule(), setting.pool.pipeline_mode == "pipefusion"
     latents = []
     try:
         for case in cases:
             context = torch.stack([tiny_text.encode(case.prompt), empty])
 
             def velocity(x: torch.Tensor, sigma: float, context: torch.Tensor = context) -> torch.Tensor:
-                time = torch.full((2,), 1000 * sigma)
-                prompt, none = pool.forward(setting.spec, torch.cat([x, x]), time, context).chunk(2)
+                both, time = torch.cat([x, x]), torch.full((2,), 1000 * sigma)
+                part = schedule.plan(setting.steps, None, ("prompt", "none"), both, time) if streamed else None
+                prompt, none = pool.forward(setting.spec, both, time, context, displaced=part).chunk(2)
                 return none + how.guidance * (prompt - none)
 
             latents.append(euler(velocity, start_noise(case.seed, how), flow_sigmas(how.steps, how.shift)))

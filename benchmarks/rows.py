@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Row(Line):
-    """One DiT forward at batch 1.
+    """One DiT forward, at batch 1 unless `batch` says otherwise.
 
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
     after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
@@ -63,6 +63,9 @@ class Row(Line):
     backend: str | None = None
     ulysses: int | None = None
     ring: int | None = None
+    tensor: int | None = None
+    pipeline: int | None = None
+    batch: int | None = None
     hop_s: float | None = None
     weights: str | None = None
 
@@ -93,10 +96,11 @@ def make_row(
     finite: bool,
     compiled: bool = False,
     lossy: bool = False,
+    batch: int = 1,
     **ours: object,
 ) -> Row:
     """Fill in what follows from the measurement: the rate, the machine, the versions and the date."""
-    flops = forward_flops(config, tokens_of(latent_size(res, size)))
+    flops = batch * forward_flops(config, tokens_of(latent_size(res, size)))
     return Row(
         lib=lib,
         size=size,
@@ -114,6 +118,7 @@ def make_row(
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         versions=installed_versions(),
         date=date.today().isoformat(),
+        batch=batch if batch > 1 else None,
         **ours,
     )
 

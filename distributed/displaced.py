@@ -25,6 +25,7 @@ from .messages import Displaced, Exchange
 from .patch_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
 from .patch_exchange import PatchesOfShards, Strips
 from .patches import PatchLayout, split_grid, token_pixels
+from .plan import ParallelPlan
 from .schedule import STALE
 from .sequence import SequenceGroup
 
@@ -133,8 +134,8 @@ class PatchParallel:
     Every method is called on all ranks with the same request.
     """
 
-    def __init__(self, rank: int, world_size: int, device: torch.device):
-        self.rank, self.world_size, self.device = rank, world_size, device
+    def __init__(self, rank: int, plan: ParallelPlan, device: torch.device):
+        self.rank, self.plan, self.device = rank, plan, device
         self._groups: dict[int, Groups] = {}
         self._branches: dict[Hashable, Branch] = {}
         self._segments: list[Segment] = []
@@ -192,19 +193,18 @@ class PatchParallel:
         """Allocate the buffers of some batch items, and time their exchange."""
         config, ranks = model.config, group.degrees.ranks
         layout = split_grid(grid, step.split, ranks, token_pixels(config))
-        codec = Codec(
-            batch, max(layout.counts), config.num_heads, config.head_dim, model.compute_dtype, step.fp8_buffers
-        )
+        heads = config.num_heads // self.plan.tensor_parallel
+        codec = Codec(batch, max(layout.counts), heads, config.head_dim, model.compute_dtype, step.fp8_buffers)
         name = manager_name(step.manager, self.device)
         if name == "host":
-            manager = self._host_manager(codec, config.num_layers, group.index, groups)
+            manager = self._host_manager(codec, len(model.span), group.index, groups)
         else:
             buffers = make_buffers(name, self.rank, group.index, ranks, self.device, groups.gather)
-            for _ in range(config.num_layers):
+            for _ in model.span:
                 buffers.register_tensor(codec.shape, codec.dtype)
             buffers.create_buffer()
             manager = GatherManager(buffers)
-        return Branch(layout, codec, manager, name, config.num_layers, self._time_exchange(manager, codec))
+        return Branch(layout, codec, manager, name, len(model.span), self._time_exchange(manager, codec))
 
     def _host_manager(self, codec: Codec, layers: int, place: int, groups: Groups) -> HostManager:
         """Pinning takes a second for each GiB, so a segment is kept for later runs."""
@@ -228,9 +228,8 @@ class PatchParallel:
     def _join(self, ranks: int) -> Groups:
         """The process groups of this rank for videos shared by `ranks`; made at first use, by all ranks."""
         if ranks not in self._groups:
-            for first in range(0, self.world_size, ranks):
-                members = list(range(first, first + ranks))
-                made = Groups(dist.new_group(members), dist.new_group(members))
+            for members in self.plan.sequence_groups(ranks):
+                made = Groups(dist.new_group(list(members)), dist.new_group(list(members)))
                 if self.rank in members:
                     self._groups[ranks] = made
         return self._groups[ranks]

@@ -1,8 +1,8 @@
 """Cancel between two blocks, on all ranks of a group at the same block.
 
 Ranks must leave a run of collectives together: one that stops earlier leaves the others waiting for ever. The
-leader of a group (its first rank) looks at the cancel flag before each block and publishes its decision in
-shared memory; the others follow it.
+leader of those that share collectives (one data-parallel group) looks at the cancel flag before each block and
+publishes its decision in shared memory; the others follow it. In a pipeline the leader changes from block to block.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class GateMemory:
 
 
 class Gate:
-    """A rank's side. `leader` is the first rank of the group that this rank shares collectives with."""
+    """A rank's side. `leader` is the rank that decides on this block, the same for all that share collectives."""
 
     def __init__(self, path: str):
         fd = os.open(path, os.O_RDWR)

@@ -126,9 +126,7 @@ class HostManager:
     def create_buffer(self, segment: Segment) -> None:
         """Take a segment into use. Its words are reset: every rank must pass a collective call before it goes on."""
         self.segment = segment
-        self._staging = torch.empty(
-            FETCHED_AHEAD, self.ranks, self.tensor_bytes, dtype=torch.uint8, device=self.device
-        )
+        self._staging = torch.empty(FETCHED_AHEAD, self.ranks, self.tensor_bytes, dtype=torch.uint8, device=self.device)
         self._progress = _Progress()
         self._waiting: deque[_Transfer] = deque()
         self._storing: deque[_Transfer] = deque()

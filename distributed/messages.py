@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 from ..wanvideo.options import Options
 from .plan import ParallelPlan, PatchSplit
 
+PIPELINE_MODES = ("exact", "pipefusion")
+
 
 @dataclass(frozen=True)
 class PoolSettings:
@@ -24,7 +26,9 @@ class PoolSettings:
         device: "cuda", "cpu", or "auto" (cuda where there is one).
         memory_fraction: share of each GPU's memory that a worker's tensors may take.
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
-        overlap: exchange keys and values of a ring while the block at hand is computed.
+        overlap: exchange keys and values of a ring, and the sums of tensor-parallel ranks, during computation.
+        pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
+            patches through the stages (see pipefusion.py).
     """
 
     plan: ParallelPlan
@@ -32,6 +36,7 @@ class PoolSettings:
     memory_fraction: float = 1.0
     usp_backend: str = "auto"
     overlap: bool = True
+    pipeline_mode: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,8 @@ class ModelStatus:
     ulysses: int
     ring: int
     patches: str
+    tensor: int = 1
+    pipeline: int = 1
 
 
 @dataclass(frozen=True)

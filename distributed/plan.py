@@ -1,14 +1,19 @@
 """How a pool's GPUs are shared out: the degrees of parallelism and the arithmetic behind them.
 
-Vocabulary: *data parallel* groups take different batch items (the conditional and the unconditional branch);
-within a group the token sequence is shared by `ulysses x ring` ranks. *Ulysses* exchanges heads for tokens
-around self-attention (DeepSpeed-Ulysses, arXiv 2309.14509), *ring* passes keys and values round
-(arXiv 2310.01889); USP combines them (arXiv 2405.07719).
+Vocabulary: *data parallel* groups take different batch items (the conditional and the unconditional branch).
+A group's blocks are divided among *pipeline* stages, through which its items pass one after the other. Within a
+stage the token sequence is shared by `ulysses x ring` ranks: *Ulysses* exchanges heads for tokens around
+self-attention (DeepSpeed-Ulysses, arXiv 2309.14509), *ring* passes keys and values round (arXiv 2310.01889); USP
+combines them (arXiv 2405.07719). *Tensor* parallel ranks hold the same tokens and a part of each matrix
+(Megatron-LM, arXiv 1909.08053).
+
+Ranks are numbered data x pipeline x sequence x tensor, the last one fastest: the ranks that talk most are neighbours.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_GPUS = 8
@@ -40,6 +45,16 @@ class SequenceDegrees:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a rank stands in each kind of parallelism, counted from 0."""
+
+    data: int
+    stage: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True)
 class ParallelPlan:
     """What the user asked for; a degree of 0 is chosen once the model is known."""
 
@@ -53,28 +68,86 @@ class ParallelPlan:
     @property
     def sequence_ranks(self) -> int:
         """Ranks that share one token sequence while every data-parallel group has work."""
-        return self.num_gpus // self.data_parallel
+        return self.num_gpus // (self.data_parallel * self.pipeline_parallel * self.tensor_parallel)
+
+    def place(self, rank: int) -> Place:
+        """Where `rank` stands."""
+        rest, tensor = divmod(rank, self.tensor_parallel)
+        rest, sequence = divmod(rest, self.sequence_ranks)
+        data, stage = divmod(rest, self.pipeline_parallel)
+        return Place(data, stage, sequence, tensor)
+
+    def rank_at(self, place: Place) -> int:
+        """The rank that stands there."""
+        rest = place.data * self.pipeline_parallel + place.stage
+        return (rest * self.sequence_ranks + place.sequence) * self.tensor_parallel + place.tensor
+
+    def tensor_groups(self) -> list[tuple[int, ...]]:
+        """The ranks that hold the parts of the same matrices, for every group there is."""
+        return self._groups(lambda at: (at.data, at.stage, at.sequence))
+
+    def pipelines(self) -> list[tuple[int, ...]]:
+        """The ranks that pass the same tokens from stage to stage, for every pipeline there is."""
+        return self._groups(lambda at: (at.data, at.sequence, at.tensor))
+
+    def sequence_groups(self, ranks: int) -> list[tuple[int, ...]]:
+        """The ranks that share a token sequence, in the order of their shards, for every group there is.
+
+        `ranks` is `sequence_ranks`, or as many times that as there are data-parallel groups (see `group_ranks`).
+        """
+        if ranks > self.sequence_ranks:
+            return self._groups(lambda at: (at.stage, at.tensor))
+        return self._groups(lambda at: (at.data, at.stage, at.tensor))
+
+    def _groups(self, key: Callable[[Place], tuple[int, ...]]) -> list[tuple[int, ...]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.num_gpus):
+            groups.setdefault(key(self.place(rank)), []).append(rank)
+        return [tuple(group) for group in groups.values()]
 
     def validate(self) -> None:
         """Check what needs no model.
 
         Raises:
-            PlanError: the degrees do not share out `num_gpus`, or ask for what is not there yet.
+            PlanError: the degrees do not share out `num_gpus`.
         """
         if not 1 <= self.num_gpus <= MAX_GPUS:
             raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 to {MAX_GPUS}.")
-        for name in ("pipeline_parallel", "tensor_parallel"):
-            if getattr(self, name) != 1:
+        sizes = {name: getattr(self, name) for name in ("data_parallel", "pipeline_parallel", "tensor_parallel")}
+        for name, size in sizes.items():
+            if size < 1 or self.num_gpus % size:
                 raise PlanError(
-                    f"{name}_size is {getattr(self, name)}, and {name.replace('_', ' ')} comes in a later version. "
-                    "Set it to 1: the GPUs then share the token sequence."
+                    f"{name}_size {size} does not divide num_gpus {self.num_gpus}. "
+                    f"Use one of {_words(divisors(self.num_gpus))}."
                 )
-        if self.data_parallel < 1 or self.num_gpus % self.data_parallel:
+        product = math.prod(sizes.values())
+        if self.num_gpus % product:
+            factors = " x ".join(f"{name}_size {size}" for name, size in sizes.items() if size > 1)
             raise PlanError(
-                f"data_parallel_size {self.data_parallel} does not divide num_gpus {self.num_gpus}. "
-                f"Use one of {_words(divisors(self.num_gpus))}."
+                f"{factors} is {product}, which does not divide num_gpus {self.num_gpus}. "
+                f"Make their product one of {_words(divisors(self.num_gpus))}."
             )
         self._check_sequence(self.sequence_ranks)
+
+    def check_model(self, num_heads: int, num_layers: int) -> None:
+        """Check that a model of so many attention heads and blocks can be divided like this.
+
+        Raises:
+            PlanError: the tensor size does not divide the heads, or a pipeline stage would have no block, or
+                more Ulysses ranks than heads.
+        """
+        if num_heads % self.tensor_parallel:
+            sizes = [size for size in divisors(num_heads) if self.num_gpus % size == 0]
+            raise PlanError(
+                f"tensor_parallel_size {self.tensor_parallel} does not divide the {num_heads} heads of this model. "
+                f"Use one of {_words(sizes)}."
+            )
+        if self.pipeline_parallel > num_layers:
+            raise PlanError(
+                f"pipeline_parallel_size is {self.pipeline_parallel}, but this model has {num_layers} blocks. "
+                f"Set it to {num_layers} or less."
+            )
+        self.sequence_degrees(num_heads)
 
     def _check_sequence(self, ranks: int) -> None:
         ulysses, ring = self.ulysses_degree, self.ring_degree
@@ -95,13 +168,14 @@ class ParallelPlan:
     def sequence_degrees(self, num_heads: int, ranks: int | None = None) -> SequenceDegrees:
         """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
 
-        Heads are shared unevenly where they do not divide: the rank with the most heads sets the pace, so
-        the choice weighs that against the cost of a ring. Among equals the shortest ring is taken.
+        Tensor-parallel ranks have a part of the heads each, and share out that part. Heads are shared unevenly where
+        they do not divide: the rank with the most heads sets the pace, so the choice weighs that against the cost of
+        a ring. Among equals the shortest ring is taken.
 
         Raises:
             PlanError: more Ulysses ranks than heads.
         """
-        ranks = ranks or self.sequence_ranks
+        ranks, num_heads = ranks or self.sequence_ranks, num_heads // self.tensor_parallel
         asked_for = ranks == self.sequence_ranks  # the user's degrees are meant for this group size alone
         candidates = [
             SequenceDegrees(ulysses, ranks // ulysses)
@@ -118,12 +192,14 @@ class ParallelPlan:
 
     def group_ranks(self, batch: int) -> int:
         """Ranks that share one token sequence for a batch: all of them where it has too few items to split."""
-        return self.sequence_ranks if batch >= self.data_parallel else self.num_gpus
+        return self.sequence_ranks if batch >= self.data_parallel else self.sequence_ranks * self.data_parallel
 
     def describe(self, num_heads: int) -> str:
         """One line for logs and the status, such as `4 workers: data 2 x Ulysses 2 x ring 1`."""
         workers = "1 worker" if self.num_gpus == 1 else f"{self.num_gpus} workers"
-        return f"{workers}: data {self.data_parallel} x {self.sequence_degrees(num_heads)}"
+        pipeline = f"pipeline {self.pipeline_parallel} x " if self.pipeline_parallel > 1 else ""
+        tensor = f" x tensor {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        return f"{workers}: data {self.data_parallel} x {pipeline}{self.sequence_degrees(num_heads)}{tensor}"
 
 
 SPLIT_MODES = ("spatial", "temporal", "spatiotemporal")

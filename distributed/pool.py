@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, WEIGHT_DTYPES, held_bytes, random_config
+from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, WEIGHT_DTYPES, held_sizes_of, random_config
 from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.files import model_files
@@ -47,8 +48,10 @@ from .messages import (
     decode,
     encode,
 )
-from .plan import PlanError
+from .pipeline import Stage
+from .plan import ParallelPlan, PlanError
 from .processes import PoolProcesses
+from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +192,7 @@ class Pool:
         self, spec: ModelSpec, poll: Poll | None = None, make_room: Callable[[int], None] | None = None
     ) -> None:
         """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there."""
+        _check_plan(_config_of(spec), self.settings)
         with self._lock:
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room)
@@ -229,6 +233,7 @@ class Pool:
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
+        _check_plan(config, self.settings)
         frames = x.shape[2] if x.ndim == 5 else 0
         _check_inputs(config, x, context)
         check(config, x, conditioning)
@@ -354,7 +359,7 @@ class Pool:
         if spec in self._loaded:
             return
         if make_room is not None and self.settings.device == "cuda":
-            make_room(held_bytes(spec.path, WEIGHT_DTYPES[spec.weight_dtype]))
+            make_room(_most_held(_config_of(spec), spec, self.settings.plan))
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
@@ -481,7 +486,51 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
             "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
     backend = "native" if settings.usp_backend == "auto" else settings.usp_backend
-    return PoolSettings(settings.plan, device, settings.memory_fraction, backend, settings.overlap)
+    if backend == "xfuser" and settings.plan.tensor_parallel * settings.plan.pipeline_parallel > 1:
+        raise PlanError(
+            "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
+            "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
+        )
+    return replace(settings, device=device, usp_backend=backend)
+
+
+def _check_plan(config: WanConfig, settings: PoolSettings) -> None:
+    plan = settings.plan
+    plan.check_model(config.num_heads, config.num_layers)
+    if config.vace_layers and plan.pipeline_parallel > 1:
+        raise PlanError(
+            f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
+            "stages do not pass that on yet. Set it to 1; tensor_parallel_size divides the weights of VACE too."
+        )
+    if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
+        for batch in (1, plan.data_parallel):
+            degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
+            if degrees.ring > 1:
+                raise PlanError(
+                    f"{degrees} share each token sequence, but PipeFusion keeps keys and values that a ring does not "
+                    "have in one place. Set pipeline_mode to exact, or sizes that leave no ring."
+                )
+
+
+def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
+    """Parameters on the rank that has most of them."""
+    return _of_largest_part(config, plan, {name: math.prod(shape) for name, shape in config.shapes().items()})
+
+
+def _most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
+    """Bytes of weights on the rank that has most of them."""
+    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype]))
+
+
+def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:
+    """What the rank with the largest part of a model has of `sizes` of the whole tensors."""
+    shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
+    stages = [Stage(i, tuple(range(plan.pipeline_parallel))) for i in range(plan.pipeline_parallel)]
+    parts = {
+        name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
+        for name, size in sizes.items()
+    }
+    return max(sum(n for name, n in parts.items() if stage.holds(name, config.num_layers)) for stage in stages)
 
 
 def _check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> None:

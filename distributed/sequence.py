@@ -4,13 +4,14 @@ Each rank holds a run of tokens with all heads. Within an Ulysses group one exch
 of the group with a share of the heads; around a ring the keys and values of the other groups pass by, and the
 blocks are merged with float32 log-sum-exps. Nothing is padded: token counts and head counts may be uneven.
 
-Process groups and the ring's point-to-point exchange are yunchang's; its attention wrappers are not used,
-because their log-sum-exp is zero or rounded for several kernels (see tests/test_sequence.py).
+The ring's point-to-point exchange is yunchang's. Its process groups are not used, because they are runs of
+consecutive ranks, which the ranks of a sequence are not where tensor-parallel ranks lie between them; nor are its
+attention wrappers, because their log-sum-exp is zero or rounded for several kernels (see tests/test_sequence.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
@@ -30,12 +31,12 @@ class MissingPackage(RuntimeError):
 class SequenceGroup:
     """This rank's place among the ranks that share a sequence.
 
-    Shard i of the sequence belongs to rank `first_rank + i`; an Ulysses group is a run of such ranks, and a
-    ring goes through the ranks with the same place in their Ulysses groups.
+    Shard i of the sequence belongs to rank `ranks[i]`; an Ulysses group is a run of `ranks`, and a ring goes
+    through the ranks with the same place in their Ulysses groups.
     """
 
     degrees: SequenceDegrees
-    first_rank: int
+    ranks: tuple[int, ...]
     index: int
     ulysses: dist.ProcessGroup | None = None
     ring: dist.ProcessGroup | None = None
@@ -53,24 +54,39 @@ class SequenceGroup:
         return bounds(tokens, self.degrees.ranks, self.index)
 
 
-def place_in(degrees: SequenceDegrees, rank: int) -> SequenceGroup:
-    """The place of `rank`, without process groups."""
-    first = rank // degrees.ranks * degrees.ranks
-    return SequenceGroup(degrees, first, rank - first)
+def place_in(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
+    """The place of `rank` in the one of `groups` that has it, without process groups."""
+    ranks = next(group for group in groups if rank in group)
+    return SequenceGroup(degrees, ranks, ranks.index(rank))
 
 
-def join_group(degrees: SequenceDegrees, rank: int, world_size: int) -> SequenceGroup:
-    """Make the process groups of `degrees` (a collective call: every rank makes the same ones).
+def join_group(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
+    """Make the process groups of `degrees` (a collective call: every rank names the same `groups`).
 
     Raises:
-        MissingPackage: yunchang is not installed.
+        MissingPackage: yunchang is not installed, and there is a ring.
     """
-    group = place_in(degrees, rank)
-    if degrees.ranks == 1:
-        return group
-    yunchang = _import_yunchang("globals")
-    yunchang.set_seq_parallel_pg(degrees.ulysses, degrees.ring, rank, world_size, use_ulysses_low=True)
-    return replace(group, ulysses=yunchang.PROCESS_GROUP.ULYSSES_PG, ring=yunchang.PROCESS_GROUP.RING_PG)
+    group = place_in(degrees, rank, groups)
+    if degrees.ring > 1:
+        _import_yunchang("ring.utils")
+    ulysses, ring = [], []
+    for ranks in groups:
+        ulysses += [ranks[start : start + degrees.ulysses] for start in range(0, len(ranks), degrees.ulysses)]
+        ring += [ranks[start :: degrees.ulysses] for start in range(degrees.ulysses)]
+    return replace(group, ulysses=own_process_group(ulysses, rank), ring=own_process_group(ring, rank))
+
+
+def own_process_group(groups: Iterable[Sequence[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make a process group of each of `groups` and return the one that has `rank`; None where that is alone.
+
+    A collective call: torch wants every rank to make all groups, and in the same order.
+    """
+    own = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks))
+            own = group if rank in ranks else own
+    return own
 
 
 class NativeAttention:
@@ -82,9 +98,7 @@ class NativeAttention:
         overlap: start each ring exchange before the block at hand is computed.
     """
 
-    def __init__(
-        self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True
-    ):
+    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True):
         self.group, self.kernel, self.overlap = group, kernel, overlap
         self.lengths = shares(tokens, group.degrees.ranks)
         self.heads = shares(heads, group.degrees.ulysses)
@@ -184,8 +198,8 @@ def _import_yunchang(module: str) -> ModuleType:
         return import_module(f"yunchang.{module}")
     except ModuleNotFoundError as error:
         raise MissingPackage(
-            f"{error.name} is not installed, and workers that share a video need it. "
-            "Run ./install_xdit_usp.sh in the WanParallel folder, or set num_gpus to 1."
+            f"{error.name} is not installed, and a ring of workers needs it. "
+            "Run ./install_xdit_usp.sh in the WanParallel folder, or set ring_degree to 1."
         ) from error
 
 

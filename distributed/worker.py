@@ -1,9 +1,10 @@
-"""One process per GPU: joins the group, holds its copy of the weights, answers requests one after the other."""
+"""One process per GPU: joins the group, holds its part of the weights, answers requests one after the other."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import resource
 import sys
@@ -21,20 +22,21 @@ from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, WeightSource, change, held_as, open_weights, place
 from ..wanvideo.conditioning import NOTHING, Conditioning
-from ..wanvideo.config import CheckpointError
+from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
-from ..wanvideo.quantized import Weight
+from ..wanvideo.quantized import QuantizedWeight, Weight
 from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
-from .displaced import PatchParallel, StaleAttention, StaleError
+from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
 from .links import link_kind
 from .messages import (
     ArenaRef,
     ConditioningRef,
+    Displaced,
     Exchange,
     Forward,
     Load,
@@ -55,9 +57,12 @@ from .messages import (
     decode,
     encode,
 )
-from .plan import PlanError, SequenceDegrees, bounds
+from .pipefusion import PatchStream
+from .pipeline import Flow, Stage
+from .plan import Place, PlanError, SequenceDegrees, bounds
 from .schedule import EXACT
-from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
+from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
+from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
@@ -87,16 +92,30 @@ class LoadedModel:
     uuid: str = ""
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Some batch items and tokens of one forward, as this rank works on them."""
+
+    items: slice
+    part: Part
+    tokens: int
+    attend: SelfAttention
+
+
 class Worker:
     """Executes requests; every method that the ranks run together makes the same collective calls on all."""
 
     def __init__(self, rank: int, settings: PoolSettings, gate: Gate):
         self.rank, self.settings, self.gate = rank, settings, gate
         self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
+        self.place = settings.plan.place(rank)
+        self.shard, self.stage = self._join_divided()
         self.models: dict[ModelSpec, LoadedModel] = {}
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
-        self.patches = PatchParallel(rank, settings.plan.num_gpus, self.device)
+        self.patches = PatchParallel(rank, settings.plan, self.device)
+        streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
+        self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
         self.peak_private = 0
@@ -134,7 +153,7 @@ class Worker:
         return replace(reply, seconds=time.perf_counter() - started)
 
     def load(self, spec: ModelSpec) -> None:
-        """Read the model onto this worker's device, tensor by tensor, unless it is there."""
+        """Read this worker's part of the model onto its device, tensor by tensor, unless it is there."""
         if spec in self.models:
             return
         dtype = DTYPES[spec.compute_dtype]
@@ -143,16 +162,22 @@ class Worker:
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+        model.span = self.stage.span(source.config.num_layers)
         for name in source.config.shapes():
-            model.set_weight(name, self._weight(source, spec, name))
-            self.peak_private = max(self.peak_private, _private_bytes())
+            if self.stage.holds(name, source.config.num_layers):
+                model.set_weight(name, self._weight(source, spec, name))
+                self.peak_private = max(self.peak_private, _private_bytes())
+        self.shard.apply(model)
         self.models[spec] = LoadedModel(source, model.eval())
 
     def patch(self, request: Patch) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
         loaded = self.models[request.spec]
+        shapes, num_layers = loaded.source.config.shapes(), loaded.source.config.num_layers
         try:
             for name in sorted(loaded.patched | request.weights.keys()):
+                if name in shapes and not self.stage.holds(name, num_layers):
+                    continue
                 patches = [self._weight_patch(request.arena, ref) for ref in request.weights.get(name, ())]
                 loaded.model.set_weight(name, self._weight(loaded.source, request.spec, name, patches))
         except BaseException:
@@ -162,54 +187,56 @@ class Worker:
 
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
-        loaded = self.models[request.spec]
+        loaded, plan = self.models[request.spec], self.settings.plan
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         conditioning = self._conditioning(request.conditioning, len(x))
         grid = grid_of(x)
-        ranks = self.settings.plan.group_ranks(len(x))
-        group = self.groups[self.settings.plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
+        ranks = plan.group_ranks(len(x))
+        group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
-        exact, part = self._attention(group, loaded, grid), slice(*group.shard(grid.tokens))
-        # buffers are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
+        approximate = self.stream or (self.patches if ranks > 1 else None)
+        # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
-        step = request.displaced if ranks > 1 and usual else None
+        step = request.displaced if approximate and usual else None
         if step is not None:
-            self.patches.begin(step)
+            approximate.begin(step)
         self.gate.begin(request.id)
-        before_block = self._before_block(group.first_rank)
-        first, last = bounds(len(x), self.settings.plan.num_gpus // ranks, self.rank // ranks)
-        stale = []
-        for start in range(first, last, request.spec.max_batch):
-            items = slice(start, min(start + request.spec.max_batch, last))
-            attend = exact
-            if step is not None and step.kind != EXACT:
-                attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
-                part = attend.part
+        portions = [
+            portion
+            for items in self._batches(request.spec, len(x))
+            for portion in self._portions(items, step, loaded.model, grid, group)
+        ]
+        flow = self._flow(portions, loaded.model.config, len(x))
+        for portion, stream in flow:
+            items, part = portion.items, portion.part
             try:
                 result = loaded.model.transform(
-                    tokens[items, part],
+                    tokens[items, part] if stream is None else stream,
                     grid,
                     part,
                     timestep[items],
                     context[items],
-                    attend,
-                    before_block,
+                    portion.attend,
+                    flow.before_block,
                     conditioning.items(items),
                 )
             finally:
-                if attend is not exact:
-                    attend.finish()
-            if isinstance(attend, StaleAttention):
-                stale.append(attend)
-            _write(out, items, part, result)
+                if isinstance(portion.attend, FillAttention | StaleAttention):
+                    portion.attend.finish()
+            flow.pass_on(result)
+            if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
+                _write(out, items, part, result)
+        stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
         return self.patches.report(stale) if stale else None
 
     def trim(self) -> None:
         """Give back what only a sampling run needs."""
         self.patches.clear()
+        if self.stream is not None:
+            self.stream.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -237,7 +264,8 @@ class Worker:
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
-        degrees = self.settings.plan.sequence_degrees(loaded.model.config.num_heads)
+        plan = self.settings.plan
+        degrees = plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
             name=Path(spec.path).name,
             weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
@@ -247,23 +275,78 @@ class Worker:
             ulysses=degrees.ulysses,
             ring=degrees.ring,
             patches=loaded.uuid,
+            tensor=plan.tensor_parallel,
+            pipeline=plan.pipeline_parallel,
+        )
+
+    def _join_divided(self) -> tuple[TensorShard, Stage]:
+        """This rank's part of the matrices and of the blocks, with the process groups that belong to them."""
+        plan = self.settings.plan
+        groups = plan.tensor_groups()
+        tensor_group = own_process_group(groups, self.rank)
+        overlapped = own_process_group(groups, self.rank) if self.settings.overlap else None
+        pipelines = plan.pipelines()
+        ranks = next(ranks for ranks in pipelines if self.rank in ranks)
+        return (
+            TensorShard(plan.tensor_parallel, self.place.tensor, tensor_group, overlapped),
+            Stage(self.place.stage, ranks, own_process_group(pipelines, self.rank)),
         )
 
     def _join_groups(self, num_heads: int) -> None:
         """Make the process groups that a model of `num_heads` heads will use, for each size of group."""
         plan = self.settings.plan
-        for ranks in sorted({plan.sequence_ranks, plan.num_gpus}):
-            degrees = plan.sequence_degrees(num_heads, ranks)
+        for ranks in sorted({plan.sequence_ranks, plan.sequence_ranks * plan.data_parallel}):
+            degrees, members = plan.sequence_degrees(num_heads, ranks), plan.sequence_groups(ranks)
             if degrees in self.groups:
                 continue
             if self.settings.usp_backend == "xfuser" and degrees.ranks > 1:
                 self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
-                self.groups[degrees] = place_in(degrees, self.rank)
+                self.groups[degrees] = place_in(degrees, self.rank, members)
             else:
-                self.groups[degrees] = join_group(degrees, self.rank, plan.num_gpus)
+                self.groups[degrees] = join_group(degrees, self.rank, members)
 
-    def _attention(self, group: SequenceGroup, loaded: LoadedModel, grid: Grid) -> SelfAttention:
-        kernel, heads = loaded.model.kernel, loaded.model.config.num_heads
+    def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
+        """The batch items of this rank, as many in each slice as go through the model at once."""
+        plan = self.settings.plan
+        if batch < plan.data_parallel:  # all groups work on each item together
+            first, last = 0, batch
+        else:
+            first, last = bounds(batch, plan.data_parallel, self.place.data)
+        step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
+        return [slice(start, min(start + step, last)) for start in range(first, last, step)]
+
+    def _portions(
+        self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
+    ) -> list[Portion]:
+        """What this rank does for some batch items: its tokens, and how they see the others."""
+        attend, start, stop = self._attention(group, model, grid), *group.shard(grid.tokens)
+        if step is None or step.kind == EXACT:
+            return [Portion(items, slice(start, stop), stop - start, attend)]
+        if self.stream is not None:
+            heads = model.config.num_heads // self.shard.size
+            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads)
+            return [Portion(items, slice(s.start, s.stop), s.stop - s.start, s.attend) for s in stretches]
+        attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
+        part = attend.part
+        return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
+
+    def _flow(self, portions: Sequence[Portion], config: WanConfig, batch: int) -> Flow[Portion]:
+        """The portions of this rank on their way through its stage."""
+        plan = self.settings.plan
+        data = self.place.data if batch >= plan.data_parallel else 0  # the first of the ranks that work together
+        leaders = [plan.rank_at(Place(data, stage, 0, 0)) for stage in range(plan.pipeline_parallel)]
+        check = self._block_check()
+        return Flow(
+            self.stage,
+            portions,
+            self.stage.most_blocks(config.num_layers),
+            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, config.dim),
+            self.device,
+            lambda stage, _block: check(leaders[stage]),
+        )
+
+    def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
+        kernel, heads = model.kernel, model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:
@@ -271,11 +354,11 @@ class Worker:
             return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
 
-    def _before_block(self, leader: int) -> Callable[[int], None]:
-        """The cancel check of one request (see gate.py)."""
+    def _block_check(self) -> Callable[[int], None]:
+        """The cancel check of one request (see gate.py); it is given the rank that decides."""
         launched: deque[torch.cuda.Event] = deque()
 
-        def check(_block: int) -> None:
+        def check(leader: int) -> None:
             if self.device.type == "cuda":
                 launched.append(torch.cuda.Event(blocking=True))
                 launched[-1].record()
@@ -286,10 +369,18 @@ class Worker:
         return check
 
     def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
-        weight = source.tensor(name)
+        """This worker's part of a weight, with `patches` of the whole merged."""
+        whole = source.tensor(name)
+        weight = self.shard.take(name, whole)
+        patches = self.shard.take_patches(name, tuple(whole.shape), patches)
         if patches:
             weight = change(weight.to(self.device), patches)
-        return place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
+        weight = place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
+        if isinstance(weight, QuantizedWeight):
+            return weight
+        if self.device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
+            return weight.clone()  # rows of a random weight, which would keep the whole in memory
+        return weight.contiguous()  # columns of a mapped file, which would be read with every use
 
     def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
         tensors = [self.arena.view(arena, t) for t in ref.tensors]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..distributed.messages import PIPELINE_MODES
 from .settings import DEVICES, SettingsError, USPConfig
 
 CATEGORY = "WanVideoWrapper/XDitUSP"
@@ -21,8 +22,8 @@ class XDitUSPConfig(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "How many GPUs work on one Wan video together, and how. Connect it to XDit+USP WanVideo "
-                "Model Loader. GPUs that data_parallel_size leaves over share the token sequence of the "
-                "video, which is exact: the result is that of one GPU within rounding."
+                "Model Loader. GPUs that the other sizes leave over share the token sequence of the video. All "
+                "of it is exact (the result is that of one GPU within rounding), save pipeline_mode pipefusion."
             ),
             inputs=[*_sizes(), *_precision(), *_memory(), *_communication(), *_later_inputs()],
             outputs=[
@@ -101,14 +102,24 @@ def _sizes() -> list[io.Input]:
             default=1,
             min=1,
             max=4,
-            tooltip="Pipeline parallelism (blocks on different GPUs) comes in a later version. Leave it at 1.",
+            tooltip=(
+                "Stages: each has a part of the model's blocks, and so needs that part of the memory for weights. "
+                "Exact: whole branches and batch items pass from stage to stage. Two branches (cfg above 1) keep 2 "
+                "stages busy for 2/3 of the time; a single item saves memory, not time. Sizes multiply: "
+                "pipeline x tensor x data must divide num_gpus."
+            ),
         ),
         io.Int.Input(
             "tensor_parallel_size",
             default=1,
             min=1,
             max=4,
-            tooltip="Tensor parallelism (each matrix over several GPUs) comes in a later version. Leave it at 1.",
+            tooltip=(
+                "GPUs that share each matrix: each has some attention heads and feed-forward columns, and so needs "
+                "that part of the memory for weights. Exact. It must divide the heads of the model (1.3B: 12, "
+                "5B: 24, 14B: 40). It exchanges far more data than sharing the token sequence does: without NVLink "
+                "it costs time, and is for GPUs that the weights do not fit into."
+            ),
         ),
         io.Int.Input(
             "data_parallel_size",
@@ -119,7 +130,7 @@ def _sizes() -> list[io.Input]:
                 "Groups of GPUs that take different items: with cfg above 1 the conditional and the "
                 "unconditional branch, and the items of a batch. 2 with cfg above 1 saves communication. It "
                 "must divide num_gpus; the GPUs of a group share the token sequence. Where a step has fewer "
-                "items than groups, all GPUs work on one item."
+                "items than groups, all groups work on one item."
             ),
         ),
     ]
@@ -193,8 +204,9 @@ def _communication() -> list[io.Input]:
             "overlap_p2p_comm",
             default=True,
             tooltip=(
-                "In a ring (ring_degree above 1) the next keys and values travel while attention computes. "
-                "Off: it waits for them first, for comparison. No effect without a ring."
+                "In a ring (ring_degree above 1) the next keys and values travel while attention computes; with "
+                "tensor_parallel_size above 1 the sums of one slice of tokens while the next one is computed. "
+                "Off: it waits for them first, for comparison. No effect without either."
             ),
         ),
         io.Boolean.Input(
@@ -227,7 +239,8 @@ def _later_inputs() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "GPUs that exchange attention heads for tokens (Ulysses). 0: automatic, from the number of "
-                "heads. ulysses_degree x ring_degree must be num_gpus / data_parallel_size."
+                "heads. ulysses_degree x ring_degree must be what the other sizes leave over: num_gpus / "
+                "(data_parallel_size x pipeline_parallel_size x tensor_parallel_size)."
             ),
         ),
         io.Int.Input(
@@ -254,6 +267,19 @@ def _later_inputs() -> list[io.Input]:
                 "Who does the sequence-parallel attention on GPUs: this pack's own code (native), or xDiT's "
                 "xfuser where it is installed. auto takes the faster of those that are exact; XDit+USP "
                 "Status says which one runs. The CPU always uses native."
+            ),
+        ),
+        io.Combo.Input(
+            "pipeline_mode",
+            options=list(PIPELINE_MODES),
+            default="exact",
+            optional=True,
+            tooltip=(
+                "What passes through the stages of pipeline_parallel_size. exact: whole branches and batch items. "
+                "pipefusion: parts of the video, which keeps all stages busy with a single item too, and is "
+                "approximate: to some of the tokens the keys and values of others are one step old. The first 4 "
+                "steps, and every tenth after them, are exact. It keeps keys and values of all tokens on the GPUs, "
+                "which XDIT_USP_README.md has figures for."
             ),
         ),
     ]

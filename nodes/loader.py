@@ -117,6 +117,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_inputs(xdit_usp_config, vace_model)
         header = read_header(model_path(model))
+        xdit_usp_config.plan.check_model(header.config.num_heads, header.config.num_layers)
         spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode)
         pool = acquire(xdit_usp_config.pool_settings())
         log.info(

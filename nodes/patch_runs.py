@@ -129,9 +129,7 @@ class PatchRuns:
         self.record.last = self._schedule.last
         return step
 
-    def _keep_buffers(
-        self, lanes: tuple[str, ...], grid: Grid, ranks: int, make_room: Callable[[int], object]
-    ) -> None:
+    def _keep_buffers(self, lanes: tuple[str, ...], grid: Grid, ranks: int, make_room: Callable[[int], object]) -> None:
         """Make sure that the buffers of these batch items fit beside those that the run has already."""
         layout = self.layout(grid, ranks)
         if lanes in self._items:

@@ -31,6 +31,7 @@ from . import refusals
 from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
 from .progress import LoadingText
+from .stream_runs import StreamRuns
 from .weight_patches import for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,18 @@ class RemoteWan(torch.nn.Module):
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.patches: PatchSet | None = None
         self.patch_runs: PatchRuns | None = None
+        self.stream_runs = StreamRuns(pool) if pool.settings.pipeline_mode == "pipefusion" else None
         _pools.add(pool)
         pool.keep(spec)
         weakref.finalize(self, pool.drop, spec).atexit = False
         self._tensors = dict(tensors)
         # no module: ComfyUI would try to move its weight to a device
         self.patch_embedding = types.SimpleNamespace(weight=tensors["patch_embedding.weight"])
+
+    @property
+    def runs(self) -> PatchRuns | StreamRuns | None:
+        """What is known of the sampling runs of a MODEL that is not exact."""
+        return self.patch_runs or self.stream_runs
 
     def __getattr__(self, name: str) -> Any:
         if name in _MODULES:
@@ -181,10 +188,10 @@ class RemoteWan(torch.nn.Module):
     def _patch_step(
         self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor
     ) -> AbstractContextManager[Displaced | None]:
-        if self.patch_runs is None:
-            return nullcontext()
         uuid = self.patches.uuid if self.patches else ""
-        return self.patch_runs.step(x, timestep, options, uuid, self._make_room)
+        if self.patch_runs is not None:
+            return self.patch_runs.step(x, timestep, options, uuid, self._make_room)
+        return self.stream_runs.step(x, timestep, options, uuid) if self.stream_runs is not None else nullcontext()
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
@@ -270,14 +277,14 @@ class RemoteModelPatcher(ModelPatcher):
 
     def pre_run(self) -> None:
         self._hand_over_patches()
-        if self.remote.patch_runs is not None:
-            self.remote.patch_runs.begin()
+        if self.remote.runs is not None:
+            self.remote.runs.begin()
         super().pre_run()
 
     def cleanup(self) -> None:
         """The end of a sampling run, a cancelled one too: what only displaced patches need makes room for the VAE."""
         super().cleanup()
-        if self.remote.patch_runs is None:
+        if self.remote.runs is None:
             return
         try:
             self.remote.pool.trim()

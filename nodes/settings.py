@@ -43,6 +43,7 @@ class USPConfig:
     ring_degree: int = 0
     device: str = "auto"
     usp_backend: str = "auto"
+    pipeline_mode: str = "exact"
 
     @property
     def plan(self) -> ParallelPlan:
@@ -74,6 +75,11 @@ class USPConfig:
                 "use_fp16 and use_bf16 are both on, and the activations can have one precision. "
                 "Switch one of them off; with both off they have the precision of the weights."
             )
+        if self.usp_backend == "xfuser" and self.pipeline_parallel_size * self.tensor_parallel_size > 1:
+            raise SettingsError(
+                "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
+                "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
+            )
         self._check_devices()
 
     def _check_devices(self) -> None:
@@ -101,6 +107,7 @@ class USPConfig:
             memory_fraction=self.gpu_memory_fraction,
             usp_backend=self.usp_backend,
             overlap=self.overlap_p2p_comm,
+            pipeline_mode=self.pipeline_mode if self.pipeline_parallel_size > 1 else "exact",
         )
 
     def model_spec(self, path: str, base_precision: str, attention_mode: str) -> ModelSpec:

@@ -61,18 +61,20 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
         f"last forward {status.last_forward_seconds:.3f} s, hop to the workers and back "
         f"{status.last_hop_seconds * 1000:.1f} ms",
-        *(_model(model) for model in status.workers[0].models),
+        *(_model(model, status.settings.pipeline_mode) for model in status.workers[0].models),
         *(_worker(worker) for worker in status.workers),
         f"torch {status.torch}, xfuser {status.xfuser or 'not installed'}, launcher pid {status.launcher_pid}",
     ]
     return "\n".join(lines)
 
 
-def _model(model: ModelStatus) -> str:
+def _model(model: ModelStatus, mode: str) -> str:
     patches = "with LoRA" if model.patches else "no LoRA"
+    divided = f"pipeline {model.pipeline} ({mode}) x " if model.pipeline > 1 else ""
+    divided += f"tensor {model.tensor} x " if model.tensor > 1 else ""
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
-        f"{model.kernel}, Ulysses {model.ulysses} x ring {model.ring} ({model.backend}), {patches}"
+        f"{model.kernel}, {divided}Ulysses {model.ulysses} x ring {model.ring} ({model.backend}), {patches}"
     )
 
 

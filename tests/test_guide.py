@@ -11,6 +11,7 @@ import torch
 from wan_parallel.distributed.patch_memory import gib, patch_memory
 from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.pool import held_parameters
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 from wan_parallel.wanvideo.checkpoint import held_bytes
@@ -72,8 +73,18 @@ def test_the_degrees_are_those_that_are_chosen() -> None:
 
 
 def test_the_memory_of_the_weights_is_that_of_their_parameters() -> None:
-    for preset, (_, *shown) in zip(PRESETS.values(), rows("Memory")[1:], strict=True):
+    body = [row for row in rows("Memory") if row[0].split(",")[0] in ("1.3B", "5B", "14B")]
+    for preset, (_, *shown) in zip(PRESETS.values(), body, strict=True):
         assert shown == [f"{preset.parameters * nbytes / 2**30:.1f} GiB" for nbytes in (4, 2)]
+
+
+def test_the_memory_of_divided_weights_is_that_of_the_largest_part() -> None:
+    body = [row for row in rows("Memory") if row[0].startswith(("pipeline", "tensor"))]
+    assert len(body) == 5
+    for sizes, *shown in body:
+        given = {f"{kind}_parallel": int(size) for kind, size in re.findall(r"(pipeline|tensor) (\d)", sizes)}
+        plan = ParallelPlan(8, **given)
+        assert shown == [f"{held_parameters(preset, plan) * 2 / 2**30:.1f} GiB" for preset in PRESETS.values()]
 
 
 def test_the_table_of_model_files_names_what_is_read() -> None:

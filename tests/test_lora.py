@@ -14,7 +14,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from wan_parallel.distributed.pool import ModelSpec, PatchSet, PoolError
-from wan_parallel.wanvideo.lora import Difference, LowRank, Replacement, merge
+from wan_parallel.wanvideo.lora import Difference, LowRank, PatchError, Replacement, merge, narrow_patch
 from wan_parallel.wanvideo.model import WanModel
 
 # The arithmetic.
@@ -96,6 +96,26 @@ def test_a_change_of_another_shape_is_refused(weight, patch):
     assert tiny.sentences(str(error.value)) == 2
 
 
+@pytest.mark.parametrize("dim, start, length", [(0, 0, 2), (0, 2, 4), (1, 3, 5)])
+def test_a_part_of_a_weight_is_changed_as_the_whole_is(weight, dim, start, length):
+    changes = [
+        LowRank(normal(6, 2), normal(2, 8), 0.7, base_scale=0.5),
+        LowRank(normal(8, 2), normal(2, 6), 0.3),  # of another shape with as many numbers
+        Difference(normal(48), -1.5),
+    ]
+    for patches in (changes, [Replacement(normal(6, 8, seed=2)), *changes]):
+        part = merge(weight.narrow(dim, start, length), [narrow_patch(p, (6, 8), dim, start, length) for p in patches])
+        assert torch.allclose(part, merge(weight, patches).narrow(dim, start, length), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "patch", [LowRank(torch.ones(6, 2), torch.ones(2, 9), 1.0), Difference(torch.ones(7, 8), 1.0)], ids=str
+)
+def test_a_change_of_another_shape_does_not_fit_a_part_either(patch):
+    with pytest.raises(PatchError, match=r"does not fit a weight of shape \(6, 8\)"):
+        narrow_patch(patch, (6, 8), 0, 0, 3)
+
+
 # Through a pool.
 
 GIVEN = tiny.inputs()
@@ -114,6 +134,12 @@ def some_lora(strength: float) -> dict[str, list]:
         "blocks.0.ffn.2.bias": [Difference(normal(d) * 0.3, strength)],
         "blocks.1.self_attn.norm_q.weight": [Replacement(1 + normal(d) * 0.3)],
         "blocks.1.modulation": [Difference(normal(1, 6, d) * 0.3, strength)],
+        "blocks.0.ffn.2.weight": [LowRank(normal(d, 4) * 0.2, normal(4, f) * 0.1, strength)],
+        "blocks.1.cross_attn.o.weight": [Difference(normal(d, d) * 0.02, strength)],
+        "time_projection.1.bias": [Difference(normal(6 * d) * 0.1, strength)],
+        "text_embedding.2.weight": [Replacement(normal(d, d) / d**0.5)],
+        "patch_embedding.weight": [LowRank(normal(d, 2) * 0.2, normal(2, 64) * 0.2, strength)],
+        "head.head.weight": [Difference(normal(64, d) * 0.01, strength)],
     }
 
 
@@ -134,8 +160,12 @@ def output_of(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return WanModel.from_checkpoint(f"{folder}/merged.safetensors")(*GIVEN)
 
 
-def test_a_lora_is_switched_on_changed_and_switched_off_exactly(pool_of, spec):
-    pool = pool_of(2)
+DIVIDED = {"pipeline_parallel": 2, "tensor_parallel": 2}
+
+
+@pytest.mark.parametrize("num_gpus, sizes", [(2, {}), (4, DIVIDED)], ids=str)
+def test_a_lora_is_switched_on_changed_and_switched_off_exactly(pool_of, spec, num_gpus, sizes):
+    pool = pool_of(num_gpus, **sizes)
     plain = pool.forward(spec, *GIVEN)
     outputs = []
     for strength in (1.0, 0.35, -0.5):
@@ -196,8 +226,9 @@ def test_bf16_weights_are_merged_from_the_file_each_time(pool_of, spec):
 
 
 @pytest.mark.parametrize("name", ["blocks.1.ffn.2.weight", "blocks.9.no.such.weight"])
-def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec, name):
-    pool = pool_of(2)
+@pytest.mark.parametrize("num_gpus, sizes", [(2, {}), (4, DIVIDED)], ids=str)
+def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec, name, num_gpus, sizes):
+    pool = pool_of(num_gpus, **sizes)
     plain = pool.forward(spec, *GIVEN)
     pids = pool.worker_pids
     bad = {**some_lora(1.0), name: [Difference(torch.ones(3, 3), 1.0)]}  # names are merged in their order

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import WanModel, grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.model import WanModel, grid_of, in_turn, pad_to_patch, patchify, slices, unpatchify
 from wan_parallel.wanvideo.rope import apply_rope, rope_table
 
 FIVE_B_LIKE = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=64)
@@ -173,6 +173,42 @@ def test_slices_bound_the_feed_forward(checkpoint):
 
 
 # Parts.
+
+
+@pytest.mark.parametrize(
+    "at_once, expected",
+    [
+        (1, "0a 0b 0c 1a 1b 1c 2a 2b 2c"),
+        (2, "0a 1a 0b 1b 0c 2a 1c 2b 2c"),  # 2a before 1c, which waits for what 1b began
+        (5, "0a 1a 2a 0b 1b 2b 0c 1c 2c"),
+    ],
+)
+def test_slices_are_worked_on_in_turn(at_once, expected):
+    done = []
+
+    def work(number):
+        for part in "ab":
+            done.append(f"{number}{part}")
+            yield
+        done.append(f"{number}c")
+
+    in_turn((work(number) for number in range(3)), at_once)
+    assert " ".join(done) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, lengths",
+    [
+        ((10, 0), [10]),
+        ((10, 4), [4, 4, 2]),
+        ((10, 0, 2), [5, 5]),
+        ((9, 8, 2), [5, 4]),
+        ((1, 0, 2), [1]),
+        ((0, 0, 2), []),
+    ],
+)
+def test_tokens_are_cut_into_slices(arguments, lengths):
+    assert [s.stop - s.start for s in slices(*arguments)] == lengths
 
 
 def test_the_tensors_have_the_names_of_the_original_model(model):

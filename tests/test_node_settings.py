@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import sentences
 from wan_parallel.nodes.settings import SettingsError, USPConfig
+from wan_parallel.wanvideo.config import PRESETS
 
 CPU = USPConfig(device="cpu")
 
@@ -22,8 +23,10 @@ def test_the_defaults_are_accepted():
 @pytest.mark.parametrize(
     "widgets",
     [
-        {"pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 4},
         {"tensor_parallel_size": 4},
+        {"num_gpus": 4, "pipeline_parallel_size": 2, "tensor_parallel_size": 4},
+        {"num_gpus": 4, "tensor_parallel_size": 2, "usp_backend": "xfuser"},
         {"num_gpus": 3, "data_parallel_size": 2},
         {"num_gpus": 4, "ulysses_degree": 3},
         {"use_fp16": True, "use_bf16": True},
@@ -58,6 +61,16 @@ def test_activations_have_the_precision_that_is_switched_on_or_that_of_the_weigh
     assert replace(CPU, use_fp16=fp16, use_bf16=bf16).compute_dtype(base) == expected
 
 
+@pytest.mark.parametrize("gpus, pipeline, tensor", [(2, 2, 1), (4, 2, 2), (8, 4, 2)])
+def test_the_configurations_of_the_first_guides_run_as_written(gpus, pipeline, tensor):
+    config = replace(CPU, num_gpus=gpus, pipeline_parallel_size=pipeline, tensor_parallel_size=tensor)
+    config.validate()
+    plan = config.pool_settings().plan
+    for preset in PRESETS.values():
+        plan.check_model(preset.num_heads, preset.num_layers)
+    assert plan.sequence_ranks == 1
+
+
 def test_every_widget_reaches_the_pool(checkpoint):
     config = replace(
         CPU,
@@ -71,6 +84,11 @@ def test_every_widget_reaches_the_pool(checkpoint):
         usp_backend="native",
         ulysses_degree=2,
         ring_degree=1,
+        pipeline_mode="pipefusion",
+    )
+    assert config.pool_settings().pipeline_mode == "exact"  # there are no stages
+    assert (
+        replace(CPU, pipeline_parallel_size=2, pipeline_mode="pipefusion").pool_settings().pipeline_mode == "pipefusion"
     )
     pool, model = config.pool_settings(), config.model_spec(checkpoint, "fp32", "auto")
     assert (pool.plan.num_gpus, pool.plan.data_parallel) == (4, 2)

@@ -92,6 +92,50 @@ def test_a_plan_is_described_in_one_line():
     assert ParallelPlan(8).describe(12) == "8 workers: data 1 x Ulysses 4 x ring 2"
     assert ParallelPlan(1).describe(40) == "1 worker: data 1 x Ulysses 1 x ring 1"
     assert ParallelPlan(4, data_parallel=2).describe(40) == "4 workers: data 2 x Ulysses 2 x ring 1"
+    everything = ParallelPlan(8, tensor_parallel=2, pipeline_parallel=2)
+    assert everything.describe(40) == "8 workers: data 1 x pipeline 2 x Ulysses 2 x ring 1 x tensor 2"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tensor_parallel": 2},
+        {"pipeline_parallel": 4, "tensor_parallel": 2},
+        {"data_parallel": 2, "pipeline_parallel": 2, "tensor_parallel": 2},
+        {"data_parallel": 2, "tensor_parallel": 2},
+    ],
+    ids=str,
+)
+def test_every_rank_has_one_place_and_one_group_of_each_kind(sizes):
+    plan = ParallelPlan(8, **sizes)
+    plan.validate()
+    assert [plan.rank_at(plan.place(rank)) for rank in range(8)] == list(range(8))
+    assert len({plan.place(rank) for rank in range(8)}) == 8
+    merged = plan.sequence_ranks * plan.data_parallel
+    kinds = {
+        plan.tensor_parallel: plan.tensor_groups(),
+        plan.pipeline_parallel: plan.pipelines(),
+        plan.sequence_ranks: plan.sequence_groups(plan.sequence_ranks),
+        merged: plan.sequence_groups(merged),
+    }
+    for size, groups in kinds.items():
+        assert sorted(itertools.chain(*groups)) == list(range(8))
+        assert {len(group) for group in groups} == {size}
+
+
+def test_neighbours_hold_the_same_matrices_and_groups_of_the_batch_are_farthest_apart():
+    plan = ParallelPlan(8, data_parallel=2, pipeline_parallel=2, tensor_parallel=2)
+    assert plan.tensor_groups() == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert plan.pipelines() == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert plan.sequence_groups(1) == [(rank,) for rank in range(8)]
+    assert plan.sequence_groups(2) == [(0, 4), (1, 5), (2, 6), (3, 7)]  # a batch too small to split
+
+
+def test_tensor_parallel_ranks_share_out_the_heads_they_have():
+    plan = ParallelPlan(8, tensor_parallel=2)
+    assert plan.sequence_degrees(12) == SequenceDegrees(2, 2)  # 6 heads over 4 ranks
+    assert plan.sequence_degrees(40) == SequenceDegrees(4, 1)
 
 
 # Refusals.
@@ -103,20 +147,44 @@ def test_a_number_of_gpus_out_of_range_is_refused(num_gpus):
     assert f"num_gpus is {num_gpus}" in text and "1 to 8" in text
 
 
-@pytest.mark.parametrize("name", ["pipeline_parallel", "tensor_parallel"])
-@pytest.mark.parametrize("size", [2, 4, 0])
-def test_pipeline_and_tensor_sizes_are_refused_for_now(name, size):
-    text = refusal(num_gpus=4, **{name: size})
-    assert f"{name}_size is {size}" in text and "Set it to 1" in text
-
-
+@pytest.mark.parametrize("name", ["data_parallel", "pipeline_parallel", "tensor_parallel"])
 @pytest.mark.parametrize(
     "num_gpus, size, working", [(3, 2, "1, 3"), (2, 4, "1, 2"), (8, 3, "1, 2, 4, 8"), (4, 0, "1, 2, 4")]
 )
-def test_a_data_parallel_size_that_does_not_divide_is_refused_with_those_that_do(num_gpus, size, working):
-    text = refusal(num_gpus=num_gpus, data_parallel=size)
-    assert f"data_parallel_size {size} does not divide num_gpus {num_gpus}" in text
+def test_a_size_that_does_not_divide_is_refused_with_those_that_do(name, num_gpus, size, working):
+    text = refusal(num_gpus=num_gpus, **{name: size})
+    assert f"{name}_size {size} does not divide num_gpus {num_gpus}" in text
     assert f"Use one of {working}." in text
+
+
+def test_sizes_whose_product_does_not_divide_are_refused_with_the_products_that_do():
+    text = refusal(num_gpus=6, data_parallel=2, tensor_parallel=2)
+    assert "data_parallel_size 2 x tensor_parallel_size 2 is 4, which does not divide num_gpus 6" in text
+    assert "Make their product one of 1, 2, 3, 6." in text
+    assert "is 8, which does not divide num_gpus 4" in refusal(
+        num_gpus=4, data_parallel=2, pipeline_parallel=2, tensor_parallel=2
+    )
+
+
+def model_refusal(num_heads: int, num_layers: int, **fields: int) -> str:
+    plan = ParallelPlan(**fields)
+    plan.validate()
+    with pytest.raises(PlanError) as error:
+        plan.check_model(num_heads, num_layers)
+    text = str(error.value)
+    assert tiny.sentences(text) == 2, text
+    return text
+
+
+def test_a_tensor_size_that_does_not_divide_the_heads_is_refused_with_those_that_do():
+    text = model_refusal(12, 30, num_gpus=8, tensor_parallel=8)
+    assert "tensor_parallel_size 8 does not divide the 12 heads of this model. Use one of 1, 2, 4." in text
+    ParallelPlan(5, tensor_parallel=5).check_model(40, 40)
+
+
+def test_more_stages_than_blocks_are_refused():
+    text = model_refusal(12, 3, num_gpus=4, pipeline_parallel=4)
+    assert "pipeline_parallel_size is 4, but this model has 3 blocks. Set it to 3 or less." in text
 
 
 def test_degrees_that_do_not_multiply_out_are_refused_with_the_product_that_does():

@@ -66,6 +66,18 @@ def test_rms_norm_rotates_each_head(dtype, width, rotated, plain):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rms_norm_of_a_part_of_the_width_takes_the_mean_square_of_the_whole(dtype, rotated, plain):
+    rope, whole = rope_table(GRID, 128, "cuda") if rotated else None, normal(2, TOKENS, 5120, dtype=dtype)
+    weight, mean_square = normal(5120), whole.float().square().mean(-1)
+    parts = [
+        pointwise.rms_norm(whole[..., s].contiguous(), weight[s], 1e-6, rope, mean_square)
+        for s in (slice(0, 1280), slice(1280, 5120))
+    ]
+    agree(torch.cat(parts, dim=-1), plain(pointwise.rms_norm, whole, weight, 1e-6, rope))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [None, 1, TOKENS])
 def test_add_changes_the_slice_and_nothing_beside_it(dtype, rows, plain):
     whole = normal(2, TOKENS + 7, 1536)

@@ -89,7 +89,7 @@ def make_kernel(case: Case) -> AttentionKernel:
 
 @functools.cache
 def joined(degrees: SequenceDegrees, rank: int, world: int) -> SequenceGroup:
-    return join_group(degrees, rank, world)
+    return join_group(degrees, rank, [tuple(range(i, i + degrees.ranks)) for i in range(0, world, degrees.ranks)])
 
 
 def run_attention(rank: int, world: int, cases: list[Case]) -> gloo_group.Results:
@@ -99,7 +99,7 @@ def run_attention(rank: int, world: int, cases: list[Case]) -> gloo_group.Result
         group = joined(case.degrees, rank, world)
         start, stop = group.shard(case.tokens)
         attend = NativeAttention(group, make_kernel(case), case.tokens, case.heads, case.overlap)
-        results[str(case)] = attend(*(x[:, start:stop] for x in case.inputs(group.first_rank)))
+        results[str(case)] = attend(*(x[:, start:stop] for x in case.inputs(group.ranks[0])))
     return results
 
 

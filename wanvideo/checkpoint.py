@@ -107,18 +107,25 @@ def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dty
     return sizes | {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
 
 
+def held_sizes_of(path: str, weight_dtype: torch.dtype) -> dict[str, int]:
+    """`held_sizes` of a checkpoint or of random weights.
+
+    Raises:
+        CheckpointError: see `open_weights`.
+    """
+    if path.startswith(RANDOM_PREFIX):
+        return held_sizes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
+    header = read_header(path)
+    return held_sizes(header.config, header, weight_dtype)
+
+
 def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
     """Bytes that a model takes on a device where it is held in `weight_dtype`.
 
     Raises:
         CheckpointError: see `open_weights`.
     """
-    if path.startswith(RANDOM_PREFIX):
-        config, header = random_config(path.removeprefix(RANDOM_PREFIX)), None
-    else:
-        header = read_header(path)
-        config = header.config
-    return sum(held_sizes(config, header, weight_dtype).values())
+    return sum(held_sizes_of(path, weight_dtype).values())
 
 
 def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:

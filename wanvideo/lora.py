@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,15 +66,46 @@ def merge(weight: torch.Tensor, patches: Sequence[WeightPatch]) -> torch.Tensor:
     return merged.to(weight.dtype)
 
 
+def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, start: int, length: int) -> WeightPatch:
+    """What a patch of a whole weight of `shape` changes in `length` of its rows (dim 0) or columns (dim 1).
+
+    Raises:
+        PatchError: the patch does not have that shape.
+    """
+    match patch:
+        case LowRank():
+            rows, columns = patch.up.shape[0], patch.down.flatten(1).shape[1]
+            if (rows, columns) == shape:
+                if dim == 0:
+                    return replace(patch, up=patch.up.narrow(0, start, length))
+                return replace(patch, down=patch.down.flatten(1).narrow(1, start, length))
+            if rows * columns != math.prod(shape):
+                raise _misfit((rows, columns), shape)
+            whole = torch.mm(patch.up.flatten(1).float(), patch.down.flatten(1).float())
+            return narrow_patch(Difference(whole, patch.scale, patch.base_scale), shape, dim, start, length)
+        case Difference():
+            return replace(patch, diff=_shaped(patch.diff, shape).narrow(dim, start, length))
+        case Replacement():
+            return replace(patch, weight=_shaped(patch.weight, shape).narrow(dim, start, length))
+
+
 def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:
     up, down = (t.to(weight.device, torch.float32) for t in (patch.up, patch.down))
     return _like(torch.mm(up.flatten(1), down.flatten(1)), weight)
 
 
 def _like(change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if change.numel() != weight.numel():
-        raise PatchError(
-            f"A LoRA tensor of shape {tuple(change.shape)} does not fit a weight of shape {tuple(weight.shape)}. "
-            "Use a LoRA made for this size of Wan."
-        )
-    return change.to(weight.device, torch.float32).reshape(weight.shape)
+    return _shaped(change, tuple(weight.shape)).to(weight.device, torch.float32)
+
+
+def _shaped(change: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if change.numel() != math.prod(shape):
+        raise _misfit(tuple(change.shape), shape)
+    return change.reshape(shape)
+
+
+def _misfit(change: tuple[int, ...], weight: tuple[int, ...]) -> PatchError:
+    return PatchError(
+        f"A LoRA tensor of shape {change} does not fit a weight of shape {weight}. "
+        "Use a LoRA made for this size of Wan."
+    )

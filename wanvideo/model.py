@@ -11,8 +11,10 @@ strategies build on: they hand `WanModel.transform` a part of the tokens and an 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -31,6 +33,10 @@ TIMESTEP_PERIOD = 10000.0
 
 SelfAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each [B, n, heads, head_dim], to the attention output of the same n tokens over all tokens."""
+
+MeanSquares = Callable[..., "list[torch.Tensor] | list[None]"]
+"""Rows [B, n, d] of which this device may hold a part, to the mean square [B, n] of each whole row, in float32;
+None for rows that are whole, of which the norm then takes it itself."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,20 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`."""
+    """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`.
+
+    `mean_square` [B, n] comes with an x that has a part of the heads alone.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
-        return pointwise.rms_norm(x, self.weight, self.eps, rope)
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor | None = None, mean_square: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return pointwise.rms_norm(x, self.weight, self.eps, rope, mean_square)
 
 
 class LayerNorm(nn.Module):
@@ -139,11 +150,16 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections and norms that self- and cross-attention share; `image` adds those for CLIP tokens."""
+    """The projections and norms that self- and cross-attention share; `image` adds those for CLIP tokens.
+
+    The number of heads is that of the weights: a tensor-parallel rank has some of them, and then gives
+    `mean_squares` for the norms over all.
+    """
 
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
-        self.heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.mean_squares: MeanSquares = _whole_rows
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, config.dim)
         self.v = Linear(config.dim, config.dim)
@@ -157,40 +173,58 @@ class Attention(nn.Module):
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def self_attention(self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention) -> torch.Tensor:
         """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
-        q = self.by_head(self.norm_q(self.q(x), rope))
-        k = self.by_head(self.norm_k(self.k(x), rope))
+        q, k = self.q(x), self.k(x)
+        squares_q, squares_k = self.mean_squares(q, k)
+        q = self.by_head(self.norm_q(q, rope, squares_q))
+        k = self.by_head(self.norm_k(k, rope, squares_k))
         v = self.by_head(self.v(x))
         return self.o(attend(q, k, v).flatten(2))
 
     def context_keys(self, inputs: BlockInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
-        keys = [(self.by_head(self.norm_k(self.k(inputs.context))), self.by_head(self.v(inputs.context)))]
+        sources = [(inputs.context, self.k, self.v, self.norm_k)]
         if self.image:
-            keys.append(
-                (self.by_head(self.norm_k_img(self.k_img(inputs.image))), self.by_head(self.v_img(inputs.image)))
-            )
-        return keys
+            sources.append((inputs.image, self.k_img, self.v_img, self.norm_k_img))
+        keys = [k(context) for context, k, _, _ in sources]
+        squares = self.mean_squares(*keys)
+        return [
+            (self.by_head(norm(key, None, square)), self.by_head(v(context)))
+            for key, square, (context, _, v, norm) in zip(keys, squares, sources, strict=True)
+        ]
 
     def cross_attention(
         self, x: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], kernel: AttentionKernel
     ) -> torch.Tensor:
         """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained; the image is apart."""
-        q = self.by_head(self.norm_q(self.q(x)))
+        q = self.q(x)
+        q = self.by_head(self.norm_q(q, None, *self.mean_squares(q)))
         attended = kernel(q, *keys[0])
         for more in keys[1:]:
             attended = attended + kernel(q, *more)
         return self.o(attended.flatten(2))
 
 
+def _whole_rows(*rows: torch.Tensor) -> list[None]:
+    return [None] * len(rows)
+
+
 class Block(nn.Module):
-    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward.
+
+    Attributes:
+        at_once: slices of tokens that are worked on in turn. With 2, what one slice waits for can arrive while the
+            other one is computed.
+        arrived: called with the output of cross-attention or feed-forward before it is used; returns it complete.
+    """
 
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
+        self.at_once = 1
+        self.arrived: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
         self.dim, self.eps = config.dim, config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = Attention(config)
@@ -207,16 +241,22 @@ class Block(nn.Module):
         y = modulate(x, self.eps, shift, scale, dtype)
         pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
         keys = self.cross_attn.context_keys(inputs)
-        for s in self._slices(x.shape[1], inputs):
+
+        def work(s: slice) -> Iterator[None]:
             part = x[:, s]
-            pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), keys, inputs.kernel))
-            y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype)
-            pointwise.add_(part, self.ffn(y), rows(gate_ffn, s))
+            y = self.cross_attn.cross_attention(self.norm3(part, dtype), keys, inputs.kernel)
+            yield
+            pointwise.add_(part, self.arrived(y))
+            y = self.ffn(modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype))
+            yield
+            pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
+
+        in_turn((work(s) for s in self._slices(x.shape[1], inputs)), self.at_once)
         return x
 
     def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
         """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
-        runs = list(slices(length, inputs.slice_tokens))
+        runs = list(slices(length, inputs.slice_tokens, self.at_once))
         linears = [m for m in (self.cross_attn.q, self.cross_attn.o, *self.ffn) if isinstance(m, Linear)]
         try:
             for linear in linears if len(runs) > 1 else ():
@@ -225,6 +265,22 @@ class Block(nn.Module):
         finally:
             for linear in linears:
                 linear.ready = None
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
+    """Run each of `works` to its end, `at_once` of them in turn from one `yield` to the next."""
+    active = deque(islice(works, at_once))
+    while active:
+        work = active.popleft()
+        try:
+            next(work)
+            active.append(work)
+        except StopIteration:
+            active.extendleft(islice(works, 1))  # begins before the others go on: they wait for something
 
 
 class Head(nn.Module):
@@ -267,9 +323,9 @@ def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tens
     return pointwise.norm(x, 1 + scale, shift, eps, dtype)
 
 
-def slices(length: int, step: int) -> Iterator[slice]:
-    """Cut `length` tokens into runs of `step`; 0 leaves them whole."""
-    step = step or max(length, 1)  # a rank has no tokens where there are fewer than ranks
+def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
+    """Cut `length` tokens into runs of `step`, 0 being the whole, and into `parts` at least."""
+    step = min(step or length, math.ceil(length / parts)) or 1  # a rank has no tokens where there are fewer than ranks
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -289,6 +345,10 @@ def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
 class WanModel(nn.Module):
     """The DiT. Weights are read with `from_checkpoint`; a bare instance has the shapes alone.
 
+    Attributes:
+        span: the blocks to run, all by default. A pipeline stage has a part of them: it takes the residual
+            stream where it lacks the first, and gives it where it lacks the last (see `transform`).
+
     Args:
         config: dimensions.
         kernel: attention kernel for cross-attention, and for self-attention on one device.
@@ -307,6 +367,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config, self.kernel = config, kernel
         self.compute_dtype, self.slice_tokens = compute_dtype, slice_tokens
+        self.span = range(config.num_layers)
         d = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, d)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
@@ -398,14 +459,15 @@ class WanModel(nn.Module):
         """The DiT on the tokens `part` of a grid.
 
         Args:
-            tokens: those tokens, [B, n, in_dim*4].
+            tokens: those tokens, [B, n, in_dim*4]; the residual stream [B, n, dim] in float32, which is changed in
+                place, where `span` begins behind the first block.
             attend: self-attention over the whole grid for the queries of this part; the model's own kernel
                 where the part is the whole.
             before_block: called with the index of each block before it runs.
             conditioning: what is left of it after `extended`, for all tokens.
 
         Returns:
-            float32 [B, n, out_dim*4].
+            float32 [B, n, out_dim*4]; the residual stream [B, n, dim] where `span` ends before the last block.
         """
         embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim))  # [B, d] or [B, T, d]
         embedding = embedding.reshape(len(timestep), -1, self.config.dim)
@@ -421,15 +483,15 @@ class WanModel(nn.Module):
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
         )
-        x = self.embed(tokens, grid, part, conditioning)
+        x = self.embed(tokens, grid, part, conditioning) if self.span.start == 0 else tokens
         sides = self.side_streams(x, grid, part, conditioning)
-        for i, block in enumerate(self.blocks):
+        for i in self.span:
             if before_block is not None:
                 before_block(i)
             if i not in conditioning.options.skip_blocks:
-                x = block(x, inputs)
+                x = self.blocks[i](x, inputs)
             self.add_sides(x, sides, i, inputs, conditioning)
-        return self.head(x, inputs.by_token(embedding))
+        return self.head(x, inputs.by_token(embedding)) if self.span.stop == len(self.blocks) else x
 
     # What a variant does differently; see variants.py.
 

@@ -59,17 +59,28 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, 
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale).to(dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rope: torch.Tensor | None = None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    rope: torch.Tensor | None = None,
+    mean_square: torch.Tensor | None = None,
+) -> torch.Tensor:
     """RMSNorm over the last dimension, then rotated by `rope`; in the dtype of x.
 
     Args:
         x: [B, n, d].
         weight: float32 [d].
         rope: complex64 [n, head_dim / 2], the same for all d / head_dim heads; None leaves it out.
+        mean_square: float32 [B, n], the mean of the squares over a row of which x is a part; None where x is
+            the whole row.
     """
     if x.is_cuda and _kernels is not None:
-        return _kernels.rms_norm(x, weight, eps, rope)
-    y = F.rms_norm(x.float(), weight.shape, weight, eps)
+        return _kernels.rms_norm(x, weight, eps, rope, mean_square)
+    if mean_square is None:
+        y = F.rms_norm(x.float(), weight.shape, weight, eps)
+    else:
+        y = x.float() * torch.rsqrt(mean_square + eps).unsqueeze(-1) * weight
     if rope is not None:
         y = apply_rope(y.unflatten(-1, (-1, 2 * rope.shape[-1])), rope).flatten(-2)
     return y.to(x.dtype)

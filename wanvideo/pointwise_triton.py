@@ -27,13 +27,15 @@ def _norm_kernel(
 
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, rope, out, n, d, eps, HALF_HEAD: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr
-):
+    x, weight, rope, mean_square, out, n, d, eps,
+    HALF_HEAD: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, 2 * PAIRS)
     inside = columns < d
     values = tl.load(x + row * d + columns, mask=inside, other=0.0).to(tl.float32)
-    result = values * tl.rsqrt(tl.sum(values * values) / d + eps)
+    square = tl.load(mean_square + row) if GIVEN else tl.sum(values * values) / d
+    result = values * tl.rsqrt(square + eps)
     result *= tl.load(weight + columns, mask=inside, other=0.0)
     if ROTATE:
         pair = tl.arange(0, PAIRS)
@@ -46,9 +48,7 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _add_kernel(
-    x, y, gate, n, d, x_batch, x_token, gate_batch, gate_token, BLOCK: tl.constexpr, GATED: tl.constexpr
-):
+def _add_kernel(x, y, gate, n, d, x_batch, x_token, gate_batch, gate_token, BLOCK: tl.constexpr, GATED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n, row % n
     columns = tl.arange(0, BLOCK)
@@ -71,17 +71,26 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, 
     return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rope: torch.Tensor | None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    rope: torch.Tensor | None,
+    mean_square: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `pointwise.rms_norm`."""
     batch, n, d = x.shape
     x = x.contiguous()
     out = torch.empty_like(x)
-    rotate = rope is not None
+    rotate, given = rope is not None, mean_square is not None
     table = torch.view_as_real(rope) if rotate else weight
+    squares = mean_square.contiguous() if given else weight
     half = rope.shape[-1] if rotate else 1
     if x.numel():
         pairs, warps = triton.next_power_of_2(d) // 2, _launch(d)["num_warps"]
-        _rms_norm_kernel[(batch * n,)](x, weight, table, out, n, d, eps, half, pairs, rotate, num_warps=warps)
+        _rms_norm_kernel[(batch * n,)](
+            x, weight, table, squares, out, n, d, eps, half, pairs, rotate, given, num_warps=warps
+        )
     return out
 
 
@@ -101,7 +110,9 @@ def try_out(device: torch.device) -> None:
     x = torch.ones(1, 2, 16, device=device)
     row = torch.ones(1, 1, 16, device=device)
     rope = torch.ones(2, 4, dtype=torch.complex64, device=device)
-    rms_norm(norm(x, row, row, 1e-6, torch.bfloat16), row.view(-1), 1e-6, rope)
+    y = norm(x, row, row, 1e-6, torch.bfloat16)
+    rms_norm(y, row.view(-1), 1e-6, rope)
+    rms_norm(y, row.view(-1), 1e-6, rope, x[..., 0])
     add_(x, x.clone(), row)
     torch.cuda.synchronize(device)
 

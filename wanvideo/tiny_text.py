@@ -73,9 +73,7 @@ def encode_words(words: Sequence[str]) -> torch.Tensor:
     vectors = []
     for place, (before, word, after) in enumerate(zip(around, words, around[2:], strict=False)):
         neighbours = signs(f"before {before}") + signs(f"after {after}")
-        vectors.append(
-            signs(f"word {word}") + NEIGHBOUR_WEIGHT * neighbours + PLACE_WEIGHT * signs(f"place {place}")
-        )
+        vectors.append(signs(f"word {word}") + NEIGHBOUR_WEIGHT * neighbours + PLACE_WEIGHT * signs(f"place {place}"))
     return torch.stack(vectors)
 
 

@@ -43,8 +43,12 @@ def test_wrong_files_are_refused_when_queued(server, file, text):
 @pytest.mark.parametrize(
     "config, text",
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallel comes in a later version. Set it to 1"),
-        ({"tensor_parallel_size": 2}, "tensor parallel comes in a later version. Set it to 1"),
+        ({"num_gpus": 2, "pipeline_parallel_size": 4}, "pipeline_parallel_size 4 does not divide num_gpus 2"),
+        ({"num_gpus": 4, "tensor_parallel_size": 3}, "tensor_parallel_size 3 does not divide num_gpus 4"),
+        (
+            {"num_gpus": 4, "pipeline_parallel_size": 2, "tensor_parallel_size": 4},
+            "is 8, which does not divide num_gpus 4",
+        ),
         ({"num_gpus": 9}, "Choose 1 to 8"),
         ({"num_gpus": 3, "data_parallel_size": 2}, "does not divide num_gpus 3"),
         ({"num_gpus": 4, "ulysses_degree": 3}, "ulysses_degree 3 does not divide"),

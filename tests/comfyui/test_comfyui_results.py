@@ -122,6 +122,8 @@ def test_a_batch_of_videos(server):
         {"num_gpus": 2, "data_parallel_size": 2},
         {"num_gpus": 2, "ulysses_degree": 1, "ring_degree": 2, "overlap_p2p_comm": False},
         {"num_gpus": 2, "enable_activation_checkpointing": False, "max_batch_size": 1},
+        {"num_gpus": 2, "pipeline_parallel_size": 2},
+        {"num_gpus": 4, "pipeline_parallel_size": 2, "tensor_parallel_size": 2},
     ],
     ids=str,
 )
@@ -135,6 +137,21 @@ def test_every_plan_gives_the_native_result(server, config):
     )
     print(f"relative error {error:.1e}")
     assert error <= EXACT
+
+
+def test_pipefusion_is_exact_at_first_and_near_in_the_end(server):
+    def graph(loader, steps):
+        return {**plain(loader, steps=steps), **video(frames=33)}
+
+    def streamed(**_: object) -> dict:
+        return pool_model(pipeline_parallel_size=2, pipeline_mode="pipefusion")
+
+    assert relative_error(sampled(server, graph(streamed, 4)), sampled(server, graph(stock_model, 4))) <= EXACT
+    native = sampled(server, graph(stock_model, 8))
+    for _ in range(2):  # the second prompt warms up anew
+        nodes = {**graph(streamed, 8), "status": node("XDitUSPStatus", model=link("model"), after=link("sampler"))}
+        assert 1e-6 < relative_error(sampled(server, nodes), native) < 0.2
+    assert "pipeline 2 (pipefusion) x Ulysses 1" in server.run(nodes).outputs["status"]["text"][0]
 
 
 @pytest.mark.parametrize("file", ["plain.safetensors", "odd.safetensors"])
@@ -213,7 +230,13 @@ def test_nodes_show_the_promised_inputs(server):
     assert info["category"] == "WanVideoWrapper/XDitUSP"
     assert info["output"] == ["XDITUSPCONFIG"] and info["output_name"] == ["xdit_usp_config"]
     assert info["input_order"]["required"] == list(graphs.CONFIG)
-    assert info["input_order"]["optional"] == ["ulysses_degree", "ring_degree", "device", "usp_backend"]
+    assert info["input_order"]["optional"] == [
+        "ulysses_degree",
+        "ring_degree",
+        "device",
+        "usp_backend",
+        "pipeline_mode",
+    ]
     required = info["input"]["required"]
     limits = {name: (options["min"], options["max"]) for name, (_, options) in required.items() if "min" in options}
     assert limits == {

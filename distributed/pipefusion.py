@@ -1,0 +1,119 @@
+"""PipeFusion: the patches of a video streamed through pipeline stages, approximately (Fang et al., arXiv 2405.14430).
+
+Whole items leave all but one of the stages idle while there is one item (see pipeline.py). Runs of tokens, called
+patches here as there, fill them: patch after patch passes through all blocks. A stage keeps the keys and values of all
+tokens for its own blocks. To a patch they are fresh where an earlier patch or itself has passed in this step, and of
+the step before where a later one will. That is an approximation, good while two successive steps look alike, so the
+first steps of a run, and some later ones, are exact and leave their keys and values behind.
+
+Patches are whole frames where there are enough, and rows of tokens else: width splits are known to tear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..wanvideo.attention import AttentionKernel
+from ..wanvideo.model import Grid, SelfAttention, WanModel
+from .displaced import StaleError
+from .messages import Displaced
+from .plan import bounds, shares
+from .schedule import STALE
+from .sequence import NativeAttention, SequenceGroup
+
+PATCHES_PER_STAGE = 4
+"""So n stages work 4n / (5n - 1) of the time on one item: 8/9 for 2 stages, 16/19 for 4."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens [start, stop) of a video that go through the blocks together, and their self-attention."""
+
+    start: int
+    stop: int
+    attend: SelfAttention
+
+
+def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
+    """Start and stop of each patch, in tokens; fewer than wanted where a video has fewer rows."""
+    wanted, unit = PATCHES_PER_STAGE * stages, grid.rows * grid.columns
+    if grid.frames < wanted:
+        unit = grid.columns
+    units = grid.tokens // unit
+    edges = [bounds(units, min(wanted, units), i) for i in range(min(wanted, units))]
+    return [(start * unit, stop * unit) for start, stop in edges]
+
+
+class KeptKeys:
+    """An attention kernel to the keys and values of all tokens, of which each call brings some up to date.
+
+    Called block by block with tokens [start, start + n): q, k, v [B, n, heads, head_dim].
+    """
+
+    def __init__(self, blocks: list[torch.Tensor], start: int, kernel: AttentionKernel):
+        self._blocks, self._start, self._kernel = iter(blocks), start, kernel
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = next(self._blocks)
+        keys[:, self._start : self._start + k.shape[1]] = k
+        values[:, self._start : self._start + k.shape[1]] = v
+        return self._kernel(q, keys, values)
+
+
+class PatchStream:
+    """What one worker keeps of the streamed runs that it is asked for."""
+
+    def __init__(self, stages: int, device: torch.device):
+        self.stages, self.device = stages, device
+        self._kept: dict[Hashable, list[torch.Tensor]] = {}
+        self._run = ""
+
+    def begin(self, step: Displaced) -> None:
+        """Forget an earlier run."""
+        if step.run != self._run:
+            self.clear()
+            self._run = step.run
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._kept.clear()
+
+    def stretches(
+        self,
+        step: Displaced,
+        lanes: tuple[str, ...],
+        model: WanModel,
+        grid: Grid,
+        group: SequenceGroup,
+        heads: int,
+    ) -> list[Stretch]:
+        """How some batch items go through this stage in a forward that is stale, or that fills in for one.
+
+        Args:
+            lanes: the items' names over the steps of the run.
+            heads: of this rank's part of the model, over the whole sequence group.
+
+        Raises:
+            StaleError: there is nothing from the step before.
+        """
+        stale = step.kind == STALE
+        if lanes not in self._kept:
+            if stale:
+                raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
+            self._kept[lanes] = self._room(len(lanes), model, grid, group, heads)
+        stretches = []
+        for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
+            kept = KeptKeys(self._kept[lanes], start, model.kernel)
+            own = group.shard(stop - start)
+            attend = NativeAttention(group, kept, stop - start, heads) if group.degrees.ranks > 1 else kept
+            stretches.append(Stretch(start + own[0], start + own[1], attend))
+        return stretches
+
+    def _room(self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> list[torch.Tensor]:
+        """Keys and values [2, B, tokens, heads, head_dim] for each block of this stage."""
+        own = shares(heads, group.degrees.ulysses)[group.ulysses_index]
+        shape = (2, batch, grid.tokens, own, model.config.head_dim)
+        return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in model.span]

@@ -1,0 +1,127 @@
+"""Pipeline parallelism on one page: the blocks are divided into stages on different ranks.
+
+Exact: a stage gets the residual stream of the stage before, in float32. While one batch item (the conditional or the
+unconditional branch) is in a stage, the next one is in the stage before. Self-attention needs all tokens of a block
+before the next can begin, so a single item is in one stage at a time: stages then save memory, and no time.
+
+Time runs in slots. In slot s, stage p works on item s - p; between two slots every stage passes on what it has.
+All stages agree block by block, in idle slots too, on whether the request is cancelled (see gate.py), led by the
+foremost stage that works; so they leave together, with nothing half sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .plan import bounds, shares
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of `len(ranks)` pipeline stages: rank i has stage i of the pipeline that this rank stands in."""
+
+    index: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == len(self.ranks) - 1
+
+    def span(self, num_layers: int) -> range:
+        """The blocks of this stage."""
+        return range(*bounds(num_layers, len(self.ranks), self.index))
+
+    def most_blocks(self, num_layers: int) -> int:
+        """Blocks of the longest stage."""
+        return shares(num_layers, len(self.ranks))[0]
+
+    def holds(self, name: str, num_layers: int) -> bool:
+        """Whether this stage needs the tensor of that name: conditioning is computed by every stage itself."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return int(rest.partition(".")[0]) in self.span(num_layers)
+        if part in ("patch_embedding", "ref_conv", "control_adapter"):
+            return self.index == 0
+        return part != "head" or self.is_last
+
+
+class Flow(Generic[Batch]):
+    """Passes the batches of one request through the stages. To iterate over it is to work on what comes.
+
+        for batch, stream in flow:      # stream: the residual stream of the stage before, None in the first
+            flow.pass_on(the work of this stage's blocks, with flow.before_block before each)
+
+    Args:
+        stage: this rank's stage.
+        batches: what goes through one after the other, such as slices of batch items.
+        blocks: those of the longest stage.
+        shape: the residual stream's for a batch on this rank, [items, tokens, dim].
+        check: called with the stage that decides, and with the block that comes next (None where this stage has none);
+            raises to leave.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        batches: Sequence[Batch],
+        blocks: int,
+        shape: Callable[[Batch], tuple[int, ...]],
+        device: torch.device,
+        check: Callable[[int, int | None], None],
+    ):
+        self.stage, self.batches, self.blocks = stage, batches, blocks
+        self._shape, self._device, self._check = shape, device, check
+        self._slot = self._checked = 0
+        self._result: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor | None]]:
+        stream = None
+        slots = len(self.batches) + len(self.stage.ranks) - 1 if self.batches else 0
+        for slot in range(slots):
+            self._slot, self._checked = slot, 0
+            batch = self._batch(slot)
+            if batch is not None:
+                yield batch, stream
+            while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
+                self.before_block(None)
+            stream = self._exchange()
+
+    def before_block(self, block: int | None) -> None:
+        """Go on, or leave the request with all other stages."""
+        self._checked += 1
+        self._check(min(self._slot, len(self.stage.ranks) - 1), block)
+
+    def pass_on(self, result: torch.Tensor) -> None:
+        """Give the residual stream behind this stage's blocks; the last stage keeps its own."""
+        self._result = None if self.stage.is_last else result
+
+    def _batch(self, slot: int) -> Batch | None:
+        """What this stage works on in a slot."""
+        place = slot - self.stage.index
+        return self.batches[place] if 0 <= place < len(self.batches) else None
+
+    def _exchange(self) -> torch.Tensor | None:
+        """Send what this stage has done to the next, and get what the one before did in the same slot."""
+        operations, arrived = [], None
+        if self._result is not None and self._result.numel():
+            to = self.stage.ranks[self.stage.index + 1]
+            operations.append(dist.P2POp(dist.isend, self._result.contiguous(), to, self.stage.group))
+        following = self._batch(self._slot + 1)
+        if following is not None and self.stage.index > 0:
+            arrived = torch.empty(self._shape(following), device=self._device)
+            if arrived.numel():
+                source = self.stage.ranks[self.stage.index - 1]
+                operations.append(dist.P2POp(dist.irecv, arrived, source, self.stage.group))
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        self._result = None
+        return arrived
