@@ -96,4 +96,4 @@ def test_a_14b_in_fp8_takes_half_the_memory_of_bf16():
         pool.close()
     taken = {dtype: (value - empty) / 2**30 for dtype, value in used.items()}
     print(taken)
-    assert 26 < taken["bf16"] < 27.5 and 13 < taken["fp8_e4m3fn"] < 14.5
+    assert 26 < taken["bf16"] < 29 and 13 < taken["fp8_e4m3fn"] < 15.5  # with what torch caches

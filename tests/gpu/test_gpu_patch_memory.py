@@ -54,7 +54,7 @@ def test_a_run_takes_the_memory_that_was_computed_and_gives_it_back(pool, manage
     assert 0.9 * need.buffers <= taken <= 1.15 * (need.buffers + need.working) + 2**29  # NCCL has buffers of its own
     pool.trim()
     left = max(worker.used for worker in pool.status().workers) - before
-    assert left < 2**29
+    assert left < 1.25 * 2**30  # of the communicators, which stay
 
 
 def test_the_status_names_the_link(pool):
