@@ -45,6 +45,10 @@ class ModelSpec:
         allow_flash, allow_sdpa: kinds of kernel that "auto" may choose.
         slice_tokens: tokens that feed-forward and cross-attention take at once; 0 takes all.
         max_batch: batch items that one forward takes at once.
+        shard_weights: whether each rank keeps a share of every block, which all gather before its turn: "on", "off",
+            or "auto" (where whole weights don't fit).
+        offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
+            or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
     """
 
@@ -57,6 +61,8 @@ class ModelSpec:
     slice_tokens: int = 0
     max_batch: int = 1
     stamp: str = ""
+    shard_weights: str = "auto"
+    offload: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Load:
+    """Read a model. `tokens` is the length of the first video, beside which its weights must fit; 0 is unknown."""
+
     id: int
     spec: ModelSpec
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,26 @@ class Unload:
 
 
 @dataclass(frozen=True)
+class StepOut:
+    """Move weights of `spec` to host memory on `ranks` until each has `nbytes` more on its device, or all of them.
+
+    They come back with the next forward, as far as they then fit.
+    """
+
+    id: int
+    spec: ModelSpec
+    ranks: tuple[int, ...]
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Give back what the devices hold beyond the weights."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Ask for every worker's `WorkerStatus`."""
 
@@ -147,7 +176,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | Report
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report
 
 
 @dataclass(frozen=True)
@@ -162,6 +191,18 @@ class ModelStatus:
     ulysses: int
     ring: int
     patches: str
+    placement: str = ""  # where the weights live, and why
+    device_bytes: int = 0  # weights on this worker's device
+    host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """Bytes of a model's weights on one worker's device: as it is, and once all that belongs there is back."""
+
+    spec: ModelSpec
+    now: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -194,7 +235,7 @@ class Ready:
 @dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
-    the uuid of those merged into the model that was to be loaded."""
+    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model."""
 
     id: int
     rank: int
@@ -203,6 +244,7 @@ class Reply:
     cancelled: bool = False
     seconds: float = 0.0
     patches: str = ""
+    weights: tuple[HeldWeights, ...] = ()
     status: WorkerStatus | None = None
 
 
@@ -229,7 +271,10 @@ class PoolFailed:
 
 _TYPES = {
     cls.__name__: cls
-    for cls in (Start, Load, Patch, Forward, Unload, Report, Cancel, Ready, Reply, PoolReady, Replies, PoolFailed)
+    for cls in (
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel),
+        *(Ready, Reply, PoolReady, Replies, PoolFailed),
+    )
 }
 
 

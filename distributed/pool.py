@@ -21,9 +21,11 @@ from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
+from .memory import PlacementError
 from .messages import (
     Cancel,
     Forward,
+    HeldWeights,
     Load,
     ModelSpec,
     Patch,
@@ -36,6 +38,8 @@ from .messages import (
     Reply,
     Report,
     Request,
+    StepOut,
+    Trim,
     Unload,
     WorkerStatus,
     decode,
@@ -64,7 +68,7 @@ class OutOfMemory(PoolError):
     """A GPU had too little memory for the request."""
 
 
-_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
+_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
 _ERRORS |= dict.fromkeys(("BackendError", "MissingPackage", "PatchError"), PoolError)  # the workers' own words
 
 
@@ -145,6 +149,8 @@ class Pool:
         self._loaded: dict[ModelSpec, str] = {}  # to the uuid of the patches merged
         self._users: Counter[ModelSpec] = Counter()
         self._dropped: set[ModelSpec] = set()
+        self._held: dict[ModelSpec, tuple[HeldWeights, ...]] = {}  # by rank, as the workers said last
+        self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
         self._arena: Arena | None = None
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
@@ -171,12 +177,19 @@ class Pool:
         return tuple(worker.pid for worker in self.workers)
 
     def ensure_ready(
-        self, spec: ModelSpec, poll: Poll | None = None, make_room: Callable[[int], None] | None = None
+        self,
+        spec: ModelSpec,
+        poll: Poll | None = None,
+        make_room: Callable[[int], None] | None = None,
+        tokens: int = 0,
     ) -> None:
-        """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there."""
+        """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there.
+
+        `tokens` is the length of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
+        """
         with self._lock:
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room)
+            self._ensure_loaded(spec, poll, make_room, tokens)
 
     def forward(
         self,
@@ -206,14 +219,14 @@ class Pool:
         Raises:
             WorkerDied: a process ended; the next call starts a new pool.
             PoolError: the workers refused or failed.
-            CheckpointError, AttentionError, PlanError: the model cannot run like this.
+            CheckpointError, AttentionError, PlanError, PlacementError: the model cannot run like this.
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
         _check_inputs(config, x, timestep, context)
         with self._lock:
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room)
+            self._ensure_loaded(spec, poll, make_room, grid_of(x).tokens)
             self._ensure_patched(spec, patches or NO_PATCHES, poll)
             started = time.perf_counter()
             grid = grid_of(x)
@@ -224,6 +237,7 @@ class Pool:
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
             request = Forward(self._new_id(), spec, arena.ref, *refs, out)
             replies = self._call(request, poll)
+            self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             self._seconds = max(reply.seconds for reply in replies.replies)
             self._hop = time.perf_counter() - started - self._seconds
@@ -251,6 +265,47 @@ class Pool:
                 wanted = {spec} | self._dropped if spec else set(self._loaded)
                 self._unload(wanted & self._loaded.keys())
 
+    def held(self, spec: ModelSpec, ranks: Sequence[int]) -> tuple[int, int]:
+        """Bytes of a model's weights on the devices of `ranks`: now, and with all back that has stepped out.
+
+        As the workers said last; asks nobody.
+        """
+        weights = self._held.get(spec, ()) if self.alive else ()
+        told = [weights[rank] for rank in ranks if rank < len(weights)]
+        return sum(w.now for w in told), sum(w.whole for w in told)
+
+    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float) -> int:
+        """Move weights to host memory until the devices of `ranks` have `nbytes` more each, or all of `spec`'s.
+
+        They come back by themselves with the next forward. Returns the bytes that left all these devices.
+
+        Raises:
+            PlacementError: host memory has no room for them.
+        """
+        with self._lock:
+            if not self.alive or not self.workers or spec not in self._loaded:
+                return 0
+            self._drain(None)
+            before, _ = self.held(spec, ranks)
+            self._call(StepOut(self._new_id(), spec, tuple(ranks), nbytes), None)
+            self._aside.add(spec)
+            return before - self.held(spec, ranks)[0]
+
+    def step_aside(self, spec: ModelSpec) -> int:
+        """Let every other model step out on all workers; returns the bytes that left the devices."""
+        with self._lock:
+            ranks = range(self.settings.plan.num_gpus)
+            return sum(self.step_out(other, ranks, 2**62) for other in list(self._loaded) if other != spec)
+
+    def trim(self) -> None:
+        """Let the workers give back what their devices hold beyond weights.
+
+        Does nothing while a request that was given up is still at work, as its end does the same.
+        """
+        with self._lock:
+            if self.workers and not self._lost() and not self._abandoned:
+                self._call(Trim(self._new_id()), None)
+
     def close(self) -> None:
         """End the processes. The next request starts new ones."""
         with self._lock:
@@ -258,6 +313,8 @@ class Pool:
                 self._finalizer()  # stops the processes, once
             self._processes = self._finalizer = None
             self._loaded.clear()
+            self._held.clear()
+            self._aside.clear()
             self._abandoned = 0
             self._close_arena()
 
@@ -315,9 +372,11 @@ class Pool:
         return False
 
     def _ensure_loaded(
-        self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None
+        self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None, tokens: int
     ) -> None:
         if spec in self._loaded:
+            if spec in self._aside and make_room is not None and self.settings.device == "cuda":
+                make_room(max(weights.whole - weights.now for weights in self._held[spec]))
             return
         if make_room is not None and self.settings.device == "cuda":
             make_room(_config_of(spec).parameters * DTYPES[spec.weight_dtype].itemsize)
@@ -325,7 +384,7 @@ class Pool:
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
         self._unload(self._dropped & self._loaded.keys())
-        replies = self._call(Load(self._new_id(), spec), poll)
+        replies = self._call(Load(self._new_id(), spec, tokens), poll)
         merged = {reply.patches for reply in replies.replies}
         self._loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
         log.info("%s is loaded after %.1f s.", Path(spec.path).name, time.perf_counter() - started)
@@ -334,6 +393,7 @@ class Pool:
         if specs:
             for spec in specs:
                 del self._loaded[spec]
+                self._aside.discard(spec)
             self._call(Unload(self._new_id(), tuple(specs)), None)
 
     def _ensure_patched(self, spec: ModelSpec, patches: PatchSet, poll: Poll | None) -> None:
@@ -381,10 +441,18 @@ class Pool:
                 self._cancel(request.id)
             raise
         self._abandoned = 0
+        self._note_weights(message)
         for reply in message.replies:
             if reply.error:
                 raise _error(reply)
         return message
+
+    def _note_weights(self, message: Replies) -> None:
+        by_spec: dict[ModelSpec, list[HeldWeights]] = {}
+        for reply in message.replies:
+            for weights in reply.weights:
+                by_spec.setdefault(weights.spec, []).append(weights)
+        self._held = {spec: tuple(held) for spec, held in by_spec.items() if len(held) == len(message.replies)}
 
     def _cancel(self, request: int) -> None:
         try:
@@ -398,6 +466,7 @@ class Pool:
             message = self._receive(poll)
             if isinstance(message, Replies) and message.id == self._abandoned:
                 self._abandoned = 0
+                self._note_weights(message)
 
     def _receive(self, poll: Poll | None) -> object:
         connection = self._processes.connection

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
+import math
 import os
 import resource
 import sys
@@ -20,15 +22,26 @@ import torch.distributed as dist
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
-from ..wanvideo.config import CheckpointError
+from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
 from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
 from .arena import ArenaReader
 from .gate import Cancelled, Gate
+from .memory import (
+    REFERENCE_TOKENS,
+    Demand,
+    Placement,
+    PlacementError,
+    activation_bytes,
+    fitting_blocks,
+    needed_bytes,
+    place_weights,
+)
 from .messages import (
     ArenaRef,
     Forward,
+    HeldWeights,
     Load,
     ModelSpec,
     ModelStatus,
@@ -40,25 +53,30 @@ from .messages import (
     Report,
     Request,
     Start,
+    StepOut,
     TensorRef,
+    Trim,
     Unload,
     WorkerStatus,
     decode,
     encode,
 )
 from .plan import PlanError, SequenceDegrees, bounds
+from .residence import Residence, ShareGroup, Slots, demand_of, gather_rows, join_share_group
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
-
+_MARGIN = 2**28
+"""Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
 
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
     MissingPackage,
     PatchError,
+    PlacementError,
     PlanError,
     xfuser_backend.BackendError,
 )
@@ -71,8 +89,21 @@ class LoadedModel:
 
     source: WeightSource
     model: WanModel
+    residence: Residence
+    placement: Placement
+    demand: Demand
+    resident: int  # blocks that belong on the device, as they fitted last
     patched: set[str] = field(default_factory=set)
     uuid: str = ""
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of embeddings and head."""
+        return self.demand.fixed
+
+    @property
+    def device_bytes(self) -> int:
+        return self.fixed + self.residence.device_bytes
 
 
 class Worker:
@@ -84,6 +115,8 @@ class Worker:
         self.models: dict[ModelSpec, LoadedModel] = {}
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
+        self.slots = Slots(self.device)
+        self.share_groups: dict[int, ShareGroup] = {1: ShareGroup()}
         self.arena = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
@@ -96,7 +129,7 @@ class Worker:
             with torch.inference_mode():
                 match request:
                     case Load():
-                        self.load(request.spec)
+                        self.load(request.spec, request.tokens)
                         reply = replace(reply, patches=self.models[request.spec].uuid)
                     case Patch():
                         self.patch(request)
@@ -104,9 +137,14 @@ class Worker:
                         self.forward(request)
                     case Unload():
                         self.unload(request.specs)
+                    case StepOut():
+                        self.step_out(request)
+                    case Trim():
+                        self.trim()
                     case Report():
                         reply = replace(reply, status=self.status())
         except Cancelled:
+            self.trim()  # the client will not wait to ask for it
             reply = replace(reply, cancelled=True)
         except torch.OutOfMemoryError as error:
             reply = replace(reply, kind="OutOfMemory", error=_out_of_memory(self.device, error))
@@ -115,11 +153,12 @@ class Worker:
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        return replace(reply, seconds=time.perf_counter() - started)
+        return replace(reply, seconds=time.perf_counter() - started, weights=self._held_weights())
 
-    def load(self, spec: ModelSpec) -> None:
-        """Read the model onto this worker's device, tensor by tensor, unless it is there."""
-        if spec in self.models:
+    def load(self, spec: ModelSpec, tokens: int = 0) -> None:
+        """Read the model tensor by tensor to where its weights fit, unless it is there."""
+        rooms, host_room = self._agree(spec)
+        if not rooms:
             return
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
@@ -127,25 +166,39 @@ class Worker:
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
             model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+        demand = demand_of(source, DTYPES[spec.weight_dtype], self._activations(spec, source.config, tokens))
+        ranks = self.settings.plan.num_gpus  # all of them run with the same weights
+        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
+        group = self._share_group(placement.share)
+        resident = self._fitting(spec, demand, placement, rooms[self.rank])
+        self._make_way(spec, needed_bytes(demand, group.ranks, resident))
+        assign = functools.partial(_assign, model)
+        residence = Residence(
+            source.config.shapes(), source.tensor, assign, DTYPES[spec.weight_dtype], self.device, self.slots, group
+        )
         for name in source.config.shapes():
-            _assign(model, name, self._weight(source, spec, name))
-            self.peak_private = max(self.peak_private, _private_bytes())
-        self.models[spec] = LoadedModel(source, model.eval())
+            if not residence.owns(name):
+                assign(name, self._weight(source, spec, name))
+        residence.load(resident, self._note_peak)
+        self.models[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident)
+        if self.rank == 0:
+            log.info("Weights of %s: %s.", Path(spec.path).name, placement.reason)
 
     def patch(self, request: Patch) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
         loaded = self.models[request.spec]
         try:
-            for name in sorted(loaded.patched | request.weights.keys()):
-                weight = self._weight(loaded.source, request.spec, name)
-                refs = request.weights.get(name, ())
-                if refs:
-                    weight = merge(weight, [self._weight_patch(request.arena, ref) for ref in refs])
-                _assign(loaded.model, name, weight)
+            weight_of = functools.partial(self._patched, loaded.source, request)
+            loaded.residence.update(sorted(loaded.patched | request.weights.keys()), weight_of)
         except BaseException:
             del self.models[request.spec]  # half patched: the next forward reads it again
             raise
         loaded.patched, loaded.uuid = set(request.weights), request.uuid
+
+    def _patched(self, source: WeightSource, request: Patch, name: str) -> torch.Tensor:
+        weight = self._weight(source, request.spec, name)
+        refs = request.weights.get(name, ())
+        return merge(weight, [self._weight_patch(request.arena, ref) for ref in refs]) if refs else weight
 
     def forward(self, request: Forward) -> None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
@@ -161,23 +214,51 @@ class Worker:
         tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
         out = self.arena.view(request.arena, request.out)
         attend = self._attention(group, loaded, grid)
+        self._settle(request.spec, loaded, part.stop - part.start)
         self.gate.begin(request.id)
-        before_block = self._before_block(group.first_rank)
-        first, last = bounds(len(x), self.settings.plan.num_gpus // ranks, self.rank // ranks)
-        step = request.spec.max_batch
-        for start in range(first, last, step):
-            items = slice(start, min(start + step, last))
-            result = loaded.model.transform(
-                tokens[items], grid, part, timestep[items], context[items], attend, before_block
-            )
-            out[items, part.start : part.stop].copy_(result)
+        residence = loaded.residence
+        groups, step = self.settings.plan.num_gpus // ranks, request.spec.max_batch
+        first, last = bounds(len(x), groups, self.rank // ranks)
+        passes = math.ceil(math.ceil(len(x) / groups) / step)
+        # ranks that gather weights from each other run the blocks equally often, and leave them together
+        together = residence.group.ranks > ranks
+        before_block = self._before_block(0 if together else group.first_rank, residence)
+        residence.begin(passes)
+        try:
+            for start in range(first, last, step):
+                items = slice(start, min(start + step, last))
+                result = loaded.model.transform(
+                    tokens[items], grid, part, timestep[items], context[items], attend, before_block
+                )
+                out[items, part.start : part.stop].copy_(result)
+            for _ in range(passes - math.ceil((last - first) / step) if together else 0):
+                for block in residence.blocks:
+                    before_block(block)
+        finally:
+            residence.end()
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         for spec in specs:
             self.models.pop(spec, None)
+        self.trim()
+
+    def trim(self) -> None:
+        """Give the device back what is not weights: torch's cache, and the buffers that blocks pass through."""
+        for loaded in self.models.values():
+            loaded.residence.leave_slots()
+        self.slots.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def step_out(self, request: StepOut) -> None:
+        """Move weights to host memory, where this rank is asked to. Not collective."""
+        loaded = self.models.get(request.spec)
+        if loaded is None or self.rank not in request.ranks:
+            return
+        _check_host(min(request.nbytes, loaded.residence.device_bytes))
+        loaded.residence.step_out(request.nbytes)
+        self.trim()
 
     def status(self) -> WorkerStatus:
         used, total = _device_memory(self.device)
@@ -203,7 +284,87 @@ class Worker:
             ulysses=degrees.ulysses,
             ring=degrees.ring,
             patches=loaded.uuid,
+            placement=loaded.placement.reason,
+            device_bytes=loaded.device_bytes,
+            host_bytes=loaded.residence.host_bytes,
         )
+
+    def _held_weights(self) -> tuple[HeldWeights, ...]:
+        held = []
+        for spec, loaded in self.models.items():
+            share = math.ceil(loaded.demand.block / loaded.placement.share)
+            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * share)
+            held.append(HeldWeights(spec, loaded.device_bytes, whole))
+        return tuple(held)
+
+    # Where weights live.
+
+    def _agree(self, spec: ModelSpec) -> tuple[list[int], int]:
+        """Bytes that each rank's device has for this model, and their host, known to all; none where all have it.
+
+        A rank whose load or patch failed has lost it alone: then all read it again.
+        """
+        others = sum(m.residence.device_bytes for key, m in self.models.items() if key != spec)
+        mine = self.models[spec].device_bytes if spec in self.models else 0
+        told = [int(spec in self.models), self._room() + others + mine, _host_room()]
+        present, rooms, host_rooms = zip(*gather_rows(told, self.device, self.settings.plan.num_gpus), strict=True)
+        if all(present):
+            return [], 0
+        self.models.pop(spec, None)
+        return list(rooms), min(host_rooms)
+
+    def _room(self) -> int:
+        """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
+        if self.device.type != "cuda":
+            return 2**50
+        free, total = torch.cuda.mem_get_info(self.device)
+        allocated = torch.cuda.memory_allocated(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - allocated
+        return min(int(total * self.settings.memory_fraction) - allocated, free + cached) - _MARGIN + self.slots.nbytes
+
+    def _activations(self, spec: ModelSpec, config: WanConfig, tokens: int) -> int:
+        share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)
+        return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
+
+    def _share_group(self, share: int) -> ShareGroup:
+        if share not in self.share_groups:
+            self.share_groups[share] = join_share_group([range(self.settings.plan.num_gpus)], self.rank)
+        return self.share_groups[share]
+
+    def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
+        """How many blocks stay on this rank's device, which may have more room than the tightest."""
+        if spec.offload == "on" or placement.resident == demand.blocks:
+            return placement.resident
+        return max(0, fitting_blocks(demand, room, placement.share))
+
+    def _settle(self, spec: ModelSpec, loaded: LoadedModel, tokens: int) -> None:
+        """Before a forward of `tokens` tokens on this rank: weights that stepped out come back as far as they fit."""
+        if spec.offload == "on":
+            return
+        residence, share = loaded.residence, loaded.placement.share
+        itemsize = DTYPES[spec.compute_dtype].itemsize
+        activations = activation_bytes(loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens)
+        demand = replace(loaded.demand, activations=activations)
+        self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
+        loaded.resident = demand.blocks
+        if spec.offload == "auto":
+            loaded.resident = max(0, fitting_blocks(demand, self._room() + loaded.device_bytes, share))
+        present = residence.on_device
+        if len(present) > loaded.resident:
+            excess = sum(residence.bytes_of(i) for i in present[loaded.resident :])
+            _check_host(excess)
+            residence.step_out(excess)
+        residence.step_in(loaded.resident)
+
+    def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
+        """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
+        missing = nbytes - self._room()
+        for other, loaded in self.models.items():
+            if other != spec and missing > 0 and loaded.residence.device_bytes:
+                _check_host(min(missing, loaded.residence.device_bytes))
+                missing -= loaded.residence.step_out(missing)
+        if spec in self.models:
+            self.models[spec] = self.models.pop(spec)  # now the one used last
 
     def _join_groups(self, num_heads: int) -> None:
         """Make the process groups that a model of `num_heads` heads will use, for each size of group."""
@@ -227,19 +388,23 @@ class Worker:
             return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
 
-    def _before_block(self, leader: int) -> Callable[[int], None]:
-        """The cancel check of one request (see gate.py)."""
+    def _before_block(self, leader: int, residence: Residence) -> Callable[[int], None]:
+        """The cancel check of one request (see gate.py), then the block's weights."""
         launched: deque[torch.cuda.Event] = deque()
 
-        def check(_block: int) -> None:
+        def check(block: int) -> None:
             if self.device.type == "cuda":
                 launched.append(torch.cuda.Event(blocking=True))
                 launched[-1].record()
                 if len(launched) > _BLOCKS_AHEAD:
                     launched.popleft().synchronize()
             self.gate.check(self.rank, leader)
+            residence.before_block(block)
 
         return check
+
+    def _note_peak(self) -> None:
+        self.peak_private = max(self.peak_private, _private_bytes())
 
     def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
         return place(source.tensor(name), DTYPES[spec.weight_dtype], self.device)
@@ -333,6 +498,21 @@ def _private_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _host_room() -> int:
+    """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available - total // 20
+
+
+def _check_host(nbytes: float) -> None:
+    if nbytes > _host_room():
+        raise PlacementError(
+            f"Weights of {nbytes / 2**30:.1f} GiB must step out to host memory, which has "
+            f"{max(0, _host_room()) / 2**30:.1f} GiB for them. Close other programs, or unload models."
+        )
 
 
 def _out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:

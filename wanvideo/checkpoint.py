@@ -86,4 +86,9 @@ def place(tensor: torch.Tensor, weight_dtype: torch.dtype, device: torch.device 
 
     The small tensors are 0.1 % of the bytes, and the residual stream they act on is float32.
     """
-    return tensor.to(device=device, dtype=weight_dtype if tensor.ndim == 2 else torch.float32)
+    return tensor.to(device=device, dtype=held_dtype(tensor.ndim, weight_dtype))
+
+
+def held_dtype(ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `place` holds a tensor of so many dimensions."""
+    return weight_dtype if ndim == 2 else torch.float32
