@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .memory import PlacementError
-
-ALIGN = 256  # bytes: as torch's GPU allocator aligns, so that the same matrix kernels are chosen
+from .memory import ALIGN, PlacementError
 
 Weight = Any
 """A tensor, or a quantised weight that offers `components()` and `replace(components)`."""
@@ -33,6 +31,15 @@ def with_components(weight: Weight, tensors: Mapping[str, torch.Tensor]) -> Weig
 def nbytes_of(weight: Weight) -> int:
     """Bytes of all components."""
     return sum(tensor.nbytes for tensor in components(weight).values())
+
+
+def on_meta(weight: Weight, dtype: torch.dtype | None = None) -> Weight:
+    """A weight of the same kind without values, plain ones of `dtype`."""
+    metas = {
+        key: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+        for key, tensor in components(weight).items()
+    }
+    return with_components(weight, metas)
 
 
 @dataclass(frozen=True)
@@ -62,19 +69,14 @@ class Layout:
     models: Mapping[str, Weight]
 
     @classmethod
-    def of(cls, weights: Iterable[tuple[str, Weight]], dtype_of: Callable[[torch.Tensor], torch.dtype], shares: int):
-        """Lay out `weights`, plain ones in the dtype that `dtype_of` names, so that `shares` divide the bytes."""
-        parts, models, end = [], {}, 0
-        for name, weight in weights:
-            plain = isinstance(weight, torch.Tensor)
-            metas = {}
+    def of(cls, models: Mapping[str, Weight], shares: int) -> Layout:
+        """Lay out weights like `models` (see `on_meta`), so that `shares` divide the bytes."""
+        parts, end = [], 0
+        for name, weight in models.items():
             for component, tensor in components(weight).items():
-                dtype = dtype_of(tensor) if plain else tensor.dtype
-                metas[component] = torch.empty(tensor.shape, dtype=dtype, device="meta")
-                stop = end + tensor.numel() * dtype.itemsize
-                parts.append(Part(name, component, dtype, tuple(tensor.shape), end, stop))
+                stop = end + tensor.nbytes
+                parts.append(Part(name, component, tensor.dtype, tuple(tensor.shape), end, stop))
                 end = -(-stop // ALIGN) * ALIGN
-            models[name] = with_components(weight, metas)
         unit = ALIGN * shares
         return cls(tuple(parts), -(-end // unit) * unit, models)
 

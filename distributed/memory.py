@@ -7,13 +7,18 @@ each other their room first (see `Worker.load`) and then all ask `place_weights`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..wanvideo.config import WanConfig
 
 SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
+
+BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
+ALIGN = 256
+"""Bytes at which a weight starts in a block: as in torch's GPU allocator, so that the same kernels are chosen."""
 
 CHOICES = ("auto", "on", "off")
 REFERENCE_TOKENS = 21 * 30 * 52
@@ -42,6 +47,17 @@ class Demand:
     @property
     def whole(self) -> int:
         return self.fixed + self.blocks * self.block
+
+
+def demand_of(sizes: Mapping[str, int], activations: int) -> Demand:
+    """What a model asks of a GPU, from the bytes of each of its weights as they are held."""
+    fixed, blocks = 0, {}
+    for name, nbytes in sizes.items():
+        if match := BLOCK_NAME.match(name):
+            blocks[match[1]] = blocks.get(match[1], 0) + -(-nbytes // ALIGN) * ALIGN
+        else:
+            fixed += nbytes
+    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations)
 
 
 @dataclass(frozen=True)

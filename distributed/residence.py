@@ -13,21 +13,17 @@ a cancelled forward leaves nothing unmatched.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from ..wanvideo.checkpoint import RandomWeights, WeightSource, held_dtype, place
-from .flat import ALIGN, HostBuffer, Layout, Weight, components, nbytes_of, with_components
-from .memory import SLOTS, Demand
+from .flat import HostBuffer, Layout, Weight, components, nbytes_of, on_meta, with_components
+from .memory import BLOCK_NAME, SLOTS
 
 # torch 2.13 has another name for it and warns at the old one
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -64,27 +60,6 @@ def join_share_group(groups: Sequence[Sequence[int]], rank: int) -> ShareGroup:
         if rank in ranks:
             mine = ShareGroup(len(ranks), list(ranks).index(rank), group)
     return mine
-
-
-def demand_of(source: WeightSource, weight_dtype: torch.dtype, activations: int) -> Demand:
-    """What a model asks of a GPU, from the shapes and kinds of its weights; reads none of them."""
-    fixed, blocks = 0, {}
-    for name, shape in source.config.shapes().items():
-        if isinstance(source, RandomWeights):  # which would make every weight to answer
-            nbytes = math.prod(shape) * held_dtype(len(shape), weight_dtype).itemsize
-        else:
-            nbytes = _held_bytes(source.tensor(name), weight_dtype)
-        if match := _BLOCK.match(name):
-            blocks[match[1]] = blocks.get(match[1], 0) + -(-nbytes // ALIGN) * ALIGN
-        else:
-            fixed += nbytes
-    return Demand(fixed, max(blocks.values()), len(blocks), activations)
-
-
-def _held_bytes(weight: Weight, weight_dtype: torch.dtype) -> int:
-    if isinstance(weight, torch.Tensor):
-        return weight.numel() * held_dtype(weight.ndim, weight_dtype).itemsize
-    return nbytes_of(weight)
 
 
 class Slots:
@@ -132,27 +107,26 @@ class Residence:
 
     Args:
         names: of all weights; those under `blocks.N.` are managed, the others are the caller's.
-        read: gives a weight as the file has it, a plain tensor or a quantised weight.
+        read: gives a weight, on any device, and the dtype in which a plain one is to be held (None: its own). Only what
+            this rank keeps of it is used, so it may be a view into a mapped file.
         assign: sets a weight of the model by name.
-        weight_dtype: in which plain matrices are held.
         group: the ranks that share every block; alone, they are whole.
     """
 
     def __init__(
         self,
         names: Iterable[str],
-        read: Callable[[str], Weight],
+        read: Callable[[str], tuple[Weight, torch.dtype | None]],
         assign: Callable[[str, Weight], None],
-        weight_dtype: torch.dtype,
         device: torch.device,
         slots: Slots,
         group: ShareGroup | None = None,
     ):
-        self.read, self.assign, self.weight_dtype, self.device = read, assign, weight_dtype, device
+        self.read, self.assign, self.device = read, assign, device
         self.group, self.slots = group or ShareGroup(), slots
         self._blocks: dict[int, _Block] = {}
         for name in names:
-            if match := _BLOCK.match(name):
+            if match := BLOCK_NAME.match(name):
                 self._blocks.setdefault(int(match[1]), _Block([])).names.append(name)
         self._to_host = _spread(sorted(self._blocks))
         self._serial = slots.serial
@@ -187,7 +161,7 @@ class Residence:
 
     def owns(self, name: str) -> bool:
         """Whether a weight belongs to a block."""
-        return _BLOCK.match(name) is not None
+        return BLOCK_NAME.match(name) is not None
 
     # Filling.
 
@@ -201,16 +175,20 @@ class Residence:
     def _read_block(self, index: int, to_host: bool) -> None:
         block = self._blocks[index]
         if self.group.ranks == 1 and not to_host:
-            block.whole = {name: place(self.read(name), self.weight_dtype, self.device) for name in block.names}
+            block.whole = {name: self._moved(*self.read(name)) for name in block.names}
             block.size = sum(nbytes_of(weight) for weight in block.whole.values())
             self._bind(block.whole)
             return
-        weights = [(name, self.read(name)) for name in block.names]
-        layout = Layout.of(weights, lambda tensor: held_dtype(tensor.ndim, self.weight_dtype), self.group.ranks)
+        weights = {name: self.read(name) for name in block.names}
+        layout = Layout.of({name: on_meta(*weight) for name, weight in weights.items()}, self.group.ranks)
         self._lay_out(block, layout, to_host)
-        for name, weight in weights:
+        for name, (weight, _) in weights.items():
             self._write(block, name, weight)
         self._unbind(block)
+
+    def _moved(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
+        moved = {key: tensor.to(self.device, dtype or tensor.dtype) for key, tensor in components(weight).items()}
+        return with_components(weight, moved)
 
     def update(self, names: Iterable[str], weight_of: Callable[[str], Weight]) -> None:
         """Set weights anew, in blocks or not; `weight_of` gives each in the form in which it is to be held.
@@ -220,7 +198,7 @@ class Residence:
         """
         of_block: dict[int, list[str]] = {}
         for name in names:
-            if match := _BLOCK.match(name):
+            if match := BLOCK_NAME.match(name):
                 of_block.setdefault(int(match[1]), []).append(name)
             else:
                 self.assign(name, weight_of(name))
@@ -250,8 +228,8 @@ class Residence:
 
     def _lay_out_anew(self, block: _Block, weight_of: Callable[[str], Weight]) -> None:
         to_host = block.device is None
-        metas = [(name, _on_meta(weight_of(name))) for name in block.names]
-        self._lay_out(block, Layout.of(metas, lambda tensor: tensor.dtype, self.group.ranks), to_host)
+        models = {name: on_meta(weight_of(name)) for name in block.names}
+        self._lay_out(block, Layout.of(models, self.group.ranks), to_host)
         for name in block.names:
             self._write(block, name, weight_of(name))
         self._unbind(block)
@@ -308,7 +286,7 @@ class Residence:
     def _leave_device(self, block: _Block) -> None:
         if block.host is None:
             if block.whole is not None:
-                block.layout = Layout.of(block.whole.items(), lambda tensor: tensor.dtype, 1)
+                block.layout = Layout.of({name: on_meta(weight) for name, weight in block.whole.items()}, shares=1)
                 block.host = self._host_buffer(block.layout.nbytes)
                 for name, weight in block.whole.items():
                     block.layout.write(block.host.bytes, 0, name, weight)
@@ -430,7 +408,3 @@ def _spread(indices: Sequence[int]) -> list[int]:
     size = max(1, (len(indices) - 1).bit_length())
     order = (int(format(i, f"0{size}b")[::-1], 2) for i in range(2**size))
     return [indices[i] for i in order if i < len(indices)]
-
-
-def _on_meta(weight: Weight) -> Weight:
-    return with_components(weight, {key: tensor.to("meta") for key, tensor in components(weight).items()})

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
-from ..wanvideo.checkpoint import DTYPES, WeightSource, open_weights, place
+from ..wanvideo.checkpoint import DTYPES, WeightSource, held_dtype, open_weights, place
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
 from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
@@ -34,6 +34,7 @@ from .memory import (
     Placement,
     PlacementError,
     activation_bytes,
+    demand_of,
     fitting_blocks,
     needed_bytes,
     place_weights,
@@ -62,7 +63,7 @@ from .messages import (
     encode,
 )
 from .plan import PlanError, SequenceDegrees, bounds
-from .residence import Residence, ShareGroup, Slots, demand_of, gather_rows, join_share_group
+from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
 
 log = logging.getLogger(__name__)
@@ -166,16 +167,14 @@ class Worker:
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
             model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
-        demand = demand_of(source, DTYPES[spec.weight_dtype], self._activations(spec, source.config, tokens))
+        demand = demand_of(_held_sizes(source, spec), self._activations(spec, source.config, tokens))
         ranks = self.settings.plan.num_gpus  # all of them run with the same weights
         placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
         group = self._share_group(placement.share)
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
-        assign = functools.partial(_assign, model)
-        residence = Residence(
-            source.config.shapes(), source.tensor, assign, DTYPES[spec.weight_dtype], self.device, self.slots, group
-        )
+        assign, read = functools.partial(_assign, model), functools.partial(_unplaced, source, spec)
+        residence = Residence(source.config.shapes(), read, assign, self.device, self.slots, group)
         for name in source.config.shapes():
             if not residence.owns(name):
                 assign(name, self._weight(source, spec, name))
@@ -472,6 +471,19 @@ def _ready(worker: Worker) -> Ready:
     except importlib.metadata.PackageNotFoundError:
         xfuser = ""
     return Ready(worker.rank, os.getpid(), _device_name(worker.device), torch.__version__, xfuser)
+
+
+def _held_sizes(source: WeightSource, spec: ModelSpec) -> dict[str, int]:
+    """Bytes of each weight as `place` holds it; reads none."""
+    dtype = DTYPES[spec.weight_dtype]
+    shapes = source.config.shapes().items()
+    return {name: math.prod(shape) * held_dtype(len(shape), dtype).itemsize for name, shape in shapes}
+
+
+def _unplaced(source: WeightSource, spec: ModelSpec, name: str) -> tuple[torch.Tensor, torch.dtype]:
+    """A weight as the file has it, and the dtype in which `place` would hold it."""
+    weight = source.tensor(name)
+    return weight, held_dtype(weight.ndim, DTYPES[spec.weight_dtype])
 
 
 def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:

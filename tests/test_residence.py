@@ -16,7 +16,8 @@ import tiny
 import torch
 from processes import private_bytes
 from test_lora import patch_set, some_lora
-from wan_parallel.distributed.flat import ALIGN, HostBuffer, Layout, components
+from wan_parallel.distributed.flat import HostBuffer, Layout, components, on_meta
+from wan_parallel.distributed.memory import ALIGN
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerDied
 from wan_parallel.distributed.residence import Residence, Slots
@@ -296,7 +297,8 @@ def weights_of(seed: int) -> dict[str, object]:
 @pytest.mark.parametrize("shares", [1, 2, 3, 8])
 def test_the_shares_of_a_layout_make_the_whole(shares):
     weights = weights_of(0)
-    layout = Layout.of(weights.items(), lambda tensor: torch.bfloat16, shares)
+    held = {"blocks.0.a.weight": torch.bfloat16}
+    layout = Layout.of({name: on_meta(weight, held.get(name)) for name, weight in weights.items()}, shares)
     assert layout.nbytes % (shares * ALIGN) == 0
     size = layout.nbytes // shares
     parts = [torch.zeros(size, dtype=torch.uint8) for _ in range(shares)]
@@ -306,8 +308,7 @@ def test_the_shares_of_a_layout_make_the_whole(shares):
     for name, view in layout.views(torch.cat(parts)).items():
         for key, tensor in components(view).items():
             expected = components(weights[name])[key]
-            plain = isinstance(weights[name], torch.Tensor)
-            assert torch.equal(tensor, expected.bfloat16() if plain else expected)
+            assert torch.equal(tensor, expected.to(held.get(name, expected.dtype)))
             assert tensor.data_ptr() % 64 == 0
     assert not layout.holds("blocks.0.b.weight", torch.zeros(9, 11))
     assert layout.holds("blocks.0.b.weight", weights_of(1)["blocks.0.b.weight"])
@@ -317,7 +318,7 @@ def test_the_shares_of_a_layout_make_the_whole(shares):
 def test_a_weight_that_changes_its_kind_changes_its_block(resident):
     weights, model = weights_of(0), {}
     device = torch.device("cpu")
-    residence = Residence(weights, weights.get, model.__setitem__, torch.float32, device, Slots(device))
+    residence = Residence(weights, lambda name: (weights[name], None), model.__setitem__, device, Slots(device))
     residence.load(resident)
     merged = torch.randn(9, 11)
     changed = {**weights, "blocks.0.b.weight": merged}
