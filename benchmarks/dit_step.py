@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
+from wan_parallel.distributed.memory import CHOICES  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.pool import (  # noqa: E402
     ModelSpec,
@@ -38,6 +39,7 @@ from wan_parallel.distributed.pool import (  # noqa: E402
 )
 from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
+from wan_parallel.wanvideo.model import grid_of  # noqa: E402
 
 log = logging.getLogger("dit_step")
 
@@ -102,12 +104,18 @@ def _ours(options: argparse.Namespace) -> list[Row]:
         ulysses_degree=options.ulysses,
         ring_degree=options.ring,
     )
-    pool = acquire(PoolSettings(plan, device=options.device, usp_backend=options.backend))
+    pool = acquire(
+        PoolSettings(
+            plan, device=options.device, memory_fraction=options.memory_fraction, usp_backend=options.backend
+        )
+    )
     spec = ModelSpec(
         options.model or f"random:{options.size}",
         weight_dtype=options.precision,
         compute_dtype=options.precision,
         attention=options.attention,
+        shard_weights=options.shard_weights,
+        offload=options.offload,
     )
     try:
         return [_our_row(pool, spec, res, options) for res in options.res.split(",")]
@@ -121,7 +129,7 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
     x = torch.randn(1, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
     context = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     timestep = torch.tensor([500.0], device=device)
-    pool.ensure_ready(spec)
+    pool.ensure_ready(spec, tokens=grid_of(x).tokens)
     times, hops = [], []
     for _ in range(options.iters + 1):
         start = time.perf_counter()
@@ -148,6 +156,11 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         ulysses=model.ulysses,
         ring=model.ring,
         hop_s=round(median(hops[1:]), 4),
+        placement=model.placement,
+        weights_gib=round(max(w.models[0].device_bytes for w in workers) / 2**30, 2),
+        host_gib=round(sum(w.models[0].host_bytes for w in workers) / 2**30, 2),
+        allocated_gib=round(max(worker.peak_allocated for worker in workers) / 2**30, 2),
+        memory_fraction=options.memory_fraction,
     )
 
 
@@ -184,6 +197,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backend", choices=("auto", "native", "xfuser"), default="auto")
     parser.add_argument("--ulysses", type=int, default=0, help="0 is automatic")
     parser.add_argument("--ring", type=int, default=0, help="0 is automatic")
+    parser.add_argument("--shard-weights", choices=CHOICES, default="auto")
+    parser.add_argument("--offload", choices=CHOICES, default="auto")
+    parser.add_argument("--memory-fraction", type=float, default=1.0, help="cap on each GPU's memory")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--model", help="a checkpoint of that --size; random weights without")
     parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")

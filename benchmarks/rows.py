@@ -31,7 +31,9 @@ class Row:
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
     after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
-    hop_s: the part of `s` in which no worker computed (ours only).
+    hop_s: the part of `s` in which no worker computed. placement: where the weights live, and why. weights_gib: the
+    most of them on any GPU, host_gib: in host memory in all. allocated_gib: the most that torch's allocator gave out on
+    any GPU, of memory_fraction of it (these are ours only).
     """
 
     lib: str
@@ -54,6 +56,11 @@ class Row:
     ulysses: int | None = None
     ring: int | None = None
     hop_s: float | None = None
+    placement: str | None = None
+    weights_gib: float | None = None
+    host_gib: float | None = None
+    allocated_gib: float | None = None
+    memory_fraction: float | None = None
 
     def json(self) -> str:
         """One line; fields that do not apply are left out."""

@@ -209,7 +209,8 @@ class HeldWeights:
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
-    kernels are used (see wanvideo/pointwise.py)."""
+    kernels are used (see wanvideo/pointwise.py). `peak_allocated` is the most that torch's allocator gave out on
+    its GPU."""
 
     rank: int
     pid: int
@@ -219,6 +220,7 @@ class WorkerStatus:
     peak_private: int
     fused: bool
     models: tuple[ModelStatus, ...]
+    peak_allocated: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,8 @@ class Reply:
     cancelled: bool = False
     seconds: float = 0.0
     patches: str = ""
-    weights: tuple[HeldWeights, ...] = ()
     status: WorkerStatus | None = None
+    weights: tuple[HeldWeights, ...] = ()
 
 
 @dataclass(frozen=True)

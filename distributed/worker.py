@@ -270,6 +270,7 @@ class Worker:
             peak_private=self.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+            peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:

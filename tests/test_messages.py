@@ -13,7 +13,7 @@ import tiny
 from wan_parallel.distributed import messages
 from wan_parallel.distributed.plan import ParallelPlan
 
-SPEC = messages.ModelSpec("/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28")
+SPEC = messages.ModelSpec("/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off")
 ARENA = messages.ArenaRef("/proc/12/fd/7", 2**35, 3)
 TENSOR = messages.TensorRef("float32", (2, 16, 21, 60, 104), 64)
 READY = messages.Ready(1, 4321, "NVIDIA H200", "2.13.0+cu130", "")
@@ -27,7 +27,7 @@ STATUS = messages.WorkerStatus(
     fused=True,
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
 )
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, (messages.HeldWeights(SPEC, 5, 2**35),))
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
     messages.Load(1, SPEC),
@@ -47,6 +47,8 @@ SAMPLES = [
     messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
     messages.Unload(4, (SPEC, SPEC)),
     messages.Unload(4, ()),
+    messages.StepOut(4, SPEC, (0, 3), 1e30),
+    messages.Trim(4),
     messages.Report(5),
     messages.Cancel(6),
     READY,
