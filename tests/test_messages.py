@@ -13,7 +13,9 @@ import tiny
 from wan_parallel.distributed import messages
 from wan_parallel.distributed.plan import ParallelPlan
 
-SPEC = messages.ModelSpec("/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off")
+SPEC = messages.ModelSpec(
+    "/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off"
+)
 ARENA = messages.ArenaRef("/proc/12/fd/7", 2**35, 3)
 TENSOR = messages.TensorRef("float32", (2, 16, 21, 60, 104), 64)
 READY = messages.Ready(1, 4321, "NVIDIA H200", "2.13.0+cu130", "")
@@ -27,7 +29,8 @@ STATUS = messages.WorkerStatus(
     fused=True,
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
 )
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, (messages.HeldWeights(SPEC, 5, 2**35),))
+WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, WEIGHTS)
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
     messages.Load(1, SPEC),
