@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, is_dataclass
 
-from .plan import ParallelPlan
+from .plan import ParallelPlan, PatchSplit
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,24 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Displaced:
+    """How one forward takes part in displaced patch parallelism; see schedule.py for its fields.
+
+    Args:
+        kind: "exact", "fill" or "stale".
+        run: buffers of another run are dropped.
+        lanes: a name for each batch item; items of one name follow each other over the steps.
+    """
+
+    kind: str
+    run: str
+    lanes: tuple[str, ...]
+    split: PatchSplit
+    fp8_buffers: bool = False
+    manager: str = "auto"
+
+
+@dataclass(frozen=True)
 class Forward:
     """Run one DiT forward; the workers write their tokens of the result into `out` [B, tokens, 4*out_dim]."""
 
@@ -132,6 +150,14 @@ class Forward:
     timestep: TensorRef
     context: TensorRef
     out: TensorRef
+    displaced: Displaced | None = None
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
+
+    id: int
 
 
 @dataclass(frozen=True)
@@ -153,13 +179,6 @@ class StepOut:
     spec: ModelSpec
     ranks: tuple[int, ...]
     nbytes: float
-
-
-@dataclass(frozen=True)
-class Trim:
-    """Give back what the devices hold beyond the weights."""
-
-    id: int
 
 
 @dataclass(frozen=True)
@@ -235,6 +254,25 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What a forward on stale keys and values exchanged with the other patches.
+
+    Args:
+        manager: who did it, with its version.
+        received: bytes that arrived on this rank.
+        seconds: what the exchange takes when nothing else runs, from one layer measured alone.
+        waited: seconds for which this rank's device stood still for it.
+        buffers: bytes of the buffers of all branches on this rank.
+    """
+
+    manager: str
+    received: int
+    seconds: float
+    waited: float
+    buffers: int
+
+
+@dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
     the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model."""
@@ -247,6 +285,7 @@ class Reply:
     seconds: float = 0.0
     patches: str = ""
     status: WorkerStatus | None = None
+    exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
 
 

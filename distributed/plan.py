@@ -72,7 +72,7 @@ class ParallelPlan:
         if self.data_parallel < 1 or self.num_gpus % self.data_parallel:
             raise PlanError(
                 f"data_parallel_size {self.data_parallel} does not divide num_gpus {self.num_gpus}. "
-                f"Use one of {_words(_divisors(self.num_gpus))}."
+                f"Use one of {_words(divisors(self.num_gpus))}."
             )
         self._check_sequence(self.sequence_ranks)
 
@@ -89,7 +89,7 @@ class ParallelPlan:
             if degree and ranks % degree:
                 raise PlanError(
                     f"{name} {degree} does not divide the {ranks} GPUs that share each token sequence. "
-                    f"Use one of {_words(_divisors(ranks))}, or 0 (automatic)."
+                    f"Use one of {_words(divisors(ranks))}, or 0 (automatic)."
                 )
 
     def sequence_degrees(self, num_heads: int, ranks: int | None = None) -> SequenceDegrees:
@@ -105,9 +105,8 @@ class ParallelPlan:
         asked_for = ranks == self.sequence_ranks  # the user's degrees are meant for this group size alone
         candidates = [
             SequenceDegrees(ulysses, ranks // ulysses)
-            for ulysses in _divisors(ranks)
-            if not asked_for
-            or (self.ulysses_degree in (0, ulysses) and self.ring_degree in (0, ranks // ulysses))
+            for ulysses in divisors(ranks)
+            if not asked_for or (self.ulysses_degree in (0, ulysses) and self.ring_degree in (0, ranks // ulysses))
         ]
         possible = [degrees for degrees in candidates if degrees.ulysses <= num_heads]
         if not possible:
@@ -125,6 +124,26 @@ class ParallelPlan:
         """One line for logs and the status, such as `4 workers: data 2 x Ulysses 2 x ring 1`."""
         workers = "1 worker" if self.num_gpus == 1 else f"{self.num_gpus} workers"
         return f"{workers}: data {self.data_parallel} x {self.sequence_degrees(num_heads)}"
+
+
+SPLIT_MODES = ("spatial", "temporal", "spatiotemporal")
+
+
+@dataclass(frozen=True)
+class PatchSplit:
+    """How the user wants a video cut into patches (see patches.py).
+
+    Args:
+        mode: one of `SPLIT_MODES`.
+        size: pixels to whose multiples the borders between bands of rows snap. Frames have no pixels: borders in
+            time lie between any two latent frames.
+        overlap: pixels on either side of a border whose keys and values are exchanged fresh in every step; in
+            time as many latent frames as that is rows of tokens.
+    """
+
+    mode: str = "spatial"
+    size: int = 64
+    overlap: int = 0
 
 
 def attention_cost(degrees: SequenceDegrees, num_heads: int) -> float:
@@ -147,7 +166,7 @@ def bounds(total: int, parts: int, index: int) -> tuple[int, int]:
     return start, start + split[index]
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -24,6 +24,8 @@ from .arena import Arena, needed
 from .memory import PlacementError
 from .messages import (
     Cancel,
+    Displaced,
+    Exchange,
     Forward,
     HeldWeights,
     Load,
@@ -69,7 +71,8 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
-_ERRORS |= dict.fromkeys(("BackendError", "MissingPackage", "PatchError"), PoolError)  # the workers' own words
+_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError")
+_ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class PoolStatus:
     workers: tuple[WorkerStatus, ...] = ()
     last_forward_seconds: float = 0.0
     last_hop_seconds: float = 0.0
+    exchanges: tuple[Exchange, ...] = ()
 
 
 def acquire(settings: PoolSettings) -> Pool:
@@ -155,6 +159,7 @@ class Pool:
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._seconds = self._hop = 0.0
+        self._exchanges: tuple[Exchange, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -200,6 +205,7 @@ class Pool:
         patches: PatchSet | None = None,
         poll: Poll | None = None,
         make_room: Callable[[int], None] | None = None,
+        displaced: Displaced | None = None,
     ) -> torch.Tensor:
         """One DiT forward on all workers (see `WanModel.forward`).
 
@@ -212,6 +218,7 @@ class Pool:
             poll: called at least every 0.1 s while waiting. What it raises is passed on, the workers drop the
                 request, and the pool stays usable.
             make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
+            displaced: the forward's part in displaced patch parallelism (see schedule.py); exact without.
 
         Returns:
             float32 [B, out_dim, T, H, W] on the device of x.
@@ -235,12 +242,13 @@ class Pool:
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
             refs = [arena.write(tensor) for tensor in inputs]
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
-            request = Forward(self._new_id(), spec, arena.ref, *refs, out)
+            request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced)
             replies = self._call(request, poll)
             self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             self._seconds = max(reply.seconds for reply in replies.replies)
             self._hop = time.perf_counter() - started - self._seconds
+            self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
             return result
 
     def keep(self, spec: ModelSpec) -> None:
@@ -298,7 +306,7 @@ class Pool:
             return sum(self.step_out(other, ranks, 2**62) for other in list(self._loaded) if other != spec)
 
     def trim(self) -> None:
-        """Let the workers give back what their devices hold beyond weights.
+        """Let the workers give back what only a sampling run needs; weights stay. Starts nothing.
 
         Does nothing while a request that was given up is still at work, as its end does the same.
         """
@@ -336,6 +344,7 @@ class Pool:
                 tuple(reply.status for reply in replies.replies),
                 self._seconds,
                 self._hop,
+                self._exchanges,
             )
 
     def _ensure_started(self, poll: Poll | None) -> None:

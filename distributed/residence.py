@@ -7,13 +7,14 @@ and 2304.11277) or copied from host memory, on a stream and in a process group o
 into those buffers, so the model runs as it is, and its result is bit for bit that of whole weights.
 
 Order of collectives: a rank starts its gathers in the order of the blocks, from `before_block` alone, which ranks of a
-group reach alike (gate.py lets all of them leave before it at the same block). `end` waits for what is under way, so
+group reach alike (gate.py lets all of them leave before it at the same block). `passes` waits for what is under way, so
 a cancelled forward leaves nothing unmatched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,7 @@ class ShareGroup:
     """The ranks that keep one share of every block each; this rank keeps share `index`."""
 
     ranks: int = 1
+    first_rank: int = 0
     index: int = 0
     group: dist.ProcessGroup | None = None
 
@@ -58,7 +60,7 @@ def join_share_group(groups: Sequence[Sequence[int]], rank: int) -> ShareGroup:
             options.is_high_priority_stream = True  # else a gather waits for room beside the matrix products
         group = dist.new_group(list(ranks), pg_options=options)
         if rank in ranks:
-            mine = ShareGroup(len(ranks), list(ranks).index(rank), group)
+            mine = ShareGroup(len(ranks), ranks[0], list(ranks).index(rank), group)
     return mine
 
 
@@ -307,12 +309,22 @@ class Residence:
 
     # A forward.
 
-    def begin(self, passes: int) -> None:
-        """Start a forward that runs the blocks `passes` times."""
+    @contextmanager
+    def passes(self, count: int) -> Iterator[None]:
+        """A forward that runs the blocks `count` times, each with `before_block` ahead of it, in their order.
+
+        Leaving it, also by an exception, waits for what is under way.
+        """
+        self._begin(count)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _begin(self, count: int) -> None:
         self._order = [i for i, block in sorted(self._blocks.items()) if block.whole is None]
         self._reached = self._started = 0
-        self._total = passes * len(self._order)
-        self._arrivals.clear()
+        self._total = count * len(self._order)
         if self._order:
             self.slots.get(max(self._blocks[i].layout.nbytes for i in self._order))
             if self._serial != self.slots.serial:
@@ -338,13 +350,11 @@ class Residence:
         self._start_until(turn + SLOTS)
         self._reached = turn + 1
 
-    def end(self) -> None:
-        """Wait for what is still under way, after a forward or in the middle of one that was given up."""
+    def _end(self) -> None:
         for turn in sorted(self._arrivals):
             self._await(turn)
         if self.slots.stream is not None:
             self.slots.stream.synchronize()
-        self._total = 0
 
     def leave_slots(self) -> None:
         """Let the parameters point nowhere, so that the slots can be released."""

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,10 +24,12 @@ from ..wanvideo.attention import AttentionError, get_kernel
 from ..wanvideo.checkpoint import DTYPES, WeightSource, held_dtype, open_weights, place
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
-from ..wanvideo.model import Grid, SelfAttention, TokenSlice, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
 from .arena import ArenaReader
+from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
+from .host_exchange import HostMemoryError
 from .memory import (
     REFERENCE_TOKENS,
     Demand,
@@ -41,6 +43,7 @@ from .memory import (
 )
 from .messages import (
     ArenaRef,
+    Exchange,
     Forward,
     HeldWeights,
     Load,
@@ -64,6 +67,7 @@ from .messages import (
 )
 from .plan import PlanError, SequenceDegrees, bounds
 from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
+from .schedule import EXACT
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, place_in
 
 log = logging.getLogger(__name__)
@@ -75,10 +79,12 @@ _MARGIN = 2**28
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    HostMemoryError,
     MissingPackage,
     PatchError,
     PlacementError,
     PlanError,
+    StaleError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
@@ -118,6 +124,7 @@ class Worker:
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
         self.slots = Slots(self.device)
         self.share_groups: dict[int, ShareGroup] = {1: ShareGroup()}
+        self.patches = PatchParallel(rank, settings.plan.num_gpus, self.device)
         self.arena = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
@@ -135,13 +142,13 @@ class Worker:
                     case Patch():
                         self.patch(request)
                     case Forward():
-                        self.forward(request)
+                        reply = replace(reply, exchange=self.forward(request))
+                    case Trim():
+                        self.trim()
                     case Unload():
                         self.unload(request.specs)
                     case StepOut():
                         self.step_out(request)
-                    case Trim():
-                        self.trim()
                     case Report():
                         reply = replace(reply, status=self.status())
         except Cancelled:
@@ -168,7 +175,7 @@ class Worker:
         with torch.device("meta"):
             model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
         demand = demand_of(_held_sizes(source, spec), self._activations(spec, source.config, tokens))
-        ranks = self.settings.plan.num_gpus  # all of them run with the same weights
+        ranks = len(self._equals()[0])
         placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
         group = self._share_group(placement.share)
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
@@ -199,51 +206,65 @@ class Worker:
         refs = request.weights.get(name, ())
         return merge(weight, [self._weight_patch(request.arena, ref) for ref in refs]) if refs else weight
 
-    def forward(self, request: Forward) -> None:
+    def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded = self.models[request.spec]
-        config = loaded.model.config
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         grid = grid_of(x)
         ranks = self.settings.plan.group_ranks(len(x))
-        group = self.groups[self.settings.plan.sequence_degrees(config.num_heads, ranks)]
-        part = TokenSlice(*group.shard(grid.tokens))
-        tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
+        group = self.groups[self.settings.plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
+        tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
-        attend = self._attention(group, loaded, grid)
+        exact, part = self._attention(group, loaded, grid), slice(*group.shard(grid.tokens))
         self._settle(request.spec, loaded, part.stop - part.start)
+        step = request.displaced if ranks > 1 else None
+        if step is not None:
+            self.patches.begin(step)
         self.gate.begin(request.id)
-        residence = loaded.residence
-        groups, step = self.settings.plan.num_gpus // ranks, request.spec.max_batch
+        residence, groups, most = loaded.residence, self.settings.plan.num_gpus // ranks, request.spec.max_batch
         first, last = bounds(len(x), groups, self.rank // ranks)
-        passes = math.ceil(math.ceil(len(x) / groups) / step)
+        passes = math.ceil(math.ceil(len(x) / groups) / most)
         # ranks that gather weights from each other run the blocks equally often, and leave them together
         together = residence.group.ranks > ranks
-        before_block = self._before_block(0 if together else group.first_rank, residence)
-        residence.begin(passes)
-        try:
-            for start in range(first, last, step):
-                items = slice(start, min(start + step, last))
-                result = loaded.model.transform(
-                    tokens[items], grid, part, timestep[items], context[items], attend, before_block
-                )
-                out[items, part.start : part.stop].copy_(result)
-            for _ in range(passes - math.ceil((last - first) / step) if together else 0):
+        before_block = self._before_block(residence.group.first_rank if together else group.first_rank, residence)
+        stale = []
+        with residence.passes(passes):
+            for start in range(first, last, most):
+                items = slice(start, min(start + most, last))
+                attend = exact
+                if step is not None and step.kind != EXACT:
+                    attend = self.patches.attention(step, step.lanes[items], loaded.model, grid, group, exact)
+                    part = attend.part
+                try:
+                    result = loaded.model.transform(
+                        tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
+                    )
+                finally:
+                    if attend is not exact:
+                        attend.finish()
+                if isinstance(attend, StaleAttention):
+                    stale.append(attend)
+                _write(out, items, part, result)
+            for _ in range(passes - math.ceil((last - first) / most) if together else 0):
                 for block in residence.blocks:
                     before_block(block)
-        finally:
-            residence.end()
+        return self.patches.report(stale) if stale else None
+
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         for spec in specs:
             self.models.pop(spec, None)
-        self.trim()
+        self._give_back()
 
     def trim(self) -> None:
-        """Give the device back what is not weights: torch's cache, and the buffers that blocks pass through."""
+        """Give back what only a sampling run needs: displaced patches, the blocks in passing, and torch's cache."""
+        self.patches.clear()
+        self._give_back()
+
+    def _give_back(self) -> None:
         for loaded in self.models.values():
             loaded.residence.leave_slots()
         self.slots.release()
@@ -257,7 +278,7 @@ class Worker:
             return
         _check_host(min(request.nbytes, loaded.residence.device_bytes))
         loaded.residence.step_out(request.nbytes)
-        self.trim()
+        self._give_back()
 
     def status(self) -> WorkerStatus:
         used, total = _device_memory(self.device)
@@ -328,8 +349,12 @@ class Worker:
 
     def _share_group(self, share: int) -> ShareGroup:
         if share not in self.share_groups:
-            self.share_groups[share] = join_share_group([range(self.settings.plan.num_gpus)], self.rank)
+            self.share_groups[share] = join_share_group(self._equals(), self.rank)
         return self.share_groups[share]
+
+    def _equals(self) -> list[Sequence[int]]:
+        """Groups of ranks that run with the same weights: one of all."""
+        return [range(self.settings.plan.num_gpus)]
 
     def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
         """How many blocks stay on this rank's device, which may have more room than the tightest."""
@@ -485,6 +510,14 @@ def _unplaced(source: WeightSource, spec: ModelSpec, name: str) -> tuple[torch.T
     """A weight as the file has it, and the dtype in which `place` would hold it."""
     weight = source.tensor(name)
     return weight, held_dtype(weight.ndim, DTYPES[spec.weight_dtype])
+
+
+def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) -> None:
+    """Put result [b, n, c] of some items and tokens into out [B, tokens, c] on the CPU."""
+    if isinstance(part, slice):
+        out[items, part].copy_(result)
+    else:
+        out[items].index_copy_(1, part.cpu(), result.to(out.device))
 
 
 def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:

@@ -326,12 +326,11 @@ def test_a_weight_that_changes_its_kind_changes_its_block(resident):
         residence.update(["blocks.0.b.weight"], state.get)
         for step in (lambda: None, lambda: residence.step_out(1e9), lambda: residence.step_in(1)):
             step()
-            residence.begin(1)
-            residence.before_block(0)
-            for name, weight in state.items():
-                for key, tensor in components(model[name]).items():
-                    assert torch.equal(tensor, components(weight)[key])
-            residence.end()
+            with residence.passes(1):
+                residence.before_block(0)
+                for name, weight in state.items():
+                    for key, tensor in components(model[name]).items():
+                        assert torch.equal(tensor, components(weight)[key])
 
 
 def test_host_memory_is_of_the_size_that_is_asked_for():

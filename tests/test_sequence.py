@@ -16,7 +16,7 @@ from wan_parallel.distributed.plan import SequenceDegrees, bounds
 from wan_parallel.distributed.sequence import NativeAttention, SequenceGroup, join_group
 from wan_parallel.wanvideo.attention import AttentionKernel, get_kernel
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import TokenSlice, WanModel, grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.model import WanModel, grid_of, pad_to_patch, patchify, unpatchify
 
 CPU = torch.device("cpu")
 FIVE_HEADS = WanConfig(dim=640, ffn_dim=256, num_heads=5, num_layers=2, text_dim=32)
@@ -148,7 +148,7 @@ def run_model(rank: int, world: int, path: str, cases: list[ModelCase]) -> gloo_
         group = joined(SequenceDegrees(case.ulysses, case.ring), rank, world)
         x, timestep, context = case.inputs()
         grid = grid_of(x)
-        part = TokenSlice(*group.shard(grid.tokens))
+        part = slice(*group.shard(grid.tokens))
         tokens = patchify(pad_to_patch(x))[:, part.start : part.stop]
         attend = NativeAttention(group, model.kernel, grid.tokens, model.config.num_heads)
         results[str(case)] = model.transform(tokens, grid, part, timestep, context, attend)

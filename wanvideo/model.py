@@ -48,12 +48,8 @@ class Grid:
         return self.frames, self.rows, self.columns
 
 
-@dataclass(frozen=True)
-class TokenSlice:
-    """Tokens [start, stop) of a grid, as one rank of a sequence-parallel group holds them."""
-
-    start: int
-    stop: int
+Part = slice | torch.Tensor
+"""Some of a grid's tokens, as one rank holds them: a run of them, or their indices [n]."""
 
 
 def grid_of(x: torch.Tensor) -> Grid:
@@ -233,9 +229,7 @@ class BlockInputs:
         return v if self.row_of_token is None else v[:, self.row_of_token]
 
 
-def modulate(
-    x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`."""
     return pointwise.norm(x, 1 + scale, shift, eps, dtype)
 
@@ -327,14 +321,14 @@ class WanModel(nn.Module):
         """
         grid = grid_of(x)
         tokens = patchify(pad_to_patch(x))
-        out = self.transform(tokens, grid, TokenSlice(0, grid.tokens), timestep, context)
+        out = self.transform(tokens, grid, slice(0, grid.tokens), timestep, context)
         return unpatchify(out, grid, tuple(x.shape[-3:]))
 
     def transform(
         self,
         tokens: torch.Tensor,
         grid: Grid,
-        part: TokenSlice,
+        part: Part,
         timestep: torch.Tensor,
         context: torch.Tensor,
         attend: SelfAttention | None = None,
@@ -343,13 +337,13 @@ class WanModel(nn.Module):
         """The DiT on the tokens `part` of a grid.
 
         Args:
-            tokens: those tokens, [B, part, in_dim*4].
+            tokens: those tokens, [B, n, in_dim*4].
             attend: self-attention over the whole grid for the queries of this part; the model's own kernel
                 where the part is the whole.
             before_block: called with the index of each block before it runs.
 
         Returns:
-            float32 [B, part, out_dim*4].
+            float32 [B, n, out_dim*4].
         """
         embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim))  # [B, d] or [B, T, d]
         embedding = embedding.reshape(len(timestep), -1, self.config.dim)
@@ -357,7 +351,7 @@ class WanModel(nn.Module):
             time=self.time_projection(embedding).unflatten(-1, (6, -1)),
             row_of_token=_frame_of_token(grid, part, embedding),
             context=self.text_embedding(context.to(self.compute_dtype)),
-            rope=rope_table(grid.shape, self.config.head_dim, tokens.device)[part.start : part.stop],
+            rope=rope_table(grid.shape, self.config.head_dim, tokens.device)[part],
             attend=attend or self.kernel,
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,
@@ -371,8 +365,7 @@ class WanModel(nn.Module):
         return self.head(x, inputs.by_token(embedding))
 
 
-def _frame_of_token(grid: Grid, part: TokenSlice, embedding: torch.Tensor) -> torch.Tensor | None:
+def _frame_of_token(grid: Grid, part: Part, embedding: torch.Tensor) -> torch.Tensor | None:
     if embedding.shape[1] == 1:
         return None
-    index = torch.arange(part.start, part.stop, device=embedding.device)
-    return index // (grid.rows * grid.columns)
+    return torch.arange(grid.tokens, device=embedding.device)[part] // (grid.rows * grid.columns)

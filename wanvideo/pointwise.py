@@ -41,6 +41,11 @@ def use_triton(device: torch.device) -> bool:
     return True
 
 
+def triton_in_use() -> bool:
+    """Whether `use_triton` has found Triton to work in this process."""
+    return _kernels is not None
+
+
 def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """LayerNorm(x) * scale + shift.
 
