@@ -262,15 +262,24 @@ class Residence:
 
         A block that was there before, and has not changed since, needs no copy: host memory keeps its bytes.
         """
-        freed = 0
+        leaving = self._leaving(nbytes)
+        for index in leaving:
+            self._leave_device(self._blocks[index])
+        return sum(self.bytes_of(index) for index in leaving)
+
+    def host_bytes_for(self, nbytes: float) -> int:
+        """Bytes of host memory that `step_out(nbytes)` would take anew."""
+        return sum(self.bytes_of(index) for index in self._leaving(nbytes) if self._blocks[index].host is None)
+
+    def _leaving(self, nbytes: float) -> list[int]:
+        leaving, present = [], set(self.on_device)
         for index in self._to_host:
-            if freed >= nbytes:
+            if nbytes <= 0:
                 break
-            block = self._blocks[index]
-            if block.whole is not None or block.device is not None:
-                freed += self.bytes_of(index)
-                self._leave_device(block)
-        return freed
+            if index in present:
+                leaving.append(index)
+                nbytes -= self.bytes_of(index)
+        return leaving
 
     def step_in(self, count: int) -> None:
         """Bring blocks back from host memory until `count` are on the device."""

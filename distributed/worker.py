@@ -73,7 +73,7 @@ from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
-_MARGIN = 2**28
+_MARGIN = 2**26
 """Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
 
 _FOR_THE_USER = (
@@ -252,7 +252,6 @@ class Worker:
                     before_block(block)
         return self.patches.report(stale) if stale else None
 
-
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         for spec in specs:
@@ -276,8 +275,7 @@ class Worker:
         loaded = self.models.get(request.spec)
         if loaded is None or self.rank not in request.ranks:
             return
-        _check_host(min(request.nbytes, loaded.residence.device_bytes))
-        loaded.residence.step_out(request.nbytes)
+        _step_out(loaded.residence, request.nbytes)
         self._give_back()
 
     def status(self) -> WorkerStatus:
@@ -376,9 +374,7 @@ class Worker:
             loaded.resident = max(0, fitting_blocks(demand, self._room() + loaded.device_bytes, share))
         present = residence.on_device
         if len(present) > loaded.resident:
-            excess = sum(residence.bytes_of(i) for i in present[loaded.resident :])
-            _check_host(excess)
-            residence.step_out(excess)
+            _step_out(residence, sum(residence.bytes_of(i) for i in present[loaded.resident :]))
         residence.step_in(loaded.resident)
 
     def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
@@ -386,8 +382,7 @@ class Worker:
         missing = nbytes - self._room()
         for other, loaded in self.models.items():
             if other != spec and missing > 0 and loaded.residence.device_bytes:
-                _check_host(min(missing, loaded.residence.device_bytes))
-                missing -= loaded.residence.step_out(missing)
+                missing -= _step_out(loaded.residence, missing)
         if spec in self.models:
             self.models[spec] = self.models.pop(spec)  # now the one used last
 
@@ -553,12 +548,15 @@ def _host_room() -> int:
     return available - total // 20
 
 
-def _check_host(nbytes: float) -> None:
-    if nbytes > _host_room():
+def _step_out(residence: Residence, nbytes: float) -> int:
+    """As `Residence.step_out`, where host memory has room."""
+    needed, room = residence.host_bytes_for(nbytes), _host_room()
+    if needed > room:
         raise PlacementError(
-            f"Weights of {nbytes / 2**30:.1f} GiB must step out to host memory, which has "
-            f"{max(0, _host_room()) / 2**30:.1f} GiB for them. Close other programs, or unload models."
+            f"Weights of {needed / 2**30:.1f} GiB must step out to host memory, which has {max(0, room) / 2**30:.1f} "
+            "GiB for them. Close other programs, or unload models."
         )
+    return residence.step_out(nbytes)
 
 
 def _out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:

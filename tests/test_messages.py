@@ -30,7 +30,7 @@ STATUS = messages.WorkerStatus(
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
 )
 WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, WEIGHTS)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, weights=WEIGHTS)
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
     messages.Load(1, SPEC),
