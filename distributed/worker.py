@@ -100,6 +100,7 @@ class LoadedModel:
     placement: Placement
     demand: Demand
     resident: int  # blocks that belong on the device, as they fitted last
+    reserve: int = 0  # bytes that activations took beyond their estimate, learned by running out of memory
     patched: set[str] = field(default_factory=set)
     uuid: str = ""
 
@@ -155,6 +156,7 @@ class Worker:
             self.trim()  # the client will not wait to ask for it
             reply = replace(reply, cancelled=True)
         except torch.OutOfMemoryError as error:
+            self._learn(request)
             reply = replace(reply, kind="OutOfMemory", error=_out_of_memory(self.device, error))
         except _FOR_THE_USER as error:
             reply = replace(reply, kind=type(error).__name__, error=str(error))
@@ -367,7 +369,7 @@ class Worker:
         residence, share = loaded.residence, loaded.placement.share
         itemsize = DTYPES[spec.compute_dtype].itemsize
         activations = activation_bytes(loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens)
-        demand = replace(loaded.demand, activations=activations)
+        demand = replace(loaded.demand, activations=activations + loaded.reserve)
         self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
         loaded.resident = demand.blocks
         if spec.offload == "auto":
@@ -376,6 +378,11 @@ class Worker:
         if len(present) > loaded.resident:
             _step_out(residence, sum(residence.bytes_of(i) for i in present[loaded.resident :]))
         residence.step_in(loaded.resident)
+
+    def _learn(self, request: Request) -> None:
+        """After a forward that ran out of memory: the next one leaves more of it to the activations."""
+        if isinstance(request, Forward) and request.spec in self.models:
+            self.models[request.spec].reserve += max(2**28, self.models[request.spec].demand.activations // 2)
 
     def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
         """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""

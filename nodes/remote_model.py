@@ -174,7 +174,8 @@ class RemoteWan(torch.nn.Module):
     def _make_more_room(self) -> bool:
         """After the workers ran out of memory: free all that is not this model; whether there was any."""
         freed = self._make_room(_EVERYTHING)
-        return bool(self.pool.step_aside(self.spec)) or freed  # such as the other expert of Wan 2.2
+        freed = bool(self.pool.step_aside(self.spec)) or freed  # such as the other expert of Wan 2.2
+        return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
 
 
 _EVERYTHING = 1e30  # bytes, as ComfyUI's own unload_all_models asks for
