@@ -10,12 +10,13 @@ readonly VENV="$PACK/.venv"
 usage() {
     cat <<EOF
 Usage:
-  ./install_xdit_usp.sh [--with-example-models] [--with-xfuser]
+  ./install_xdit_usp.sh [--with-example-models] [--with-xfuser] [--with-distrifusion]
       Installs requirements_compatible.txt into the ComfyUI that this folder lies in
       (ComfyUI/custom_nodes/<this folder>). Your torch stays as it is.
       --with-example-models links the two small models of example_workflows/tiny_wan_demo.json (39 MB, part of
       this folder) into models/diffusion_models and models/vae of that ComfyUI.
       --with-xfuser adds xfuser, the second sequence-parallel path for NVIDIA GPUs (about ten packages).
+      --with-distrifusion adds MIT's distrifuser without what it depends on; the DistriFusion nodes run without it too.
 
   ./install_xdit_usp.sh --demo [--out DIR] [--gpus N] [--prompt TEXT] [...]
       Samples a short video of a prompt with a small model on all GPUs (or on 2 CPU workers), compares it with
@@ -156,7 +157,7 @@ link_example_models() { # into the model folders of the ComfyUI in folder $1
 }
 
 install_into_comfyui() {
-    local with_xfuser="$1" with_models="$2" comfyui python
+    local with_xfuser="$1" with_models="$2" with_distrifusion="$3" comfyui python
     local arguments=(--requirement "$PACK/requirements_compatible.txt")
     if [[ -n "${COMFYUI_PYTHON:-}" ]]; then
         python="$COMFYUI_PYTHON"
@@ -180,6 +181,10 @@ install_into_comfyui() {
     say "Installing requirements_compatible.txt$([[ "$with_xfuser" == yes ]] && printf ' and xfuser') into $python."
     say "torch $(torch_version "$python") stays as it is."
     pip_install "$python" "${arguments[@]}"
+    if [[ "$with_distrifusion" == yes ]]; then
+        say "Installing distrifuser without what it depends on."
+        pip_install "$python" --no-deps --requirement "$PACK/requirements_official_distrifusion.txt"
+    fi
     say "Done. Restart ComfyUI and open example_workflows/$([[ "$with_models" == yes ]] &&
         printf tiny_wan_demo || printf xdit_usp_example).json."
 }
@@ -201,7 +206,7 @@ run_demo() {
 }
 
 main() {
-    local mode=install with_xfuser=no with_models=no rest=()
+    local mode=install with_xfuser=no with_models=no with_distrifusion=no rest=()
     for argument in "$@"; do
         case "$argument" in
             -h | --help) usage && return ;;
@@ -209,6 +214,7 @@ main() {
             --make-venv) mode=venv ;;
             --with-xfuser) with_xfuser=yes ;;
             --with-example-models) with_models=yes ;;
+            --with-distrifusion) with_distrifusion=yes ;;
             *) rest+=("$argument") ;;
         esac
     done
@@ -217,7 +223,7 @@ main() {
         venv) make_venv "${rest[@]}" ;;
         install)
             [[ ${#rest[@]} == 0 ]] || fail "There is no option '${rest[0]}'. Run '$0 --help' to see the options."
-            install_into_comfyui "$with_xfuser" "$with_models"
+            install_into_comfyui "$with_xfuser" "$with_models" "$with_distrifusion"
             ;;
     esac
 }

@@ -21,11 +21,21 @@ PACKAGES = (
     "flash-attn",
     "flash-attn-4",
     "sageattention",
+    "distrifuser",
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
+    """What is written as one line of results."""
+
+    def json(self) -> str:
+        """One line; fields that do not apply are left out."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Row(Line):
     """One DiT forward at batch 1.
 
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
@@ -61,10 +71,6 @@ class Row:
     host_gib: float | None = None
     allocated_gib: float | None = None
     memory_fraction: float | None = None
-
-    def json(self) -> str:
-        """One line; fields that do not apply are left out."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def publish(row: Row, out: Path | None) -> None:
+def publish(row: Line, out: Path | None) -> None:
     """Write a row to stdout and, if asked for, to the end of a file."""
     print(row.json(), flush=True)
     if out is not None:

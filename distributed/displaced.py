@@ -48,6 +48,12 @@ class Branch:
     manager_name: str
     layers: int
     layer_seconds: float  # that one layer's exchange takes, nothing else running
+    complete: bool = False  # every layer's buffers are of one forward: none was given up in between
+
+    def finish(self, layers: int) -> None:
+        """Leave a forward after so many layers: all of them, or fewer where it was given up."""
+        self.manager.settle()
+        self.complete = layers == self.layers
 
 
 class StaleAttention:
@@ -70,7 +76,7 @@ class StaleAttention:
 
     def finish(self) -> None:
         """Leave the step, after the last layer or in the middle. What was sent has until the next step."""
-        self.branch.manager.settle()
+        self.branch.finish(self._layer)
 
     @property
     def waited(self) -> float:
@@ -118,7 +124,7 @@ class FillAttention:
 
     def finish(self) -> None:
         """Leave the step, after the last layer or in the middle."""
-        self.branch.manager.settle()
+        self.branch.finish(self._layer)
 
 
 class PatchParallel:
@@ -168,6 +174,9 @@ class PatchParallel:
             MissingPackage: the official manager was asked for and is not installed.
         """
         branch = self._branches.get(lanes)
+        if branch is not None and not branch.complete:
+            self._branches.pop(lanes).manager.clear()
+            branch = None
         if step.kind == STALE:
             if branch is None:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")

@@ -228,8 +228,8 @@ class HeldWeights:
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
-    kernels are used (see wanvideo/pointwise.py). `peak_allocated` is the most that torch's allocator gave out on
-    its GPU."""
+    kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
+    `peak_allocated` the most that torch's allocator gave out on its GPU."""
 
     rank: int
     pid: int
@@ -239,6 +239,7 @@ class WorkerStatus:
     peak_private: int
     fused: bool
     models: tuple[ModelStatus, ...]
+    link: str = ""
     peak_allocated: int = 0
 
 

@@ -181,6 +181,11 @@ class Pool:
         """Process ids of the workers, by rank."""
         return tuple(worker.pid for worker in self.workers)
 
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """What the last forward exchanged, by rank; empty unless it used stale keys and values."""
+        return self._exchanges
+
     def ensure_ready(
         self,
         spec: ModelSpec,

@@ -103,7 +103,7 @@ class Schedule:
             self.restart()
         now, index = float(timestep.max()), 0
         before = self._branches.get(lanes)
-        if before is not None and now <= before.timestep and _distance(x, before.x) < JUMP:
+        if before is not None and _follows(now, x, before):
             index = before.index + 1
         self._branches[lanes] = _Last(index, now, x.detach().clone())
         kind = _kind(settings, index)
@@ -119,6 +119,12 @@ def _kind(settings: PatchSettings, index: int) -> str:
 
 def _synchronous(settings: PatchSettings, index: int) -> bool:
     return index < max(1, settings.warmup_steps) or (index - settings.warmup_steps + 1) % settings.sync_frequency == 0
+
+
+def _follows(timestep: float, x: torch.Tensor, before: _Last) -> bool:
+    """Whether this is the forward after `before`, and no other run. The same once more is a run begun again."""
+    moved = _distance(x, before.x)
+    return timestep <= before.timestep and moved < JUMP and (moved > 0 or timestep < before.timestep)
 
 
 def _distance(x: torch.Tensor, before: torch.Tensor) -> float:

@@ -30,6 +30,7 @@ from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
+from .links import link_kind
 from .memory import (
     REFERENCE_TOKENS,
     Demand,
@@ -291,6 +292,7 @@ class Worker:
             peak_private=self.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+            link=link_kind(self.device, self.settings.plan.num_gpus),
             peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
         )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .config import XDitUSPConfig
+from .distrifusion_loader import OfficialDistriFusionModelLoader
+from .distrifusion_sampler import OfficialDistriFusionSampler
+from .distrifusion_status import OfficialDistriFusionStatus
 from .loader import XDitUSPWanVideoModelLoader
 from .status import XDitUSPStatus
 from .tiny_text import TinyWanTextEncode
@@ -14,4 +17,12 @@ class WanParallelExtension(ComfyExtension):
     """Config -> loader -> any stock node that takes a MODEL; the status node reads a MODEL of ours."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [XDitUSPConfig, XDitUSPWanVideoModelLoader, XDitUSPStatus, TinyWanTextEncode]
+        return [
+            XDitUSPConfig,
+            XDitUSPWanVideoModelLoader,
+            XDitUSPStatus,
+            OfficialDistriFusionModelLoader,
+            OfficialDistriFusionSampler,
+            OfficialDistriFusionStatus,
+            TinyWanTextEncode,
+        ]

@@ -90,7 +90,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         if model is None:  # linked: known in execute only
             return True
         try:
-            read_header(_path(model))
+            read_header(model_path(model))
         except CheckpointError as error:
             return str(error)
         return True
@@ -111,7 +111,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         vace_model: object = None,
     ) -> io.NodeOutput:
         _check_inputs(xdit_usp_config, vace_model)
-        header = read_header(_path(model))
+        header = read_header(model_path(model))
         spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode)
         pool = acquire(xdit_usp_config.pool_settings())
         log.info(
@@ -127,7 +127,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         return io.NodeOutput(patcher)
 
 
-def _path(model: str) -> str:
+def model_path(model: str) -> str:
     """The file of a combo entry; for one that is gone, a path that `read_header` will refuse by name."""
     return folder_paths.get_full_path(MODEL_FOLDER, model) or os.path.join(MODEL_FOLDER, model)
 

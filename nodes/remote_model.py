@@ -12,6 +12,7 @@ import logging
 import types
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_base
@@ -23,11 +24,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
 from ..distributed.memory import PlacementError
-from ..distributed.messages import ModelSpec
+from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
+from ..distributed.schedule import PatchSettings
 from ..wanvideo.config import CheckpointError, Header
 from ..wanvideo.model import grid_of
 from . import refusals
+from .patch_runs import PatchRuns
 from .progress import LoadingText
 from .weight_patches import for_workers, refuse_foreign
 
@@ -38,8 +41,13 @@ _FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 _MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
 
 
-def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatcher:
+def build_model(
+    header: Header, spec: ModelSpec, pool: Pool, patch_settings: PatchSettings | None = None
+) -> RemoteModelPatcher:
     """The MODEL of a checkpoint. Reads no weights and starts no workers.
+
+    Args:
+        patch_settings: run it by displaced patches (DistriFusion); exactly without.
 
     Raises:
         CheckpointError: this ComfyUI takes the file for something else than a Wan text-to-video model.
@@ -59,6 +67,8 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatch
     model = model_config.get_model(tensors, "")
     del model_config.unet_config["disable_unet_model_creation"]
     model.diffusion_model = RemoteWan(header, spec, pool, tensors)
+    if patch_settings is not None:
+        model.diffusion_model.patch_runs = PatchRuns(patch_settings, header.config, spec, pool)
     model.__class__ = _weightless(type(model))
     return RemoteModelPatcher(
         model,
@@ -71,7 +81,8 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool) -> RemoteModelPatch
 class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
-    `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward.
+    `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward. `patch_runs` is
+    there where it runs by displaced patches.
     """
 
     dtype = torch.float32
@@ -82,6 +93,7 @@ class RemoteWan(torch.nn.Module):
         self.header, self.spec, self.pool = header, spec, pool
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.patches: PatchSet | None = None
+        self.patch_runs: PatchRuns | None = None
         _pools.add(pool)
         pool.keep(spec)
         weakref.finalize(self, pool.drop, spec).atexit = False
@@ -133,24 +145,37 @@ class RemoteWan(torch.nn.Module):
     ) -> torch.Tensor:
         refusals.refuse_transformer_options(transformer_options)
         refusals.refuse_inputs({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs})
-        return self._on_workers(x, timestep, context)
+        return self._on_workers(transformer_options, x, timestep, context)
 
-    def _on_workers(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _on_workers(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
         try:
-            return self._run(*inputs)
+            return self._run(options, *inputs)
         except OutOfMemory as error:
             if not self._make_more_room():
                 raise
-            log.warning("%s Trying once more with the GPUs cleared of other models.", error)
-        return self._run(*inputs)
+            log.warning("%s Trying once more with more room on the GPUs.", error)
+        return self._run(options, *inputs)
 
-    def _run(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
+        if self.patch_runs is not None:
+            self.patch_runs.check(inputs[0].shape, options)
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(
                 self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(inputs[0]).tokens
             )
-        return self.pool.forward(self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room)
+        with self._patch_step(options, *inputs) as displaced:
+            return self.pool.forward(
+                self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room, displaced=displaced
+            )
+
+    def _patch_step(
+        self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, *_context: torch.Tensor
+    ) -> AbstractContextManager[Displaced | None]:
+        if self.patch_runs is None:
+            return nullcontext()
+        uuid = self.patches.uuid if self.patches else ""
+        return self.patch_runs.step(x, timestep, options, uuid, self._make_room)
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
@@ -232,10 +257,12 @@ class RemoteModelPatcher(ModelPatcher):
 
     def pre_run(self) -> None:
         self._hand_over_patches()
+        if self.remote.patch_runs is not None:
+            self.remote.patch_runs.begin()
         super().pre_run()
 
     def cleanup(self) -> None:
-        """Sampling has ended, in whatever way: the workers give back what is not weights."""
+        """Sampling has ended, in whatever way: what the workers hold beyond weights makes room for the VAE."""
         super().cleanup()
         try:
             self.remote.pool.trim()

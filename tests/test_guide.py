@@ -1,4 +1,4 @@
-"""The tables of XDIT_USP_README.md say what the code does."""
+"""The tables of XDIT_USP_README.md and OFFICIAL_DISTRIFUSION_README.md say what the code does."""
 
 from __future__ import annotations
 
@@ -7,30 +7,55 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.patch_memory import gib, patch_memory
+from wan_parallel.distributed.patches import split_grid, token_pixels
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.settings import ATTENTION_MODES, USPConfig
 from wan_parallel.wanvideo.config import PRESETS
+from wan_parallel.wanvideo.model import Grid
 
-GUIDE = (Path(__file__).parents[1] / "XDIT_USP_README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "XDIT_USP_README.md").read_text(encoding="utf-8")
+PATCHES = (ROOT / "OFFICIAL_DISTRIFUSION_README.md").read_text(encoding="utf-8")
+SPELLED = {True: "on", False: "off"}
 
 
-def section(title: str) -> str:
-    return GUIDE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title: str, guide: str) -> str:
+    return guide.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def rows(title: str) -> list[list[str]]:
+def rows(title: str, guide: str = GUIDE) -> list[list[str]]:
     """The cells of the tables of a section, without the line under the heads."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|") and not line.startswith("|---")]
+    lines = [line for line in section(title, guide).splitlines() if re.match(r"\|(?!---)", line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_the_config_table_has_every_input_with_its_default() -> None:
     shown = [(name.strip("`"), default) for name, default, _ in rows("XDit+USP Config")[1:]]
-    spelled = {True: "on", False: "off"}
-    assert shown == [
-        (field.name, spelled[field.default] if isinstance(field.default, bool) else str(field.default))
-        for field in fields(USPConfig)
+    assert shown == defaults(USPConfig)
+
+
+def defaults(kind: type) -> list[tuple[str, str]]:
+    return [
+        (field.name, SPELLED[field.default] if isinstance(field.default, bool) else str(field.default))
+        for field in fields(kind)
     ]
+
+
+def test_the_distrifusion_loaders_table_has_every_input_with_its_default() -> None:
+    title = "🎯 Official DistriFusion Model Loader"
+    shown = [(name.strip("`"), default) for name, default, _ in rows(title, PATCHES)[1:]]
+    assert shown == [("model", ""), *defaults(DistriFusionConfig)]
+
+
+def test_the_memory_of_the_buffers_is_what_the_loader_computes() -> None:
+    for model, size, shown, weights in rows("Memory", PATCHES)[1:]:
+        config = PRESETS[model.lower()]
+        width, height = (int(pixels) // token_pixels(config) for pixels in size.split("x"))
+        layout = split_grid(Grid(31 if model == "5B" else 21, height, width), PatchSplit(), 1, token_pixels(config))
+        need = patch_memory(config, layout, "bf16", "bf16")
+        assert (shown, weights) == (gib(need.buffers), gib(need.weights))
 
 
 def test_the_degrees_are_those_that_are_chosen() -> None:

@@ -11,7 +11,7 @@ import pack
 import pytest
 import tiny
 from wan_parallel.distributed import messages
-from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 
 SPEC = messages.ModelSpec(
     "/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off"
@@ -28,9 +28,12 @@ STATUS = messages.WorkerStatus(
     peak_private=2**20,
     fused=True,
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
+    link="NVLink",
 )
 WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, weights=WEIGHTS)
+EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS)
+DISPLACED = messages.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
     messages.Load(1, SPEC),
@@ -48,10 +51,11 @@ SAMPLES = [
         },
     ),
     messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
+    messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
+    messages.Trim(4),
     messages.Unload(4, (SPEC, SPEC)),
     messages.Unload(4, ()),
     messages.StepOut(4, SPEC, (0, 3), 1e30),
-    messages.Trim(4),
     messages.Report(5),
     messages.Cancel(6),
     READY,

@@ -46,10 +46,17 @@ def test_nothing_that_users_install_pins_torch_or_old_diffusers(name: str) -> No
     assert not packages & {"torch", "torchvision", "torchaudio", "diffusers", "transformers", "huggingface_hub"}
 
 
+def test_distrifuser_cannot_bring_its_old_diffusers_in() -> None:
+    assert "-c constraints_official_distrifusion.txt" in requirements("requirements_official_distrifusion.txt")
+    assert requirements("constraints_official_distrifusion.txt") == ["diffusers>0.24.0"]
+    assert any(line.startswith("distrifuser @ git+") for line in requirements("requirements_official_distrifusion.txt"))
+
+
 def test_help_names_every_way_to_run_the_installer() -> None:
     helped = install("--help")
     assert helped.returncode == 0
-    for option in ("--demo", "--out", "--gpus", "--with-example-models", "--with-xfuser", "COMFYUI_PYTHON"):
+    named = ("--demo", "--out", "--gpus", "--with-example-models", "--with-xfuser", "--with-distrifusion")
+    for option in (*named, "COMFYUI_PYTHON"):
         assert option in helped.stdout
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.settings import ATTENTION_MODES, USPConfig
 
 WORKFLOWS = sorted((Path(__file__).parents[1] / "example_workflows").glob("*.json"))
@@ -21,6 +22,7 @@ STOCK_WIDGETS = {
     "ModelSamplingSD3": 1,
     "Note": 1,
     "PreviewAny": 0,  # the browser adds the text
+    "PreviewImage": 0,
     "SaveVideo": 3,
     "VAEDecode": 0,
     "VAELoader": 1,
@@ -29,9 +31,21 @@ OUR_WIDGETS = {
     "XDitUSPConfig": len(fields(USPConfig)),
     "XDitUSPWanVideoModelLoader": 3,  # model, base_precision, attention_mode
     "XDitUSPStatus": 0,
+    "OfficialDistriFusionModelLoader": 1 + len(fields(DistriFusionConfig)),
+    "OfficialDistriFusionSampler": 8,  # as KSampler, and sync_frequency
+    "OfficialDistriFusionStatus": 0,
     "TinyWanTextEncode": 1,
 }
-PRECISION = {"xdit_usp_example": "bf16", "tiny_wan_demo": "fp32"}
+PRECISION = {
+    "xdit_usp_example": "bf16",
+    "tiny_wan_demo": "fp32",
+    "official_distrifusion_example": "bf16",
+    "tiny_distrifusion_demo": "fp32",
+}
+TRAILS = (
+    ["KSampler", "ModelSamplingSD3", "XDitUSPWanVideoModelLoader", "XDitUSPConfig"],
+    ["OfficialDistriFusionSampler", "ModelSamplingSD3", "OfficialDistriFusionModelLoader"],
+)
 
 pytestmark = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -81,17 +95,28 @@ def test_every_node_has_all_its_widget_values(path: Path) -> None:
 
 def test_our_widget_values_are_ones_that_run(path: Path, tmp_path: Path) -> None:
     nodes, _ = read(path)
-    by_type = {node["type"]: node for node in nodes.values()}
-    values = by_type["XDitUSPConfig"]["widgets_values"]
-    for field, value in zip(fields(USPConfig), values, strict=True):
-        assert type(value) is type(field.default), field.name
-    config = USPConfig(*values)
-    config.plan.validate()
-    model, precision, attention = by_type["XDitUSPWanVideoModelLoader"]["widgets_values"]
+    values = {node["type"]: node["widgets_values"] for node in nodes.values()}
+    if "XDitUSPConfig" in values:
+        config = configured(USPConfig, values["XDitUSPConfig"])
+        config.plan.validate()
+        model, *loader = values["XDitUSPWanVideoModelLoader"]
+    else:
+        model, *widgets = values["OfficialDistriFusionModelLoader"]
+        config, loader = configured(DistriFusionConfig, widgets), []
+        replace(config, device="cpu").validate()
+        assert values["OfficialDistriFusionSampler"][-1] in range(1, 11)
+        assert config.attention_mode in ATTENTION_MODES
     assert model.endswith(".safetensors")
-    assert attention in ATTENTION_MODES
+    assert set(loader[1:]) <= set(ATTENTION_MODES)
     (tmp_path / model).touch()
-    assert config.model_spec(str(tmp_path / model), precision, attention).compute_dtype == PRECISION[path.stem]
+    assert config.model_spec(str(tmp_path / model), *loader).compute_dtype == PRECISION[path.stem]
+
+
+def configured(kind: type, values: list) -> USPConfig | DistriFusionConfig:
+    """The widgets' values in their order, each of the type that its field has."""
+    for field, value in zip(fields(kind), values, strict=True):
+        assert type(value) is type(field.default), field.name
+    return kind(*values)
 
 
 def test_it_has_a_thumbnail_for_the_template_browser(path: Path) -> None:
@@ -99,12 +124,12 @@ def test_it_has_a_thumbnail_for_the_template_browser(path: Path) -> None:
     assert thumbnail.read_bytes().startswith(b"\xff\xd8") and thumbnail.stat().st_size < 100_000
 
 
-def test_the_model_goes_through_our_loader_to_a_stock_sampler(path: Path) -> None:
+def test_the_model_goes_through_our_loader_to_a_sampler(path: Path) -> None:
     nodes, links = read(path)
     sources = {(target, slot): nodes[source] for _, source, _, target, slot, _ in links}
-    sampler = next(node for node in nodes.values() if node["type"] == "KSampler")
+    sampler = next(node for node in nodes.values() if node["type"] in ("KSampler", "OfficialDistriFusionSampler"))
     trail = [sampler["type"]]
     while (node := sources.get((sampler["id"], 0))) is not None:
         trail.append(node["type"])
         sampler = node
-    assert trail == ["KSampler", "ModelSamplingSD3", "XDitUSPWanVideoModelLoader", "XDitUSPConfig"]
+    assert trail in TRAILS

@@ -137,6 +137,13 @@ def test_the_example_workflow_writes_its_video_within_a_minute(server, loads_sma
     assert next((server.base / "output" / "video").glob("tiny_wan*.mp4")).stat().st_size > 5_000
 
 
+def test_the_distrifusion_example_writes_its_video(server, loads_small_vaes):
+    outcome = server.run(api_graph(WORKFLOW.with_name("tiny_distrifusion_demo.json"), server))
+    assert outcome.state == "success", f"{outcome.node_type}: {outcome.message}"
+    print(f"{outcome.seconds:.1f} s")
+    assert next((server.base / "output" / "video").glob("tiny_distrifusion*.mp4")).stat().st_size > 5_000
+
+
 def test_words_that_the_model_does_not_know_are_refused_when_queued(server):
     graph = sampling(pool_model(file=T2V_FILE.name), "a pink cat moves up over a blue background")
     out = node("SaveLatentTensor", samples=link("sampler"), name="refused")

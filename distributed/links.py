@@ -1,0 +1,42 @@
+"""How a GPU reaches the others of its pool, for the status. Changes nothing."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+
+import torch
+
+
+def link_kind(device: torch.device, num_gpus: int) -> str:
+    """NVLink, peer access (over PCIe), host memory, or what else the tensors of `device` travel through."""
+    if device.type != "cuda":
+        return "CPU"
+    others = [i for i in range(num_gpus) if i != device.index]
+    if not others:
+        return "no other GPU"
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":
+        return "host memory (NCCL_P2P_DISABLE is set)"
+    if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
+        return "host memory"
+    return "NVLink" if _nvlink(device.index, others) else "peer access"
+
+
+def _nvlink(index: int, others: list[int]) -> bool:
+    """Whether NVML says that all of `others` are reached by NVLink; False where NVML cannot be asked."""
+    try:
+        nvml = import_module("pynvml")
+    except ImportError:
+        return False
+    try:
+        nvml.nvmlInit()
+        mine, *theirs = (nvml.nvmlDeviceGetHandleByUUID(_uuid(i)) for i in (index, *others))
+        found = [nvml.nvmlDeviceGetP2PStatus(mine, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK) for other in theirs]
+    except nvml.NVMLError:
+        return False
+    return all(status == nvml.NVML_P2P_STATUS_OK for status in found)
+
+
+def _uuid(index: int) -> bytes:
+    """NVML's name for a GPU; its order need not be torch's."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}".encode()
