@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from tiny import sentences
 from wan_parallel.distributed.memory import (
@@ -9,6 +11,7 @@ from wan_parallel.distributed.memory import (
     Demand,
     PlacementError,
     activation_bytes,
+    demand_of,
     fitting_blocks,
     needed_bytes,
     place_weights,
@@ -99,3 +102,16 @@ def test_the_estimate_of_activations_is_near_what_was_measured():
     assert measured <= (high - low) / (tokens_720 - REFERENCE_TOKENS) <= 1.6 * measured
     sliced = activation_bytes(PRESETS["14b"], tokens_720, 1, 2, 8192)
     assert sliced < high
+
+
+@pytest.mark.parametrize("gpus, cap_14b, cap_1_3b", [(1, 48, 8), (2, 24, 4), (4, 12, 2), (8, 6, 1)])
+def test_81_frames_at_480p_have_a_place_on_cards_that_shrink_with_their_number(gpus, cap_14b, cap_1_3b):
+    for size, cap in (("14b", cap_14b), ("1.3b", cap_1_3b)):
+        config = PRESETS[size]
+        sizes = {name: math.prod(shape) * (2 if len(shape) == 2 else 4) for name, shape in config.shapes().items()}
+        activations = activation_bytes(config, math.ceil(REFERENCE_TOKENS / gpus), 1, 2, 8192)
+        demand = demand_of(sizes, activations)
+        placement = place_weights(demand, [cap * GIB] * gpus, gpus)
+        assert placement.share in (1, gpus)
+        assert needed_bytes(demand, placement.share, placement.resident) <= cap * GIB
+        assert abs(demand.whole - 2 * config.parameters) < 0.02 * demand.whole
