@@ -259,6 +259,8 @@ class Worker:
         """Drop the weights of these models and give their memory back to the device."""
         for spec in specs:
             self.models.pop(spec, None)
+        if not self.models:
+            self.patches.close()
         self._give_back()
 
     def trim(self) -> None:
