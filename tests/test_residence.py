@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from patch_runs import sample, through
 from processes import private_bytes
 from test_lora import patch_set, some_lora
 from wan_parallel.distributed.flat import HostBuffer, Layout, components, on_meta
@@ -21,6 +22,7 @@ from wan_parallel.distributed.memory import ALIGN
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerDied
 from wan_parallel.distributed.residence import Residence, Slots
+from wan_parallel.distributed.schedule import PatchSettings
 from wan_parallel.wanvideo.config import WanConfig
 
 FIVE_LAYERS = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=5, text_dim=64)
@@ -92,6 +94,16 @@ def test_a_lora_is_merged_and_undone_exactly(pool_of, base, way):
     for _ in range(2):
         assert torch.equal(pool.forward(model, *given, patches), expected)
         assert torch.equal(pool.forward(model, *given), plain)
+
+
+@pytest.mark.parametrize("plan", [{"num_gpus": 2}, {"num_gpus": 4, "data_parallel": 2}], ids=str)
+def test_displaced_patches_run_on_weights_that_are_elsewhere(pool_of, base, plan):
+    pool = pool_of(**plan)
+    settings, how = PatchSettings(warmup_steps=2), {"batch": 3, "steps": 4, "config": FIVE_LAYERS}
+    expected = sample(through(pool, base), settings, **how)
+    assert "s" in expected.kinds
+    for way in WAYS:
+        assert torch.equal(sample(through(pool, living(base, way)), settings, **how).last, expected.last)
 
 
 # What is held.
