@@ -38,6 +38,7 @@ from wan_parallel.distributed.pool import (  # noqa: E402
     model_config,
 )
 from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
+from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
 from wan_parallel.wanvideo.model import grid_of  # noqa: E402
 
@@ -111,7 +112,7 @@ def _ours(options: argparse.Namespace) -> list[Row]:
     )
     spec = ModelSpec(
         options.model or f"random:{options.size}",
-        weight_dtype=options.precision,
+        weight_dtype=options.weights or options.precision,
         compute_dtype=options.precision,
         attention=options.attention,
         shard_weights=options.shard_weights,
@@ -150,12 +151,13 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         peak_bytes=_peak_bytes(workers, device),
         precision=options.precision,
         attention=model.kernel,
-        lossy=model.kernel in LOSSY_KERNELS,
+        lossy=model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype,
         finite=bool(torch.isfinite(out).all()),
         backend=model.backend,
         ulysses=model.ulysses,
         ring=model.ring,
         hop_s=round(median(hops[1:]), 4),
+        weights=None if model.weight_dtype == options.precision else model.weight_dtype,
         placement=model.placement,
         weights_gib=round(max(w.models[0].device_bytes for w in workers) / 2**30, 2),
         host_gib=round(sum(w.models[0].host_bytes for w in workers) / 2**30, 2),
@@ -193,6 +195,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--iters", type=int, default=5, help="timed forwards, after one that is not")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--weights", choices=sorted(WEIGHT_DTYPES), help="of ours, where they are held in another one")
     parser.add_argument("--attention", choices=KERNEL_NAMES, default="auto")
     parser.add_argument("--backend", choices=("auto", "native", "xfuser"), default="auto")
     parser.add_argument("--ulysses", type=int, default=0, help="0 is automatic")

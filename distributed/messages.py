@@ -39,8 +39,9 @@ class ModelSpec:
 
     Args:
         path: safetensors file, or `random:14b` (random weights of a released size, for benchmarks).
-        weight_dtype: "fp32", "fp16" or "bf16", in which the matrices are held.
-        compute_dtype: the same names, in which products and attention run.
+        weight_dtype: "fp32", "fp16", "bf16", "fp8_e4m3fn" or "fp8_e5m2", in which the matrices are held that the
+            file has not quantised (see `wanvideo.checkpoint.place`).
+        compute_dtype: "fp32", "fp16" or "bf16", in which products and attention run.
         attention: kernel name, see `wanvideo.attention.get_kernel`.
         allow_flash, allow_sdpa: kinds of kernel that "auto" may choose.
         slice_tokens: tokens that feed-forward and cross-attention take at once; 0 takes all.

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..wanvideo.config import WanConfig
+from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, held_as, held_sizes
+from ..wanvideo.config import Header, WanConfig
 from .host_exchange import FETCHED_AHEAD
 from .patches import PatchLayout
 from .plan import PlanError
 
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1}
 _HOST_SHARE = 0.9
 """Of the host's memory that may be pinned; the rest is for the system and ComfyUI."""
 _LAYER_COPIES = 3
@@ -53,11 +53,9 @@ class PatchMemory:
         )
 
 
-def weight_bytes(config: WanConfig, weight_dtype: str) -> int:
-    """Bytes of the weights in a worker: matrices in `weight_dtype`, everything else in float32."""
-    sizes = config.shapes().values()
-    matrices = sum(shape[0] * shape[1] for shape in sizes if len(shape) == 2)
-    return matrices * _BYTES[weight_dtype] + 4 * (config.parameters - matrices)
+def weight_bytes(config: WanConfig, weight_dtype: str, header: Header | None = None) -> int:
+    """Bytes of the weights in a worker, of which a file's `header` tells what is quantised (see `held_sizes`)."""
+    return sum(held_sizes(config, header, WEIGHT_DTYPES[weight_dtype]).values())
 
 
 def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8: bool = False) -> int:
@@ -65,7 +63,7 @@ def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8:
 
     Patches are padded to the longest (see patch_buffers.Codec). fp8 has a float32 scale for each token and head.
     """
-    token = config.dim + 4 * config.num_heads if fp8 else config.dim * _BYTES[compute_dtype]
+    token = config.dim + 4 * config.num_heads if fp8 else config.dim * DTYPES[compute_dtype].itemsize
     return len(layout.patches) * max(layout.counts) * 2 * token
 
 
@@ -75,7 +73,7 @@ def working_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, sl
     One layer's keys and values of the whole video up to three times, and of the rank's tokens the float32 residual
     stream with two temporaries, and the larger of what self-attention and feed-forward hold.
     """
-    itemsize, tokens = _BYTES[compute_dtype], max(layout.counts)
+    itemsize, tokens = DTYPES[compute_dtype].itemsize, max(layout.counts)
     layer = 2 * layout.grid.tokens * config.dim * itemsize
     sliced = min(tokens, slice_tokens or tokens)
     attention = _ATTENTION_TENSORS * tokens * config.dim * itemsize
@@ -94,6 +92,7 @@ def patch_memory(
     slice_tokens: int = 0,
     manager: str = "native",
     groups: int = 1,
+    header: Header | None = None,
 ) -> PatchMemory:
     """What a sampling run needs on each GPU.
 
@@ -103,11 +102,12 @@ def patch_memory(
         slice_tokens: see `ModelSpec`.
         manager: who exchanges (see `patch_buffers.manager_name`); "host" keeps the buffers in host memory.
         groups: groups of GPUs, which keep buffers of their own.
+        header: of the model's file.
     """
     layer = items * layer_bytes(config, layout, compute_dtype, fp8_buffers)
     on_host = manager == "host"
     return PatchMemory(
-        weights=weight_bytes(config, weight_dtype),
+        weights=weight_bytes(config, weight_dtype, header),
         buffers=layer * (FETCHED_AHEAD if on_host else config.num_layers),
         working=at_once * working_bytes(config, layout, compute_dtype, slice_tokens),
         host=groups * layer * config.num_layers if on_host else 0,
@@ -126,18 +126,18 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_weights(config: WanConfig, weight_dtype: str, available: int) -> None:
+def check_weights(config: WanConfig, weight_dtype: str, available: int, header: Header | None = None) -> None:
     """Refuse a model that does not fit even without a video.
 
     Raises:
         TooLarge: with the figures.
     """
-    weights = weight_bytes(config, weight_dtype)
+    weights = weight_bytes(config, weight_dtype, header)
     if weights > available:
         raise TooLarge(
-            f"The weights in {weight_dtype} are {gib(weights)}, and a worker may take {gib(available)}: every GPU "
-            "holds the whole model. Choose a smaller model, a precision or quantization with fewer bytes, or raise "
-            "gpu_memory_fraction."
+            f"The weights in {held_as(header, weight_dtype)} are {gib(weights)}, and a worker may take "
+            f"{gib(available)}: every GPU holds the whole model. Choose a smaller model, a precision or quantization "
+            "with fewer bytes, or raise gpu_memory_fraction."
         )
 
 

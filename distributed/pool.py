@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, random_config
+from ..wanvideo.checkpoint import RANDOM_PREFIX, WEIGHT_DTYPES, held_bytes, random_config
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
+from ..wanvideo.files import model_files
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
@@ -132,11 +133,11 @@ _registry_lock = threading.Lock()
 
 
 def file_stamp(path: str) -> str:
-    """Changes when the file does; "" for random weights."""
+    """Changes when the file does, or one of a folder's; "" for random weights."""
     if path.startswith(RANDOM_PREFIX):
         return ""
-    stat = os.stat(path)
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
+    stats = [os.stat(file) for file in model_files(path)]
+    return f"{max(stat.st_mtime_ns for stat in stats)}-{sum(stat.st_size for stat in stats)}"
 
 
 class Pool:
@@ -393,7 +394,7 @@ class Pool:
                 make_room(max(weights.whole - weights.now for weights in self._held[spec]))
             return
         if make_room is not None and self.settings.device == "cuda":
-            make_room(_config_of(spec).parameters * DTYPES[spec.weight_dtype].itemsize)
+            make_room(held_bytes(spec.path, WEIGHT_DTYPES[spec.weight_dtype]))
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)

@@ -21,10 +21,22 @@ import torch.distributed as dist
 
 from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError, get_kernel
-from ..wanvideo.checkpoint import DTYPES, WeightSource, held_dtype, open_weights, place
+from ..wanvideo.checkpoint import (
+    DTYPES,
+    WEIGHT_DTYPES,
+    WeightSource,
+    change,
+    held_as,
+    held_dtype,
+    held_sizes,
+    is_quantized_at_load,
+    open_weights,
+    place,
+)
 from ..wanvideo.config import CheckpointError, WanConfig
-from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch, merge
+from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.quantized import Weight
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
@@ -177,17 +189,18 @@ class Worker:
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
             model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
-        demand = demand_of(_held_sizes(source, spec), self._activations(spec, source.config, tokens))
+        sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
+        demand = demand_of(sizes, self._activations(spec, source.config, tokens))
         ranks = len(self._equals()[0])
         placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
         group = self._share_group(placement.share)
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
-        assign, read = functools.partial(_assign, model), functools.partial(_unplaced, source, spec)
-        residence = Residence(source.config.shapes(), read, assign, self.device, self.slots, group)
+        read = functools.partial(self._unplaced, source, spec)
+        residence = Residence(source.config.shapes(), read, model.set_weight, self.device, self.slots, group)
         for name in source.config.shapes():
             if not residence.owns(name):
-                assign(name, self._weight(source, spec, name))
+                model.set_weight(name, self._weight(source, spec, name))
         residence.load(resident, self._note_peak)
         self.models[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident)
         if self.rank == 0:
@@ -204,10 +217,9 @@ class Worker:
             raise
         loaded.patched, loaded.uuid = set(request.weights), request.uuid
 
-    def _patched(self, source: WeightSource, request: Patch, name: str) -> torch.Tensor:
-        weight = self._weight(source, request.spec, name)
-        refs = request.weights.get(name, ())
-        return merge(weight, [self._weight_patch(request.arena, ref) for ref in refs]) if refs else weight
+    def _patched(self, source: WeightSource, request: Patch, name: str) -> Weight:
+        patches = [self._weight_patch(request.arena, ref) for ref in request.weights.get(name, ())]
+        return self._weight(source, request.spec, name, patches)
 
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
@@ -302,7 +314,7 @@ class Worker:
         degrees = self.settings.plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
             name=Path(spec.path).name,
-            weight_dtype=spec.weight_dtype,
+            weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
             compute_dtype=spec.compute_dtype,
             kernel=loaded.model.kernel.name,
             backend="xfuser" if self.settings.usp_backend == "xfuser" else "native",
@@ -437,8 +449,20 @@ class Worker:
     def _note_peak(self) -> None:
         self.peak_private = max(self.peak_private, _private_bytes())
 
-    def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> torch.Tensor:
-        return place(source.tensor(name), DTYPES[spec.weight_dtype], self.device)
+    def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
+        weight = source.tensor(name)
+        if patches:
+            weight = change(weight.to(self.device), patches)
+        return place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
+
+    def _unplaced(self, source: WeightSource, spec: ModelSpec, name: str) -> tuple[Weight, torch.dtype | None]:
+        """A weight before `place`, and the dtype in which that holds it; None where it is what it shall be."""
+        weight, dtype = source.tensor(name), WEIGHT_DTYPES[spec.weight_dtype]
+        if not isinstance(weight, torch.Tensor):
+            return weight, None
+        if is_quantized_at_load(name, weight.ndim, dtype):
+            return place(weight, dtype, self.device, name), None
+        return weight, held_dtype(weight.ndim, dtype)
 
     def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
         tensors = [self.arena.view(arena, t) for t in ref.tensors]
@@ -505,30 +529,12 @@ def _ready(worker: Worker) -> Ready:
     return Ready(worker.rank, os.getpid(), _device_name(worker.device), torch.__version__, xfuser)
 
 
-def _held_sizes(source: WeightSource, spec: ModelSpec) -> dict[str, int]:
-    """Bytes of each weight as `place` holds it; reads none."""
-    dtype = DTYPES[spec.weight_dtype]
-    shapes = source.config.shapes().items()
-    return {name: math.prod(shape) * held_dtype(len(shape), dtype).itemsize for name, shape in shapes}
-
-
-def _unplaced(source: WeightSource, spec: ModelSpec, name: str) -> tuple[torch.Tensor, torch.dtype]:
-    """A weight as the file has it, and the dtype in which `place` would hold it."""
-    weight = source.tensor(name)
-    return weight, held_dtype(weight.ndim, DTYPES[spec.weight_dtype])
-
-
 def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) -> None:
     """Put result [b, n, c] of some items and tokens into out [B, tokens, c] on the CPU."""
     if isinstance(part, slice):
         out[items, part].copy_(result)
     else:
         out[items].index_copy_(1, part.cpu(), result.to(out.device))
-
-
-def _assign(model: WanModel, name: str, weight: torch.Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _device_name(device: torch.device) -> str:

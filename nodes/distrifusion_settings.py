@@ -11,7 +11,7 @@ from .settings import SettingsError, USPConfig
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 QUANTIZATIONS = ("disabled", "fp8_e4m3fn", "fp8_e5m2")
-KV_BUFFERS = ("as precision", "fp8")
+KV_BUFFERS = ("fp8", "as precision")
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class DistriFusionConfig:
     quantization: str = "disabled"
     num_gpus: int = 2
     patch_size: int = 64
-    patch_overlap: int = 8
+    patch_overlap: int = 0
     split_mode: str = SPLIT_MODES[0]
-    world_size: int = 2
+    world_size: int = 0
     rank: int = 0
     attention_mode: str = "auto"
     warmup_steps: int = 4

@@ -9,19 +9,17 @@ from typing import Any
 
 import comfy.sd
 import comfy.utils
-import folder_paths
 from comfy_api.latest import io
 
 from ..distributed.pool import acquire, file_stamp
+from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import CheckpointError, read_header
 from .config import CATEGORY, XDITUSPCONFIG
+from .model_files import model_names, model_path
 from .remote_model import RemoteModelPatcher, build_model
-from .settings import ATTENTION_MODES, USPConfig
+from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 
 log = logging.getLogger(__name__)
-
-MODEL_FOLDER = "diffusion_models"
-PRECISIONS = ["fp32", "bf16", "fp16"]
 
 # A type of our own that also plugs into every MODEL input.
 WAN_MODEL = io.Custom("XDITUSPWANVIDEOMODEL,MODEL")
@@ -45,18 +43,22 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=folder_paths.get_filename_list(MODEL_FOLDER),
+                    options=model_names(),
                     tooltip=(
-                        "A Wan text-to-video .safetensors file from models/diffusion_models, in fp32, bf16 or fp16."
+                        "A Wan text-to-video model from models/diffusion_models or models/unet: .safetensors in fp32, "
+                        "bf16, fp16, fp8 or fp8_scaled, .gguf, or the transformer folder of a diffusers model."
                     ),
                 ),
                 io.Combo.Input(
                     "base_precision",
-                    options=PRECISIONS,
+                    options=list(WEIGHT_PRECISIONS),
                     default="bf16",
                     tooltip=(
-                        "Precision of the weights in the workers. The activations have the one of use_fp16 "
-                        "or use_bf16 in XDit+USP Config, or this one where both are off."
+                        "Precision of the weights in the workers. What an fp8 or GGUF file has quantised stays in its "
+                        "format and size whatever you choose; this is for the rest of it. fp8_e4m3fn and fp8_e5m2 "
+                        "quantise the blocks of any other file while loading, with a scale for each output channel: "
+                        "half the memory of bf16. The activations have the precision of use_fp16 or use_bf16 in "
+                        "XDit+USP Config, or this one where both are off (bf16 for fp8)."
                     ),
                 ),
                 XDITUSPCONFIG.Input("xdit_usp_config", tooltip="From XDit+USP Config."),
@@ -97,8 +99,8 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
-        path = folder_paths.get_full_path(MODEL_FOLDER, model) if model else None
-        return file_stamp(path) if path else ""  # a file that was replaced is another model
+        path = model_path(model) if model else ""
+        return file_stamp(path) if os.path.exists(path) else ""  # a file that was replaced is another model
 
     @classmethod
     def execute(
@@ -118,18 +120,13 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
             model,
             xdit_usp_config.plan.describe(header.config.num_heads),
-            spec.weight_dtype,
+            held_as(header, spec.weight_dtype),
             spec.compute_dtype,
         )
         patcher = build_model(header, spec, pool)
         for entry in lora or ():
             patcher = _with_lora(patcher, entry)
         return io.NodeOutput(patcher)
-
-
-def model_path(model: str) -> str:
-    """The file of a combo entry; for one that is gone, a path that `read_header` will refuse by name."""
-    return folder_paths.get_full_path(MODEL_FOLDER, model) or os.path.join(MODEL_FOLDER, model)
 
 
 def _check_inputs(config: object, vace_model: object) -> None:

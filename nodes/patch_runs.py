@@ -17,7 +17,7 @@ from ..distributed.patch_memory import PatchMemory, capacity, check_run, patch_m
 from ..distributed.patches import PatchLayout, split_grid, token_pixels
 from ..distributed.pool import Pool
 from ..distributed.schedule import STALE, PatchSettings, Schedule, StepInfo
-from ..wanvideo.config import WanConfig
+from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.model import Grid, grid_of
 
 SYNC_FREQUENCY = "wan_parallel_sync_frequency"
@@ -47,8 +47,10 @@ class PatchRuns:
         MissingPackage: the official manager was asked for and is not installed.
     """
 
-    def __init__(self, settings: PatchSettings, config: WanConfig, spec: ModelSpec, pool: Pool):
-        self.settings, self.config, self.spec, self.pool = settings, config, spec, pool
+    def __init__(
+        self, settings: PatchSettings, config: WanConfig, spec: ModelSpec, pool: Pool, header: Header | None = None
+    ):
+        self.settings, self.config, self.spec, self.pool, self.header = settings, config, spec, pool, header
         self.manager = manager_name(settings.manager, torch.device(pool.settings.device))
         self.record = RunRecord()
         self._schedule = Schedule()
@@ -154,6 +156,7 @@ class PatchRuns:
             slice_tokens=spec.slice_tokens,
             manager=self.manager,
             groups=self.pool.settings.plan.num_gpus // len(layout.patches),
+            header=self.header,
         )
 
     @property

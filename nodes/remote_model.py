@@ -36,6 +36,7 @@ from .weight_patches import for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
 
+# ComfyUI sees the logical weights: a quantised one is a float matrix to it, of its logical shape.
 _FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Modules of the transformer that other nodes look for. They are in the workers, so the answer is a refusal.
 _MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
@@ -53,7 +54,7 @@ def build_model(
         CheckpointError: this ComfyUI takes the file for something else than a Wan text-to-video model.
     """
     tensors = {
-        name: torch.empty(info.shape, dtype=_FILE_DTYPES[info.dtype], device="meta")
+        name: torch.empty(info.shape, dtype=_FILE_DTYPES.get(info.dtype, torch.bfloat16), device="meta")
         for name, info in header.tensors.items()
     }
     model_config = comfy.model_detection.model_config_from_unet(tensors, "")
@@ -68,7 +69,7 @@ def build_model(
     del model_config.unet_config["disable_unet_model_creation"]
     model.diffusion_model = RemoteWan(header, spec, pool, tensors)
     if patch_settings is not None:
-        model.diffusion_model.patch_runs = PatchRuns(patch_settings, header.config, spec, pool)
+        model.diffusion_model.patch_runs = PatchRuns(patch_settings, header.config, spec, pool, header)
     model.__class__ = _weightless(type(model))
     return RemoteModelPatcher(
         model,

@@ -12,6 +12,7 @@ from ..distributed.pool import file_stamp
 
 TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
 FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
+WEIGHT_PRECISIONS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
 
@@ -126,10 +127,10 @@ class USPConfig:
         )
 
     def compute_dtype(self, base_precision: str) -> str:
-        """Precision of the activations in matrix products: `fp16`, `bf16`, or that of the weights."""
+        """Precision of the activations in matrix products: `fp16`, `bf16`, or that of the weights (bf16 for fp8)."""
         if self.use_fp16:
             return "fp16"
-        return "bf16" if self.use_bf16 else base_precision
+        return "bf16" if self.use_bf16 or base_precision.startswith("fp8") else base_precision
 
     def _check_attention(self, mode: str) -> None:
         if mode in TORCH_KERNELS and not self.use_sdpa:

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..distributed.messages import ModelSpec, ModelStatus, WorkerStatus
 from ..distributed.pool import PoolStatus
+from ..wanvideo.checkpoint import held_as
 from .config import CATEGORY
 from .remote_model import RemoteModelPatcher
 
@@ -43,17 +44,18 @@ class XDitUSPStatus(io.ComfyNode):
                 "This MODEL does not run in workers, so there is no status. "
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )
-        text = report(model.remote.pool.status(), model.remote.spec)
+        remote = model.remote
+        text = report(remote.pool.status(), remote.spec, held_as(remote.header, remote.spec.weight_dtype))
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
-def report(status: PoolStatus, spec: ModelSpec) -> str:
-    """The text of the status node."""
+def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
+    """The text of the status node; `weights` says how those of `spec` are held."""
     plan, device = status.settings.plan, status.settings.device
     if status.state != "ready":
         return (
             f"{status.state}: {plan.num_gpus} workers on {device}. They start with the next sampling step.\n"
-            f"Weights will be {spec.weight_dtype}, activations {spec.compute_dtype}."
+            f"Weights will be {weights}, activations {spec.compute_dtype}."
         )
     lines = [
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",

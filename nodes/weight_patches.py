@@ -16,8 +16,9 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ..wanvideo.checkpoint import DTYPES, Checkpoint, place
+from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, Checkpoint, place
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
+from ..wanvideo.quantized import QuantizedWeight, as_tensor
 from .refusals import refuse, refuse_merging
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,10 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], path: str, weight_dtype:
         shape = checkpoint.header.tensors[name].shape
         plain = [_plain(entry, name, shape) for entry in entries]
         if None in plain:
-            weight = place(checkpoint.tensor(name), DTYPES[weight_dtype], "cpu")
-            translated[name] = [_computed(entries, weight, key)]
+            held = place(checkpoint.tensor(name), WEIGHT_DTYPES[weight_dtype], "cpu", name)
+            weight = as_tensor(held, torch.float32)
+            dtype = torch.bfloat16 if isinstance(held, QuantizedWeight) else held.dtype
+            translated[name] = [_computed(entries, weight, key, dtype)]
         else:
             translated[name] = [patch for alternatives in plain for patch in alternatives]
     return {name: changes for name, changes in translated.items() if changes}
@@ -103,12 +106,12 @@ def _does_not_fit(name: str, got: Sequence[int], shape: Sequence[int]) -> list[W
     return []
 
 
-def _computed(entries: Sequence[Entry], weight: torch.Tensor, key: str) -> Replacement:
-    """The weight after all of its entries, computed by ComfyUI in float32."""
+def _computed(entries: Sequence[Entry], weight: torch.Tensor, key: str, dtype: torch.dtype) -> Replacement:
+    """The weight after all of its entries, computed by ComfyUI in float32; it travels in `dtype`."""
     result = comfy.lora.calculate_weight(list(entries), weight.to(torch.float32, copy=True), key)
     if result.shape != weight.shape:
         refuse(
             f"A LoRA changes the shape of {key} from {tuple(weight.shape)} to {tuple(result.shape)}",
             "Use a LoRA made for the text-to-video model.",
         )
-    return Replacement(result.to(weight.dtype))
+    return Replacement(result.to(dtype))

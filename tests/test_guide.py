@@ -7,12 +7,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from wan_parallel.distributed.patch_memory import gib, patch_memory
 from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
-from wan_parallel.nodes.settings import ATTENTION_MODES, USPConfig
+from wan_parallel.nodes.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
+from wan_parallel.wanvideo.checkpoint import held_bytes
 from wan_parallel.wanvideo.config import PRESETS
+from wan_parallel.wanvideo.gguf_blocks import BLOCKS
 from wan_parallel.wanvideo.model import Grid
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +74,14 @@ def test_the_degrees_are_those_that_are_chosen() -> None:
 def test_the_memory_of_the_weights_is_that_of_their_parameters() -> None:
     for preset, (_, *shown) in zip(PRESETS.values(), rows("Memory")[1:], strict=True):
         assert shown == [f"{preset.parameters * nbytes / 2**30:.1f} GiB" for nbytes in (4, 2)]
+
+
+def test_the_table_of_model_files_names_what_is_read() -> None:
+    table = rows("Model files")
+    assert [name for name in BLOCKS if name not in " ".join(file for file, _ in table)] == []
+    at_load = next(held for file, held in table if "fp8_e4m3fn" in file)
+    assert f"{held_bytes('random:14b', torch.float8_e4m3fn) / 2**30:.1f} GiB for the 14B" in at_load
+    assert all(name in section("Model files", GUIDE) for name in WEIGHT_PRECISIONS)
 
 
 def test_every_attention_kernel_is_explained() -> None:

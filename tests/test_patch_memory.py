@@ -77,7 +77,7 @@ def test_weights_are_in_their_dtype_and_small_tensors_in_float32():
     config = PRESETS["14b"]
     assert weight_bytes(config, "fp32") == 4 * config.parameters
     assert weight_bytes(config, "bf16") == pytest.approx(2 * config.parameters, rel=0.002)
-    assert weight_bytes(config, "fp8_e4m3fn") == pytest.approx(config.parameters, rel=0.003)
+    assert weight_bytes(config, "fp8_e4m3fn") == pytest.approx(config.parameters, rel=0.02)  # embeddings in bf16
 
 
 def test_the_whole_is_its_parts_and_branches_count_twice():

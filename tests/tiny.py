@@ -12,8 +12,9 @@ from typing import NamedTuple
 import pack  # noqa: F401 (registers wan_parallel)
 import torch
 from safetensors.torch import load_file, save_file
-from wan_parallel.wanvideo.config import FLOAT_DTYPES, WanConfig
+from wan_parallel.wanvideo.config import WanConfig
 
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
 
 
@@ -73,7 +74,12 @@ def write_checkpoint(
     path: Path, config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32, prefix: str = ""
 ) -> str:
     """A checkpoint of random weights; returns its path."""
-    save_file({prefix + k: v.to(dtype) for k, v in random_weights(config, seed).items()}, path)
+    return write_weights(path, {prefix + k: v.to(dtype) for k, v in random_weights(config, seed).items()})
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """A safetensors file of these tensors; returns its path."""
+    save_file(dict(tensors), path, dict(metadata) if metadata else None)
     return str(path)
 
 
@@ -84,7 +90,7 @@ def write_layout(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        nbytes = FLOAT_DTYPES.get(dtype, 1)
+        nbytes = ITEM_BYTES.get(dtype, 1)
         for size in shape:
             nbytes *= size
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}

@@ -1,38 +1,55 @@
-"""Weights of a Wan DiT: from a safetensors file through the page cache, or random ones for benchmarks."""
+"""Weights of a Wan DiT: from its file through the page cache, or random ones for benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
-from .config import PRESETS, CheckpointError, WanConfig, read_header
+from .config import PRESETS, Header, WanConfig, read_header
+from .contents import CheckpointError, TensorInfo
+from .files import is_gguf
+from .formats import format_name, is_quantized, weight_of
+from .gguf_file import gguf_tensor, map_file
+from .lora import WeightPatch, merge
+from .quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
 
 RANDOM_PREFIX = "random:"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHT_DTYPES = DTYPES | FLOAT8
 
 
 class WeightSource(Protocol):
-    """Where the tensors of one model come from, by their names without prefix."""
+    """Where the tensors of one model come from, by their names without prefix. `header` is None without a file."""
 
     config: WanConfig
+    header: Header | None
 
-    def tensor(self, name: str) -> torch.Tensor: ...
+    def tensor(self, name: str) -> Weight: ...
 
 
 class Checkpoint:
-    """A safetensors file, opened once and memory-mapped: processes that read it share its pages."""
+    """A model's file or files, each opened once and memory-mapped: processes that read it share its pages."""
 
     def __init__(self, path: str):
         self.header = read_header(path)
         self.config = self.header.config
-        self._file = safe_open(path, framework="pt", device="cpu")
+        self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
+        self._mapped = functools.cache(map_file)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it stands in the file, on the CPU."""
-        return self._file.get_tensor(self.header.prefix + name)
+    def tensor(self, name: str) -> Weight:
+        """The weight as it stands in the file, on the CPU."""
+        info = self.header.tensors[name]
+        return weight_of(info, self._read(info), self._read(info.scale) if info.scale else None)
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        if is_gguf(info.file):
+            return gguf_tensor(info, self._mapped(info.file))
+        return self._safetensors(info.file).get_tensor(info.key)
 
 
 def random_config(size: str) -> WanConfig:
@@ -48,6 +65,8 @@ def random_config(size: str) -> WanConfig:
 
 class RandomWeights:
     """Normal weights of a released size (`random:14b`): what a speed needs, without a file of 28 GB."""
+
+    header = None
 
     def __init__(self, size: str, device: torch.device | str):
         self.config = random_config(size)
@@ -73,22 +92,70 @@ def open_weights(path: str, device: torch.device | str = "cpu") -> WeightSource:
     return Checkpoint(path)
 
 
-def placed(
-    source: WeightSource, weight_dtype: torch.dtype, device: torch.device | str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of `source` on `device`, one at a time (see `place`)."""
-    for name in source.config.shapes():
-        yield name, place(source.tensor(name), weight_dtype, device)
+def held_as(header: Header | None, weight_dtype: str) -> str:
+    """How the weights of a model are held, such as bf16, or GGUF Q4_K and bf16; random weights have no header."""
+    quantized = {name: info for name, info in header.tensors.items() if is_quantized(info)} if header else {}
+    if not quantized:
+        return f"{weight_dtype} and bf16" if weight_dtype in FLOAT8 else weight_dtype
+    return f"{format_name(quantized)} and {'bf16' if weight_dtype in FLOAT8 else weight_dtype}"
 
 
-def place(tensor: torch.Tensor, weight_dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """Matrices in `weight_dtype`; norms, biases, modulation and the patch embedding in float32.
+def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each weight of a model as `place` holds it; reads none. Random weights have no header."""
+    sizes = {name: _held(name, shape, weight_dtype) for name, shape in config.shapes().items()}
+    tensors = header.tensors if header else {}
+    return sizes | {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
 
-    The small tensors are 0.1 % of the bytes, and the residual stream they act on is float32.
+
+def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
+    """Bytes that a model takes on a device where it is held in `weight_dtype`.
+
+    Raises:
+        CheckpointError: see `open_weights`.
     """
-    return tensor.to(device=device, dtype=held_dtype(tensor.ndim, weight_dtype))
+    if path.startswith(RANDOM_PREFIX):
+        config, header = random_config(path.removeprefix(RANDOM_PREFIX)), None
+    else:
+        header = read_header(path)
+        config = header.config
+    return sum(held_sizes(config, header, weight_dtype).values())
+
+
+def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
+    if is_quantized_at_load(name, len(shape), weight_dtype):
+        return math.prod(shape) + shape[0] * 4
+    return math.prod(shape) * held_dtype(len(shape), weight_dtype).itemsize
+
+
+def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
+    """A weight as the model holds it on `device`.
+
+    Matrices and 2-D convolutions are in `weight_dtype`; norms, biases, modulation and the patch embedding in float32:
+    these are 0.1 % of the bytes, and the residual stream they act on is float32. What the file has quantised stays as
+    it is. An fp8 `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the
+    embeddings and the head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's
+    fp8 files. (ComfyUI's own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
+    """
+    if isinstance(weight, QuantizedWeight):
+        return weight.to(device)
+    if is_quantized_at_load(name, weight.ndim, weight_dtype):
+        return Fp8Weight.quantize(weight.to(device), weight_dtype)
+    return weight.to(device, held_dtype(weight.ndim, weight_dtype))
+
+
+def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
+    """Whether `place` quantises a float weight: in fp8, the matrices of the blocks, which are 98 % of the bytes."""
+    return weight_dtype in FLOAT8.values() and ndim == 2 and "blocks." in name
 
 
 def held_dtype(ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which `place` holds a tensor of so many dimensions."""
-    return weight_dtype if ndim == 2 else torch.float32
+    """The dtype in which `place` holds a weight of so many dimensions that is not quantised."""
+    if ndim not in (2, 4):
+        return torch.float32
+    return torch.bfloat16 if weight_dtype in FLOAT8.values() else weight_dtype
+
+
+def change(weight: Weight, patches: Sequence[WeightPatch]) -> Weight:
+    """A file's weight with `patches` merged in float32 (see `merge`): in float32, or quantised as it was."""
+    merged = merge(as_tensor(weight, torch.float32), patches)
+    return weight.requantize(merged) if isinstance(weight, QuantizedWeight) else merged

@@ -1,4 +1,4 @@
-"""The configuration of a Wan DiT, read off a safetensors header alone.
+"""The configuration of a Wan DiT, read off the header of its file alone.
 
 A 28 GB checkpoint is described by about 100 kB of JSON at its start: that is enough to know the model's
 dimensions, to refuse what cannot run, and to build a model without weights.
@@ -6,17 +6,18 @@ dimensions, to refuse what cannot run, and to build a model without weights.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .contents import CheckpointError, TensorInfo, elements, listed
+from .diffusers_names import has_diffusers_names, original_name
+from .files import read_contents
+from .formats import format_name, logical_tensors
+
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-FLOAT_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors names -> bytes
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _LATER = "Use a plain fp32, fp16 or bf16 Wan text-to-video file; this kind comes in a later version."
 
 # Tensors that only one variant has (../README.md says which variants run). Order matters: first match wins.
@@ -34,10 +35,6 @@ _VARIANT_MARKERS = (
     ("img_emb.emb_pos", "Wan FLF2V"),
     ("img_emb.proj.0.bias", "Wan 2.1 I2V"),
 )
-
-
-class CheckpointError(ValueError):
-    """The file cannot be used as a Wan DiT. The text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class WanConfig:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(_elements(shape) for shape in self.shapes().values())
+        return sum(elements(shape) for shape in self.shapes().values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every tensor of the state dict, in the original key names."""
@@ -105,16 +102,8 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One entry of a safetensors header: its dtype (safetensors' name, such as BF16) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Header:
-    """What the start of a checkpoint tells. `tensors` has the DiT's tensors alone, without the prefix."""
+    """What the start of a checkpoint tells. `tensors` has the DiT's tensors alone, by their original names."""
 
     path: str
     prefix: str
@@ -123,105 +112,47 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def format(self) -> str:
+        """What a user calls the format of most of the weights, such as bf16, scaled fp8 e4m3 or GGUF Q4_K."""
+        return format_name(self.tensors)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the DiT's tensors on disk."""
-        return sum(_elements(t.shape) * FLOAT_DTYPES[t.dtype] for t in self.tensors.values())
+        return sum(info.nbytes for info in self.tensors.values())
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read the configuration of the Wan DiT in a safetensors file without touching its weights.
+    """Read the configuration of the Wan DiT in a safetensors or GGUF file, or in a folder of shards, without touching
+    its weights.
 
     Raises:
         CheckpointError: the file is missing, cut short, corrupt, a pickle, not a Wan DiT, or a Wan variant
             or format that is not there yet.
     """
     path = os.fspath(path)
-    raw, metadata = _read_safetensors_header(path)
-    prefix = _find_prefix(path, raw)
+    contents = read_contents(path)
+    prefix = _find_prefix(path, contents.tensors)
+    renamed = has_diffusers_names(contents.tensors, prefix)
     tensors = {
-        name.removeprefix(prefix): TensorInfo(info["dtype"], tuple(info["shape"]))
-        for name, info in raw.items()
-        if name.startswith(prefix)
+        original_name(name.removeprefix(prefix)) if renamed else name.removeprefix(prefix): info
+        for name, info in logical_tensors(path, contents, prefix).items()
     }
-    _refuse_other_formats(path, tensors)
+    _refuse_other_variants(path, tensors)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
-    return Header(path, prefix, config, tensors, metadata)
+    return Header(path, prefix, config, tensors, contents.metadata)
 
 
-def _read_safetensors_header(path: str) -> tuple[dict[str, dict], dict[str, str]]:
-    name = Path(path).name
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            start = file.read(9)  # of a safetensors file: the length of its header, and the header's "{"
-            _refuse_other_containers(name, start)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else _MAX_HEADER_BYTES + 1
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{name} is not a safetensors file, or its download stopped early. Download it again."
-                )
-            file.seek(8)
-            entries = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
-        ) from error
-    except (ValueError, RecursionError) as error:  # the latter from deep nesting
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"The header of {name} is corrupt. Download the file again.") from error
-    return _checked_entries(name, entries, size - 8 - length)
-
-
-def _checked_entries(name: str, entries: object, data_bytes: int) -> tuple[dict[str, dict], dict[str, str]]:
-    corrupt = CheckpointError(f"The header of {name} is corrupt. Download the file again.")
-    if not isinstance(entries, dict):
-        raise corrupt
-    metadata = entries.pop("__metadata__", {})
-    end = 0
-    for info in entries.values():
-        try:
-            dtype, shape, (begin, stop) = info["dtype"], info["shape"], info["data_offsets"]
-            sound = isinstance(dtype, str) and 0 <= begin <= stop and all(int(n) >= 0 for n in shape)
-        except (TypeError, KeyError, ValueError, OverflowError):
-            raise corrupt from None
-        if not sound:
-            raise corrupt
-        if dtype in FLOAT_DTYPES and stop - begin != _elements(shape) * FLOAT_DTYPES[dtype]:
-            raise corrupt
-        end = max(end, stop)
-    if end > data_bytes:
-        raise CheckpointError(
-            f"{name} is cut short: {data_bytes:,} of {end:,} bytes of weights are there. Download it again."
-        )
-    return entries, metadata if isinstance(metadata, dict) else {}
-
-
-def _refuse_other_containers(name: str, start: bytes) -> None:
-    # The length of a safetensors header can begin with either magic number as well.
-    pickled = start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
-    if pickled or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        raise CheckpointError(
-            f"{name} is a pickle file, which can run code when it is opened. Use its .safetensors version."
-        )
-    if start[:4] == b"GGUF":
-        raise CheckpointError(f"{name} is a GGUF file. {_LATER}")
-
-
-def _find_prefix(path: str, raw: Mapping[str, dict]) -> str:
+def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
     for prefix in PREFIXES:
         if f"{prefix}head.modulation" in raw and f"{prefix}blocks.0.self_attn.q.weight" in raw:
+            return prefix
+        if has_diffusers_names(raw, prefix):
             return prefix
     name = Path(path).name
     if any("lora_" in key or key.endswith((".diff", ".diff_b")) for key in raw):
         raise CheckpointError(f"{name} is a LoRA. Load it with LoraLoaderModelOnly behind the model loader.")
-    if "condition_embedder.time_embedder.linear_1.weight" in raw:
-        raise CheckpointError(f"{name} has the tensor names of diffusers. {_LATER}")
     if any(key.endswith("vace_blocks.0.after_proj.weight") for key in raw):
         raise CheckpointError(f"{name} is a VACE module without its Wan model. {_LATER}")
     raise CheckpointError(
@@ -230,16 +161,11 @@ def _find_prefix(path: str, raw: Mapping[str, dict]) -> str:
     )
 
 
-def _refuse_other_formats(path: str, tensors: Mapping[str, TensorInfo]) -> None:
+def _refuse_other_variants(path: str, tensors: Mapping[str, TensorInfo]) -> None:
     name = Path(path).name
     for marker, variant in _VARIANT_MARKERS:
         if marker in tensors:
             raise CheckpointError(f"{name} is a {variant} model. {_LATER}")
-    scaled = any(key.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) for key in tensors)
-    other = {t.dtype for t in tensors.values()} - FLOAT_DTYPES.keys()
-    if scaled or other:
-        kind = "scaled fp8 or otherwise quantised" if scaled else "/".join(sorted(other))
-        raise CheckpointError(f"{name} has {kind} weights. {_LATER}")
 
 
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
@@ -275,22 +201,15 @@ def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanCon
     missing = [k for k, s in expected.items() if k not in tensors or tensors[k].shape != s]
     if missing:
         raise CheckpointError(
-            f"{name} lacks {len(missing)} tensors of a Wan model or has them in another shape, "
-            f"the first being {missing[0]}. Download the file again, or choose another."
+            f"{name} lacks {len(missing)} tensors of a Wan model or has them in another shape: "
+            f"{listed(missing)}. Download the file again, or choose another."
         )
     unknown = [key for key in tensors if key not in expected]
     if unknown:
         raise CheckpointError(
-            f"{name} has {len(unknown)} tensors of an unknown Wan variant, the first being {unknown[0]}. {_LATER}"
+            f"{name} has {len(unknown)} tensors of an unknown Wan variant: {listed(unknown)}. {_LATER}"
         )
     if config.in_dim != config.out_dim:
         raise CheckpointError(
             f"{name} is an image-to-video or control model: {config.in_dim} channels in, {config.out_dim} out. {_LATER}"
         )
-
-
-def _elements(shape: tuple[int, ...] | list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

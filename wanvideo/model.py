@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from . import pointwise
 from .attention import AttentionKernel, get_kernel
-from .checkpoint import open_weights, placed
+from .checkpoint import open_weights, place
 from .config import WanConfig
+from .quantized import QuantizedWeight, Weight, as_tensor
 from .rope import rope_table
 
 PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
@@ -84,15 +85,17 @@ def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> 
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias in the dtype of x, whatever the weights are held in."""
+    """x @ weight.T + bias in the dtype of x, whatever the weights are held in; `weight` may be a `QuantizedWeight`."""
 
     def __init__(self, columns: int, rows: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+        self.ready: torch.Tensor | None = None  # the weight converted, while it is used several times
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        weight = as_tensor(self.weight if self.ready is None else self.ready, x.dtype)
+        return F.linear(x, weight, self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -187,12 +190,24 @@ class Block(nn.Module):
         y = modulate(x, self.eps, shift, scale, dtype)
         pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
         text = self.cross_attn.text_keys(inputs.context)
-        for s in slices(x.shape[1], inputs.slice_tokens):
+        for s in self._slices(x.shape[1], inputs):
             part = x[:, s]
             pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), text, inputs.kernel))
             y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype)
             pointwise.add_(part, self.ffn(y), rows(gate_ffn, s))
         return x
+
+    def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
+        """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
+        runs = list(slices(length, inputs.slice_tokens))
+        linears = [m for m in (self.cross_attn.q, self.cross_attn.o, *self.ffn) if isinstance(m, Linear)]
+        try:
+            for linear in linears if len(runs) > 1 else ():
+                linear.ready = as_tensor(linear.weight, inputs.compute_dtype)
+            yield from runs
+        finally:
+            for linear in linears:
+                linear.ready = None
 
 
 class Head(nn.Module):
@@ -305,8 +320,25 @@ class WanModel(nn.Module):
             attention = get_kernel(attention, device, compute_dtype)
         with torch.device("meta"):
             model = cls(source.config, attention, compute_dtype, slice_tokens)
-        model.load_state_dict(dict(placed(source, weight_dtype, device)), assign=True)
+        for name in source.config.shapes():
+            model.set_weight(name, place(source.tensor(name), weight_dtype, device, name))
         return model.eval().requires_grad_(False)
+
+    def set_weight(self, name: str, weight: Weight) -> None:
+        """Give the model the weight called `name`, in place of the one it has."""
+        owner, _, attribute = name.rpartition(".")
+        module = self.get_submodule(owner)
+        if isinstance(weight, QuantizedWeight):
+            module._parameters.pop(attribute, None)  # torch refuses anything but a Parameter in its place
+            setattr(module, attribute, weight)
+        else:
+            setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Every weight with its name, quantised ones included (`named_parameters` leaves these out)."""
+        for name in self.config.shapes():
+            owner, _, attribute = name.rpartition(".")
+            yield name, getattr(self.get_submodule(owner), attribute)
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Predict the velocity.

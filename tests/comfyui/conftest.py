@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import format_files
 import loras
 import pytest
 import tiny
@@ -69,7 +70,19 @@ def _write_models(folder: Path) -> None:
     tiny.write_checkpoint(models / "wan22-5b.safetensors", FIVE_B)
     loras.write_lora(lora_files / "plain.safetensors", TINY)
     loras.write_odd_lora(lora_files / "odd.safetensors", TINY)
+    _write_formats(models)
     _write_wrong_files(models)
+
+
+def _write_formats(models: Path) -> None:
+    for name, kind in (("fp8-older", "ComfyUI's older scaled"), ("fp8-newer", "ComfyUI's newer scaled")):
+        folder = models / name
+        folder.mkdir()
+        format_files.written(folder, kind, config=TINY)  # quantised.safetensors and meant.safetensors
+    _, meant = format_files.write_gguf(models / "tiny-Q4_K.gguf", "Q4_K", TINY)
+    tiny.write_weights(models / "tiny-Q4_K-meant.safetensors", meant)
+    format_files.write_shards(models / "Tiny-Diffusers" / "transformer", TINY)
+    (models / "cut-short.gguf").write_bytes((models / "tiny-Q4_K.gguf").read_bytes()[:200_000])
 
 
 def _write_wrong_files(models: Path) -> None:
