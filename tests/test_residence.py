@@ -75,6 +75,18 @@ def test_a_model_of_one_block_and_one_in_float32_run_too(pool_of, spec, tmp_path
     pool.unload()
 
 
+def test_quantised_weights_are_shared_and_moved_as_they_are(pool_of, base):
+    pool, given, patches = pool_of(2), tiny.inputs(FIVE_LAYERS), patch_set(some_lora(0.5))
+    fp8 = replace(base, weight_dtype="fp8_e4m3fn")
+    plain, merged = pool.forward(fp8, *given), pool.forward(fp8, *given, patches)
+    assert not torch.equal(plain, merged)
+    for way in WAYS:
+        model = living(fp8, way)
+        assert torch.equal(pool.forward(model, *given, patches), merged)
+        pool.step_out(model, [0, 1], 1e30)
+        assert torch.equal(pool.forward(model, *given), plain)
+
+
 def test_models_that_live_in_different_places_alternate(pool_of, base, spec):
     pool, given = pool_of(2), tiny.inputs(FIVE_LAYERS, batch=2)
     models = [living(base, way) for way in WAYS]
