@@ -11,6 +11,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, is_dataclass
 
+from ..wanvideo.options import Options
 from .plan import ParallelPlan, PatchSplit
 
 
@@ -123,6 +124,18 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class ConditioningRef:
+    """A `wanvideo.conditioning.Conditioning`: its tensors by name, in an arena of their own that outlives a step.
+
+    A tensor with one item where the latent has more is the same for all of them.
+    """
+
+    arena: ArenaRef | None
+    tensors: dict[str, TensorRef]
+    options: Options
+
+
+@dataclass(frozen=True)
 class Displaced:
     """How one forward takes part in displaced patch parallelism; see schedule.py for its fields.
 
@@ -152,6 +165,7 @@ class Forward:
     context: TensorRef
     out: TensorRef
     displaced: Displaced | None = None
+    conditioning: ConditioningRef | None = None
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,12 @@ def patch_memory(
     """
     layer = items * layer_bytes(config, layout, compute_dtype, fp8_buffers)
     on_host = manager == "host"
+    held = FETCHED_AHEAD if on_host else config.num_layers
+    if manager.startswith(("official", "distrifuser")):
+        held *= 2  # its gathers into lists keep a flat copy until they are waited for: measured with NCCL
     return PatchMemory(
         weights=weight_bytes(config, weight_dtype, header),
-        buffers=layer * (FETCHED_AHEAD if on_host else config.num_layers),
+        buffers=layer * held,
         working=at_once * working_bytes(config, layout, compute_dtype, slice_tokens),
         host=groups * layer * config.num_layers if on_host else 0,
     )

@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import RANDOM_PREFIX, WEIGHT_DTYPES, held_bytes, random_config
+from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, WEIGHT_DTYPES, held_bytes, random_config
+from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.files import model_files
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
+from .conditioning import SharedConditioning
 from .memory import PlacementError
 from .messages import (
     Cancel,
@@ -157,6 +159,7 @@ class Pool:
         self._held: dict[ModelSpec, tuple[HeldWeights, ...]] = {}  # by rank, as the workers said last
         self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
         self._arena: Arena | None = None
+        self._conditioning = SharedConditioning()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._seconds = self._hop = 0.0
@@ -212,6 +215,7 @@ class Pool:
         poll: Poll | None = None,
         make_room: Callable[[int], None] | None = None,
         displaced: Displaced | None = None,
+        conditioning: Conditioning = NOTHING,
     ) -> torch.Tensor:
         """One DiT forward on all workers (see `WanModel.forward`).
 
@@ -225,6 +229,7 @@ class Pool:
                 request, and the pool stays usable.
             make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
             displaced: the forward's part in displaced patch parallelism (see schedule.py); exact without.
+            conditioning: further inputs of some variants, each with B items.
 
         Returns:
             float32 [B, out_dim, T, H, W] on the device of x.
@@ -236,7 +241,11 @@ class Pool:
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
-        _check_inputs(config, x, timestep, context)
+        frames = x.shape[2] if x.ndim == 5 else 0
+        _check_inputs(config, x, context)
+        check(config, x, conditioning)
+        x, conditioning = extended(x, conditioning)
+        _check_timestep(x, timestep)
         with self._lock:
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room, grid_of(x).tokens)
@@ -248,10 +257,12 @@ class Pool:
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
             refs = [arena.write(tensor) for tensor in inputs]
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
-            request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced)
+            shared = self._conditioning.share(conditioning, DTYPES[spec.compute_dtype])
+            request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced, shared)
             replies = self._call(request, poll)
             self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
+            result = core(result, frames, conditioning.options)
             self._seconds = max(reply.seconds for reply in replies.replies)
             self._hop = time.perf_counter() - started - self._seconds
             self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
@@ -318,6 +329,7 @@ class Pool:
         """
         with self._lock:
             if self.workers and not self._lost() and not self._abandoned:
+                self._conditioning.close()
                 self._call(Trim(self._new_id()), None)
 
     def close(self) -> None:
@@ -331,6 +343,7 @@ class Pool:
             self._aside.clear()
             self._abandoned = 0
             self._close_arena()
+            self._conditioning.close()
 
     def status(self) -> PoolStatus:
         """Memory, models and speed as they are now. Starts nothing."""
@@ -534,17 +547,20 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
     return PoolSettings(settings.plan, device, settings.memory_fraction, backend, settings.overlap)
 
 
-def _check_inputs(config: WanConfig, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> None:
+def _check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> None:
     if x.ndim != 5 or x.shape[1] != config.in_dim:
         raise ValueError(
-            f"The latent has shape {tuple(x.shape)}, but this Wan model takes [batch, {config.in_dim}, frames, "
-            "height, width]. Use EmptyHunyuanLatentVideo, or the latent node of this model's family."
+            f"The latent has shape {tuple(x.shape)}, but this {config.variant} Wan model takes [batch, "
+            f"{config.in_dim}, frames, height, width]. Use the latent and conditioning nodes of this variant."
         )
     if context.ndim != 3 or context.shape[-1] != config.text_dim or len(context) != len(x):
         raise ValueError(
             f"The text conditioning has shape {tuple(context.shape)}, but this model takes [{len(x)}, tokens, "
             f"{config.text_dim}]. Use CLIPLoader with type wan and the umt5-xxl text encoder."
         )
+
+
+def _check_timestep(x: torch.Tensor, timestep: torch.Tensor) -> None:
     if timestep.shape not in ((len(x),), (len(x), x.shape[2])):
         raise ValueError(
             f"The timesteps have shape {tuple(timestep.shape)}, but one for each of {len(x)} batch items or for "

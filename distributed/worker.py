@@ -33,10 +33,12 @@ from ..wanvideo.checkpoint import (
     open_weights,
     place,
 )
+from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from ..wanvideo.quantized import Weight
+from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import PatchParallel, StaleAttention, StaleError
@@ -56,6 +58,7 @@ from .memory import (
 )
 from .messages import (
     ArenaRef,
+    ConditioningRef,
     Exchange,
     Forward,
     HeldWeights,
@@ -140,6 +143,7 @@ class Worker:
         self.share_groups: dict[int, ShareGroup] = {1: ShareGroup()}
         self.patches = PatchParallel(rank, settings.plan.num_gpus, self.device)
         self.arena = ArenaReader()
+        self.conditioning = ArenaReader()
         self.peak_private = 0
         self.fused = pointwise.use_triton(self.device)
 
@@ -188,7 +192,7 @@ class Worker:
         source = open_weights(spec.path, self.device)
         self._join_groups(source.config.num_heads)
         with torch.device("meta"):
-            model = WanModel(source.config, kernel, dtype, spec.slice_tokens)
+            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
         sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
         demand = demand_of(sizes, self._activations(spec, source.config, tokens))
         ranks = len(self._equals()[0])
@@ -227,6 +231,7 @@ class Worker:
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
+        conditioning = self._conditioning(request.conditioning, len(x))
         grid = grid_of(x)
         ranks = self.settings.plan.group_ranks(len(x))
         group = self.groups[self.settings.plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
@@ -234,7 +239,9 @@ class Worker:
         out = self.arena.view(request.arena, request.out)
         exact, part = self._attention(group, loaded, grid), slice(*group.shard(grid.tokens))
         self._settle(request.spec, loaded, part.stop - part.start)
-        step = request.displaced if ranks > 1 else None
+        # buffers are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
+        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
+        step = request.displaced if ranks > 1 and usual else None
         if step is not None:
             self.patches.begin(step)
         self.gate.begin(request.id)
@@ -254,7 +261,14 @@ class Worker:
                     part = attend.part
                 try:
                     result = loaded.model.transform(
-                        tokens[items, part], grid, part, timestep[items], context[items], attend, before_block
+                        tokens[items, part],
+                        grid,
+                        part,
+                        timestep[items],
+                        context[items],
+                        attend,
+                        before_block,
+                        conditioning.items(items),
                     )
                 finally:
                     if attend is not exact:
@@ -473,6 +487,14 @@ class Worker:
                 return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
             case _:
                 return Replacement(*tensors)
+
+    def _conditioning(self, ref: ConditioningRef | None, batch: int) -> Conditioning:
+        """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
+        if ref is None:
+            return NOTHING
+        views = {name: self.conditioning.view(ref.arena, tensor) for name, tensor in ref.tensors.items()}
+        shared = {name: view.expand(batch, *view.shape[1:]) for name, view in views.items()}
+        return Conditioning(**shared, options=ref.options)
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)

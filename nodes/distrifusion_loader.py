@@ -40,7 +40,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             display_name="🎯 Official DistriFusion Model Loader",
             category=CATEGORY,
             description=(
-                "A Wan 2.1/2.2 text-to-video model whose video is cut into patches, one for each GPU. A GPU sees the "
+                "A Wan 2.1/2.2 model whose video is cut into patches, one for each GPU. A GPU sees the "
                 "other patches as they were one step before (DistriFusion, CVPR 2024), so that the GPUs need not wait "
                 "for each other. Not exact, and it needs much host memory: XDit+USP WanVideo Model Loader is exact and "
                 "needs less. Meant for GPUs without NVLink."
@@ -148,7 +148,7 @@ def _model() -> list[io.Input]:
         io.Combo.Input(
             "model",
             options=model_names(),
-            tooltip="A Wan text-to-video model: what XDit+USP WanVideo Model Loader reads.",
+            tooltip="A Wan model: what XDit+USP WanVideo Model Loader reads.",
         ),
         io.Combo.Input(
             "precision",

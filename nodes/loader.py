@@ -35,7 +35,8 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             display_name="XDit+USP WanVideo Model Loader",
             category=CATEGORY,
             description=(
-                "A Wan 2.1/2.2 text-to-video model that runs on all GPUs of XDit+USP Config. Its output "
+                "A Wan 2.1/2.2 model (text- or image-to-video, first-last-frame, Fun, VACE) that runs on all GPUs of "
+                "XDit+USP Config; which of the high- and low-noise files is which cannot be told from them. Its output "
                 "goes where any MODEL goes: LoRA loaders, ModelSamplingSD3, KSampler, EasyCache and so on. "
                 "The workers start and load the weights with the first sampling step, and stay for the next "
                 "prompt."
@@ -45,7 +46,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                     "model",
                     options=model_names(),
                     tooltip=(
-                        "A Wan text-to-video model from models/diffusion_models or models/unet: .safetensors in fp32, "
+                        "A Wan model from models/diffusion_models or models/unet: .safetensors in fp32, "
                         "bf16, fp16, fp8 or fp8_scaled, .gguf, or the transformer folder of a diffusers model."
                     ),
                 ),
@@ -81,7 +82,9 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                     ),
                 ),
                 io.Custom("VACEPATH").Input(
-                    "vace_model", optional=True, tooltip="VACE comes in a later version. Leave it unconnected."
+                    "vace_model",
+                    optional=True,
+                    tooltip="A VACE module beside its model comes later: leave it open, and choose a whole VACE file.",
                 ),
             ],
             outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
@@ -136,7 +139,10 @@ def _check_inputs(config: object, vace_model: object) -> None:
         )
     config.validate()
     if vace_model is not None:
-        raise ValueError("VACE comes in a later version. Disconnect vace_model from the loader.")
+        raise ValueError(
+            "A VACE module beside its model comes in a later version. Disconnect vace_model, and choose a file "
+            "that has both, such as wan2.1_vace_14B_fp16.safetensors, as model."
+        )
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:

@@ -102,7 +102,7 @@ class PatchRuns:
             PlanError: as in `step`.
         """
         settings, ranks, lanes = self._settings(options), self._ranks(size[0]), lane_names(options, size[0])
-        if settings.sync_frequency > 1 and not _why_exact(settings, ranks, lanes, options):
+        if settings.sync_frequency > 1 and not _why_exact(self.config, settings, ranks, lanes, options):
             grid = grid_of(torch.empty(size, device="meta"))
             self._check(self.layout(grid, ranks), _share(size[0], ranks, self.pool))
 
@@ -117,7 +117,7 @@ class PatchRuns:
         settings = self._settings(options)
         ranks, lanes = self._ranks(len(x)), lane_names(options, len(x))
         self.record.grid, self.record.sync_frequency = grid_of(x), settings.sync_frequency
-        self.record.exact_because = _why_exact(settings, ranks, lanes, options)
+        self.record.exact_because = _why_exact(self.config, settings, ranks, lanes, options)
         if self.record.exact_because:
             self._schedule.restart()
             return None
@@ -216,9 +216,13 @@ def lane_names(options: Mapping[str, Any], batch: int) -> tuple[str, ...] | None
 
 
 def _why_exact(
-    settings: PatchSettings, ranks: int, lanes: tuple[str, ...] | None, options: Mapping[str, Any]
+    config: WanConfig, settings: PatchSettings, ranks: int, lanes: tuple[str, ...] | None, options: Mapping[str, Any]
 ) -> str:
     """Why this forward takes no part in the method; "" if it does."""
+    if config.vace_layers:
+        return "VACE's blocks attend to tokens of their own, for which there are no buffers"
+    if options.get("patches_replace", {}).get("dit"):
+        return "a node leaves blocks out of some forwards (SkipLayerGuidanceDiT)"
     if options.get("context_window") is not None:
         return "context windows show the model other frames in every call"
     if ranks == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 _STOCK = "or load the model with ComfyUI's Load Diffusion Model, which runs it on one GPU"
@@ -17,14 +17,21 @@ def refuse(what: str, instead: str) -> NoReturn:
     raise NotOnWorkers(f"{what}, but this model runs in the XDit+USP workers. {instead}")
 
 
-# Inputs that some Wan variants take, by the name that ComfyUI gives them in forward.
+class WrongVariant(NotOnWorkers):
+    """The graph conditions another variant of Wan than the one that is loaded."""
+
+
+# Inputs that some Wan variants take: the name that ComfyUI gives them in forward, what they are, who adds them.
 _VARIANT_INPUTS = {
-    "clip_fea": "a CLIP vision embedding (image-to-video)",
-    "time_dim_concat": "subject images (WanPhantomSubjectToVideo)",
-    "reference_latent": "a reference latent",
+    "clip_fea": ("a CLIP vision embedding of a start image", "WanImageToVideo"),
+    "reference_latent": ("a reference latent", "Wan22FunControlToVideo"),
+    "vace_context": ("a VACE control video", "WanVaceToVideo"),
+    "vace_strength": ("the strength of a VACE control video", "WanVaceToVideo"),
+    "camera_conditions": ("a camera path", "WanCameraImageToVideo"),
+}
+# Inputs of variants that the workers do not run yet.
+_LATER_INPUTS = {
     "context_latents": "context latents (Bernini)",
-    "vace_context": "a VACE control video",
-    "camera_conditions": "a camera path (WanCameraImageToVideo)",
     "audio_embed": "an audio embedding (S2V, HuMo)",
     "pose_latents": "pose latents (Animate, SCAIL)",
     "face_pixel_values": "a face video (WanAnimateToVideo)",
@@ -33,8 +40,16 @@ _VARIANT_INPUTS = {
 _HARMLESS_INPUTS = frozenset({"denoise_mask"})
 
 
-def refuse_inputs(inputs: Mapping[str, Any]) -> None:
-    """Refuse every input of a forward beside latent, timestep and text that holds something.
+def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
+    """Raise WrongVariant: `node` has added `what`, which a model of this variant has no input for."""
+    raise WrongVariant(
+        f"The conditioning carries {what}, but this is {_an(variant)} model, which has no input for it. "
+        f"Load a model of the variant that {node} is made for, or remove that node."
+    )
+
+
+def refuse_inputs(inputs: Mapping[str, Any], variant: str) -> None:
+    """Refuse every input of a forward that holds something, out of those that a model of `variant` does not read.
 
     Raises:
         NotOnWorkers: for the first such input.
@@ -47,25 +62,28 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> None:
     for name, value in inputs.items():
         if value is None or name in _HARMLESS_INPUTS or name == "control":
             continue
+        if name in _VARIANT_INPUTS:
+            what, node = _VARIANT_INPUTS[name]
+            refuse_variant(f"{what} ({name})", variant, node)
         refuse(
-            f"The conditioning carries {_VARIANT_INPUTS.get(name, 'an extra input')} ({name})",
-            f"Text-to-video is what it can do so far: remove the node that adds {name}, {_STOCK}.",
+            f"The conditioning carries {_LATER_INPUTS.get(name, 'an extra input')} ({name})",
+            f"That comes in a later version: remove the node that adds {name}, {_STOCK}.",
         )
+
+
+def _an(variant: str) -> str:
+    return f"{'an' if variant[0] in 'aeiou' else 'a'} {variant}"
 
 
 def refuse_transformer_options(options: Mapping[str, Any]) -> None:
-    """Refuse what ComfyUI's own Wan model would read from `transformer_options` inside the blocks.
+    """Refuse what ComfyUI's own Wan model would run inside the blocks; blocks that are left out are none of it.
 
     Raises:
-        NotOnWorkers: patches of attention or blocks, an attention override, or changed RoPE positions.
+        NotOnWorkers: patches of attention or blocks, or an attention override.
     """
-    replaced = sorted(name for name, blocks in options.get("patches_replace", {}).items() if blocks)
+    replaced = sorted(name for name, blocks in options.get("patches_replace", {}).items() if blocks and name != "dit")
     if replaced:
-        refuse(
-            "A node replaces transformer blocks or their attention (patches_replace: "
-            f"{', '.join(replaced)}), as SkipLayerGuidanceDiT and PerturbedAttentionGuidance do",
-            f"Remove that node, {_STOCK}.",
-        )
+        refuse_replacement(replaced)
     patched = sorted(name for name, patches in options.get("patches", {}).items() if patches)
     if patched:
         refuse(
@@ -78,8 +96,20 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
             "A node overrides the attention function (optimized_attention_override)",
             "Remove that node and choose attention_mode in XDit+USP WanVideo Model Loader.",
         )
-    if options.get("rope_options"):
-        refuse("ScaleROPE changes the positions (rope_options)", f"Remove that node, {_STOCK}.")
+
+
+def refuse_replacement(names: Sequence[str]) -> NoReturn:
+    refuse(
+        "A node replaces transformer blocks or their attention by its own code (patches_replace: "
+        f"{', '.join(names)}), as PerturbedAttentionGuidance does",
+        f"Remove that node, {_STOCK}.",
+    )
+
+
+def refuse_rope_options(names: Sequence[str]) -> NoReturn:
+    refuse(
+        f"A node changes the positions in an unknown way (rope_options: {', '.join(names)})", f"Remove it, {_STOCK}."
+    )
 
 
 def refuse_merging() -> NoReturn:

@@ -27,9 +27,11 @@ from ..distributed.memory import PlacementError
 from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
 from ..distributed.schedule import PatchSettings
+from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import CheckpointError, Header
 from ..wanvideo.model import grid_of
 from . import refusals
+from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
 from .progress import LoadingText
 from .weight_patches import for_workers, refuse_foreign
@@ -51,7 +53,7 @@ def build_model(
         patch_settings: run it by displaced patches (DistriFusion); exactly without.
 
     Raises:
-        CheckpointError: this ComfyUI takes the file for something else than a Wan text-to-video model.
+        CheckpointError: this ComfyUI takes the file for something else than a Wan model.
     """
     tensors = {
         name: torch.empty(info.shape, dtype=_FILE_DTYPES.get(info.dtype, torch.bfloat16), device="meta")
@@ -144,34 +146,45 @@ class RemoteWan(torch.nn.Module):
         transformer_options: Mapping[str, Any],
         **inputs: Any,
     ) -> torch.Tensor:
-        refusals.refuse_transformer_options(transformer_options)
-        refusals.refuse_inputs({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs})
-        return self._on_workers(transformer_options, x, timestep, context)
+        given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs}
+        conditioning = from_comfyui(self.header.config, transformer_options, given)
+        return self._on_workers(transformer_options, conditioning, x, timestep, context)
 
-    def _on_workers(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
+    def _on_workers(
+        self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor
+    ) -> torch.Tensor:
         try:
-            return self._run(options, *inputs)
+            return self._run(options, conditioning, *inputs)
         except OutOfMemory as error:
             if not self._make_more_room():
                 raise
             log.warning("%s Trying once more with more room on the GPUs.", error)
-        return self._run(options, *inputs)
+        return self._run(options, conditioning, *inputs)
 
-    def _run(self, options: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor) -> torch.Tensor:
+        x, timestep = inputs[:2]
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         if self.patch_runs is not None:
-            self.patch_runs.check(inputs[0].shape, options)
+            check(self.header.config, x, conditioning)
+            x, _ = extended(x, conditioning)  # as the workers will cut it
+            self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(
-                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(inputs[0]).tokens
+                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(x).tokens
             )
-        with self._patch_step(options, *inputs) as displaced:
+        with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(
-                self.spec, *inputs, patches=self.patches, poll=poll, make_room=self._make_room, displaced=displaced
+                self.spec,
+                *inputs,
+                patches=self.patches,
+                poll=poll,
+                make_room=self._make_room,
+                displaced=displaced,
+                conditioning=conditioning,
             )
 
     def _patch_step(
-        self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, *_context: torch.Tensor
+        self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor
     ) -> AbstractContextManager[Displaced | None]:
         if self.patch_runs is None:
             return nullcontext()
@@ -222,19 +235,20 @@ class _Weightless:
 
     def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
         self._check_channels(inputs["noise"])
+        check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
         return super().concat_cond(**inputs)
 
     def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
         refusals.refuse_saving()
 
     def _check_channels(self, latent: torch.Tensor) -> None:
-        wanted = self.diffusion_model.in_dim
+        config = self.diffusion_model.header.config
+        wanted = self.diffusion_model.out_dim
         if latent.ndim != 5 or latent.shape[1] != wanted:
             raise ValueError(
-                f"The latent has the shape {list(latent.shape)}, but this model takes videos of {wanted} "
-                f"channels ([batch, {wanted}, frames, height, width]). Use "
-                f"{'Wan22ImageToVideoLatent' if wanted == 48 else 'EmptyHunyuanLatentVideo'}, or a video "
-                "encoded with this model's own VAE."
+                f"The latent has the shape {list(latent.shape)}, but this {config.variant} model takes videos of "
+                f"{wanted} channels ([batch, {wanted}, frames, height, width]). Connect {latent_node(config)}, or a "
+                "video encoded with this model's own VAE."
             )
 
 

@@ -16,9 +16,9 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, Checkpoint, place
+from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, Checkpoint, held_dtype
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
-from ..wanvideo.quantized import QuantizedWeight, as_tensor
+from ..wanvideo.quantized import as_tensor
 from .refusals import refuse, refuse_merging
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,8 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], path: str, weight_dtype:
         shape = checkpoint.header.tensors[name].shape
         plain = [_plain(entry, name, shape) for entry in entries]
         if None in plain:
-            held = place(checkpoint.tensor(name), WEIGHT_DTYPES[weight_dtype], "cpu", name)
-            weight = as_tensor(held, torch.float32)
-            dtype = torch.bfloat16 if isinstance(held, QuantizedWeight) else held.dtype
+            weight = as_tensor(checkpoint.tensor(name), torch.float32)
+            dtype = held_dtype(weight.ndim, WEIGHT_DTYPES[weight_dtype])
             translated[name] = [_computed(entries, weight, key, dtype)]
         else:
             translated[name] = [patch for alternatives in plain for patch in alternatives]
@@ -112,6 +111,6 @@ def _computed(entries: Sequence[Entry], weight: torch.Tensor, key: str, dtype: t
     if result.shape != weight.shape:
         refuse(
             f"A LoRA changes the shape of {key} from {tuple(weight.shape)} to {tuple(result.shape)}",
-            "Use a LoRA made for the text-to-video model.",
+            "Use a LoRA made for a model of this variant.",
         )
     return Replacement(result.to(dtype))

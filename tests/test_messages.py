@@ -12,6 +12,7 @@ import pytest
 import tiny
 from wan_parallel.distributed import messages
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.wanvideo.options import Options, RopeOptions
 
 SPEC = messages.ModelSpec(
     "/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off"
@@ -51,6 +52,15 @@ SAMPLES = [
         },
     ),
     messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
+    messages.Forward(
+        3,
+        SPEC,
+        ARENA,
+        *(TENSOR,) * 4,
+        conditioning=messages.ConditioningRef(
+            ARENA, {"vace": TENSOR}, Options(1, (0.7, 1 / 3), (9,), RopeOptions(scale_t=0.5))
+        ),
+    ),
     messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
     messages.Trim(4),
     messages.Unload(4, (SPEC, SPEC)),
@@ -99,7 +109,7 @@ def test_a_pickle_is_not_opened():
 @pytest.fixture
 def elsewhere() -> Iterator[ModuleType]:
     """The same messages module, as ComfyUI has it: under a name made of a path."""
-    name = "custom_nodes.My-Wan-Pack"
+    name = "/ComfyUI/custom_nodes/My-Wan-Pack"
     spec = util.spec_from_file_location(name, pack.ROOT / "__init__.py", submodule_search_locations=[str(pack.ROOT)])
     sys.modules[name] = util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])

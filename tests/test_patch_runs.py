@@ -61,6 +61,13 @@ def test_warm_up_then_stale_steps_and_a_new_run_warms_up_again():
     assert runs.record.received == 300 and runs.record.last.index == 4
 
 
+def test_a_vace_model_runs_exactly():
+    runs = runs_of()
+    runs.config = tiny.VACE
+    assert kinds(runs, [options("a")] * 4) == [None] * 4
+    assert "VACE" in runs.record.exact_because
+
+
 def test_the_samplers_frequency_wins_over_the_loaders():
     assert kinds(runs_of(), [options("a", **{SYNC_FREQUENCY: 1})] * 4) == ["exact"] * 4
     often = kinds(runs_of(), [options("a", **{SYNC_FREQUENCY: 2})] * 6)
@@ -74,6 +81,7 @@ def test_the_samplers_frequency_wins_over_the_loaders():
         (2, options("a", steps=2), "no more steps than the warm-up"),
         (2, options("a", "b"), "branches cannot be told apart"),
         (1, options("a"), "one GPU to itself"),
+        (2, options("a", patches_replace={"dit": {("double_block", 1): print}}), "SkipLayerGuidanceDiT"),
     ],
 )
 def test_where_the_method_has_no_place_every_forward_is_exact(gpus, given, why):

@@ -6,16 +6,39 @@ import json
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pack  # noqa: F401 (registers wan_parallel)
 import torch
 from safetensors.torch import load_file, save_file
+from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.options import Options
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+
+
+I2V = replace(TINY, in_dim=36)  # an expert of Wan 2.2 I2V A14B
+I2V_CLIP = replace(I2V, image_dim=96)  # Wan 2.1 I2V
+FIRST_LAST = replace(I2V_CLIP, image_positions=10)
+FUN_CONTROL = replace(I2V_CLIP, in_dim=48, reference_dim=16)
+FUN_CONTROL_22 = replace(TINY, in_dim=52, reference_dim=16)
+FUN_CAMERA = replace(I2V_CLIP, in_dim=32, camera_dim=24)
+FUN_CAMERA_22 = replace(TINY, in_dim=36, camera_dim=24)
+VACE = replace(TINY, num_layers=4, vace_layers=2, vace_dim=96)
+VARIANTS = {
+    "i2v-2.2": I2V,
+    "i2v-2.1": I2V_CLIP,
+    "flf2v": FIRST_LAST,
+    "fun-control": FUN_CONTROL,
+    "fun-control-2.2": FUN_CONTROL_22,
+    "fun-camera": FUN_CAMERA,
+    "fun-camera-2.2": FUN_CAMERA_22,
+    "vace": VACE,
+}
 
 
 class Inputs(NamedTuple):
@@ -43,6 +66,25 @@ def inputs(
     )
 
 
+def conditioning(
+    config: WanConfig, x: torch.Tensor, seed: int = 1, image_tokens: int = 5, contexts: int = 1, strength: float = 0.8
+) -> Conditioning:
+    """Normal numbers for every input that a variant has, for a latent x."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(there: int, *shape: int) -> torch.Tensor | None:
+        return torch.randn(len(x), *shape, generator=generator) if there else None
+
+    frames, height, width = x.shape[-3:]
+    return Conditioning(
+        image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
+        camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
+        vace=normal(config.vace_layers, contexts, config.vace_dim, frames, height, width),
+        reference=normal(config.reference_dim, config.reference_dim, height, width),
+        options=Options(vace_strengths=(strength,) * contexts if config.vace_layers else ()),
+    )
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of `expected`."""
     return float((got.double() - expected.double()).norm() / expected.double().norm())
@@ -53,13 +95,16 @@ def sentences(text: str) -> int:
     return len(re.findall(r"[.?!](?=\s+[A-Z]|$)", text)) if text.endswith(".") else 0
 
 
+_NORMS = ("norm_q.weight", "norm_k.weight", "norm_k_img.weight", "norm3.weight", "proj.0.weight", "proj.4.weight")
+
+
 def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Float32 weights by name, large enough that every part of the model shows in the output."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in config.shapes().items():
         noise = torch.randn(shape, generator=generator)
-        if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):
+        if name.endswith(_NORMS):
             weights[name] = 1 + 0.1 * noise
         elif "modulation" in name:
             weights[name] = 0.3 * noise
@@ -119,7 +164,7 @@ _DIFFUSERS_NAMES = (
     (r"^time_projection\.1\.", "condition_embedder.time_proj."),
     (r"^head\.modulation$", "scale_shift_table"),
     (r"^head\.head\.", "proj_out."),
-    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
+    (r"^((?:vace_)?blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
     (r"\.ffn\.0\.", ".ffn.net.0.proj."),
     (r"\.ffn\.2\.", ".ffn.net.2."),
     (r"\.norm3\.", ".norm2."),  # the norm before cross-attention; the others have no weights
@@ -127,6 +172,15 @@ _DIFFUSERS_NAMES = (
     (r"\.cross_attn\.", ".attn2."),
     (r"(attn[12])\.([qkv])\.", r"\1.to_\2."),
     (r"(attn[12])\.o\.", r"\1.to_out.0."),
+    (r"attn2\.([kv])_img\.", r"attn2.add_\1_proj."),
+    (r"norm_k_img", "norm_added_k"),
+    (r"\.before_proj\.", ".proj_in."),
+    (r"\.after_proj\.", ".proj_out."),
+    (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
+    (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
+    (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
+    (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
+    (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
 
 
@@ -138,10 +192,18 @@ def diffusers_name(name: str) -> str:
 
 
 def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
-    """diffusers' WanTransformer3DModel in float32 with the weights of a checkpoint without prefix."""
-    from diffusers import WanTransformer3DModel
+    """diffusers' class for the variant in float32 with the weights of a checkpoint without prefix."""
+    import diffusers
 
-    model = WanTransformer3DModel(
+    cls, options = diffusers.WanTransformer3DModel, {}
+    if config.vace_layers:
+        cls = diffusers.WanVACETransformer3DModel
+        layers = list(range(0, config.num_layers, config.vace_stride))
+        options = {"vace_layers": layers, "vace_in_channels": config.vace_dim}
+    if config.image_dim:
+        options = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim}
+        options["pos_embed_seq_len"] = config.image_positions or None
+    model = cls(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
         in_channels=config.in_dim,
@@ -150,6 +212,7 @@ def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
         freq_dim=config.freq_dim,
         ffn_dim=config.ffn_dim,
         num_layers=config.num_layers,
+        **options,
     )
     weights = {diffusers_name(name): weight.float() for name, weight in load_file(path).items()}
     model.load_state_dict(weights, strict=True)

@@ -18,12 +18,10 @@ from .formats import format_name, logical_tensors
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-_LATER = "Use a plain fp32, fp16 or bf16 Wan text-to-video file; this kind comes in a later version."
+_LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
 
-# Tensors that only one variant has (../README.md says which variants run). Order matters: first match wins.
+# Tensors of variants that are not there yet (../README.md says which run). Order matters: first match wins.
 _VARIANT_MARKERS = (
-    ("vace_patch_embedding.weight", "Wan VACE"),
-    ("control_adapter.conv.weight", "Wan Fun-Camera"),
     ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
     ("audio_injector.injector.0.k.weight", "Wan S2V"),
     ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
@@ -31,15 +29,25 @@ _VARIANT_MARKERS = (
     ("patch_embedding_mask.weight", "SCAIL-2"),
     ("patch_embedding_pose.weight", "SCAIL"),
     ("patch_embedding_global.weight", "WanDancer"),
-    ("ref_conv.weight", "Wan Fun-Control with reference"),
-    ("img_emb.emb_pos", "Wan FLF2V"),
-    ("img_emb.proj.0.bias", "Wan 2.1 I2V"),
 )
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Dimensions of a Wan DiT, named as in Wan 2.1's `wan/modules/model.py`."""
+    """Dimensions of a Wan DiT, named as in Wan 2.1's `wan/modules/model.py`.
+
+    What only some variants have is 0 in the others (see variants.py).
+
+    Args:
+        in_dim: channels of the latent and of what is concatenated to it (a start image, its mask, a control video).
+        out_dim: channels of the latent.
+        image_dim: width of the CLIP tokens of the start image.
+        image_positions: CLIP tokens with a learned position, where there is a last image too.
+        reference_dim: channels of the reference latent, whose tokens go in front of the video.
+        camera_dim: channels of the camera path, one set for each pixel.
+        vace_layers: number of VACE blocks, spread evenly over the layers.
+        vace_dim: channels of a VACE control video.
+    """
 
     dim: int
     ffn_dim: int
@@ -50,10 +58,32 @@ class WanConfig:
     text_dim: int = 4096
     freq_dim: int = 256
     eps: float = 1e-6
+    image_dim: int = 0
+    image_positions: int = 0
+    reference_dim: int = 0
+    camera_dim: int = 0
+    vace_layers: int = 0
+    vace_dim: int = 0
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def variant(self) -> str:
+        """What a user calls it, such as image-to-video."""
+        if self.vace_layers:
+            return "VACE"
+        if self.camera_dim:
+            return "Fun-Camera"
+        if self.in_dim >= 3 * self.out_dim:  # a control video and an image
+            return "Fun-Control"
+        return "text-to-video" if self.in_dim == self.out_dim else "image-to-video"
+
+    @property
+    def vace_stride(self) -> int:
+        """Layers from one VACE block to the next."""
+        return self.num_layers // self.vace_layers
 
     @property
     def parameters(self) -> int:
@@ -78,19 +108,52 @@ class WanConfig:
         linear("time_embedding.0", self.freq_dim, d)
         linear("time_embedding.2", d, d)
         linear("time_projection.1", d, 6 * d)
-        for i in range(self.num_layers):
-            block = f"blocks.{i}"
-            shapes[f"{block}.modulation"] = (1, 6, d)
+
+        def block(name: str, image: bool = False) -> None:
+            shapes[f"{name}.modulation"] = (1, 6, d)
             for attention in ("self_attn", "cross_attn"):
                 for projection in "qkvo":
-                    linear(f"{block}.{attention}.{projection}", d, d)
-                shapes[f"{block}.{attention}.norm_q.weight"] = (d,)
-                shapes[f"{block}.{attention}.norm_k.weight"] = (d,)
-            shapes[f"{block}.norm3.weight"] = (d,)
-            shapes[f"{block}.norm3.bias"] = (d,)
-            linear(f"{block}.ffn.0", d, f)
-            linear(f"{block}.ffn.2", f, d)
+                    linear(f"{name}.{attention}.{projection}", d, d)
+                shapes[f"{name}.{attention}.norm_q.weight"] = (d,)
+                shapes[f"{name}.{attention}.norm_k.weight"] = (d,)
+            if image:
+                linear(f"{name}.cross_attn.k_img", d, d)
+                linear(f"{name}.cross_attn.v_img", d, d)
+                shapes[f"{name}.cross_attn.norm_k_img.weight"] = (d,)
+            shapes[f"{name}.norm3.weight"] = (d,)
+            shapes[f"{name}.norm3.bias"] = (d,)
+            linear(f"{name}.ffn.0", d, f)
+            linear(f"{name}.ffn.2", f, d)
+
+        def convolution(name: str, columns: int, size: int) -> None:
+            shapes[f"{name}.weight"] = (d, columns, size, size)
+            shapes[f"{name}.bias"] = (d,)
+
+        for i in range(self.num_layers):
+            block(f"blocks.{i}", image=bool(self.image_dim))
         linear("head.head", d, 4 * self.out_dim)
+
+        if self.image_dim:
+            width = self.image_dim
+            for norm, size in ((0, width), (4, d)):
+                shapes[f"img_emb.proj.{norm}.weight"] = shapes[f"img_emb.proj.{norm}.bias"] = (size,)
+            linear("img_emb.proj.1", width, width)
+            linear("img_emb.proj.3", width, d)
+        if self.image_positions:
+            shapes["img_emb.emb_pos"] = (1, self.image_positions, self.image_dim)
+        if self.reference_dim:
+            convolution("ref_conv", self.reference_dim, 2)
+        if self.camera_dim:
+            convolution("control_adapter.conv", self.camera_dim * 64, 2)
+            for i in (1, 2):
+                convolution(f"control_adapter.residual_blocks.0.conv{i}", d, 3)
+        if self.vace_layers:
+            shapes["vace_patch_embedding.weight"] = (d, self.vace_dim, 1, 2, 2)
+            shapes["vace_patch_embedding.bias"] = (d,)
+            linear("vace_blocks.0.before_proj", d, d)
+            for i in range(self.vace_layers):
+                block(f"vace_blocks.{i}")
+                linear(f"vace_blocks.{i}.after_proj", d, d)
         return shapes
 
 
@@ -177,8 +240,14 @@ def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
             )
         return info.shape
 
+    def optional(key: str, axis: int) -> int:
+        """The size of a tensor that only some variants have, or 0."""
+        sizes = tensors[key].shape if key in tensors else ()
+        return sizes[axis] if len(sizes) > axis else 0
+
     dim = shape("head.modulation", 3)[-1]
     layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+    vace_layers = {key.split(".")[1] for key in tensors if key.startswith("vace_blocks.")}
     if dim % HEAD_DIM:
         raise CheckpointError(
             f"{Path(path).name} has width {dim}, which is no multiple of the head size {HEAD_DIM} of Wan. "
@@ -193,6 +262,12 @@ def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         out_dim=shape("head.head.weight", 2)[0] // 4,
         text_dim=shape("text_embedding.0.weight", 2)[1],
         freq_dim=shape("time_embedding.0.weight", 2)[1],
+        image_dim=optional("img_emb.proj.1.weight", 1),
+        image_positions=optional("img_emb.emb_pos", 1),
+        reference_dim=optional("ref_conv.weight", 1),
+        camera_dim=optional("control_adapter.conv.weight", 1) // 64,  # 8 x 8 pixels
+        vace_layers=len(vace_layers),
+        vace_dim=optional("vace_patch_embedding.weight", 1),
     )
 
 
@@ -209,7 +284,9 @@ def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanCon
         raise CheckpointError(
             f"{name} has {len(unknown)} tensors of an unknown Wan variant: {listed(unknown)}. {_LATER}"
         )
-    if config.in_dim != config.out_dim:
+    uneven = config.vace_layers and config.num_layers % config.vace_layers
+    if config.in_dim < config.out_dim or uneven:
         raise CheckpointError(
-            f"{name} is an image-to-video or control model: {config.in_dim} channels in, {config.out_dim} out. {_LATER}"
+            f"{name} is an unknown Wan variant: {config.in_dim} channels in, {config.out_dim} out, "
+            f"{config.num_layers} layers, {config.vace_layers} of VACE. {_LATER}"
         )

@@ -14,7 +14,7 @@ import torch
 
 from .quantized import Int8Weight, QuantizedWeight, covering
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 25
 """Numbers dequantised at once: intermediate results take several times the room of a float32 matrix."""
 
 

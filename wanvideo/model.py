@@ -1,4 +1,4 @@
-"""The Wan text-to-video DiT on one device, in the original key names.
+"""The Wan DiT on one device, in the original key names; what only some variants have is in variants.py.
 
 Follows Wan 2.1/2.2 `wan/modules/model.py`. The residual stream, the norms, the modulation and the head are
 float32; matrix products and attention run in the compute dtype. That costs memory bandwidth and makes a
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from . import pointwise
 from .attention import AttentionKernel, get_kernel
 from .checkpoint import open_weights, place
+from .conditioning import NOTHING, Conditioning, core, extended
 from .config import WanConfig
 from .quantized import QuantizedWeight, Weight, as_tensor
 from .rope import rope_table
@@ -43,6 +44,10 @@ class Grid:
     @property
     def tokens(self) -> int:
         return self.frames * self.rows * self.columns
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.rows * self.columns
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -134,9 +139,9 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections and norms that self- and cross-attention share."""
+    """The projections and norms that self- and cross-attention share; `image` adds those for CLIP tokens."""
 
-    def __init__(self, config: WanConfig):
+    def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
         self.heads = config.num_heads
         self.q = Linear(config.dim, config.dim)
@@ -145,6 +150,11 @@ class Attention(nn.Module):
         self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
+        self.image = image
+        if image:
+            self.k_img = Linear(config.dim, config.dim)
+            self.v_img = Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))
@@ -156,28 +166,35 @@ class Attention(nn.Module):
         v = self.by_head(self.v(x))
         return self.o(attend(q, k, v).flatten(2))
 
-    def text_keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the text [B, L, dim], the same for every token of the video."""
-        k = self.by_head(self.norm_k(self.k(context)))
-        return k, self.by_head(self.v(context))
+    def context_keys(self, inputs: BlockInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
+        keys = [(self.by_head(self.norm_k(self.k(inputs.context))), self.by_head(self.v(inputs.context)))]
+        if self.image:
+            keys.append(
+                (self.by_head(self.norm_k_img(self.k_img(inputs.image))), self.by_head(self.v_img(inputs.image)))
+            )
+        return keys
 
     def cross_attention(
-        self, x: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor], kernel: AttentionKernel
+        self, x: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], kernel: AttentionKernel
     ) -> torch.Tensor:
-        """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained."""
+        """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained; the image is apart."""
         q = self.by_head(self.norm_q(self.q(x)))
-        return self.o(kernel(q, *text).flatten(2))
+        attended = kernel(q, *keys[0])
+        for more in keys[1:]:
+            attended = attended + kernel(q, *more)
+        return self.o(attended.flatten(2))
 
 
 class Block(nn.Module):
     """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
 
-    def __init__(self, config: WanConfig):
+    def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
         self.dim, self.eps = config.dim, config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = Attention(config)
-        self.cross_attn = Attention(config)
+        self.cross_attn = Attention(config, image)
         self.norm3 = LayerNorm(config.dim, config.eps)
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
@@ -189,10 +206,10 @@ class Block(nn.Module):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
         y = modulate(x, self.eps, shift, scale, dtype)
         pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
-        text = self.cross_attn.text_keys(inputs.context)
+        keys = self.cross_attn.context_keys(inputs)
         for s in self._slices(x.shape[1], inputs):
             part = x[:, s]
-            pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), text, inputs.kernel))
+            pointwise.add_(part, self.cross_attn.cross_attention(self.norm3(part, dtype), keys, inputs.kernel))
             y = modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype)
             pointwise.add_(part, self.ffn(y), rows(gate_ffn, s))
         return x
@@ -230,6 +247,7 @@ class BlockInputs:
     time: torch.Tensor  # [B, R, 6, dim] float32: one row for all tokens, or one a frame
     row_of_token: torch.Tensor | None  # [n] into R; None where R is 1
     context: torch.Tensor  # [B, L, dim], compute dtype
+    image: torch.Tensor | None  # CLIP tokens in the same form, for blocks that attend to them
     rope: torch.Tensor  # [n, head_dim/2] complex64
     attend: SelfAttention
     kernel: AttentionKernel
@@ -294,7 +312,7 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, d), nn.SiLU(), Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, bool(config.image_dim)) for _ in range(config.num_layers))
         self.head = Head(config)
 
     @classmethod
@@ -340,21 +358,31 @@ class WanModel(nn.Module):
             owner, _, attribute = name.rpartition(".")
             yield name, getattr(self.get_submodule(owner), attribute)
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        conditioning: Conditioning = NOTHING,
+    ) -> torch.Tensor:
         """Predict the velocity.
 
         Args:
             x: latent [B, in_dim, T, H, W].
             timestep: sigma * 1000, [B] or one for each latent frame [B, T].
             context: text embedding [B, L, text_dim].
+            conditioning: further inputs of some variants.
 
         Returns:
             float32 [B, out_dim, T, H, W].
         """
+        frames = x.shape[2]
+        x, conditioning = extended(x, conditioning)
         grid = grid_of(x)
         tokens = patchify(pad_to_patch(x))
-        out = self.transform(tokens, grid, slice(0, grid.tokens), timestep, context)
-        return unpatchify(out, grid, tuple(x.shape[-3:]))
+        part = slice(0, grid.tokens)
+        out = self.transform(tokens, grid, part, timestep, context, conditioning=conditioning)
+        return core(unpatchify(out, grid, tuple(x.shape[-3:])), frames, conditioning.options)
 
     def transform(
         self,
@@ -365,6 +393,7 @@ class WanModel(nn.Module):
         context: torch.Tensor,
         attend: SelfAttention | None = None,
         before_block: Callable[[int], None] | None = None,
+        conditioning: Conditioning = NOTHING,
     ) -> torch.Tensor:
         """The DiT on the tokens `part` of a grid.
 
@@ -373,31 +402,60 @@ class WanModel(nn.Module):
             attend: self-attention over the whole grid for the queries of this part; the model's own kernel
                 where the part is the whole.
             before_block: called with the index of each block before it runs.
+            conditioning: what is left of it after `extended`, for all tokens.
 
         Returns:
             float32 [B, n, out_dim*4].
         """
         embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim))  # [B, d] or [B, T, d]
         embedding = embedding.reshape(len(timestep), -1, self.config.dim)
+        text = self.text_embedding(context.to(self.compute_dtype))
         inputs = BlockInputs(
             time=self.time_projection(embedding).unflatten(-1, (6, -1)),
             row_of_token=_frame_of_token(grid, part, embedding),
-            context=self.text_embedding(context.to(self.compute_dtype)),
-            rope=rope_table(grid.shape, self.config.head_dim, tokens.device)[part],
+            context=text,
+            image=self.image_context(conditioning, text),
+            rope=rope_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options.rope)[part],
             attend=attend or self.kernel,
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
         )
-        x = self.patch_embedding(tokens.float())
+        x = self.embed(tokens, grid, part, conditioning)
+        sides = self.side_streams(x, grid, part, conditioning)
         for i, block in enumerate(self.blocks):
             if before_block is not None:
                 before_block(i)
-            x = block(x, inputs)
+            if i not in conditioning.options.skip_blocks:
+                x = block(x, inputs)
+            self.add_sides(x, sides, i, inputs, conditioning)
         return self.head(x, inputs.by_token(embedding))
+
+    # What a variant does differently; see variants.py.
+
+    def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
+        """Tokens [B, n, in_dim*4] of `part` to float32 [B, n, dim]."""
+        return self.patch_embedding(tokens.float())
+
+    def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
+        """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text."""
+        return None
+
+    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[torch.Tensor]:
+        """Further tokens that run beside the embedded ones x, each float32 [B, n, dim]."""
+        return []
+
+    def add_sides(
+        self, x: torch.Tensor, sides: list[torch.Tensor], block: int, inputs: BlockInputs, conditioning: Conditioning
+    ) -> None:
+        """Behind a block of the video: change x in place by the side streams, and these too."""
+
+    def self_attentions(self, conditioning: Conditioning) -> int:
+        """How often one forward calls its self-attention function."""
+        return self.config.num_layers - len(set(conditioning.options.skip_blocks) & set(range(self.config.num_layers)))
 
 
 def _frame_of_token(grid: Grid, part: Part, embedding: torch.Tensor) -> torch.Tensor | None:
     if embedding.shape[1] == 1:
         return None
-    return torch.arange(grid.tokens, device=embedding.device)[part] // (grid.rows * grid.columns)
+    return torch.arange(grid.tokens, device=embedding.device)[part] // grid.frame_tokens

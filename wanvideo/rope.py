@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from .options import PLAIN_ROPE, RopeOptions
+
 THETA = 10000.0
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def rope_table(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    device: torch.device | str = "cpu",
+    options: RopeOptions = PLAIN_ROPE,
+) -> torch.Tensor:
     """Rotations of every token of a (frames, rows, columns) grid.
 
     Angles are computed in float64, as in the original, because position times frequency needs the digits.
@@ -21,10 +28,13 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device |
     """
     pairs = head_dim // 2
     spatial = pairs // 3
+    scales = (options.scale_t, options.scale_y, options.scale_x)
+    shifts = (options.shift_t, options.shift_y, options.shift_x)
     axes = []
     for axis, (length, share) in enumerate(zip(grid, (pairs - 2 * spatial, spatial, spatial), strict=True)):
         exponent = torch.arange(share, dtype=torch.float64, device=device) / share
-        angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), THETA**-exponent)
+        positions = shifts[axis] + scales[axis] * torch.arange(length, dtype=torch.float64, device=device)
+        angles = torch.outer(positions, THETA**-exponent)
         shape = [1, 1, 1, share]
         shape[axis] = length
         axes.append(angles.view(shape).expand(*grid, share))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import format_files
@@ -16,6 +17,19 @@ from wan_parallel.wanvideo.config import WanConfig
 
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2)
 FOUR_HEADS = WanConfig(dim=512, ffn_dim=1024, num_heads=4, num_layers=2)
+VARIANTS = {  # with the text and image widths that ComfyUI takes for granted
+    name: replace(
+        config,
+        text_dim=4096,
+        image_dim=1280 if config.image_dim else 0,
+        image_positions=514 if config.image_positions else 0,
+    )
+    for name, config in tiny.VARIANTS.items()
+}
+VARIANTS |= {
+    "fun-control-5b": replace(tiny.TINY, text_dim=4096, in_dim=148, out_dim=48, reference_dim=48),
+    "fun-inp-5b": replace(tiny.TINY, text_dim=4096, in_dim=100, out_dim=48),
+}
 FIVE_B = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48)
 
 
@@ -68,7 +82,11 @@ def _write_models(folder: Path) -> None:
     tiny.write_checkpoint(models / "tiny-low.safetensors", TINY, seed=5)
     tiny.write_checkpoint(models / "four-heads.safetensors", FOUR_HEADS)
     tiny.write_checkpoint(models / "wan22-5b.safetensors", FIVE_B)
+    for name, config in VARIANTS.items():
+        tiny.write_checkpoint(models / f"{name}.safetensors", config)
     loras.write_lora(lora_files / "plain.safetensors", TINY)
+    loras.write_lora(lora_files / "i2v.safetensors", VARIANTS["i2v-2.1"])
+    loras.write_lora(lora_files / "vace.safetensors", VARIANTS["vace"])
     loras.write_odd_lora(lora_files / "odd.safetensors", TINY)
     _write_formats(models)
     _write_wrong_files(models)

@@ -5,6 +5,7 @@ They make conditioning without a text encoder and save a latent bit by bit.
 
 import os
 
+import comfy.clip_vision
 import comfy.model_management as management
 import folder_paths
 import torch
@@ -124,7 +125,91 @@ class AnyThing:
         return (object(),)
 
 
+class NoCLIP:
+    """A CLIP that is none: LoraLoader then changes the model alone."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return (None,)
+
+
+class PoolingVAE:
+    """VAE whose encoder averages pixels and mixes colours: enough for nodes that condition on images."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"channels": ("INT", {"default": 16}), "scale": ("INT", {"default": 8})}}
+
+    def make(self, channels, scale):
+        self.latent_channels, self.scale = channels, scale
+        self.mix = torch.randn(channels, 3, 1, 1, 1, generator=torch.Generator().manual_seed(11))
+        return (self,)
+
+    def spacial_compression_encode(self):
+        return self.scale
+
+    def encode(self, pixels):
+        video = pixels[::4].movedim(-1, 0)[None].float() * 2 - 1  # one latent frame for each four of the video
+        pooled = torch.nn.functional.avg_pool3d(video, (1, self.scale, self.scale))
+        return torch.nn.functional.conv3d(pooled, self.mix)
+
+
+class RandomImages:
+    """IMAGE of random pixels, [count, height, width, 3]."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        sizes = {"count": 1, "width": 64, "height": 48, "seed": 0}
+        return {"required": {name: ("INT", {"default": value}) for name, value in sizes.items()}}
+
+    def make(self, count, width, height, seed):
+        return (torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed)),)
+
+
+class RandomClipVision:
+    """CLIP_VISION_OUTPUT of normal tokens."""
+
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed):
+        output = comfy.clip_vision.Output()
+        output.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(seed))
+        return (output,)
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
-    for cls in (RandomConditioning, RandomLatent, SaveLatentTensor, WanVideoLoraList, WantRoom, AnyThing)
+    for cls in (
+        RandomConditioning,
+        RandomLatent,
+        SaveLatentTensor,
+        WanVideoLoraList,
+        WantRoom,
+        AnyThing,
+        NoCLIP,
+        PoolingVAE,
+        RandomImages,
+        RandomClipVision,
+    )
 }

@@ -66,7 +66,7 @@ def test_configs_that_cannot_work_are_refused_when_queued(server, config, text):
 @pytest.mark.parametrize(
     "loader, config, text",
     [
-        ({"vace_model": link("anything")}, {}, "VACE comes in a later version"),
+        ({"vace_model": link("anything")}, {}, "A VACE module beside its model comes in a later version"),
         ({"attention_mode": "sdpa"}, {"use_sdpa": False}, "use_sdpa is off"),
         ({"attention_mode": "flash_attn_3"}, {"use_flash_attention": False}, "use_flash_attention is off"),
         ({}, {"use_sdpa": False, "use_flash_attention": False}, "leaves no attention kernel"),
@@ -88,21 +88,6 @@ def test_loader_inputs_that_cannot_be_honoured(server, loader, config, text):
 def test_an_attention_kernel_that_is_not_there(server):
     message = error_text(server, pool_model(loader={"attention_mode": "sageattn"}))
     assert "sageattn" in message and "auto or sdpa" in message
-
-
-def test_skip_layer_guidance(server):
-    skip = node(
-        "SkipLayerGuidanceDiT",
-        model=link("model"),
-        double_layers="0",
-        single_layers="0",
-        scale=3.0,
-        start_percent=0.0,
-        end_percent=1.0,
-        rescaling_scale=0.0,
-    )
-    message = error_text(server, {"skip": skip, **ksampler(model="skip")})
-    assert "SkipLayerGuidanceDiT" in message and "Remove that node" in message
 
 
 def test_model_merge(server):
@@ -144,7 +129,32 @@ def test_conditioning_of_another_variant(server):
     reference = node("RandomLatent", seed=3, channels=16)
     positive = node("RandomConditioning", seed=1, tokens=512, width=4096, reference_latent=link("reference"))
     message = error_text(server, {"reference": reference, "positive": positive})
-    assert "reference_latent" in message and "remove the node" in message
+    assert "reference_latent" in message and "this is a text-to-video model" in message
+
+
+def test_a_start_image_for_a_text_to_video_model(server):
+    image = node(
+        "WanImageToVideo",
+        positive=link("text"),
+        negative=link("negative"),
+        vae=link("vae"),
+        start_image=link("start"),
+        width=64,
+        height=48,
+        length=9,
+        batch_size=1,
+    )
+    nodes = {"vae": node("PoolingVAE", channels=16, scale=8), "text": PLAIN["positive"], "image": image}
+    nodes["start"] = node("RandomImages", count=1, width=64, height=48, seed=4)
+    nodes |= ksampler(positive=link("image"), negative=link("image", 1), latent_image=link("image", 2))
+    message = error_text(server, nodes)
+    assert "a start image" in message and "this is a text-to-video model" in message
+
+
+def test_a_latent_of_another_family_for_an_image_to_video_model(server):
+    graph = {**pool_model(file="i2v-2.2.safetensors"), "latent": node("RandomLatent", seed=3, channels=48)}
+    message = error_text(server, graph)
+    assert "this image-to-video model takes videos of 16 channels" in message and "WanImageToVideo" in message
 
 
 def test_latent_of_the_wrong_channel_count(server):

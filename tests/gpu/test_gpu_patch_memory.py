@@ -51,7 +51,7 @@ def test_a_run_takes_the_memory_that_was_computed_and_gives_it_back(pool, manage
         config, layout, "bf16", "bf16", fp8_buffers=fp8, slice_tokens=SPEC.slice_tokens, manager=manager
     )
     print(f"{manager}, fp8 {fp8}: took {gib(taken)}, computed {need}")
-    assert need.buffers <= taken <= 1.1 * (need.buffers + need.working) + 2**29  # NCCL has buffers of its own
+    assert 0.9 * need.buffers <= taken <= 1.15 * (need.buffers + need.working) + 2**29  # NCCL has buffers of its own
     pool.trim()
     left = max(worker.used for worker in pool.status().workers) - before
     assert left < 2**29

@@ -1,0 +1,122 @@
+"""What ComfyUI hands to a Wan transformer beside latent, timestep and text, in the form that the pool takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any
+
+from ..wanvideo.conditioning import Conditioning
+from ..wanvideo.config import WanConfig
+from ..wanvideo.options import PLAIN_ROPE, Options, RopeOptions
+from . import refusals
+
+log = logging.getLogger(__name__)
+
+_LATENT_NODES = {
+    "text-to-video": "EmptyHunyuanLatentVideo",
+    "image-to-video": "WanImageToVideo",
+    "Fun-Control": "WanFunControlToVideo or Wan22FunControlToVideo",
+    "Fun-Camera": "WanCameraImageToVideo",
+    "VACE": "WanVaceToVideo",
+}
+
+
+def latent_node(config: WanConfig) -> str:
+    """The node whose latent and conditioning a model of this variant takes."""
+    if config.variant == "text-to-video" and config.out_dim == 48:
+        return "Wan22ImageToVideoLatent"
+    return _LATENT_NODES[config.variant]
+
+
+def check_start_image(config: WanConfig, image: object | None) -> None:
+    """Refuse a start image (or control video) that the model has no channels for; say where one is missing.
+
+    Raises:
+        WrongVariant: a text-to-video or VACE model is given one.
+    """
+    takes_image = config.in_dim > config.out_dim
+    if image is not None and not takes_image:
+        refusals.refuse_variant(
+            "a start image or control video (concat_latent_image)", config.variant, "WanImageToVideo"
+        )
+    if image is None and takes_image:  # ComfyUI puts zeros there
+        log.warning(
+            "This is an %s model, and the conditioning has no image for it. Connect %s with an image or video.",
+            config.variant,
+            latent_node(config),
+        )
+
+
+def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inputs: Mapping[str, Any]) -> Conditioning:
+    """Translate the keyword arguments of ComfyUI's `WanModel.forward`.
+
+    Raises:
+        NotOnWorkers, WrongVariant: something would be left out.
+    """
+    taken = {name: inputs.get(name) for name in _taken(config)}
+    refusals.refuse_transformer_options(transformer_options)
+    refusals.refuse_inputs({name: value for name, value in inputs.items() if name not in taken}, config.variant)
+    strengths = inputs.get("vace_strength") if config.vace_layers else None
+    options = Options(
+        vace_strengths=tuple(float(strength) for strength in strengths or ()),
+        skip_blocks=skipped_blocks(transformer_options),
+        rope=_rope(transformer_options),
+    )
+    return Conditioning(
+        image=taken.get("clip_fea") if config.image_dim else None,
+        camera=taken.get("camera_conditions"),
+        vace=taken.get("vace_context"),
+        reference=taken.get("reference_latent"),
+        extra_frames=taken.get("time_dim_concat"),
+        options=options,
+    )
+
+
+def _taken(config: WanConfig) -> set[str]:
+    """The inputs that a model of this variant reads, and the one that ComfyUI's own model ignores as well."""
+    names = {"time_dim_concat"}
+    if config.image_dim or config.variant not in ("text-to-video", "VACE"):
+        names.add("clip_fea")  # left out where the model has no CLIP tokens, as that of Wan 2.2
+    if config.reference_dim:
+        names.add("reference_latent")
+    if config.camera_dim:
+        names.add("camera_conditions")
+    if config.vace_layers:
+        names |= {"vace_context", "vace_strength"}
+    return names
+
+
+def _skip(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    return args
+
+
+def skipped_blocks(transformer_options: Mapping[str, Any]) -> tuple[int, ...]:
+    """The blocks that SkipLayerGuidanceDiT leaves out: those replaced by a function that returns its first argument.
+
+    Raises:
+        NotOnWorkers: a block is replaced by anything else.
+    """
+    replaced = transformer_options.get("patches_replace", {}).get("dit", {})
+    if not all(_only_skips(function) for function in replaced.values()):
+        refusals.refuse_replacement(["dit"])
+    return tuple(sorted(key[1] for key in replaced if key[0] == "double_block"))  # Wan has no others
+
+
+def _only_skips(function: object) -> bool:
+    """Whether a function's code is that of `_skip`, whatever its names."""
+    if not isinstance(function, FunctionType):
+        return False
+    code = function.__code__
+    return code.co_code == _skip.__code__.co_code and code.co_argcount == 2
+
+
+def _rope(transformer_options: Mapping[str, Any]) -> RopeOptions:
+    given = transformer_options.get("rope_options")
+    if not given:
+        return PLAIN_ROPE
+    unknown = given.keys() - RopeOptions.__dataclass_fields__.keys()
+    if unknown:
+        refusals.refuse_rope_options(sorted(unknown))
+    return RopeOptions(**{name: float(value) for name, value in given.items()})

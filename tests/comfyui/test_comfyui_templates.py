@@ -1,0 +1,90 @@
+"""ComfyUI's own Wan templates, with nothing changed but the model loader, give the native result on the pool.
+
+They come with ComfyUI (its `comfyui_workflow_templates` package); `COMFYUI_TEMPLATES` names another folder of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import loras
+import pytest
+import tiny
+from comfy_server import ComfyServer, QueueRefused
+from graphs import pool_model, stock_model
+from templates import Template, config_of, later
+from tiny import relative_error
+
+EXACT = 1e-5
+
+
+def _folder() -> Path | None:
+    if os.environ.get("COMFYUI_TEMPLATES"):
+        return Path(os.environ["COMFYUI_TEMPLATES"])
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    found = subprocess.run(
+        [python, "-c", "import comfyui_workflow_templates as t; print(t.__path__[0])"], capture_output=True, text=True
+    )
+    return Path(found.stdout.strip()) / "templates" if found.returncode == 0 else None
+
+
+def _templates() -> list[Template]:
+    folder = _folder() if os.environ.get("COMFYUI_DIR") else None
+    paths = sorted(folder.glob("*wan*.json")) if folder else []
+    read = [Template(path) for path in paths if not path.name.startswith("api_")]
+    return [template for template in read if later(template.name) or template.files("UNETLoader")]
+
+
+TEMPLATES = _templates()
+if not TEMPLATES:
+    pytest.skip("this ComfyUI has no template files of Wan", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def templates(start_comfyui) -> Iterator[ComfyServer]:
+    """A ComfyUI that has every model and LoRA file of the templates, of tiny dimensions."""
+    server = start_comfyui()
+    folder = server.base / "models" / "diffusion_models"
+    written: dict[object, Path] = {}
+    for seed, file in enumerate(sorted({f for t in TEMPLATES for f in t.files("UNETLoader")})):
+        if later(file):
+            layout = {**tiny.layout(), later(file): ("BF16", (4,))}
+            tiny.write_layout(folder / file, layout)
+        else:
+            tiny.write_checkpoint(folder / file, config_of(file), seed=seed)
+            written[config_of(file)] = folder / file
+    for template in TEMPLATES:
+        models = [file for file in template.files("UNETLoader") if not later(file)]
+        for lora in template.files("LoraLoaderModelOnly", "LoraLoader") if models else ():
+            loras.write_lora(server.base / "models" / "loras" / lora, config_of(models[0]))
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if not later(t.name)], ids=lambda t: t.name)
+def test_a_template_gives_the_native_result(templates, template):
+    native, latents = template.graph(templates, stock_model)
+    pool, _ = template.graph(templates, pool_model)
+    assert latents
+    for latent in latents:
+        expected = templates.sample(native, latent)
+        error = relative_error(templates.sample(pool, latent), expected)
+        print(f"{template.name}: relative error {error:.1e}")
+        assert expected.isfinite().all() and error <= EXACT
+
+
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if later(t.name)], ids=lambda t: t.name)
+def test_a_template_of_a_later_variant_is_refused_by_its_name(templates, template):
+    file = next(f for f in template.files("UNETLoader") or [f"{template.name}.safetensors"])
+    path = templates.base / "models" / "diffusion_models" / file
+    if not path.exists():
+        tiny.write_layout(path, {**tiny.layout(), later(template.name): ("BF16", (4,))})
+    graph = pool_model(file=file)
+    graph["status"] = {"class_type": "XDitUSPStatus", "inputs": {"model": ["model", 0]}}
+    with pytest.raises(QueueRefused) as refusal:
+        templates.queue(graph)
+    assert any("later version" in text and "Wan" in text for text in refusal.value.texts)

@@ -1,0 +1,50 @@
+"""The Wan variants on real GPUs: two of them give the result of one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import tiny
+import torch
+from tiny import relative_error
+from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire
+from wan_parallel.wanvideo.conditioning import Conditioning
+from wan_parallel.wanvideo.variants import VariantModel
+
+if torch.cuda.device_count() < 2:
+    pytest.skip("needs two CUDA GPUs", allow_module_level=True)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZE = (5, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = acquire(PoolSettings(ParallelPlan(2), device="cuda"))
+    yield pool
+    pool.close()
+
+
+def on_gpu(conditioning: Conditioning) -> Conditioning:
+    moved = {f.name: getattr(conditioning, f.name) for f in fields(conditioning) if f.name != "options"}
+    return replace(conditioning, **{name: tensor.cuda() for name, tensor in moved.items() if tensor is not None})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_two_gpus_give_the_result_of_one(pool, tmp_path, name, dtype):
+    config = tiny.VARIANTS[name]
+    path = tiny.write_checkpoint(tmp_path / f"{name}.safetensors", config)
+    inputs = tiny.inputs(config, SIZE, batch=2, text_tokens=512)
+    conditioning = on_gpu(tiny.conditioning(config, inputs.x))
+    inputs = tuple(tensor.cuda() for tensor in inputs)
+    with torch.inference_mode():
+        exact = VariantModel.from_checkpoint(path, device="cuda")(*inputs, conditioning)
+        alone = VariantModel.from_checkpoint(path, DTYPES[dtype], DTYPES[dtype], "cuda")(*inputs, conditioning)
+    got = pool.forward(ModelSpec(path, dtype, dtype, max_batch=2), *inputs, conditioning=conditioning)
+    pool.unload()
+    error, error_alone = relative_error(got, exact), relative_error(alone, exact)
+    print(f"{name} {dtype}: relative error {error:.1e}, one GPU {error_alone:.1e}")
+    assert error <= (1e-5 if dtype == "fp32" else 1.25 * error_alone)

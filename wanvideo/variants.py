@@ -1,0 +1,185 @@
+"""The Wan variants: small modules around the same blocks, each reading one input of a `Conditioning`.
+
+| input | of | does |
+|---|---|---|
+| image | Wan 2.1 image-to-video, first-last-frame, Fun | context tokens for a second cross-attention in every block |
+| reference | Fun-Control | a frame of tokens in front of the video |
+| camera | Fun-Camera | added to the token embedding |
+| vace | VACE | further blocks on the same tokens, whose output is added behind every few blocks |
+
+All act on any part of the tokens. Which of them a model has is told by its `WanConfig`.
+
+Sources: Wan 2.1 `wan/modules/model.py` and `vace_model.py`, VideoX-Fun `wan_transformer3d.py` and
+`wan_camera_adapter.py`; shapes and orders as ComfyUI runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .conditioning import CAMERA_PIXELS, Conditioning
+from .config import WanConfig
+from .model import Block, BlockInputs, Grid, Linear, Part, PatchEmbedding, WanModel, pad_to_patch, patchify
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens [B, n, image_dim] to context tokens [B, n, dim]."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        width, dim = config.image_dim, config.dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, dim), nn.LayerNorm(dim)
+        )
+        if config.image_positions:
+            self.emb_pos = nn.Parameter(torch.empty(1, config.image_positions, width), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The norms are in float32, the products and the result in `dtype`."""
+        norm_in, up, gelu, down, norm_out = self.proj
+        tokens = tokens.float()
+        if hasattr(self, "emb_pos"):  # with one image of two, its tokens take the first half
+            tokens = tokens[:, : self.emb_pos.shape[1]] + self.emb_pos[:, : tokens.shape[1]]
+        y = down(gelu(up(norm_in(tokens).to(dtype))))
+        return norm_out(y.float()).to(dtype)
+
+
+class Convolution(nn.Module):
+    """A Conv2d in the dtype of its input, whatever the weights are held in."""
+
+    def __init__(self, columns: int, rows: int, size: int, **options: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, size, size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+        self.options = options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), **self.options)
+
+
+class ReferenceEmbedding(Convolution):
+    """The convolution of a reference latent (kernel = stride = patch) as one product over its tokens."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__(config.reference_dim, config.dim, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, n, C*4] of `patchify`, of which the first channels are the reference's; float32 [B, n, dim]."""
+        weight = self.weight.flatten(1).float()
+        return F.linear(tokens[..., : weight.shape[1]].float(), weight, self.bias)
+
+
+class CameraResidual(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = Convolution(dim, dim, 3, padding=1)
+        self.conv2 = Convolution(dim, dim, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class CameraAdapter(nn.Module):
+    """A camera path to a vector for each token. Only pixels of one frame meet."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.conv = Convolution(config.camera_dim * CAMERA_PIXELS**2, config.dim, 2, stride=2)
+        self.residual_blocks = nn.Sequential(CameraResidual(config.dim))
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        """One frame [B, camera_dim, 8*H, 8*W] to [B, rows*columns, dim] of its tokens."""
+        pixels = pad_to_patch(F.pixel_unshuffle(frame, CAMERA_PIXELS))
+        return self.residual_blocks(self.conv(pixels)).flatten(2).transpose(1, 2)
+
+
+class VaceBlock(Block):
+    """A block on the tokens of a control video; what it adds to the video's is `after_proj` of its output."""
+
+    def __init__(self, config: WanConfig, first: bool):
+        super().__init__(config, image=False)
+        if first:
+            self.before_proj = Linear(config.dim, config.dim)
+        self.after_proj = Linear(config.dim, config.dim)
+
+
+class VariantModel(WanModel):
+    """A Wan DiT with whatever modules its configuration names; without any, the text-to-video model."""
+
+    def __init__(self, config: WanConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, **options)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
+        if config.reference_dim:
+            self.ref_conv = ReferenceEmbedding(config)
+        if config.camera_dim:
+            self.control_adapter = CameraAdapter(config)
+        if config.vace_layers:
+            self.vace_patch_embedding = PatchEmbedding(config.vace_dim, config.dim)
+            self.vace_blocks = nn.ModuleList(VaceBlock(config, first=i == 0) for i in range(config.vace_layers))
+
+    def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
+        x = super().embed(tokens, grid, part, conditioning)
+        if conditioning.options.reference_frames:
+            places = torch.arange(grid.tokens, device=tokens.device)[part]
+            front = places < conditioning.options.reference_frames * grid.frame_tokens
+            x[:, front] = self.ref_conv(tokens[:, front])
+        if conditioning.camera is not None:
+            x += self._camera(conditioning.camera, grid, part, x.device)
+        return x
+
+    def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
+        if not self.config.image_dim:
+            return None
+        if conditioning.image is None:
+            return text  # as in ComfyUI, whose graphs may leave the CLIP tokens out
+        return self.img_emb(conditioning.image.to(text.device), self.compute_dtype)
+
+    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[torch.Tensor]:
+        """One stream for each VACE context."""
+        if conditioning.vace is None:
+            return []
+        window, own = _frames(grid, part)
+        first = self.vace_blocks[0].before_proj
+        streams = []
+        for video in conditioning.vace[:, :, :, window].unbind(1):
+            tokens = patchify(pad_to_patch(video.to(x.device, torch.float32)))[:, own]
+            embedded = self.vace_patch_embedding(tokens)
+            streams.append(x + first(embedded.to(self.compute_dtype)))
+        return streams
+
+    def add_sides(
+        self, x: torch.Tensor, sides: list[torch.Tensor], block: int, inputs: BlockInputs, conditioning: Conditioning
+    ) -> None:
+        if not sides or block % self.config.vace_stride:
+            return
+        vace = self.vace_blocks[block // self.config.vace_stride]
+        for stream, strength in zip(sides, conditioning.options.vace_strengths, strict=True):
+            vace(stream, inputs)
+            x.add_(vace.after_proj(stream.to(inputs.compute_dtype)), alpha=strength)
+
+    def self_attentions(self, conditioning: Conditioning) -> int:
+        contexts = len(conditioning.options.vace_strengths)
+        return super().self_attentions(conditioning) + contexts * self.config.vace_layers
+
+    def _camera(self, camera: torch.Tensor, grid: Grid, part: Part, device: torch.device) -> torch.Tensor:
+        """The adapter's output for the tokens `part`, [B, n, dim]; only their frames are fetched and computed."""
+        window, own = _frames(grid, part)
+        frames = (frame.to(device, self.compute_dtype) for frame in camera[:, :, window].unbind(2))
+        return torch.cat([self.control_adapter(frame) for frame in frames], dim=1)[:, own]
+
+
+def _frames(grid: Grid, part: Part) -> tuple[slice, Part]:
+    """The frames that the tokens `part` lie in, at least one, and the places of those tokens in these frames."""
+    if isinstance(part, slice):
+        first = min(part.start // grid.frame_tokens, grid.frames - 1)
+        stop = max(first + 1, math.ceil(part.stop / grid.frame_tokens))
+        offset = first * grid.frame_tokens
+        return slice(first, stop), slice(part.start - offset, part.stop - offset)
+    first = int(part.min()) // grid.frame_tokens
+    return slice(first, int(part.max()) // grid.frame_tokens + 1), part - first * grid.frame_tokens
