@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
+from wan_parallel.distributed.memory import CHOICES  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.pool import (  # noqa: E402
     ModelSpec,
@@ -39,6 +40,7 @@ from wan_parallel.distributed.pool import (  # noqa: E402
 from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
 from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
+from wan_parallel.wanvideo.model import grid_of  # noqa: E402
 
 log = logging.getLogger("dit_step")
 
@@ -104,12 +106,18 @@ def _ours(options: argparse.Namespace) -> list[Row]:
         ulysses_degree=options.ulysses,
         ring_degree=options.ring,
     )
-    pool = acquire(PoolSettings(plan, device=options.device, usp_backend=options.backend))
+    pool = acquire(
+        PoolSettings(
+            plan, device=options.device, memory_fraction=options.memory_fraction, usp_backend=options.backend
+        )
+    )
     spec = ModelSpec(
         options.model or f"random:{options.size}",
         weight_dtype=options.weights or options.precision,
         compute_dtype=options.precision,
         attention=options.attention,
+        shard_weights=options.shard_weights,
+        offload=options.offload,
     )
     try:
         return [_our_row(pool, spec, res, options) for res in options.res.split(",")]
@@ -124,7 +132,7 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
     x = torch.randn(batch, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
     context = torch.randn(batch, 512, config.text_dim, device=device, dtype=dtype)
     timestep = torch.full((batch,), 500.0, device=device)
-    pool.ensure_ready(spec)
+    pool.ensure_ready(spec, tokens=grid_of(x).tokens)
     times, hops = [], []
     for _ in range(options.iters + 1):
         start = time.perf_counter()
@@ -155,6 +163,11 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         pipeline=model.pipeline,
         hop_s=round(median(hops[1:]), 4),
         weights=None if model.weight_dtype == options.precision else model.weight_dtype,
+        placement=model.placement,
+        weights_gib=round(max(w.models[0].device_bytes for w in workers) / 2**30, 2),
+        host_gib=round(sum(w.models[0].host_bytes for w in workers) / 2**30, 2),
+        allocated_gib=round(max(worker.peak_allocated for worker in workers) / 2**30, 2),
+        memory_fraction=options.memory_fraction,
     )
 
 
@@ -195,6 +208,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")
+    parser.add_argument("--shard-weights", choices=CHOICES, default="auto")
+    parser.add_argument("--offload", choices=CHOICES, default="auto")
+    parser.add_argument("--memory-fraction", type=float, default=1.0, help="cap on each GPU's memory")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--model", help="a checkpoint of that --size; random weights without")
     parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")

@@ -52,6 +52,10 @@ class ModelSpec:
         allow_flash, allow_sdpa: kinds of kernel that "auto" may choose.
         slice_tokens: tokens that feed-forward and cross-attention take at once; 0 takes all.
         max_batch: batch items that one forward takes at once.
+        shard_weights: whether each rank keeps a share of every block, which all gather before its turn: "on", "off",
+            or "auto" (where whole weights don't fit).
+        offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
+            or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
     """
 
@@ -64,6 +68,8 @@ class ModelSpec:
     slice_tokens: int = 0
     max_batch: int = 1
     stamp: str = ""
+    shard_weights: str = "auto"
+    offload: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Load:
+    """Read a model. `tokens` is the length of the first video, beside which its weights must fit; 0 is unknown."""
+
     id: int
     spec: ModelSpec
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,19 @@ class Unload:
 
 
 @dataclass(frozen=True)
+class StepOut:
+    """Move weights of `spec` to host memory on `ranks` until each has `nbytes` more on its device, or all of them.
+
+    They come back with the next forward, as far as they then fit.
+    """
+
+    id: int
+    spec: ModelSpec
+    ranks: tuple[int, ...]
+    nbytes: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Ask for every worker's `WorkerStatus`."""
 
@@ -193,7 +215,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Trim | Unload | Report
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report
 
 
 @dataclass(frozen=True)
@@ -210,13 +232,26 @@ class ModelStatus:
     patches: str
     tensor: int = 1
     pipeline: int = 1
+    placement: str = ""  # where the weights live, and why
+    device_bytes: int = 0  # weights on this worker's device
+    host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """Bytes of a model's weights on one worker's device: as it is, and once all that belongs there is back."""
+
+    spec: ModelSpec
+    now: int
+    whole: int
 
 
 @dataclass(frozen=True)
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
-    kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py)."""
+    kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
+    `peak_allocated` the most that torch's allocator gave out on its GPU."""
 
     rank: int
     pid: int
@@ -227,6 +262,7 @@ class WorkerStatus:
     fused: bool
     models: tuple[ModelStatus, ...]
     link: str = ""
+    peak_allocated: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,7 +298,7 @@ class Exchange:
 @dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
-    the uuid of those merged into the model that was to be loaded."""
+    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model."""
 
     id: int
     rank: int
@@ -273,6 +309,7 @@ class Reply:
     patches: str = ""
     status: WorkerStatus | None = None
     exchange: Exchange | None = None
+    weights: tuple[HeldWeights, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,7 +335,10 @@ class PoolFailed:
 
 _TYPES = {
     cls.__name__: cls
-    for cls in (Start, Load, Patch, Forward, Trim, Unload, Report, Cancel, Ready, Reply, PoolReady, Replies, PoolFailed)
+    for cls in (
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel),
+        *(Ready, Reply, PoolReady, Replies, PoolFailed),
+    )
 }
 
 

@@ -25,11 +25,13 @@ from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
 from .conditioning import SharedConditioning
+from .memory import PlacementError
 from .messages import (
     Cancel,
     Displaced,
     Exchange,
     Forward,
+    HeldWeights,
     Load,
     ModelSpec,
     Patch,
@@ -42,6 +44,7 @@ from .messages import (
     Reply,
     Report,
     Request,
+    StepOut,
     Trim,
     Unload,
     WorkerStatus,
@@ -73,7 +76,7 @@ class OutOfMemory(PoolError):
     """A GPU had too little memory for the request."""
 
 
-_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, OutOfMemory)}
+_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
 _WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError")
 _ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
 
@@ -156,6 +159,8 @@ class Pool:
         self._loaded: dict[ModelSpec, str] = {}  # to the uuid of the patches merged
         self._users: Counter[ModelSpec] = Counter()
         self._dropped: set[ModelSpec] = set()
+        self._held: dict[ModelSpec, tuple[HeldWeights, ...]] = {}  # by rank, as the workers said last
+        self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
         self._arena: Arena | None = None
         self._conditioning = SharedConditioning()
         self._next_id = 0
@@ -189,13 +194,20 @@ class Pool:
         return self._exchanges
 
     def ensure_ready(
-        self, spec: ModelSpec, poll: Poll | None = None, make_room: Callable[[int], None] | None = None
+        self,
+        spec: ModelSpec,
+        poll: Poll | None = None,
+        make_room: Callable[[int], None] | None = None,
+        tokens: int = 0,
     ) -> None:
-        """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there."""
-        _check_plan(_config_of(spec), self.settings)
+        """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there.
+
+        `tokens` is the length of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
+        """
+        _check_plan(_config_of(spec), spec, self.settings)
         with self._lock:
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room)
+            self._ensure_loaded(spec, poll, make_room, tokens)
 
     def forward(
         self,
@@ -229,11 +241,11 @@ class Pool:
         Raises:
             WorkerDied: a process ended; the next call starts a new pool.
             PoolError: the workers refused or failed.
-            CheckpointError, AttentionError, PlanError: the model cannot run like this.
+            CheckpointError, AttentionError, PlanError, PlacementError: the model cannot run like this.
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
-        _check_plan(config, self.settings)
+        _check_plan(config, spec, self.settings)
         frames = x.shape[2] if x.ndim == 5 else 0
         _check_inputs(config, x, context)
         check(config, x, conditioning)
@@ -241,7 +253,7 @@ class Pool:
         _check_timestep(x, timestep)
         with self._lock:
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room)
+            self._ensure_loaded(spec, poll, make_room, grid_of(x).tokens)
             self._ensure_patched(spec, patches or NO_PATCHES, poll)
             started = time.perf_counter()
             grid = grid_of(x)
@@ -253,6 +265,7 @@ class Pool:
             shared = self._conditioning.share(conditioning, DTYPES[spec.compute_dtype])
             request = Forward(self._new_id(), spec, arena.ref, *refs, out, displaced, shared)
             replies = self._call(request, poll)
+            self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             result = core(result, frames, conditioning.options)
             self._seconds = max(reply.seconds for reply in replies.replies)
@@ -282,11 +295,45 @@ class Pool:
                 wanted = {spec} | self._dropped if spec else set(self._loaded)
                 self._unload(wanted & self._loaded.keys())
 
-    def trim(self) -> None:
-        """Let the workers give back what only a sampling run needs; weights stay. Starts nothing."""
+    def held(self, spec: ModelSpec, ranks: Sequence[int]) -> tuple[int, int]:
+        """Bytes of a model's weights on the devices of `ranks`: now, and with all back that has stepped out.
+
+        As the workers said last; asks nobody.
+        """
+        weights = self._held.get(spec, ()) if self.alive else ()
+        told = [weights[rank] for rank in ranks if rank < len(weights)]
+        return sum(w.now for w in told), sum(w.whole for w in told)
+
+    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float) -> int:
+        """Move weights to host memory until the devices of `ranks` have `nbytes` more each, or all of `spec`'s.
+
+        They come back by themselves with the next forward. Returns the bytes that left all these devices.
+
+        Raises:
+            PlacementError: host memory has no room for them.
+        """
         with self._lock:
-            if self.workers and not self._lost():
-                self._drain(None)
+            if not self.alive or not self.workers or spec not in self._loaded:
+                return 0
+            self._drain(None)
+            before, _ = self.held(spec, ranks)
+            self._call(StepOut(self._new_id(), spec, tuple(ranks), nbytes), None)
+            self._aside.add(spec)
+            return before - self.held(spec, ranks)[0]
+
+    def step_aside(self, spec: ModelSpec) -> int:
+        """Let every other model step out on all workers; returns the bytes that left the devices."""
+        with self._lock:
+            ranks = range(self.settings.plan.num_gpus)
+            return sum(self.step_out(other, ranks, 2**62) for other in list(self._loaded) if other != spec)
+
+    def trim(self) -> None:
+        """Let the workers give back what only a sampling run needs; weights stay. Starts nothing.
+
+        Does nothing while a request that was given up is still at work, as its end does the same.
+        """
+        with self._lock:
+            if self.workers and not self._lost() and not self._abandoned:
                 self._conditioning.close()
                 self._call(Trim(self._new_id()), None)
 
@@ -297,6 +344,8 @@ class Pool:
                 self._finalizer()  # stops the processes, once
             self._processes = self._finalizer = None
             self._loaded.clear()
+            self._held.clear()
+            self._aside.clear()
             self._abandoned = 0
             self._close_arena()
             self._conditioning.close()
@@ -355,8 +404,12 @@ class Pool:
             return True
         return False
 
-    def _ensure_loaded(self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
+    def _ensure_loaded(
+        self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None, tokens: int
+    ) -> None:
         if spec in self._loaded:
+            if spec in self._aside and make_room is not None and self.settings.device == "cuda":
+                make_room(max(weights.whole - weights.now for weights in self._held[spec]))
             return
         if make_room is not None and self.settings.device == "cuda":
             make_room(_most_held(_config_of(spec), spec, self.settings.plan))
@@ -364,7 +417,7 @@ class Pool:
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
         self._unload(self._dropped & self._loaded.keys())
-        replies = self._call(Load(self._new_id(), spec), poll)
+        replies = self._call(Load(self._new_id(), spec, tokens), poll)
         merged = {reply.patches for reply in replies.replies}
         self._loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
         log.info("%s is loaded after %.1f s.", Path(spec.path).name, time.perf_counter() - started)
@@ -373,6 +426,7 @@ class Pool:
         if specs:
             for spec in specs:
                 del self._loaded[spec]
+                self._aside.discard(spec)
             self._call(Unload(self._new_id(), tuple(specs)), None)
 
     def _ensure_patched(self, spec: ModelSpec, patches: PatchSet, poll: Poll | None) -> None:
@@ -420,10 +474,18 @@ class Pool:
                 self._cancel(request.id)
             raise
         self._abandoned = 0
+        self._note_weights(message)
         for reply in message.replies:
             if reply.error:
                 raise _error(reply)
         return message
+
+    def _note_weights(self, message: Replies) -> None:
+        by_spec: dict[ModelSpec, list[HeldWeights]] = {}
+        for reply in message.replies:
+            for weights in reply.weights:
+                by_spec.setdefault(weights.spec, []).append(weights)
+        self._held = {spec: tuple(held) for spec, held in by_spec.items() if len(held) == len(message.replies)}
 
     def _cancel(self, request: int) -> None:
         try:
@@ -437,6 +499,7 @@ class Pool:
             message = self._receive(poll)
             if isinstance(message, Replies) and message.id == self._abandoned:
                 self._abandoned = 0
+                self._note_weights(message)
 
     def _receive(self, poll: Poll | None) -> object:
         connection = self._processes.connection
@@ -494,9 +557,14 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
     return replace(settings, device=device, usp_backend=backend)
 
 
-def _check_plan(config: WanConfig, settings: PoolSettings) -> None:
+def _check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> None:
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
+    if spec.shard_weights == "on" and plan.tensor_parallel * plan.pipeline_parallel > 1:
+        raise PlanError(
+            "shard_weights is on, but with tensor or pipeline parallelism each GPU has a part of the weights already, "
+            "and keeps it whole. Set shard_weights to auto, or both sizes to 1."
+        )
     if config.vace_layers and plan.pipeline_parallel > 1:
         raise PlanError(
             f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..distributed.memory import CHOICES
 from ..distributed.messages import PIPELINE_MODES
 from .settings import DEVICES, SettingsError, USPConfig
 
@@ -280,6 +281,28 @@ def _later_inputs() -> list[io.Input]:
                 "approximate: to some of the tokens the keys and values of others are one step old. The first 4 "
                 "steps, and every tenth after them, are exact. It keeps keys and values of all tokens on the GPUs, "
                 "which XDIT_USP_README.md has figures for."
+            ),
+        ),
+        io.Combo.Input(
+            "shard_weights",
+            options=list(CHOICES),
+            default="auto",
+            optional=True,
+            tooltip=(
+                "Each GPU keeps an equal share of every block, and gathers the next block while the current one "
+                "computes: less memory on each GPU, the same result, more traffic between them. auto: where the whole "
+                "model does not fit on each GPU. XDit+USP Status says what was chosen and why."
+            ),
+        ),
+        io.Combo.Input(
+            "offload",
+            options=list(CHOICES),
+            default="auto",
+            optional=True,
+            tooltip=(
+                "Blocks (or shares of them) lie in host memory and are copied to the GPU while the one before "
+                "computes: the same result, slower over a slow bus. auto: as many as do not fit on the GPU. on: all "
+                "of them, for the smallest use of GPU memory. off: none."
             ),
         ),
     ]

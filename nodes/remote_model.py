@@ -21,12 +21,15 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
 
+from ..distributed.memory import PlacementError
 from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
 from ..distributed.schedule import PatchSettings
 from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import CheckpointError, Header
+from ..wanvideo.model import grid_of
 from . import refusals
 from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
@@ -75,7 +78,7 @@ def build_model(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
-        size=1,  # bytes: ComfyUI neither evicts other models nor splits this one for weights that lie elsewhere
+        size=1,  # bytes: what it holds beside that is in the workers, see RemoteModelPatcher.model_size
     )
 
 
@@ -162,7 +165,7 @@ class RemoteWan(torch.nn.Module):
         except OutOfMemory as error:
             if not self._make_more_room():
                 raise
-            log.warning("%s Trying once more with the GPUs cleared of other models.", error)
+            log.warning("%s Trying once more with more room on the GPUs.", error)
         return self._run(options, conditioning, *inputs)
 
     def _run(self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor) -> torch.Tensor:
@@ -173,7 +176,9 @@ class RemoteWan(torch.nn.Module):
             x, _ = extended(x, conditioning)  # as the workers will cut it
             self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
-            self.pool.ensure_ready(self.spec, poll=lambda: (text.show(), poll()), make_room=self._make_room)
+            self.pool.ensure_ready(
+                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(x).tokens
+            )
         with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(
                 self.spec,
@@ -215,11 +220,8 @@ class RemoteWan(torch.nn.Module):
     def _make_more_room(self) -> bool:
         """After the workers ran out of memory: free all that is not this model; whether there was any."""
         freed = self._make_room(_EVERYTHING)
-        workers = self.pool.status().workers
-        if any(len(worker.models) > 1 for worker in workers):  # such as the other expert of Wan 2.2
-            self.pool.unload()
-            freed = True
-        return freed
+        freed = bool(self.pool.step_aside(self.spec)) or freed  # such as the other expert of Wan 2.2
+        return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
 
 
 _EVERYTHING = 1e30  # bytes, as ComfyUI's own unload_all_models asks for
@@ -282,21 +284,76 @@ class RemoteModelPatcher(ModelPatcher):
         super().pre_run()
 
     def cleanup(self) -> None:
-        """The end of a sampling run, a cancelled one too: what only displaced patches need makes room for the VAE."""
+        """Sampling has ended, in whatever way: what the workers hold beyond weights makes room for the VAE."""
         super().cleanup()
-        if self.remote.runs is None:
-            return
         try:
             self.remote.pool.trim()
-        except PoolError as error:  # what is gone needs no trimming, and the run has had its own error
+        except PoolError as error:  # must not take the place of the error that ended the sampling
             log.warning("%s", error)
 
+    # One GPU, two users: what the workers hold on ComfyUI's own device is shown to its memory manager. Where that
+    # wants some of it for another model, weights step out to host memory; the next forward brings them back.
+
+    def model_size(self) -> int:
+        """Bytes of the weights on ComfyUI's device once all are there; 1 while the workers have none (0 is unset)."""
+        return max(1, self._held()[1])
+
+    def loaded_size(self) -> int:
+        """Bytes of the weights on ComfyUI's device now."""
+        return self._held()[0]
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, **options: Any) -> int:
+        """There is nothing to split in this process, however little ComfyUI has left."""
+        return super().partially_load(device_to, _EVERYTHING, **options)
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_options: Any) -> int:
+        """Weights of `memory_to_free` bytes, or all, leave ComfyUI's device; returns how many did."""
+        return self._step_out(memory_to_free)
+
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-        """ComfyUI wants the memory (`unpatch_all`: for good), as with `Unload models`: so do the workers."""
+        """ComfyUI drops this model, for good with `unpatch_all`.
+
+        While a node runs that is to make room on its device, where the weights step out. Otherwise the user wants all
+        memory back (Unload models), and the workers forget the model.
+        """
         model = super().detach(unpatch_all)
         if unpatch_all:
-            self._unload_workers()
+            if get_executing_context() is not None:
+                self._step_out(_EVERYTHING)
+            else:
+                self._unload_workers()
         return model
+
+    def _held(self) -> tuple[int, int]:
+        return self.remote.pool.held(self.remote.spec, self._shared_ranks())
+
+    def _shared_ranks(self) -> Sequence[int]:
+        """The workers on ComfyUI's own device: one on a GPU, all of them without any."""
+        pool, device = self.remote.pool, comfy.model_management.get_torch_device()
+        workers = pool.settings.plan.num_gpus
+        if device.type != pool.settings.device:
+            return ()
+        if device.type == "cpu":
+            return range(workers)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return (index,) if index < workers else ()
+
+    def _step_out(self, nbytes: float) -> int:
+        ranks = self._shared_ranks()
+        if not ranks:
+            return 0
+        try:
+            freed = self.remote.pool.step_out(self.remote.spec, ranks, nbytes)
+        except PlacementError as error:
+            log.warning("%s The model is read again with the next sampling.", error)
+            freed = self.loaded_size()
+            self._unload_workers()
+        except PoolError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
+            log.warning("%s", error)
+            return 0
+        if freed:
+            log.info("Weights of %.1f GiB have left ComfyUI's device to make room.", freed / 2**30)
+        return freed
 
     def _unload_workers(self) -> None:
         try:

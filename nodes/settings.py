@@ -44,6 +44,8 @@ class USPConfig:
     device: str = "auto"
     usp_backend: str = "auto"
     pipeline_mode: str = "exact"
+    shard_weights: str = "auto"
+    offload: str = "auto"
 
     @property
     def plan(self) -> ParallelPlan:
@@ -127,6 +129,8 @@ class USPConfig:
             slice_tokens=self.max_sequence_length if self.enable_activation_checkpointing else 0,
             max_batch=self.max_batch_size,
             stamp=file_stamp(path),
+            shard_weights=self.shard_weights,
+            offload=self.offload,
         )
 
     def compute_dtype(self, base_precision: str) -> str:

@@ -61,7 +61,11 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
         f"last forward {status.last_forward_seconds:.3f} s, hop to the workers and back "
         f"{status.last_hop_seconds * 1000:.1f} ms",
-        *(_model(model, status.settings.pipeline_mode) for model in status.workers[0].models),
+        *(
+            line
+            for model in status.workers[0].models
+            for line in (_model(model, status.settings.pipeline_mode), f"  weights: {model.placement}")
+        ),
         *(_worker(worker) for worker in status.workers),
         f"torch {status.torch}, xfuser {status.xfuser or 'not installed'}, launcher pid {status.launcher_pid}",
     ]
@@ -79,11 +83,17 @@ def _model(model: ModelStatus, mode: str) -> str:
 
 
 def _worker(worker: WorkerStatus) -> str:
+    here, host = (sum(getattr(model, name) for model in worker.models) for name in ("device_bytes", "host_bytes"))
     return (
         f"rank {worker.rank}: {worker.device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
+        f"weights {_size(here)} there and {_size(host)} in host memory, "
         f"peak host memory while loading {_gib(worker.peak_private)}, pid {worker.pid}"
     )
 
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
+
+
+def _size(nbytes: int) -> str:
+    return _gib(nbytes) if nbytes >= 2**27 else f"{nbytes / 2**20:.1f} MiB"

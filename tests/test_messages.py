@@ -14,7 +14,9 @@ from wan_parallel.distributed import messages
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.wanvideo.options import Options, RopeOptions
 
-SPEC = messages.ModelSpec("/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28")
+SPEC = messages.ModelSpec(
+    "/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off"
+)
 ARENA = messages.ArenaRef("/proc/12/fd/7", 2**35, 3)
 TENSOR = messages.TensorRef("float32", (2, 16, 21, 60, 104), 64)
 READY = messages.Ready(1, 4321, "NVIDIA H200", "2.13.0+cu130", "")
@@ -29,8 +31,9 @@ STATUS = messages.WorkerStatus(
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
     link="NVLink",
 )
+WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
 EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE)
+REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS)
 DISPLACED = messages.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
@@ -62,6 +65,7 @@ SAMPLES = [
     messages.Trim(4),
     messages.Unload(4, (SPEC, SPEC)),
     messages.Unload(4, ()),
+    messages.StepOut(4, SPEC, (0, 3), 1e30),
     messages.Report(5),
     messages.Cancel(6),
     READY,

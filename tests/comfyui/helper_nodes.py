@@ -6,6 +6,7 @@ They make conditioning without a text encoder and save a latent bit by bit.
 import os
 
 import comfy.clip_vision
+import comfy.model_management as management
 import folder_paths
 import torch
 from safetensors.torch import save_file
@@ -90,6 +91,23 @@ class WanVideoLoraList:
         path = folder_paths.get_full_path("loras", name)
         selected = {blocks: True} if blocks else {}
         return ([{"path": path, "strength": strength, "name": name, "blocks": selected, "layer_filter": ""}],)
+
+
+class WantRoom:
+    """Passes a LATENT on after ComfyUI was asked for this many bytes more than are free, as a VAE decode asks."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "want"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",), "nbytes": ("FLOAT", {"default": 0.0, "max": 1e30})}}
+
+    def want(self, samples, nbytes):
+        device = management.get_torch_device()
+        management.free_memory(management.get_free_memory(device) + nbytes, device)
+        return (samples,)
 
 
 class AnyThing:
@@ -187,6 +205,7 @@ NODE_CLASS_MAPPINGS = {
         RandomLatent,
         SaveLatentTensor,
         WanVideoLoraList,
+        WantRoom,
         AnyThing,
         NoCLIP,
         PoolingVAE,

@@ -8,7 +8,9 @@ Prints one JSON object. Arguments: the pack's folder, a checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 sys.path.insert(0, ".")
@@ -21,6 +23,7 @@ args.cpu = True
 import comfy.model_management as management
 import torch
 import utils.extra_config  # noqa: F401  (as main.py does: later ComfyUI puts another `utils` on the path)
+from comfy_execution.utils import CurrentNodeContext
 
 
 class PlayedPool:
@@ -28,7 +31,8 @@ class PlayedPool:
 
     def __init__(self, failures: int = 0, models: int = 1):
         self.failures, self.models, self.calls, self.alive = failures, models, [], True
-        self.settings = SimpleNamespace(plan=SimpleNamespace(num_gpus=2))
+        self.settings = SimpleNamespace(plan=SimpleNamespace(num_gpus=2), device="cpu")
+        self.now = self.whole = 0  # bytes on each worker
 
     def keep(self, spec):
         self.calls.append("keep")
@@ -36,7 +40,7 @@ class PlayedPool:
     def drop(self, spec):
         self.calls.append("drop")
 
-    def ensure_ready(self, spec, poll, make_room):
+    def ensure_ready(self, spec, poll, make_room, tokens):
         make_room(1000)
 
     def forward(self, spec, x, *inputs, **options):
@@ -45,8 +49,20 @@ class PlayedPool:
             raise OutOfMemory("cuda:0 ran out of memory. Use fewer frames.")
         return torch.zeros_like(x)
 
-    def status(self):
-        return SimpleNamespace(workers=[SimpleNamespace(models=[None] * self.models)])
+    def step_aside(self, spec):
+        self.calls.append("aside")
+        return self.models - 1
+
+    def held(self, spec, ranks):
+        return self.now * len(ranks), self.whole * len(ranks)
+
+    def step_out(self, spec, ranks, nbytes):
+        self.calls.append(["out", list(ranks), nbytes])
+        before, self.now = self.now, max(100, self.now - 100 * math.ceil(nbytes / 200))
+        return (before - self.now) * len(ranks)
+
+    def trim(self):
+        self.calls.append("trim")
 
     def unload(self, spec=None):
         self.calls.append("unload")
@@ -109,4 +125,35 @@ result["hopeless"] = [run(hopeless, evictable=False), 9 - hopeless.failures]
 management.unload_all_models()
 result["freed"] = hopeless.calls.copy()
 ours.clear()
+
+
+def played_free_memory(device, torch_free_too=False):
+    return (50, 0) if torch_free_too else 50
+
+
+def asked_for(nbytes: float, in_a_node: bool) -> list:
+    """What ComfyUI's own code does to our MODEL when it wants `nbytes` more than there are."""
+    pool = PlayedPool()
+    model = build_model(read_header(sys.argv[2]), ModelSpec(sys.argv[2]), pool)
+    sizes = [model.model_size(), model.loaded_size()]
+    management.load_models_gpu([model])
+    pool.now = pool.whole = 1000
+    sizes += [model.model_size(), model.loaded_size()]
+    pool.calls.clear()
+    free, management.get_free_memory = management.get_free_memory, played_free_memory
+    try:
+        with CurrentNodeContext("prompt", "node") if in_a_node else nullcontext():
+            management.free_memory(nbytes + 50, cpu())
+    finally:
+        management.get_free_memory = free
+    sizes += [model.model_size(), model.loaded_size()]
+    still_there = any(loaded.model is model for loaded in management.current_loaded_models)
+    model.cleanup()
+    management.load_models_gpu([model])  # comes back without asking for anything
+    return [sizes, pool.calls.copy(), still_there]
+
+
+result["little"] = asked_for(300, in_a_node=True)
+result["all"] = asked_for(9000, in_a_node=True)
+result["unload"] = asked_for(1e30, in_a_node=False)
 print(json.dumps(result))

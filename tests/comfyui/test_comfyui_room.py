@@ -39,7 +39,7 @@ def test_the_pool_of_another_config_ends(result):
 
 
 def test_out_of_memory_is_tried_once_more_without_the_other_models(result):
-    assert result["retried"] == ["ok", ["keep", "unload"]]
+    assert result["retried"] == ["ok", ["keep", "aside"]]
 
 
 def test_out_of_memory_with_nothing_left_to_free_is_reported_at_once(result):
@@ -49,3 +49,22 @@ def test_out_of_memory_with_nothing_left_to_free_is_reported_at_once(result):
 
 def test_unloading_all_models_reaches_the_pool(result):
     assert "unload" in result["freed"]
+
+
+def test_what_the_workers_hold_is_shown_and_a_part_of_it_steps_out_when_it_is_asked_for(result):
+    sizes, calls, still_there = result["little"]
+    assert sizes == [1, 0, 2000, 2000, 2000, 1600]
+    assert calls == [["out", [0, 1], 300], "trim"]
+    assert still_there
+
+
+def test_all_of_it_steps_out_when_more_than_that_is_asked_for(result):
+    sizes, calls, still_there = result["all"]
+    assert sizes[-2:] == [2000, 200]
+    assert [call[0] for call in calls[:-1]] == ["out"] and calls[-1] == "trim"  # nothing is forgotten
+    assert not still_there
+
+
+def test_unload_models_outside_of_a_node_forgets_the_weights(result):
+    _, calls, still_there = result["unload"]
+    assert calls == ["unload", "trim"] and not still_there

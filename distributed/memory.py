@@ -1,0 +1,186 @@
+"""Where a model's weights go: whole on each GPU, shared among them, or in host memory. Arithmetic only.
+
+Every rank must come to the same answer about sharing, because gathering a block is a collective call: the ranks tell
+each other their room first (see `Worker.load`) and then all ask `place_weights` with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..wanvideo.config import WanConfig
+
+SLOTS = 2
+"""Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
+
+BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
+ALIGN = 256
+"""Bytes at which a weight starts in a block: as in torch's GPU allocator, so that the same kernels are chosen."""
+
+CHOICES = ("auto", "on", "off")
+REFERENCE_TOKENS = 21 * 30 * 52
+"""Tokens of 81 frames at 480p, for a model that is loaded before its first video is known."""
+
+# Bytes per token and channel: the residual stream and two float32 temporaries, then q, k, v, their exchanged copies,
+# the attention output and what torch keeps between them. 14B at 480p and 720p takes 1 GPU 208 kB more a token, which
+# is 40 bytes x 5120 (benchmarks/results/h200.jsonl).
+_FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
+_WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
+
+
+class PlacementError(ValueError):
+    """The weights do not fit. The text says how much is missing, on which GPU, and what would help."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a model asks of one GPU, in bytes."""
+
+    fixed: int  # embeddings and head, on every GPU
+    block: int  # the largest block, whole
+    blocks: int  # how many
+    activations: int
+
+    @property
+    def whole(self) -> int:
+        return self.fixed + self.blocks * self.block
+
+
+def demand_of(sizes: Mapping[str, int], activations: int) -> Demand:
+    """What a model asks of a GPU, from the bytes of each of its weights as they are held."""
+    fixed, blocks = 0, {}
+    for name, nbytes in sizes.items():
+        if match := BLOCK_NAME.match(name):
+            blocks[match[1]] = blocks.get(match[1], 0) + -(-nbytes // ALIGN) * ALIGN
+        else:
+            fixed += nbytes
+    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the blocks live.
+
+    Args:
+        share: ranks that keep 1/share of every block each; 1 is all of it on every rank.
+        resident: blocks (or shares of them) that stay on the tightest GPU; the others lie in host memory.
+        reason: why, for the log and the status.
+    """
+
+    share: int
+    resident: int
+    reason: str
+
+
+def activation_bytes(
+    config: WanConfig, tokens: int, batch: int, itemsize: int, slice_tokens: int, workspace: int = _WORKSPACE
+) -> int:
+    """Expected activation memory of one rank that runs `batch` items of `tokens` tokens each.
+
+    Args:
+        itemsize: bytes of the compute dtype.
+        slice_tokens: as in `WanModel`; 0 takes all tokens through the feed-forward at once.
+    """
+    stream = tokens * config.dim * (_FLOAT32_BYTES + _COMPUTE_VALUES * itemsize)
+    hidden = min(tokens, slice_tokens or tokens) * config.ffn_dim * 2 * itemsize
+    return batch * (stream + hidden) + workspace
+
+
+def fitting_blocks(demand: Demand, room: int, share: int) -> int:
+    """How many blocks (or shares of them) can stay on a GPU of `room` bytes; -1 where it cannot run at all."""
+    left = room - demand.fixed - demand.activations
+    if share == 1 and left >= demand.blocks * demand.block:
+        return demand.blocks
+    left -= SLOTS * demand.block
+    return max(-1, min(demand.blocks, left // math.ceil(demand.block / share)))
+
+
+def needed_bytes(demand: Demand, share: int, resident: int) -> int:
+    """Bytes of a GPU that runs the model with `resident` blocks (or shares of them) on it."""
+    passing = SLOTS * demand.block if share > 1 or resident < demand.blocks else 0
+    return demand.fixed + resident * math.ceil(demand.block / share) + passing + demand.activations
+
+
+def place_weights(
+    demand: Demand, room: Sequence[int], ranks: int, shard: str = "auto", offload: str = "auto", host_room: int = 2**62
+) -> Placement:
+    """Choose where the weights live: whole where they fit, else shared, else shared and partly in host memory.
+
+    Args:
+        demand: of the model on each rank.
+        room: bytes that each GPU has for it, by rank.
+        ranks: how many of them hold the same weights.
+        shard, offload: "auto", "on" or "off" (see `ModelSpec`).
+        host_room: bytes of host memory that all ranks together may take.
+
+    Raises:
+        PlacementError: it does not fit.
+    """
+    tightest = min(room)
+    shares = [1] if shard == "off" or ranks == 1 else [ranks] if shard == "on" else [1, ranks]
+    why = _why(demand, room)
+    if offload == "on":
+        return _in_host_memory(demand, room, shares[-1], 0, host_room, "offload is on")
+    for share in shares:
+        if fitting_blocks(demand, tightest, share) == demand.blocks:
+            return Placement(
+                share, demand.blocks, _where(demand, share, 0, "shard_weights is on" if shard == "on" else why)
+            )
+    if offload == "off":
+        raise PlacementError(_refusal(demand, room, shares[-1], demand.blocks, shard, offload, ranks))
+    resident = fitting_blocks(demand, tightest, shares[-1])
+    return _in_host_memory(demand, room, shares[-1], resident, host_room, why)
+
+
+def _in_host_memory(
+    demand: Demand, room: Sequence[int], share: int, resident: int, host_room: int, why: str
+) -> Placement:
+    if fitting_blocks(demand, min(room), share) < 0:
+        raise PlacementError(_refusal(demand, room, share, 0, "on", "on", share))
+    hosted = demand.blocks - resident
+    needed = hosted * demand.block * len(room) // share
+    if needed > host_room:
+        raise PlacementError(
+            f"{hosted} of {demand.blocks} blocks must lie in host memory, which takes {_gib(needed)} on "
+            f"{len(room)} ranks, and {_gib(host_room)} are free. Close other programs, or use more or larger GPUs"
+            f"{'' if share > 1 or len(room) == 1 else ', or set shard_weights to auto'}."
+        )
+    return Placement(share, resident, _where(demand, share, hosted, why))
+
+
+def _where(demand: Demand, share: int, hosted: int, why: str) -> str:
+    """The weights' place in words; `why` is left out where nothing had to be done."""
+    if share == 1 and not hosted:
+        return f"whole on each GPU, {_gib(demand.whole)}"
+    shared = f"1/{share} of each block on each of {share} GPUs" if share > 1 else "whole blocks"
+    streamed = f", {hosted} of {demand.blocks} blocks in host memory" if hosted else ""
+    return f"{shared}{streamed} ({why})"
+
+
+def _why(demand: Demand, room: Sequence[int]) -> str:
+    return (
+        f"{_gib(demand.whole)} of weights and {_gib(demand.activations)} of activations, "
+        f"and the tightest GPU has {_gib(min(room))}"
+    )
+
+
+def _refusal(
+    demand: Demand, room: Sequence[int], share: int, resident: int, shard: str, offload: str, ranks: int
+) -> str:
+    needed, gpu = needed_bytes(demand, share, resident), min(range(len(room)), key=lambda rank: room[rank])
+    weights = needed - demand.activations
+    ways = ["set offload to auto"] if offload == "off" else []
+    ways += ["set shard_weights to auto"] if shard == "off" and ranks > 1 else []
+    ways += ["use fewer frames or a smaller size", "raise gpu_memory_fraction", "use more GPUs"]
+    return (
+        f"GPU {gpu} has {_gib(room[gpu])} for this model and needs {_gib(needed)} ({_gib(weights)} of weights, "
+        f"{_gib(demand.activations)} of activations): {_gib(needed - room[gpu])} are missing. "
+        f"{ways[0][0].upper()}{ways[0][1:]}, {', '.join(ways[1:-1])}, or {ways[-1]}."
+    )
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,429 @@
+"""Where the blocks of a loaded model live, and how each is whole on the device when its turn comes.
+
+Three places, chosen in memory.py and mixed freely: on the device, whole; a share of each block on each rank that runs
+with the same weights; in host memory (page-locked beside a GPU). Blocks that are not whole on the device pass through
+two buffers: while one block computes, the next is gathered from the ranks (as ZeRO-3 and FSDP do, arXiv 1910.02054
+and 2304.11277) or copied from host memory, on a stream and in a process group of their own. Parameters are views
+into those buffers, so the model runs as it is, and its result is bit for bit that of whole weights.
+
+Order of collectives: a rank starts its gathers in the order of the blocks, from `before_block` alone, which ranks of a
+group reach alike (gate.py lets all of them leave before it at the same block). `passes` waits for what is under way, so
+a cancelled forward leaves nothing unmatched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from .flat import HostBuffer, Layout, Weight, components, nbytes_of, on_meta, with_components
+from .memory import BLOCK_NAME, SLOTS
+
+# torch 2.13 has another name for it and warns at the old one
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class ShareGroup:
+    """The ranks that keep one share of every block each; this rank keeps share `index`."""
+
+    ranks: int = 1
+    first_rank: int = 0
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+def gather_rows(row: Sequence[int], device: torch.device, world_size: int) -> list[list[int]]:
+    """Every rank's `row` of numbers, by rank (a collective call of the whole world)."""
+    if world_size == 1:
+        return [list(row)]
+    mine = torch.tensor(row, dtype=torch.int64, device=device)
+    rows = mine.new_empty(world_size * len(row))
+    _all_gather(rows, mine)
+    return rows.view(world_size, -1).tolist()
+
+
+def join_share_group(groups: Sequence[Sequence[int]], rank: int) -> ShareGroup:
+    """Make one process group for each of `groups` (a collective call of the whole world); the one of `rank`.
+
+    Apart from the groups of attention, so that gathers and exchanges of activations pass each other.
+    """
+    mine = ShareGroup()
+    for ranks in groups:
+        options = None
+        if dist.get_backend() == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options.is_high_priority_stream = True  # else a gather waits for room beside the matrix products
+        group = dist.new_group(list(ranks), pg_options=options)
+        if rank in ranks:
+            mine = ShareGroup(len(ranks), ranks[0], list(ranks).index(rank), group)
+    return mine
+
+
+class Slots:
+    """The two whole blocks on the device that all models of a worker pass through, one model at a time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.serial = 0  # another one for other buffers
+        self._buffers: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def get(self, nbytes: int) -> tuple[torch.Tensor, ...]:
+        """Buffers of at least `nbytes` bytes each."""
+        if not self._buffers or len(self._buffers[0]) < nbytes:
+            self._buffers = ()
+            self._buffers = tuple(torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(SLOTS))
+            self.serial += 1
+        return self._buffers
+
+    def release(self) -> None:
+        """Forget the buffers; every `Residence` must have let go of them (`Residence.leave_slots`)."""
+        self._buffers = ()
+
+
+@dataclass
+class _Block:
+    """One block's bytes: as tensors of their own, or this rank's share (or all) on the device or in host memory."""
+
+    names: list[str]
+    size: int = 0  # bytes of this rank's part
+    whole: dict[str, Weight] | None = None
+    layout: Layout | None = None
+    device: torch.Tensor | None = None
+    host: HostBuffer | None = None
+    slot: int | None = None  # in which the parameters point
+    views: dict[int, dict[str, Weight]] = field(default_factory=dict)  # by slot
+
+
+class Residence:
+    """The blocks of one model on this rank.
+
+    Args:
+        names: of all weights; those under `blocks.N.` are managed, the others are the caller's.
+        read: gives a weight, on any device, and the dtype in which a plain one is to be held (None: its own). Only what
+            this rank keeps of it is used, so it may be a view into a mapped file.
+        assign: sets a weight of the model by name.
+        group: the ranks that share every block; alone, they are whole.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        read: Callable[[str], tuple[Weight, torch.dtype | None]],
+        assign: Callable[[str, Weight], None],
+        device: torch.device,
+        slots: Slots,
+        group: ShareGroup | None = None,
+    ):
+        self.read, self.assign, self.device = read, assign, device
+        self.group, self.slots = group or ShareGroup(), slots
+        self._blocks: dict[int, _Block] = {}
+        for name in names:
+            if match := BLOCK_NAME.match(name):
+                self._blocks.setdefault(int(match[1]), _Block([])).names.append(name)
+        self._to_host = _spread(sorted(self._blocks))
+        self._serial = slots.serial
+        self._order: list[int] = []  # blocks that pass through the slots in this forward
+        self._reached = self._started = self._total = 0
+        self._arrivals: dict[int, torch.cuda.Event | dist.Work | None] = {}
+
+    # What is where.
+
+    @property
+    def blocks(self) -> list[int]:
+        return sorted(self._blocks)
+
+    @property
+    def on_device(self) -> list[int]:
+        """Blocks whose bytes of this rank are on the device."""
+        return [i for i, block in sorted(self._blocks.items()) if block.whole is not None or block.device is not None]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of blocks on the device, the slots not counted."""
+        return sum(self.bytes_of(i) for i in self.on_device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that this model's blocks take, copies of what is on the device included."""
+        return sum(len(block.host.bytes) for block in self._blocks.values() if block.host is not None)
+
+    def bytes_of(self, index: int) -> int:
+        """Bytes of this rank's part of a block."""
+        return self._blocks[index].size
+
+    def owns(self, name: str) -> bool:
+        """Whether a weight belongs to a block."""
+        return BLOCK_NAME.match(name) is not None
+
+    # Filling.
+
+    def load(self, resident: int, progress: Callable[[], None] = lambda: None) -> None:
+        """Read this rank's bytes of every block, the first time; `resident` of them go to the device."""
+        hosted = set(self._to_host[: len(self._blocks) - resident])
+        for index in self.blocks:
+            self._read_block(index, index in hosted)
+            progress()
+
+    def _read_block(self, index: int, to_host: bool) -> None:
+        block = self._blocks[index]
+        if self.group.ranks == 1 and not to_host:
+            block.whole = {name: self._moved(*self.read(name)) for name in block.names}
+            block.size = sum(nbytes_of(weight) for weight in block.whole.values())
+            self._bind(block.whole)
+            return
+        weights = {name: self.read(name) for name in block.names}
+        layout = Layout.of({name: on_meta(*weight) for name, weight in weights.items()}, self.group.ranks)
+        self._lay_out(block, layout, to_host)
+        for name, (weight, _) in weights.items():
+            self._write(block, name, weight)
+        self._unbind(block)
+
+    def _moved(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
+        moved = {key: tensor.to(self.device, dtype or tensor.dtype) for key, tensor in components(weight).items()}
+        return with_components(weight, moved)
+
+    def update(self, names: Iterable[str], weight_of: Callable[[str], Weight]) -> None:
+        """Set weights anew, in blocks or not; `weight_of` gives each in the form in which it is to be held.
+
+        A weight of another kind than before (a quantised one that a LoRA has changed) gives its block a new layout,
+        and then `weight_of` is asked for every weight of the block.
+        """
+        of_block: dict[int, list[str]] = {}
+        for name in names:
+            if match := BLOCK_NAME.match(name):
+                of_block.setdefault(int(match[1]), []).append(name)
+            else:
+                self.assign(name, weight_of(name))
+        for index, group in of_block.items():
+            self._update_block(self._blocks[index], group, weight_of)
+
+    def _update_block(self, block: _Block, names: Sequence[str], weight_of: Callable[[str], Weight]) -> None:
+        for name in names:
+            weight = weight_of(name)
+            if block.whole is not None:
+                self._replace(block, name, weight)
+            elif block.layout.holds(name, weight):
+                self._write(block, name, weight)
+            else:
+                self._lay_out_anew(block, weight_of)
+                return
+
+    def _replace(self, block: _Block, name: str, weight: Weight) -> None:
+        block.host = None  # out of date
+        if block.layout is not None and block.layout.holds(name, weight):  # one run of bytes, which stays
+            for key, tensor in components(block.whole[name]).items():
+                tensor.copy_(components(weight)[key])
+            return
+        block.size += nbytes_of(weight) - nbytes_of(block.whole[name])
+        block.whole[name], block.layout = weight, None
+        self.assign(name, weight)
+
+    def _lay_out_anew(self, block: _Block, weight_of: Callable[[str], Weight]) -> None:
+        to_host = block.device is None
+        models = {name: on_meta(weight_of(name)) for name in block.names}
+        self._lay_out(block, Layout.of(models, self.group.ranks), to_host)
+        for name in block.names:
+            self._write(block, name, weight_of(name))
+        self._unbind(block)
+
+    def _lay_out(self, block: _Block, layout: Layout, to_host: bool) -> None:
+        nbytes = layout.nbytes // self.group.ranks
+        block.layout, block.device, block.host, block.size = layout, None, None, nbytes
+        if to_host:
+            block.host = self._host_buffer(nbytes)
+        else:
+            block.device = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _write(self, block: _Block, name: str, weight: Weight) -> None:
+        start = block.layout.nbytes // self.group.ranks * self.group.index
+        if block.device is not None:
+            block.layout.write(block.device, start, name, weight)
+            block.host = None  # out of date
+        else:
+            block.layout.write(block.host.bytes, start, name, weight)
+
+    def _host_buffer(self, nbytes: int) -> HostBuffer:
+        return HostBuffer(nbytes, pin=self.device.type == "cuda")
+
+    # Moving between the device and host memory. Nothing here is collective.
+
+    def step_out(self, nbytes: float) -> int:
+        """Move blocks to host memory until `nbytes` have left the device, or all; returns how many did.
+
+        A block that was there before, and has not changed since, needs no copy: host memory keeps its bytes.
+        """
+        leaving = self._leaving(nbytes)
+        for index in leaving:
+            self._leave_device(self._blocks[index])
+        return sum(self.bytes_of(index) for index in leaving)
+
+    def host_bytes_for(self, nbytes: float) -> int:
+        """Bytes of host memory that `step_out(nbytes)` would take anew."""
+        return sum(self.bytes_of(index) for index in self._leaving(nbytes) if self._blocks[index].host is None)
+
+    def _leaving(self, nbytes: float) -> list[int]:
+        leaving, present = [], set(self.on_device)
+        for index in self._to_host:
+            if nbytes <= 0:
+                break
+            if index in present:
+                leaving.append(index)
+                nbytes -= self.bytes_of(index)
+        return leaving
+
+    def step_in(self, count: int) -> None:
+        """Bring blocks back from host memory until `count` are on the device."""
+        present = len(self.on_device)
+        for index in reversed(self._to_host):
+            if present >= count:
+                break
+            block = self._blocks[index]
+            if block.whole is None and block.device is None:
+                self._enter_device(block)
+                present += 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies in host memory may be dropped from now on
+
+    def _leave_device(self, block: _Block) -> None:
+        if block.host is None:
+            if block.whole is not None:
+                block.layout = Layout.of({name: on_meta(weight) for name, weight in block.whole.items()}, shares=1)
+                block.host = self._host_buffer(block.layout.nbytes)
+                for name, weight in block.whole.items():
+                    block.layout.write(block.host.bytes, 0, name, weight)
+            else:
+                block.host = self._host_buffer(len(block.device))
+                block.host.bytes.copy_(block.device)
+            block.size = len(block.host.bytes)
+        block.whole = block.device = None
+        self._unbind(block)
+
+    def _enter_device(self, block: _Block) -> None:
+        block.device = torch.empty(len(block.host.bytes), dtype=torch.uint8, device=self.device)
+        block.device.copy_(block.host.bytes, non_blocking=True)
+        if self.group.ranks == 1:
+            self._unbind(block)
+            block.whole, block.device = block.layout.views(block.device), None
+            self._bind(block.whole)
+
+    # A forward.
+
+    @contextmanager
+    def passes(self, count: int) -> Iterator[None]:
+        """A forward that runs the blocks `count` times, each with `before_block` ahead of it, in their order.
+
+        Leaving it, also by an exception, waits for what is under way.
+        """
+        self._begin(count)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _begin(self, count: int) -> None:
+        self._order = [i for i, block in sorted(self._blocks.items()) if block.whole is None]
+        self._reached = self._started = 0
+        self._total = count * len(self._order)
+        if self._order:
+            self.slots.get(max(self._blocks[i].layout.nbytes for i in self._order))
+            if self._serial != self.slots.serial:
+                self._serial = self.slots.serial
+                for index in self._order:
+                    self._unbind(self._blocks[index])
+        self._start_until(SLOTS)
+
+    def before_block(self, index: int) -> None:
+        """Have block `index` whole on the device (on its stream), and the next one under way."""
+        block = self._blocks[index]
+        if block.whole is not None:
+            self._start_until(self._reached + SLOTS)
+            return
+        turn = self._reached
+        self._start_until(turn + 1)
+        self._await(turn)
+        slot = turn % SLOTS
+        if block.slot != slot:
+            self._bind(self._views(block, slot))
+            block.slot = slot
+        # what came before has been launched, so its buffer is free once that has run
+        self._start_until(turn + SLOTS)
+        self._reached = turn + 1
+
+    def _end(self) -> None:
+        for turn in sorted(self._arrivals):
+            self._await(turn)
+        if self.slots.stream is not None:
+            self.slots.stream.synchronize()
+
+    def leave_slots(self) -> None:
+        """Let the parameters point nowhere, so that the slots can be released."""
+        for block in self._blocks.values():
+            if block.slot is not None:
+                self._unbind(block)
+
+    def _views(self, block: _Block, slot: int) -> dict[str, Weight]:
+        if slot not in block.views:
+            buffer = self.slots.get(block.layout.nbytes)[slot]
+            block.views[slot] = block.layout.views(buffer[: block.layout.nbytes])
+        return block.views[slot]
+
+    def _bind(self, weights: dict[str, Weight]) -> None:
+        for name, weight in weights.items():
+            self.assign(name, weight)
+
+    def _unbind(self, block: _Block) -> None:
+        """Let the block's parameters point nowhere, until its next turn."""
+        block.slot = None
+        block.views.clear()
+        self._bind(block.layout.models)
+
+    def _start_until(self, turn: int) -> None:
+        while self._started < min(turn, self._total):
+            block = self._blocks[self._order[self._started % len(self._order)]]
+            buffer = self.slots.get(block.layout.nbytes)[self._started % SLOTS]
+            self._arrivals[self._started] = self._start(block, buffer[: block.layout.nbytes])
+            self._started += 1
+
+    def _start(self, block: _Block, whole: torch.Tensor) -> torch.cuda.Event | dist.Work | None:
+        """Begin to fill `whole`; what to wait for."""
+        if self.slots.stream is None:
+            return self._fill(block, whole, waits=False)
+        free = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.slots.stream):
+            self.slots.stream.wait_event(free)
+            self._fill(block, whole, waits=True)
+            return self.slots.stream.record_event()
+
+    def _fill(self, block: _Block, whole: torch.Tensor, waits: bool) -> dist.Work | None:
+        size = block.layout.nbytes // self.group.ranks
+        share = whole[size * self.group.index : size * (self.group.index + 1)]
+        if block.device is None:
+            share.copy_(block.host.bytes, non_blocking=True)
+        if self.group.ranks == 1:
+            return None
+        source = share if block.device is None else block.device
+        return _all_gather(whole, source, group=self.group.group, async_op=not waits)
+
+    def _await(self, turn: int) -> None:
+        arrival = self._arrivals.pop(turn)
+        if isinstance(arrival, torch.cuda.Event):
+            torch.cuda.current_stream(self.device).wait_event(arrival)
+        elif arrival is not None:
+            arrival.wait()
+
+
+def _spread(indices: Sequence[int]) -> list[int]:
+    """The same numbers in an order whose every start is spread evenly over them (van der Corput's)."""
+    size = max(1, (len(indices) - 1).bit_length())
+    order = (int(format(i, f"0{size}b")[::-1], 2) for i in range(2**size))
+    return [indices[i] for i in order if i < len(indices)]
