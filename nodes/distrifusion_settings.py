@@ -66,9 +66,9 @@ class DistriFusionConfig:
         return self._usp.pool_settings()
 
     def model_spec(self, path: str) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`."""
+        """How the workers load and run the checkpoint at `path`: whole on each GPU, which is what is checked before."""
         spec = self._usp.model_spec(path, self.weight_dtype, self.attention_mode)
-        return replace(spec, compute_dtype=self.precision)
+        return replace(spec, compute_dtype=self.precision, shard_weights="off", offload="off")
 
     def patch_settings(self) -> PatchSettings:
         """How the frame is cut, and when patches may use what is one step old."""
