@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import logging
 import math
@@ -12,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,54 +19,29 @@ import torch
 import torch.distributed as dist
 
 from ..wanvideo import pointwise
-from ..wanvideo.attention import AttentionError, get_kernel
-from ..wanvideo.checkpoint import (
-    DTYPES,
-    WEIGHT_DTYPES,
-    WeightSource,
-    change,
-    held_as,
-    held_dtype,
-    held_sizes,
-    is_quantized_at_load,
-    open_weights,
-    place,
-)
+from ..wanvideo.attention import AttentionError
+from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
-from ..wanvideo.lora import Difference, LowRank, PatchError, Replacement, WeightPatch
+from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
-from ..wanvideo.quantized import QuantizedWeight, Weight
-from ..wanvideo.variants import VariantModel
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
 from .links import link_kind
-from .memory import (
-    REFERENCE_TOKENS,
-    Demand,
-    Placement,
-    PlacementError,
-    activation_bytes,
-    demand_of,
-    fitting_blocks,
-    needed_bytes,
-    place_weights,
-)
+from .memory import PlacementError
 from .messages import (
     ArenaRef,
     ConditioningRef,
     Displaced,
     Exchange,
     Forward,
-    HeldWeights,
     Load,
     ModelSpec,
     ModelStatus,
     Patch,
-    PatchRef,
     PoolSettings,
     Ready,
     Reply,
@@ -82,10 +56,11 @@ from .messages import (
     decode,
     encode,
 )
+from .models import LoadedModel, Models
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
 from .plan import Place, PlanError, SequenceDegrees, bounds
-from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
+from .residence import Residence
 from .schedule import EXACT
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
 from .tensor import TensorShard
@@ -93,8 +68,6 @@ from .tensor import TensorShard
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
-_MARGIN = 2**26
-"""Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
 
 _FOR_THE_USER = (
     AttentionError,
@@ -108,30 +81,6 @@ _FOR_THE_USER = (
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
-
-
-@dataclass
-class LoadedModel:
-    """A model in this worker's memory."""
-
-    source: WeightSource
-    model: WanModel
-    residence: Residence
-    placement: Placement
-    demand: Demand
-    resident: int  # blocks that belong on the device, as they fitted last
-    reserve: int = 0  # bytes that activations took beyond their estimate, learned by running out of memory
-    patched: set[str] = field(default_factory=set)
-    uuid: str = ""
-
-    @property
-    def fixed(self) -> int:
-        """Bytes of embeddings and head."""
-        return self.demand.fixed
-
-    @property
-    def device_bytes(self) -> int:
-        return self.fixed + self.residence.device_bytes
 
 
 @dataclass(frozen=True)
@@ -152,17 +101,14 @@ class Worker:
         self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
         self.place = settings.plan.place(rank)
         self.shard, self.stage = self._join_divided()
-        self.models: dict[ModelSpec, LoadedModel] = {}
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
-        self.slots = Slots(self.device)
-        self.share_groups: dict[int, ShareGroup] = {1: ShareGroup()}
         self.patches = PatchParallel(rank, settings.plan, self.device)
         streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
         self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
-        self.peak_private = 0
+        self.models = Models(rank, settings, self.device, self.shard, self.stage)
         self.fused = pointwise.use_triton(self.device)
 
     def handle(self, request: Request) -> Reply:
@@ -173,10 +119,10 @@ class Worker:
             with torch.inference_mode():
                 match request:
                     case Load():
-                        self.load(request.spec, request.tokens)
-                        reply = replace(reply, patches=self.models[request.spec].uuid)
+                        self.models.load(request.spec, request.tokens, self._join_groups)
+                        reply = replace(reply, patches=self.models.loaded[request.spec].uuid)
                     case Patch():
-                        self.patch(request)
+                        self.models.patch(request, self.arena)
                     case Forward():
                         reply = replace(reply, exchange=self.forward(request))
                     case Trim():
@@ -184,75 +130,26 @@ class Worker:
                     case Unload():
                         self.unload(request.specs)
                     case StepOut():
-                        self.step_out(request)
+                        self.models.step_out(request)
                     case Report():
                         reply = replace(reply, status=self.status())
         except Cancelled:
             self.trim()  # the client will not wait to ask for it
             reply = replace(reply, cancelled=True)
         except torch.OutOfMemoryError as error:
-            self._learn(request)
+            if isinstance(request, Forward):
+                self.models.learn(request.spec)
             reply = replace(reply, kind="OutOfMemory", error=_out_of_memory(self.device, error))
         except _FOR_THE_USER as error:
             reply = replace(reply, kind=type(error).__name__, error=str(error))
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        return replace(reply, seconds=time.perf_counter() - started, weights=self._held_weights())
-
-    def load(self, spec: ModelSpec, tokens: int = 0) -> None:
-        """Read this worker's part of the model, tensor by tensor, to where its weights fit, unless it is there."""
-        rooms, host_room = self._agree(spec)
-        if not rooms:
-            return
-        dtype = DTYPES[spec.compute_dtype]
-        kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device)
-        self._join_groups(source.config.num_heads)
-        with torch.device("meta"):
-            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
-        model.span = self.stage.span(source.config.num_layers)
-        sizes = self._held_sizes(source, spec)
-        demand = demand_of(sizes, self._activations(spec, source.config, tokens))
-        ranks = len(self._equals()[0])
-        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
-        group = self._share_group(placement.share)
-        resident = self._fitting(spec, demand, placement, rooms[self.rank])
-        self._make_way(spec, needed_bytes(demand, group.ranks, resident))
-        read = functools.partial(self._unplaced, source, spec)
-        residence = Residence(sizes, read, model.set_weight, self.device, self.slots, group)
-        for name in sizes:
-            if not residence.owns(name):
-                model.set_weight(name, self._weight(source, spec, name))
-        residence.load(resident, self._note_peak)
-        self.shard.apply(model)
-        self.models[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident)
-        if self.rank == 0:
-            log.info("Weights of %s: %s.", Path(spec.path).name, placement.reason)
-
-    def patch(self, request: Patch) -> None:
-        """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
-        loaded = self.models[request.spec]
-        shapes, num_layers = loaded.source.config.shapes(), loaded.source.config.num_layers
-        try:
-            held = [
-                name
-                for name in sorted(loaded.patched | request.weights.keys())
-                if name not in shapes or self.stage.holds(name, num_layers)
-            ]
-            loaded.residence.update(held, functools.partial(self._patched, loaded.source, request))
-        except BaseException:
-            del self.models[request.spec]  # half patched: the next forward reads it again
-            raise
-        loaded.patched, loaded.uuid = set(request.weights), request.uuid
-
-    def _patched(self, source: WeightSource, request: Patch, name: str) -> Weight:
-        patches = [self._weight_patch(request.arena, ref) for ref in request.weights.get(name, ())]
-        return self._weight(source, request.spec, name, patches)
+        return replace(reply, seconds=time.perf_counter() - started, weights=self.models.held())
 
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
-        loaded, plan = self.models[request.spec], self.settings.plan
+        loaded, plan = self.models.loaded[request.spec], self.settings.plan
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
@@ -263,7 +160,7 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        self._settle(request.spec, loaded, stop - start)
+        self.models.settle(request.spec, stop - start)
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
@@ -310,33 +207,17 @@ class Worker:
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
-        for spec in specs:
-            self.models.pop(spec, None)
-        if not self.models:
+        self.models.drop(specs)
+        if not self.models.loaded:
             self.patches.close()
-        self._give_back()
+        self.models.give_back()
 
     def trim(self) -> None:
         """Give back what only a sampling run needs: displaced patches, the blocks in passing, and torch's cache."""
         self.patches.clear()
         if self.stream is not None:
             self.stream.clear()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for loaded in self.models.values():
-            loaded.residence.leave_slots()
-        self.slots.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def step_out(self, request: StepOut) -> None:
-        """Move weights to host memory, where this rank is asked to. Not collective."""
-        loaded = self.models.get(request.spec)
-        if loaded is None or self.rank not in request.ranks:
-            return
-        _step_out(loaded.residence, request.nbytes)
-        self._give_back()
+        self.models.give_back()
 
     def status(self) -> WorkerStatus:
         used, total = _device_memory(self.device)
@@ -346,9 +227,9 @@ class Worker:
             device=_device_name(self.device),
             used=used,
             total=total,
-            peak_private=self.peak_private,
+            peak_private=self.models.peak_private,
             fused=self.fused,
-            models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.items()),
+            models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
             link=link_kind(self.device, self.settings.plan.num_gpus),
             peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
         )
@@ -384,91 +265,6 @@ class Worker:
             TensorShard(plan.tensor_parallel, self.place.tensor, tensor_group, overlapped),
             Stage(self.place.stage, ranks, own_process_group(pipelines, self.rank)),
         )
-
-    def _held_weights(self) -> tuple[HeldWeights, ...]:
-        held = []
-        for spec, loaded in self.models.items():
-            share = math.ceil(loaded.demand.block / loaded.placement.share)
-            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * share)
-            held.append(HeldWeights(spec, loaded.device_bytes, whole))
-        return tuple(held)
-
-    # Where weights live.
-
-    def _agree(self, spec: ModelSpec) -> tuple[list[int], int]:
-        """Bytes that each rank's device has for this model, and their host, known to all; none where all have it.
-
-        A rank whose load or patch failed has lost it alone: then all read it again.
-        """
-        others = sum(m.residence.device_bytes for key, m in self.models.items() if key != spec)
-        mine = self.models[spec].device_bytes if spec in self.models else 0
-        told = [int(spec in self.models), self._room() + others + mine, _host_room()]
-        present, rooms, host_rooms = zip(*gather_rows(told, self.device, self.settings.plan.num_gpus), strict=True)
-        if all(present):
-            return [], 0
-        self.models.pop(spec, None)
-        return list(rooms), min(host_rooms)
-
-    def _room(self) -> int:
-        """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
-        if self.device.type != "cuda":
-            return 2**50
-        free, total = torch.cuda.mem_get_info(self.device)
-        allocated = torch.cuda.memory_allocated(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - allocated
-        return min(int(total * self.settings.memory_fraction) - allocated, free + cached) - _MARGIN + self.slots.nbytes
-
-    def _activations(self, spec: ModelSpec, config: WanConfig, tokens: int) -> int:
-        share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)
-        return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
-
-    def _share_group(self, share: int) -> ShareGroup:
-        if share not in self.share_groups:
-            self.share_groups[share] = join_share_group(self._equals(), self.rank)
-        return self.share_groups[share]
-
-    def _equals(self) -> list[Sequence[int]]:
-        """Groups of ranks that can share their blocks: all, or each alone where a rank has a part of the model."""
-        plan = self.settings.plan
-        divided = plan.tensor_parallel * plan.pipeline_parallel > 1
-        return [[rank] for rank in range(plan.num_gpus)] if divided else [range(plan.num_gpus)]
-
-    def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
-        """How many blocks stay on this rank's device, which may have more room than the tightest."""
-        if spec.offload == "on" or placement.resident == demand.blocks:
-            return placement.resident
-        return max(0, fitting_blocks(demand, room, placement.share))
-
-    def _settle(self, spec: ModelSpec, loaded: LoadedModel, tokens: int) -> None:
-        """Before a forward of `tokens` tokens on this rank: weights that stepped out come back as far as they fit."""
-        if spec.offload == "on":
-            return
-        residence, share = loaded.residence, loaded.placement.share
-        itemsize = DTYPES[spec.compute_dtype].itemsize
-        activations = activation_bytes(loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens)
-        demand = replace(loaded.demand, activations=activations + loaded.reserve)
-        self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
-        loaded.resident = demand.blocks
-        if spec.offload == "auto":
-            loaded.resident = max(0, fitting_blocks(demand, self._room() + loaded.device_bytes, share))
-        present = residence.on_device
-        if len(present) > loaded.resident:
-            _step_out(residence, sum(residence.bytes_of(i) for i in present[loaded.resident :]))
-        residence.step_in(loaded.resident)
-
-    def _learn(self, request: Request) -> None:
-        """After a forward that ran out of memory: the next one leaves more of it to the activations."""
-        if isinstance(request, Forward) and request.spec in self.models:
-            self.models[request.spec].reserve += max(2**28, self.models[request.spec].demand.activations // 2)
-
-    def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
-        """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
-        missing = nbytes - self._room()
-        for other, loaded in self.models.items():
-            if other != spec and missing > 0 and loaded.residence.device_bytes:
-                missing -= _step_out(loaded.residence, missing)
-        if spec in self.models:
-            self.models[spec] = self.models.pop(spec)  # now the one used last
 
     def _join_groups(self, num_heads: int) -> None:
         """Make the process groups that a model of `num_heads` heads will use, for each size of group."""
@@ -556,56 +352,6 @@ class Worker:
 
         return check
 
-    def _note_peak(self) -> None:
-        self.peak_private = max(self.peak_private, _private_bytes())
-
-    def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
-        """This worker's part of a weight, with `patches` of the whole merged."""
-        whole = source.tensor(name)
-        weight = self.shard.take(name, whole)
-        patches = self.shard.take_patches(name, tuple(whole.shape), patches)
-        if patches:
-            weight = change(weight.to(self.device), patches)
-        weight = place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
-        if isinstance(weight, QuantizedWeight):
-            return weight
-        if self.device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
-            return weight.clone()  # rows of a random weight, which would keep the whole in memory
-        return weight.contiguous()  # columns of a mapped file, which would be read with every use
-
-    def _unplaced(self, source: WeightSource, spec: ModelSpec, name: str) -> tuple[Weight, torch.dtype | None]:
-        """This worker's part of a weight before `place`, and the dtype in which that holds it; None where it is what
-        it shall be."""
-        whole, dtype = source.tensor(name), WEIGHT_DTYPES[spec.weight_dtype]
-        weight = self.shard.take(name, whole)
-        if not isinstance(weight, torch.Tensor):
-            return weight, None
-        if weight.numel() < whole.numel():
-            weight = weight.clone()  # else the whole would stay in memory, or be read with every use
-        if is_quantized_at_load(name, weight.ndim, dtype):
-            return place(weight, dtype, self.device, name), None
-        return weight, held_dtype(weight.ndim, dtype)
-
-    def _held_sizes(self, source: WeightSource, spec: ModelSpec) -> dict[str, int]:
-        """Bytes of this worker's part of each weight that its stage has."""
-        shapes, layers = source.config.shapes(), source.config.num_layers
-        sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
-        return {
-            name: sizes[name] * math.prod(self.shard.held_shape(name, shape)) // math.prod(shape)
-            for name, shape in shapes.items()
-            if self.stage.holds(name, layers)
-        }
-
-    def _weight_patch(self, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
-        tensors = [self.arena.view(arena, t) for t in ref.tensors]
-        match ref.kind:
-            case "LowRank":
-                return LowRank(*tensors, scale=ref.scale, base_scale=ref.base_scale)
-            case "Difference":
-                return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
-            case _:
-                return Replacement(*tensors)
-
     def _conditioning(self, ref: ConditioningRef | None, batch: int) -> Conditioning:
         """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
         if ref is None:
@@ -688,32 +434,6 @@ def _device_memory(device: torch.device) -> tuple[int, int]:
         return total - free, total
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, pages * size
-
-
-def _private_bytes() -> int:
-    """Host memory of this process that no other shares."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _host_room() -> int:
-    """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    return available - total // 20
-
-
-def _step_out(residence: Residence, nbytes: float) -> int:
-    """As `Residence.step_out`, where host memory has room."""
-    needed, room = residence.host_bytes_for(nbytes), _host_room()
-    if needed > room:
-        raise PlacementError(
-            f"Weights of {needed / 2**30:.1f} GiB must step out to host memory, which has {max(0, room) / 2**30:.1f} "
-            "GiB for them. Close other programs, or unload models."
-        )
-    return residence.step_out(nbytes)
 
 
 def _out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:

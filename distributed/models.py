@@ -1,0 +1,337 @@
+"""The models in one worker's memory: this rank's part of each is read, patched, and kept where it fits.
+
+Where that is memory.py decides, and residence.py does it. Methods that all ranks call together say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..wanvideo.attention import get_kernel
+from ..wanvideo.checkpoint import (
+    DTYPES,
+    WEIGHT_DTYPES,
+    WeightSource,
+    change,
+    held_dtype,
+    held_sizes,
+    is_quantized_at_load,
+    open_weights,
+    place,
+)
+from ..wanvideo.config import WanConfig
+from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
+from ..wanvideo.model import WanModel
+from ..wanvideo.quantized import QuantizedWeight, Weight
+from ..wanvideo.variants import VariantModel
+from .arena import ArenaReader
+from .memory import (
+    REFERENCE_TOKENS,
+    Demand,
+    Placement,
+    PlacementError,
+    activation_bytes,
+    demand_of,
+    fitting_blocks,
+    needed_bytes,
+    place_weights,
+)
+from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
+from .pipeline import Stage
+from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
+from .tensor import TensorShard
+
+log = logging.getLogger(__name__)
+_MARGIN = 2**26
+"""Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in this worker's memory."""
+
+    source: WeightSource
+    model: WanModel
+    residence: Residence
+    placement: Placement
+    demand: Demand
+    resident: int  # blocks that belong on the device, as they fitted last
+    reserve: int = 0  # bytes that activations took beyond their estimate, learned by running out of memory
+    patched: set[str] = field(default_factory=set)
+    uuid: str = ""
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of embeddings and head."""
+        return self.demand.fixed
+
+    @property
+    def device_bytes(self) -> int:
+        return self.fixed + self.residence.device_bytes
+
+
+class Models:
+    """What a worker has loaded, the model used last at the end.
+
+    Args:
+        shard, stage: the rank's part of the matrices and of the blocks.
+    """
+
+    def __init__(self, rank: int, settings: PoolSettings, device: torch.device, shard: TensorShard, stage: Stage):
+        self.rank, self.settings, self.device = rank, settings, device
+        self.shard, self.stage = shard, stage
+        self.loaded: dict[ModelSpec, LoadedModel] = {}
+        self.slots = Slots(device)
+        self.share_groups: dict[int, ShareGroup] = {1: ShareGroup()}
+        self.peak_private = 0
+
+    def load(self, spec: ModelSpec, tokens: int, join: Callable[[int], None]) -> None:
+        """Read this worker's part of a model, tensor by tensor, to where its weights fit, unless it is there.
+
+        Args:
+            tokens: of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
+            join: makes the process groups for a number of heads; a collective call, as this one is.
+
+        Raises:
+            CheckpointError, AttentionError, PlanError: the model cannot run like this.
+            PlacementError: it does not fit.
+        """
+        rooms, host_room = self._agree(spec)
+        if not rooms:
+            return
+        dtype = DTYPES[spec.compute_dtype]
+        kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
+        source = open_weights(spec.path, self.device)
+        join(source.config.num_heads)
+        with torch.device("meta"):
+            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+        model.span = self.stage.span(source.config.num_layers)
+        sizes = self._held_sizes(source, spec)
+        demand = demand_of(sizes, self._activations(spec, source.config, tokens))
+        ranks = len(self._equals()[0])
+        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
+        group = self._share_group(placement.share)
+        resident = self._fitting(spec, demand, placement, rooms[self.rank])
+        self._make_way(spec, needed_bytes(demand, group.ranks, resident))
+        read = functools.partial(self._unplaced, source, spec)
+        residence = Residence(sizes, read, model.set_weight, self.device, self.slots, group)
+        for name in sizes:
+            if not residence.owns(name):
+                model.set_weight(name, self._weight(source, spec, name))
+        residence.load(resident, self._note_peak)
+        self.shard.apply(model)
+        self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident)
+        if self.rank == 0:
+            log.info("Weights of %s: %s.", Path(spec.path).name, placement.reason)
+
+    def patch(self, request: Patch, arena: ArenaReader) -> None:
+        """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
+        loaded = self.loaded[request.spec]
+        shapes, num_layers = loaded.source.config.shapes(), loaded.source.config.num_layers
+        try:
+            held = [
+                name
+                for name in sorted(loaded.patched | request.weights.keys())
+                if name not in shapes or self.stage.holds(name, num_layers)
+            ]
+            loaded.residence.update(held, functools.partial(self._patched, loaded.source, request, arena))
+        except BaseException:
+            del self.loaded[request.spec]  # half patched: the next forward reads it again
+            raise
+        loaded.patched, loaded.uuid = set(request.weights), request.uuid
+
+    def _patched(self, source: WeightSource, request: Patch, arena: ArenaReader, name: str) -> Weight:
+        patches = [_weight_patch(arena, request.arena, ref) for ref in request.weights.get(name, ())]
+        return self._weight(source, request.spec, name, patches)
+
+    def drop(self, specs: Iterable[ModelSpec]) -> None:
+        """Forget these models."""
+        for spec in specs:
+            self.loaded.pop(spec, None)
+
+    def give_back(self) -> None:
+        """Free the blocks in passing, and torch's cache."""
+        for loaded in self.loaded.values():
+            loaded.residence.leave_slots()
+        self.slots.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def step_out(self, request: StepOut) -> None:
+        """Move weights to host memory, where this rank is asked to. Not collective."""
+        loaded = self.loaded.get(request.spec)
+        if loaded is None or self.rank not in request.ranks:
+            return
+        _step_out(loaded.residence, request.nbytes)
+        self.give_back()
+
+    def held(self) -> tuple[HeldWeights, ...]:
+        """Bytes of each model's weights on this worker's device."""
+        held = []
+        for spec, loaded in self.loaded.items():
+            share = math.ceil(loaded.demand.block / loaded.placement.share)
+            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * share)
+            held.append(HeldWeights(spec, loaded.device_bytes, whole))
+        return tuple(held)
+
+    # Where weights live.
+
+    def _agree(self, spec: ModelSpec) -> tuple[list[int], int]:
+        """Bytes that each rank's device has for this model, and their host, known to all; none where all have it.
+
+        A rank whose load or patch failed has lost it alone: then all read it again.
+        """
+        others = sum(m.residence.device_bytes for key, m in self.loaded.items() if key != spec)
+        mine = self.loaded[spec].device_bytes if spec in self.loaded else 0
+        told = [int(spec in self.loaded), self._room() + others + mine, _host_room()]
+        present, rooms, host_rooms = zip(*gather_rows(told, self.device, self.settings.plan.num_gpus), strict=True)
+        if all(present):
+            return [], 0
+        self.loaded.pop(spec, None)
+        return list(rooms), min(host_rooms)
+
+    def _room(self) -> int:
+        """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
+        if self.device.type != "cuda":
+            return 2**50
+        free, total = torch.cuda.mem_get_info(self.device)
+        allocated = torch.cuda.memory_allocated(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - allocated
+        return min(int(total * self.settings.memory_fraction) - allocated, free + cached) - _MARGIN + self.slots.nbytes
+
+    def _activations(self, spec: ModelSpec, config: WanConfig, tokens: int) -> int:
+        share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)
+        return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
+
+    def _share_group(self, share: int) -> ShareGroup:
+        if share not in self.share_groups:
+            self.share_groups[share] = join_share_group(self._equals(), self.rank)
+        return self.share_groups[share]
+
+    def _equals(self) -> list[Sequence[int]]:
+        """Groups of ranks that can share their blocks: all, or each alone where a rank has a part of the model."""
+        plan = self.settings.plan
+        divided = plan.tensor_parallel * plan.pipeline_parallel > 1
+        return [[rank] for rank in range(plan.num_gpus)] if divided else [range(plan.num_gpus)]
+
+    def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
+        """How many blocks stay on this rank's device, which may have more room than the tightest."""
+        if spec.offload == "on" or placement.resident == demand.blocks:
+            return placement.resident
+        return max(0, fitting_blocks(demand, room, placement.share))
+
+    def settle(self, spec: ModelSpec, tokens: int) -> None:
+        """Before a forward of `tokens` tokens on this rank: weights that stepped out come back as far as they fit."""
+        loaded = self.loaded[spec]
+        if spec.offload == "on":
+            return
+        residence, share = loaded.residence, loaded.placement.share
+        itemsize = DTYPES[spec.compute_dtype].itemsize
+        activations = activation_bytes(loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens)
+        demand = replace(loaded.demand, activations=activations + loaded.reserve)
+        self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
+        loaded.resident = demand.blocks
+        if spec.offload == "auto":
+            loaded.resident = max(0, fitting_blocks(demand, self._room() + loaded.device_bytes, share))
+        present = residence.on_device
+        if len(present) > loaded.resident:
+            _step_out(residence, sum(residence.bytes_of(i) for i in present[loaded.resident :]))
+        residence.step_in(loaded.resident)
+
+    def learn(self, spec: ModelSpec) -> None:
+        """After a forward that ran out of memory: the next one leaves more of it to the activations."""
+        if spec in self.loaded:
+            self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
+
+    def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
+        """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
+        missing = nbytes - self._room()
+        for other, loaded in self.loaded.items():
+            if other != spec and missing > 0 and loaded.residence.device_bytes:
+                missing -= _step_out(loaded.residence, missing)
+        if spec in self.loaded:
+            self.loaded[spec] = self.loaded.pop(spec)  # now the one used last
+
+    def _note_peak(self) -> None:
+        self.peak_private = max(self.peak_private, _private_bytes())
+
+    def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
+        """This worker's part of a weight, with `patches` of the whole merged."""
+        whole = source.tensor(name)
+        weight = self.shard.take(name, whole)
+        patches = self.shard.take_patches(name, tuple(whole.shape), patches)
+        if patches:
+            weight = change(weight.to(self.device), patches)
+        weight = place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
+        if isinstance(weight, QuantizedWeight):
+            return weight
+        if self.device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
+            return weight.clone()  # rows of a random weight, which would keep the whole in memory
+        return weight.contiguous()  # columns of a mapped file, which would be read with every use
+
+    def _unplaced(self, source: WeightSource, spec: ModelSpec, name: str) -> tuple[Weight, torch.dtype | None]:
+        """This worker's part of a weight before `place`, and the dtype in which that holds it; None where it is what
+        it shall be."""
+        whole, dtype = source.tensor(name), WEIGHT_DTYPES[spec.weight_dtype]
+        weight = self.shard.take(name, whole)
+        if not isinstance(weight, torch.Tensor):
+            return weight, None
+        if weight.numel() < whole.numel():
+            weight = weight.clone()  # else the whole would stay in memory, or be read with every use
+        if is_quantized_at_load(name, weight.ndim, dtype):
+            return place(weight, dtype, self.device, name), None
+        return weight, held_dtype(weight.ndim, dtype)
+
+    def _held_sizes(self, source: WeightSource, spec: ModelSpec) -> dict[str, int]:
+        """Bytes of this worker's part of each weight that its stage has."""
+        shapes, layers = source.config.shapes(), source.config.num_layers
+        sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
+        return {
+            name: sizes[name] * math.prod(self.shard.held_shape(name, shape)) // math.prod(shape)
+            for name, shape in shapes.items()
+            if self.stage.holds(name, layers)
+        }
+
+
+def _weight_patch(arena: ArenaReader, lies_in: ArenaRef, ref: PatchRef) -> WeightPatch:
+    tensors = [arena.view(lies_in, t) for t in ref.tensors]
+    match ref.kind:
+        case "LowRank":
+            return LowRank(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+        case "Difference":
+            return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+        case _:
+            return Replacement(*tensors)
+
+
+def _private_bytes() -> int:
+    """Host memory of this process that no other shares."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _host_room() -> int:
+    """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available - total // 20
+
+
+def _step_out(residence: Residence, nbytes: float) -> int:
+    """As `Residence.step_out`, where host memory has room."""
+    needed, room = residence.host_bytes_for(nbytes), _host_room()
+    if needed > room:
+        raise PlacementError(
+            f"Weights of {needed / 2**30:.1f} GiB must step out to host memory, which has {max(0, room) / 2**30:.1f} "
+            "GiB for them. Close other programs, or unload models."
+        )
+    return residence.step_out(nbytes)
