@@ -75,11 +75,11 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
             workers[settings] = Worker(rank, settings, Gate(gate))
         worker = workers[settings]
         _handle(worker, Load(request.id, request.spec))
-        parameters = worker.models[request.spec].model.parameters()
+        parameters = worker.models.loaded[request.spec].model.parameters()
         held.append(sum(parameter.nbytes for parameter in parameters if not parameter.is_meta))
         _handle(worker, request)
         if following is None or following[0] != settings:  # a sampling run ends with its model
-            _handle(worker, Unload(request.id, tuple(worker.models)))
+            _handle(worker, Unload(request.id, tuple(worker.models.loaded)))
     return {"held": torch.tensor(held)}
 
 

@@ -31,7 +31,7 @@ class PlayedPool:
 
     def __init__(self, failures: int = 0, models: int = 1):
         self.failures, self.models, self.calls, self.alive = failures, models, [], True
-        self.settings = SimpleNamespace(plan=SimpleNamespace(num_gpus=2), device="cpu")
+        self.settings = SimpleNamespace(plan=SimpleNamespace(num_gpus=2), device="cpu", pipeline_mode="exact")
         self.now = self.whole = 0  # bytes on each worker
 
     def keep(self, spec):

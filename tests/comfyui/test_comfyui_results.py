@@ -236,6 +236,8 @@ def test_nodes_show_the_promised_inputs(server):
         "device",
         "usp_backend",
         "pipeline_mode",
+        "shard_weights",
+        "offload",
     ]
     required = info["input"]["required"]
     limits = {name: (options["min"], options["max"]) for name, (_, options) in required.items() if "min" in options}
