@@ -69,10 +69,10 @@ class StaleAttention:
         self._stops = Stopwatch(device)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        layer, self._layer = self._layer, self._layer + 1
         own = torch.stack((k, v))
-        keys, values = self._assemble(layer, own)
-        self.branch.manager.enqueue(layer, self.branch.codec.encode(own))
+        keys, values = self._assemble(self._layer, own)
+        self.branch.manager.enqueue(self._layer, self.branch.codec.encode(own))
+        self._layer += 1
         return self.kernel(q, keys, values)
 
     def finish(self) -> None:
@@ -117,10 +117,10 @@ class FillAttention:
         self._layer = 0
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        layer, self._layer = self._layer, self._layer + 1
         patch = self._patches.exchange(torch.stack((k, v)), self.groups.fresh)
-        self.branch.manager.forget(layer)  # of a stale step before
-        self.branch.manager.enqueue(layer, self.branch.codec.encode(patch))
+        self.branch.manager.forget(self._layer)  # of a stale step before
+        self.branch.manager.enqueue(self._layer, self.branch.codec.encode(patch))
+        self._layer += 1
         return self.exact(q, k, v)
 
     def finish(self) -> None:
@@ -181,10 +181,12 @@ class PatchParallel:
         if step.kind == STALE:
             if branch is None:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
+            branch.complete = False  # until it has been finished: the forward may end before it gets here
             return StaleAttention(branch, group.index, model.kernel, self._groups[group.degrees.ranks], self.device)
         groups = self._join(group.degrees.ranks)
         if branch is None:
             branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)
+        branch.complete = False
         return FillAttention(branch, exact, group, groups, self.device)
 
     def _new_branch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import AttentionError
-from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, WEIGHT_DTYPES, held_sizes_of, random_config
+from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, random_config
 from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.files import model_files
@@ -25,6 +24,7 @@ from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, unpatchify
 from .arena import Arena, needed
 from .conditioning import SharedConditioning
+from .division import check_plan, most_held
 from .memory import PlacementError
 from .messages import (
     Cancel,
@@ -51,10 +51,8 @@ from .messages import (
     decode,
     encode,
 )
-from .pipeline import Stage
-from .plan import ParallelPlan, PlanError
+from .plan import PlanError
 from .processes import PoolProcesses
-from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +202,7 @@ class Pool:
 
         `tokens` is the length of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
         """
-        _check_plan(_config_of(spec), spec, self.settings)
+        check_plan(_config_of(spec), spec, self.settings)
         with self._lock:
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room, tokens)
@@ -245,7 +243,7 @@ class Pool:
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
-        _check_plan(config, spec, self.settings)
+        check_plan(config, spec, self.settings)
         frames = x.shape[2] if x.ndim == 5 else 0
         _check_inputs(config, x, context)
         check(config, x, conditioning)
@@ -412,7 +410,7 @@ class Pool:
                 make_room(max(weights.whole - weights.now for weights in self._held[spec]))
             return
         if make_room is not None and self.settings.device == "cuda":
-            make_room(_most_held(_config_of(spec), spec, self.settings.plan))
+            make_room(most_held(_config_of(spec), spec, self.settings.plan))
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
@@ -555,50 +553,6 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
             "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
         )
     return replace(settings, device=device, usp_backend=backend)
-
-
-def _check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> None:
-    plan = settings.plan
-    plan.check_model(config.num_heads, config.num_layers)
-    if spec.shard_weights == "on" and plan.tensor_parallel * plan.pipeline_parallel > 1:
-        raise PlanError(
-            "shard_weights is on, but with tensor or pipeline parallelism each GPU has a part of the weights already, "
-            "and keeps it whole. Set shard_weights to auto, or both sizes to 1."
-        )
-    if config.vace_layers and plan.pipeline_parallel > 1:
-        raise PlanError(
-            f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
-            "stages do not pass that on yet. Set it to 1; tensor_parallel_size divides the weights of VACE too."
-        )
-    if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
-        for batch in (1, plan.data_parallel):
-            degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
-            if degrees.ring > 1:
-                raise PlanError(
-                    f"{degrees} share each token sequence, but PipeFusion keeps keys and values that a ring does not "
-                    "have in one place. Set pipeline_mode to exact, or sizes that leave no ring."
-                )
-
-
-def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
-    """Parameters on the rank that has most of them."""
-    return _of_largest_part(config, plan, {name: math.prod(shape) for name, shape in config.shapes().items()})
-
-
-def _most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
-    """Bytes of weights on the rank that has most of them."""
-    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype]))
-
-
-def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:
-    """What the rank with the largest part of a model has of `sizes` of the whole tensors."""
-    shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
-    stages = [Stage(i, tuple(range(plan.pipeline_parallel))) for i in range(plan.pipeline_parallel)]
-    parts = {
-        name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
-        for name, size in sizes.items()
-    }
-    return max(sum(n for name, n in parts.items() if stage.holds(name, config.num_layers)) for stage in stages)
 
 
 def _check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from wan_parallel.distributed.division import held_parameters
 from wan_parallel.distributed.patch_memory import gib, patch_memory
 from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
-from wan_parallel.distributed.pool import held_parameters
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 from wan_parallel.wanvideo.checkpoint import held_bytes

@@ -13,6 +13,7 @@ import tiny
 import torch
 from tiny import relative_error
 from wan_parallel.distributed import xfuser_backend
+from wan_parallel.distributed.division import held_parameters
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import (
     ModelSpec,
@@ -21,7 +22,6 @@ from wan_parallel.distributed.pool import (
     PoolSettings,
     WorkerDied,
     acquire,
-    held_parameters,
 )
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.lora import LowRank

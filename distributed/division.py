@@ -1,0 +1,62 @@
+"""What a plan makes of a model: whether it can be divided like this, and how much of it the largest rank holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ..wanvideo.checkpoint import WEIGHT_DTYPES, held_sizes_of
+from ..wanvideo.config import WanConfig
+from .messages import ModelSpec, PoolSettings
+from .pipeline import Stage
+from .plan import ParallelPlan, PlanError
+from .tensor import TensorShard
+
+
+def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> None:
+    """Check that a model can be run like this.
+
+    Raises:
+        PlanError: it cannot. The text says why and what can.
+    """
+    plan = settings.plan
+    plan.check_model(config.num_heads, config.num_layers)
+    if spec.shard_weights == "on" and plan.tensor_parallel * plan.pipeline_parallel > 1:
+        raise PlanError(
+            "shard_weights is on, but with tensor or pipeline parallelism each GPU has a part of the weights already, "
+            "and keeps it whole. Set shard_weights to auto, or both sizes to 1."
+        )
+    if config.vace_layers and plan.pipeline_parallel > 1:
+        raise PlanError(
+            f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
+            "stages do not pass that on yet. Set it to 1; tensor_parallel_size divides the weights of VACE too."
+        )
+    if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
+        for batch in (1, plan.data_parallel):
+            degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
+            if degrees.ring > 1:
+                raise PlanError(
+                    f"{degrees} share each token sequence, but PipeFusion keeps keys and values that a ring does not "
+                    "have in one place. Set pipeline_mode to exact, or sizes that leave no ring."
+                )
+
+
+def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
+    """Parameters on the rank that has most of them."""
+    return _of_largest_part(config, plan, {name: math.prod(shape) for name, shape in config.shapes().items()})
+
+
+def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
+    """Bytes of weights on the rank that has most of them."""
+    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype]))
+
+
+def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:
+    """What the rank with the largest part of a model has of `sizes` of the whole tensors."""
+    shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
+    stages = [Stage(i, tuple(range(plan.pipeline_parallel))) for i in range(plan.pipeline_parallel)]
+    parts = {
+        name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
+        for name, size in sizes.items()
+    }
+    return max(sum(n for name, n in parts.items() if stage.holds(name, config.num_layers)) for stage in stages)
