@@ -98,6 +98,7 @@ def test_a_big_model_under_way_gives_the_same_bits_again_and_again(shared):
 
 @over("shared", [TWO], indirect=True, ids=str)
 def test_each_gpu_holds_its_share(shared):
+    shared.ensure_ready(BIG)  # starts the workers
     shared.unload()
     before = used(shared)
     shared.ensure_ready(BIG)
