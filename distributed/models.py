@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..wanvideo.attention import get_kernel
+from ..wanvideo.build import model_class
 from ..wanvideo.checkpoint import (
     DTYPES,
     WEIGHT_DTYPES,
@@ -30,7 +31,6 @@ from ..wanvideo.config import WanConfig
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
-from ..wanvideo.variants import VariantModel
 from .arena import ArenaReader
 from .memory import (
     REFERENCE_TOKENS,
@@ -111,7 +111,7 @@ class Models:
         source = open_weights(spec.path, self.device)
         join(source.config.num_heads)
         with torch.device("meta"):
-            model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+            model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)
         model.span = self.stage.span(source.config.num_layers)
         sizes = self._held_sizes(source, spec)
         demand = demand_of(sizes, self._activations(spec, source.config, tokens))

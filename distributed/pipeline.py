@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..wanvideo.variant_shapes import block_before
 from .plan import bounds, shares
 
 Batch = TypeVar("Batch")
@@ -48,7 +49,9 @@ class Stage:
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) in self.span(num_layers)
-        if part in ("patch_embedding", "ref_conv", "control_adapter"):
+        if (block := block_before(name)) is not None:
+            return block in self.span(num_layers)
+        if part in ("patch_embedding", "ref_conv", "control_adapter", "pose_patch_embedding"):
             return self.index == 0
         return part != "head" or self.is_last
 

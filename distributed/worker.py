@@ -34,7 +34,6 @@ from .links import link_kind
 from .memory import PlacementError
 from .messages import (
     ArenaRef,
-    ConditioningRef,
     Displaced,
     Exchange,
     Forward,
@@ -108,6 +107,7 @@ class Worker:
         self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
+        self.kept: tuple[object, dict] = (None, {})  # what the model has computed from the conditioning of that key
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
         self.fused = pointwise.use_triton(self.device)
 
@@ -153,7 +153,7 @@ class Worker:
         x, timestep, context = (
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
-        conditioning = self._conditioning(request.conditioning, len(x))
+        conditioning = self._conditioning(request, len(x))
         grid = grid_of(x)
         ranks = plan.group_ranks(len(x))
         group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
@@ -207,6 +207,7 @@ class Worker:
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
+        self.kept = (None, {})
         self.models.drop(specs)
         if not self.models.loaded:
             self.patches.close()
@@ -215,6 +216,7 @@ class Worker:
     def trim(self) -> None:
         """Give back what only a sampling run needs: displaced patches, the blocks in passing, and torch's cache."""
         self.patches.clear()
+        self.kept = (None, {})
         if self.stream is not None:
             self.stream.clear()
         self.models.give_back()
@@ -352,13 +354,17 @@ class Worker:
 
         return check
 
-    def _conditioning(self, ref: ConditioningRef | None, batch: int) -> Conditioning:
+    def _conditioning(self, request: Forward, batch: int) -> Conditioning:
         """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
+        ref = request.conditioning
         if ref is None:
             return NOTHING
         views = {name: self.conditioning.view(ref.arena, tensor) for name, tensor in ref.tensors.items()}
         shared = {name: view.expand(batch, *view.shape[1:]) for name, view in views.items()}
-        return Conditioning(**shared, options=ref.options)
+        key = (ref.arena, request.spec, self.models.loaded[request.spec].uuid, batch)
+        if self.kept[0] != key:
+            self.kept = (key, {})
+        return Conditioning(**shared, options=ref.options, kept=self.kept[1])
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)

@@ -20,6 +20,7 @@ _LATENT_NODES = {
     "Fun-Control": "WanFunControlToVideo or Wan22FunControlToVideo",
     "Fun-Camera": "WanCameraImageToVideo",
     "VACE": "WanVaceToVideo",
+    "Animate": "WanAnimateToVideo",
 }
 
 
@@ -70,6 +71,8 @@ def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inpu
         vace=taken.get("vace_context"),
         reference=taken.get("reference_latent"),
         extra_frames=taken.get("time_dim_concat"),
+        pose=taken.get("pose_latents"),
+        face=taken.get("face_pixel_values"),
         options=options,
     )
 
@@ -85,6 +88,8 @@ def _taken(config: WanConfig) -> set[str]:
         names.add("camera_conditions")
     if config.vace_layers:
         names |= {"vace_context", "vace_strength"}
+    if config.face:
+        names |= {"pose_latents", "face_pixel_values"}
     return names
 
 

@@ -28,13 +28,13 @@ _VARIANT_INPUTS = {
     "vace_context": ("a VACE control video", "WanVaceToVideo"),
     "vace_strength": ("the strength of a VACE control video", "WanVaceToVideo"),
     "camera_conditions": ("a camera path", "WanCameraImageToVideo"),
+    "face_pixel_values": ("a face video", "WanAnimateToVideo"),
 }
 # Inputs of variants that the workers do not run yet.
 _LATER_INPUTS = {
     "context_latents": "context latents (Bernini)",
     "audio_embed": "an audio embedding (S2V, HuMo)",
     "pose_latents": "pose latents (Animate, SCAIL)",
-    "face_pixel_values": "a face video (WanAnimateToVideo)",
 }
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
 _HARMLESS_INPUTS = frozenset({"denoise_mask"})

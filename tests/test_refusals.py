@@ -21,6 +21,7 @@ from wan_parallel.wanvideo.options import RopeOptions
         ({"camera_conditions": object()}, "WanCameraImageToVideo"),
         ({"context_latents": [object()]}, "Bernini"),
         ({"pose_latents": object()}, "Animate"),
+        ({"face_pixel_values": object()}, "WanAnimateToVideo"),
         ({"something_new": 0}, "something_new"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -13,10 +13,12 @@ from wan_parallel.distributed.messages import Displaced
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning, check, extended
 from wan_parallel.wanvideo.config import WanConfig, read_header
 from wan_parallel.wanvideo.model import grid_of, patchify
 from wan_parallel.wanvideo.options import Options, RopeOptions
+from wan_parallel.wanvideo.variant_shapes import FaceDims
 from wan_parallel.wanvideo.variants import VariantModel
 
 SIZE = (3, 6, 8)
@@ -39,7 +41,7 @@ def single(models):
 
     def get(name: str) -> VariantModel:
         if name not in built:
-            built[name] = VariantModel.from_checkpoint(models[name])
+            built[name] = model_class(tiny.VARIANTS[name]).from_checkpoint(models[name])
         return built[name]
 
     return get
@@ -84,9 +86,10 @@ SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
         (replace(BIG, in_dim=48, image_dim=1280, reference_dim=16), 16_395_457_344, 1305, "Fun-Control"),
         (replace(BIG, in_dim=32, image_dim=1280, camera_dim=24), 16_898_128_704, 1309, "Fun-Camera"),
         (replace(BIG, vace_layers=8, vace_dim=96), 17_337_592_896, 1331, "VACE"),
+        (replace(BIG, in_dim=36, image_dim=1280, face=FaceDims()), 17_274_816_884, 1427, "Animate"),
         (replace(SMALL, vace_layers=15, vace_dim=96), 2_153_972_032, 1264, "VACE"),
     ],
-    ids=["I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "VACE 1.3B"],
+    ids=["I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "Animate", "VACE 1.3B"],
 )
 def test_the_released_models_have_the_published_sizes(config, parameters, tensors, variant):
     assert (config.parameters, len(config.shapes()), config.variant) == (parameters, tensors, variant)
@@ -111,6 +114,24 @@ def test_first_and_last_frame_are_those_of_diffusers(models, single):
     images = conditioning.image.unflatten(1, (2, -1))[0]  # diffusers takes one image a batch item
     expected = tiny.diffusers_model(models["flf2v"], tiny.FIRST_LAST)(x, timestep, context, images, return_dict=False)
     assert tiny.relative_error(single("flf2v")(x, timestep, context, conditioning), expected[0]) <= 1e-5
+
+
+def test_animate_is_that_of_diffusers(models, single):
+    x, timestep, context, conditioning = given(tiny.ANIMATE, batch=2)
+    expected = tiny.diffusers_model(models["animate"], tiny.ANIMATE)(
+        x,
+        timestep,
+        context,
+        conditioning.image,
+        pose_hidden_states=conditioning.pose,
+        face_pixel_values=conditioning.face,
+        return_dict=False,
+    )[0]
+    model = single("animate")
+    assert tiny.relative_error(model(x, timestep, context, conditioning), expected) <= 1e-5
+    for missing in ("pose", "face"):  # each of them shows
+        without = model(x, timestep, context, replace(conditioning, **{missing: None}))
+        assert tiny.relative_error(without, expected) > 0.01
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
@@ -222,7 +243,7 @@ def test_two_workers_give_the_result_of_one_model(pool_of, models, single, name)
     assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["fun-control", "fun-camera", "vace"])
+@pytest.mark.parametrize("name", ["fun-control", "fun-camera", "vace", "animate"])
 @pytest.mark.parametrize(
     "workers, plan", [(1, {}), (4, {}), (4, {"data_parallel": 2})], ids=str
 )
@@ -257,7 +278,7 @@ def test_vace_is_refused_in_stages(models):
 
 
 def test_more_workers_than_tokens(pool_of, models, single):
-    for name in ("fun-camera-2.2", "vace", "fun-control-2.2"):
+    for name in ("fun-camera-2.2", "vace", "fun-control-2.2", "animate"):
         inputs = given(tiny.VARIANTS[name], size=(1, 2, 2))
         out = pool_of(4).forward(spec_of(models[name]), *inputs[:3], conditioning=inputs[3])
         assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
@@ -301,7 +322,7 @@ def test_plain_options_reach_the_workers(pool_of, spec, model):
     assert tiny.relative_error(pool_of(2).forward(spec, *inputs, conditioning=conditioning), expected) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control"])
+@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate"])
 def test_16_bit_stays_close(pool_of, models, single, name):
     inputs = given(tiny.VARIANTS[name])
     spec = ModelSpec(models[name], "bf16", "bf16")
@@ -309,7 +330,7 @@ def test_16_bit_stays_close(pool_of, models, single, name):
     assert tiny.relative_error(out, single(name)(*inputs)) <= 0.02
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control"])
+@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate"])
 def test_weights_in_fp8_stay_close(pool_of, models, single, name):
     inputs = given(tiny.VARIANTS[name])
     out = pool_of(2).forward(ModelSpec(models[name], "fp8_e4m3fn", "fp32"), *inputs[:3], conditioning=inputs[3])
@@ -328,7 +349,7 @@ def test_files_with_the_names_of_diffusers_are_the_same_model(tmp_path, single, 
 # By displaced patches.
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "fun-control", "fun-camera"])
+@pytest.mark.parametrize("name", ["i2v-2.1", "fun-control", "fun-camera", "animate"])
 @pytest.mark.parametrize("mode", ["spatial", "temporal"])
 def test_a_stale_step_with_the_inputs_of_the_step_before_is_the_exact_one(pool_of, models, single, name, mode):
     inputs = given(tiny.VARIANTS[name], size=(4, 8, 8))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.options import Options
+from wan_parallel.wanvideo.variant_shapes import FaceDims
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
@@ -29,6 +30,8 @@ FUN_CONTROL_22 = replace(TINY, in_dim=52, reference_dim=16)
 FUN_CAMERA = replace(I2V_CLIP, in_dim=32, camera_dim=24)
 FUN_CAMERA_22 = replace(TINY, in_dim=36, camera_dim=24)
 VACE = replace(TINY, num_layers=4, vace_layers=2, vace_dim=96)
+FACE = FaceDims(channels=(4, 8, 6), style=12, directions=5, motion=10, hidden=16, heads=2)  # of 16 x 16 pixels
+ANIMATE = replace(I2V_CLIP, num_layers=10, face=FACE)
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -38,6 +41,7 @@ VARIANTS = {
     "fun-camera": FUN_CAMERA,
     "fun-camera-2.2": FUN_CAMERA_22,
     "vace": VACE,
+    "animate": ANIMATE,
 }
 
 
@@ -76,11 +80,14 @@ def conditioning(
         return torch.randn(len(x), *shape, generator=generator) if there else None
 
     frames, height, width = x.shape[-3:]
+    face, pixels = config.face, config.face.pixels if config.face else 0
     return Conditioning(
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
         camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
         vace=normal(config.vace_layers, contexts, config.vace_dim, frames, height, width),
         reference=normal(config.reference_dim, config.reference_dim, height, width),
+        pose=normal(frames > 1 and face, face.pose_dim if face else 0, frames - 1, height, width),
+        face=normal(face, 3, 4 * frames - 7 if frames > 1 else 1, pixels, pixels),
         options=Options(vace_strengths=(strength,) * contexts if config.vace_layers else ()),
     )
 
@@ -95,7 +102,10 @@ def sentences(text: str) -> int:
     return len(re.findall(r"[.?!](?=\s+[A-Z]|$)", text)) if text.endswith(".") else 0
 
 
-_NORMS = ("norm_q.weight", "norm_k.weight", "norm_k_img.weight", "norm3.weight", "proj.0.weight", "proj.4.weight")
+_NORMS = (
+    *(f"norm_{part}.weight" for part in ("q", "k", "k_img")),
+    *("q_norm.weight", "k_norm.weight", "norm3.weight", "proj.0.weight", "proj.4.weight"),
+)
 
 
 def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -106,6 +116,8 @@ def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
         noise = torch.randn(shape, generator=generator)
         if name.endswith(_NORMS):
             weights[name] = 1 + 0.1 * noise
+        elif name.startswith("motion_encoder."):
+            weights[name] = noise  # which the model scales itself
         elif "modulation" in name:
             weights[name] = 0.3 * noise
         elif name.endswith("bias"):
@@ -156,6 +168,7 @@ def layout(config: WanConfig = TINY, dtype: str = "BF16", prefix: str = "") -> d
     return {prefix + name: (dtype, shape) for name, shape in config.shapes().items()}
 
 
+_FACE = r"motion_encoder\.enc\.net_app\.convs"
 _DIFFUSERS_NAMES = (
     (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
     (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
@@ -180,6 +193,19 @@ _DIFFUSERS_NAMES = (
     (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
     (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
     (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
+    (r"^face_adapter\.fuser_blocks\.", "face_adapter."),
+    (r"\.linear1_q\.", ".to_q."),
+    (r"\.linear2\.", ".to_out."),
+    (r"^(face_adapter\.\d+)\.([qk])_norm\.", r"\1.norm_\2."),
+    (r"^(face_encoder\.conv\w+)\.conv\.", r"\1."),
+    (r"^motion_encoder\.dec\.direction\.weight$", "motion_encoder.motion_synthesis_weight"),
+    (r"^motion_encoder\.enc\.fc\.", "motion_encoder.motion_network."),
+    (rf"^{_FACE}\.(\d+)\.weight$", "motion_encoder.conv_out.weight"),
+    (rf"^{_FACE}\.0\.0\.", "motion_encoder.conv_in."),
+    (rf"^{_FACE}\.0\.1\.", "motion_encoder.conv_in.act_fn."),
+    (rf"^{_FACE}\.(\d+)\.skip\.1\.", r"motion_encoder.res_blocks.\1.conv_skip."),
+    (rf"^{_FACE}\.(\d+)\.(conv[12])\.[01]\.weight", r"motion_encoder.res_blocks.\1.\2.weight"),
+    (rf"^{_FACE}\.(\d+)\.(conv[12])\.[12]\.bias", r"motion_encoder.res_blocks.\1.\2.act_fn.bias"),
     (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
 
@@ -188,7 +214,21 @@ def diffusers_name(name: str) -> str:
     """The name that diffusers has for a tensor of the original model."""
     for pattern, replacement in _DIFFUSERS_NAMES:
         name = re.sub(pattern, replacement, name)
-    return name
+    return re.sub(r"res_blocks\.(\d+)", lambda block: f"res_blocks.{int(block[1]) - 1}", name)
+
+
+def diffusers_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the original model in diffusers' layout."""
+    theirs = {}
+    for name, weight in weights.items():
+        if ".linear1_kv." in name:  # two matrices there
+            for projection, part in zip(("to_k", "to_v"), weight.chunk(2), strict=True):
+                theirs[diffusers_name(name).replace("linear1_kv", projection)] = part.contiguous()
+        elif name.startswith("motion_encoder.") and name.endswith(".bias") and ".convs." in name:
+            theirs[diffusers_name(name)] = weight.flatten()
+        else:
+            theirs[diffusers_name(name)] = weight
+    return theirs
 
 
 def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
@@ -203,6 +243,19 @@ def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
     if config.image_dim:
         options = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim}
         options["pos_embed_seq_len"] = config.image_positions or None
+    if config.face:
+        cls, face = diffusers.WanAnimateTransformer3DModel, config.face
+        sizes = {str(face.pixels // 2**i): channels for i, channels in enumerate(face.channels)}
+        options |= {
+            "latent_channels": face.pose_dim,
+            "motion_encoder_channel_sizes": sizes,
+            "motion_encoder_size": face.pixels,
+            "motion_style_dim": face.style,
+            "motion_dim": face.directions,
+            "motion_encoder_dim": face.motion,
+            "face_encoder_hidden_dim": face.hidden,
+            "face_encoder_num_heads": face.heads,
+        }
     model = cls(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
@@ -214,6 +267,13 @@ def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
         num_layers=config.num_layers,
         **options,
     )
-    weights = {diffusers_name(name): weight.float() for name, weight in load_file(path).items()}
+    weights = diffusers_weights({name: weight.float() for name, weight in load_file(path).items()})
     model.load_state_dict(weights, strict=True)
     return model.eval().requires_grad_(False)
+
+
+def blur_kernels(config: WanConfig) -> dict[str, torch.Tensor]:
+    """The constants that a file of Animate has beside its weights."""
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    places = [f"{i}.{part}.0.kernel" for i in range(1, len(config.face.channels)) for part in ("conv2", "skip")]
+    return {f"motion_encoder.enc.net_app.convs.{place}": torch.outer(line, line) for place in places}

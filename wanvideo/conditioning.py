@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,10 @@ class Conditioning:
         vace: VACE control videos [B, contexts, vace_dim, T, H, W].
         reference: reference latent [B, reference_dim, H, W].
         extra_frames: frames behind the latent that are not part of the result, [B, in_dim, frames, H, W].
+        pose: latent of Animate's pose video, [B, pose_dim, frames, H, W], whose first frame is of the video's second.
+        face: Animate's face video in -1..1, [B, 3, frames, pixels, pixels], four frames for each of the latent.
         options: plain data.
+        kept: what `once` has computed, for whoever gives the same conditioning again; without, it computes anew.
     """
 
     image: torch.Tensor | None = None
@@ -34,7 +38,10 @@ class Conditioning:
     vace: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     extra_frames: torch.Tensor | None = None
+    pose: torch.Tensor | None = None
+    face: torch.Tensor | None = None
     options: Options = PLAIN
+    kept: dict | None = None
 
     @property
     def empty(self) -> bool:
@@ -42,15 +49,25 @@ class Conditioning:
         return not self.tensors() and self.options == PLAIN
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is there of `image`, `camera` and `vace`, by name."""
-        named = {"image": self.image, "camera": self.camera, "vace": self.vace}
+        """What is there for the transformer, by name."""
+        named = {name: getattr(self, name) for name in _FOR_TRANSFORMER}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def items(self, s: slice) -> Conditioning:
         """That of the batch items `s`."""
-        return dataclasses.replace(self, **{name: tensor[s] for name, tensor in self.tensors().items()})
+        kept = None if self.kept is None else self.kept.setdefault((s.start, s.stop), {})
+        return dataclasses.replace(self, kept=kept, **{name: tensor[s] for name, tensor in self.tensors().items()})
+
+    def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` gives, which depends on the weights and on the tensors here alone."""
+        if self.kept is None:
+            return compute()
+        if name not in self.kept:
+            self.kept[name] = compute()
+        return self.kept[name]
 
 
+_FOR_TRANSFORMER = ("image", "camera", "vace", "pose", "face")
 NOTHING = Conditioning()
 
 
@@ -90,6 +107,7 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
     """
     batch, _, frames, height, width = x.shape
     contexts = len(conditioning.options.vace_strengths)
+    led, pixels = config.face, config.face.pixels if config.face else 0
     expected = {
         "image": (config.image_dim, (batch, None, config.image_dim)),
         "camera": (
@@ -99,6 +117,8 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         "vace": (config.vace_layers, (batch, contexts, config.vace_dim, frames, height, width)),
         "reference": (config.reference_dim, (batch, config.reference_dim, height, width)),
         "extra_frames": (1, (batch, config.in_dim, None, height, width)),
+        "pose": (led, (batch, led.pose_dim if led else 0, None, height, width)),
+        "face": (led, (batch, 3, None, pixels, pixels)),
     }
     for name, (there, shape) in expected.items():
         tensor = getattr(conditioning, name)

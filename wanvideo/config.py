@@ -15,6 +15,7 @@ from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 from .formats import format_name, logical_tensors
+from .variant_shapes import FACE_STRIDE, FaceDims, is_constant
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -25,7 +26,6 @@ _VARIANT_MARKERS = (
     ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
     ("audio_injector.injector.0.k.weight", "Wan S2V"),
     ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
-    ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
     ("patch_embedding_mask.weight", "SCAIL-2"),
     ("patch_embedding_pose.weight", "SCAIL"),
     ("patch_embedding_global.weight", "WanDancer"),
@@ -47,6 +47,7 @@ class WanConfig:
         camera_dim: channels of the camera path, one set for each pixel.
         vace_layers: number of VACE blocks, spread evenly over the layers.
         vace_dim: channels of a VACE control video.
+        face: what Animate has for its pose and face videos; None in the others.
     """
 
     dim: int
@@ -64,6 +65,7 @@ class WanConfig:
     camera_dim: int = 0
     vace_layers: int = 0
     vace_dim: int = 0
+    face: FaceDims | None = None
 
     @property
     def head_dim(self) -> int:
@@ -74,6 +76,8 @@ class WanConfig:
         """What a user calls it, such as image-to-video."""
         if self.vace_layers:
             return "VACE"
+        if self.face:
+            return "Animate"
         if self.camera_dim:
             return "Fun-Camera"
         if self.in_dim >= 3 * self.out_dim:  # a control video and an image
@@ -154,6 +158,8 @@ class WanConfig:
             for i in range(self.vace_layers):
                 block(f"vace_blocks.{i}")
                 linear(f"vace_blocks.{i}.after_proj", d, d)
+        if self.face:
+            shapes |= self.face.shapes(d, self.num_layers)
         return shapes
 
 
@@ -268,6 +274,7 @@ def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         camera_dim=optional("control_adapter.conv.weight", 1) // 64,  # 8 x 8 pixels
         vace_layers=len(vace_layers),
         vace_dim=optional("vace_patch_embedding.weight", 1),
+        face=FaceDims.read(tensors, shape),
     )
 
 
@@ -279,12 +286,13 @@ def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanCon
             f"{name} lacks {len(missing)} tensors of a Wan model or has them in another shape: "
             f"{listed(missing)}. Download the file again, or choose another."
         )
-    unknown = [key for key in tensors if key not in expected]
+    unknown = [key for key in tensors if key not in expected and not is_constant(key)]
     if unknown:
         raise CheckpointError(
             f"{name} has {len(unknown)} tensors of an unknown Wan variant: {listed(unknown)}. {_LATER}"
         )
     uneven = config.vace_layers and config.num_layers % config.vace_layers
+    uneven = uneven or (config.face and config.num_layers % FACE_STRIDE)
     if config.in_dim < config.out_dim or uneven:
         raise CheckpointError(
             f"{name} is an unknown Wan variant: {config.in_dim} channels in, {config.out_dim} out, "

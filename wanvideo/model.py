@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -503,12 +504,12 @@ class WanModel(nn.Module):
         """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text."""
         return None
 
-    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[torch.Tensor]:
-        """Further tokens that run beside the embedded ones x, each float32 [B, n, dim]."""
+    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[Any]:
+        """What `add_sides` needs, such as further tokens beside the embedded ones x, float32 [B, n, dim]."""
         return []
 
     def add_sides(
-        self, x: torch.Tensor, sides: list[torch.Tensor], block: int, inputs: BlockInputs, conditioning: Conditioning
+        self, x: torch.Tensor, sides: list[Any], block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
         """Behind a block of the video: change x in place by the side streams, and these too."""
 

@@ -1,0 +1,135 @@
+"""Dimensions and tensors of what only one variant has, read off a file's header; without torch's modules.
+
+Sources: Wan 2.2 `wan/modules/animate/` and `wan/modules/s2v/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+FACE_STRIDE = 5
+"""Animate's face adapters act behind every fifth block."""
+
+Shape = Callable[[str, int], tuple[int, ...]]
+"""(name, dimensions) to the shape of a tensor that must be there."""
+
+
+@dataclass(frozen=True)
+class FaceDims:
+    """What Animate has beside an image-to-video model.
+
+    Args:
+        pose_dim: channels of the pose video's latent.
+        channels: of the convolutions of the face's encoder, each of which but the first halves the image.
+        style: width behind the convolutions.
+        directions: of motion, in which a face is described.
+        motion: width of a description.
+        hidden: width of the encoder over time.
+        heads: tokens that it makes of four frames, beside a learned one.
+    """
+
+    pose_dim: int = 16
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
+    style: int = 512
+    directions: int = 20
+    motion: int = 512
+    hidden: int = 1024
+    heads: int = 4
+
+    MARKER = "face_adapter.fuser_blocks.0.k_norm.weight"
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of the face video."""
+        return 4 * 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, object], shape: Shape) -> FaceDims | None:
+        """The dimensions in a header; None where it is of another variant."""
+        if cls.MARKER not in tensors:
+            return None
+        convolutions, encoder = "motion_encoder.enc.net_app.convs", "face_encoder"
+        blocks = sum(name.startswith(f"{convolutions}.") and name.endswith(".skip.1.weight") for name in tensors)
+        hidden = shape(f"{encoder}.conv2.conv.weight", 3)[0]
+        outputs = [shape(f"{convolutions}.{i}.skip.1.weight", 4)[0] for i in range(1, blocks + 1)]
+        directions = shape("motion_encoder.dec.direction.weight", 2)
+        return cls(
+            pose_dim=shape("pose_patch_embedding.weight", 5)[1],
+            channels=(shape(f"{convolutions}.0.0.weight", 4)[0], *outputs),
+            style=shape(f"{convolutions}.{blocks + 1}.weight", 4)[0],
+            directions=directions[1],
+            motion=directions[0],
+            hidden=hidden,
+            heads=shape(f"{encoder}.conv1_local.conv.weight", 3)[0] // hidden,
+        )
+
+    def shapes(self, dim: int, layers: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes for a model of that width and number of blocks.
+
+        The blur kernels in the file of Wan's authors are constants, and left out (see `is_constant`).
+        """
+        head_dim, convolutions, previous = 128, "motion_encoder.enc.net_app.convs", self.channels[0]
+        shapes: dict[str, tuple[int, ...]] = {
+            "pose_patch_embedding.weight": (dim, self.pose_dim, 1, 2, 2),
+            "pose_patch_embedding.bias": (dim,),
+            f"{convolutions}.0.0.weight": (previous, 3, 1, 1),
+            f"{convolutions}.0.1.bias": (1, previous, 1, 1),
+        }
+        for i, channels in enumerate(self.channels[1:], 1):
+            block = f"{convolutions}.{i}"
+            shapes[f"{block}.conv1.0.weight"] = (previous, previous, 3, 3)
+            shapes[f"{block}.conv1.1.bias"] = (1, previous, 1, 1)
+            shapes[f"{block}.conv2.1.weight"] = (channels, previous, 3, 3)
+            shapes[f"{block}.conv2.2.bias"] = (1, channels, 1, 1)
+            shapes[f"{block}.skip.1.weight"] = (channels, previous, 1, 1)
+            previous = channels
+        shapes[f"{convolutions}.{len(self.channels)}.weight"] = (self.style, previous, 4, 4)
+        for i in range(5):
+            rows = self.style if i < 4 else self.directions
+            shapes |= _linear(f"motion_encoder.enc.fc.{i}", self.style, rows)
+        shapes["motion_encoder.dec.direction.weight"] = (self.motion, self.directions)
+        shapes |= causal_encoder_shapes(
+            "face_encoder", self.motion, (self.hidden, self.hidden, self.hidden), self.heads, dim
+        )
+        shapes |= _linear("face_encoder.out_proj", self.hidden, dim)
+        for i in range(layers // FACE_STRIDE):
+            adapter = f"face_adapter.fuser_blocks.{i}"
+            shapes |= _linear(f"{adapter}.linear1_kv", dim, 2 * dim)
+            shapes |= _linear(f"{adapter}.linear1_q", dim, dim)
+            shapes |= _linear(f"{adapter}.linear2", dim, dim)
+            shapes[f"{adapter}.q_norm.weight"] = shapes[f"{adapter}.k_norm.weight"] = (head_dim,)
+        return shapes
+
+
+def causal_encoder_shapes(
+    name: str, columns: int, widths: tuple[int, int, int], heads: int, token: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of a `frames.CausalEncoder`."""
+    convolutions = {"conv1_local": (widths[0] * heads, columns), "conv2": widths[1::-1], "conv3": widths[2:0:-1]}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.padding_tokens": (1, 1, 1, token)}
+    for convolution, (rows, inputs) in convolutions.items():
+        shapes |= causal_convolution_shapes(f"{name}.{convolution}", inputs, rows)
+    return shapes
+
+
+def causal_convolution_shapes(name: str, columns: int, rows: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a `frames.CausalConvolution`."""
+    return {f"{name}.conv.weight": (rows, columns, 3), f"{name}.conv.bias": (rows,)}
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor of a file has the same numbers in every file, which the code knows."""
+    return name.startswith("motion_encoder.") and name.endswith(".kernel")
+
+
+def block_before(name: str) -> int | None:
+    """The block that a tensor acts behind, for the tensors that act behind one block alone."""
+    part, _, rest = name.partition(".")
+    if part == "face_adapter":
+        return int(rest.split(".")[1]) * FACE_STRIDE
+    return None
+
+
+def _linear(name: str, columns: int, rows: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
