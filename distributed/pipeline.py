@@ -23,6 +23,14 @@ from .plan import bounds, shares
 
 Batch = TypeVar("Batch")
 
+_EMBEDDINGS = frozenset(
+    (
+        *("patch_embedding", "ref_conv", "control_adapter", "pose_patch_embedding"),
+        *("trainable_cond_mask", "cond_encoder", "frame_packer"),
+    )
+)
+"""Parts that act in front of the first block alone."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -51,7 +59,7 @@ class Stage:
             return int(rest.partition(".")[0]) in self.span(num_layers)
         if (block := block_before(name)) is not None:
             return block in self.span(num_layers)
-        if part in ("patch_embedding", "ref_conv", "control_adapter", "pose_patch_embedding"):
+        if part in _EMBEDDINGS:
             return self.index == 0
         return part != "head" or self.is_last
 

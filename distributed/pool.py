@@ -251,10 +251,10 @@ class Pool:
         _check_timestep(x, timestep)
         with self._lock:
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room, grid_of(x).tokens)
+            grid = grid_of(x, conditioning.tokens_behind)
+            self._ensure_loaded(spec, poll, make_room, grid.tokens)
             self._ensure_patched(spec, patches or NO_PATCHES, poll)
             started = time.perf_counter()
-            grid = grid_of(x)
             self._drain(poll)
             inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)

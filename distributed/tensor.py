@@ -31,17 +31,20 @@ from .plan import bounds
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
 ROWS, COLUMNS, GATHERED, ONCE = "rows", "columns", "gathered", "once"
 
+_ATTENTION = r"((self|cross)_attn|audio_injector\.injector\.\d+)"
+
 # How each tensor is divided: its rows; its columns, the products being summed; its rows, the products being put
 # together; or not at all, on the first rank alone, as a bias that must enter a sum once. Others are on every rank.
 _SPLITS = (
-    (r"(self|cross)_attn\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
-    (r"(self|cross)_attn\.norm_(q|k|k_img)\.weight", ROWS),
-    (r"(self|cross)_attn\.o\.weight", COLUMNS),
-    (r"(self|cross)_attn\.o\.bias", ONCE),
+    (rf"{_ATTENTION}\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
+    (rf"{_ATTENTION}\.norm_(q|k|k_img)\.weight", ROWS),
+    (rf"{_ATTENTION}\.o\.weight", COLUMNS),
+    (rf"{_ATTENTION}\.o\.bias", ONCE),
     (r"(ffn|text_embedding)\.0\.(weight|bias)", ROWS),
     (r"(ffn|text_embedding)\.2\.weight", COLUMNS),
     (r"(ffn|text_embedding)\.2\.bias", ONCE),
     (r"time_projection\.1\.(weight|bias)", GATHERED),
+    (r"injector_adain_layers\.\d+\.linear\.(weight|bias)", GATHERED),
 )
 _USED_LATER = re.compile(r"(^|\.)(cross_attn\.o|ffn\.2)$")  # outputs that a block asks to have `arrived`
 _PATTERNS = tuple((re.compile(rf"(^|\.){pattern}$"), how) for pattern, how in _SPLITS)

@@ -24,7 +24,7 @@ from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import PatchError
-from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, tokens_of
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -154,10 +154,10 @@ class Worker:
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         conditioning = self._conditioning(request, len(x))
-        grid = grid_of(x)
+        grid = grid_of(x, conditioning.tokens_behind)
         ranks = plan.group_ranks(len(x))
         group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
-        tokens = patchify(pad_to_patch(x))
+        tokens = tokens_of(x, grid)
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
         self.models.settle(request.spec, stop - start)

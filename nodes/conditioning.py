@@ -21,6 +21,7 @@ _LATENT_NODES = {
     "Fun-Camera": "WanCameraImageToVideo",
     "VACE": "WanVaceToVideo",
     "Animate": "WanAnimateToVideo",
+    "S2V": "WanSoundImageToVideo",
 }
 
 
@@ -69,10 +70,14 @@ def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inpu
         image=taken.get("clip_fea") if config.image_dim else None,
         camera=taken.get("camera_conditions"),
         vace=taken.get("vace_context"),
-        reference=taken.get("reference_latent"),
+        reference=None if config.sound else taken.get("reference_latent"),
         extra_frames=taken.get("time_dim_concat"),
         pose=taken.get("pose_latents"),
         face=taken.get("face_pixel_values"),
+        sound=taken.get("audio_embed"),
+        control=taken.get("control_video"),
+        subject=taken.get("reference_latent") if config.sound else None,
+        so_far=taken.get("reference_motion"),
         options=options,
     )
 
@@ -90,6 +95,8 @@ def _taken(config: WanConfig) -> set[str]:
         names |= {"vace_context", "vace_strength"}
     if config.face:
         names |= {"pose_latents", "face_pixel_values"}
+    if config.sound:
+        names |= {"audio_embed", "control_video", "reference_latent", "reference_motion"}
     return names
 
 

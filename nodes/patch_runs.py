@@ -219,6 +219,8 @@ def _why_exact(
     """Why this forward takes no part in the method; "" if it does."""
     if config.vace_layers:
         return "VACE's blocks attend to tokens of their own, for which there are no buffers"
+    if config.sound:
+        return "S2V's reference lies behind the video, in no patch of it"
     if options.get("patches_replace", {}).get("dit"):
         return "a node leaves blocks out of some forwards (SkipLayerGuidanceDiT)"
     if options.get("context_window") is not None:

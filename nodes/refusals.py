@@ -29,6 +29,8 @@ _VARIANT_INPUTS = {
     "vace_strength": ("the strength of a VACE control video", "WanVaceToVideo"),
     "camera_conditions": ("a camera path", "WanCameraImageToVideo"),
     "face_pixel_values": ("a face video", "WanAnimateToVideo"),
+    "control_video": ("a control video", "WanSoundImageToVideo"),
+    "reference_motion": ("the video so far", "WanSoundImageToVideo"),
 }
 # Inputs of variants that the workers do not run yet.
 _LATER_INPUTS = {

@@ -176,9 +176,8 @@ class RemoteWan(torch.nn.Module):
             x, _ = extended(x, conditioning)  # as the workers will cut it
             self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
-            self.pool.ensure_ready(
-                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(x).tokens
-            )
+            tokens = grid_of(x, conditioning.tokens_behind).tokens
+            self.pool.ensure_ready(self.spec, lambda: (text.show(), poll()), self._make_room, tokens=tokens)
         with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(
                 self.spec,

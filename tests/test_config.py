@@ -258,8 +258,6 @@ def test_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "marker, name",
     [
-        ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
-        ("audio_injector.injector.0.k.weight", "Wan S2V"),
         ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
         ("patch_embedding_mask.weight", "SCAIL-2"),
         ("patch_embedding_pose.weight", "SCAIL"),

@@ -22,6 +22,7 @@ from wan_parallel.wanvideo.options import RopeOptions
         ({"context_latents": [object()]}, "Bernini"),
         ({"pose_latents": object()}, "Animate"),
         ({"face_pixel_values": object()}, "WanAnimateToVideo"),
+        ({"reference_motion": object()}, "WanSoundImageToVideo"),
         ({"something_new": 0}, "something_new"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -82,7 +83,12 @@ def test_every_variant_takes_its_own_inputs(name, config):
         "camera_conditions": own.camera,
         "vace_context": own.vace,
         "vace_strength": list(own.options.vace_strengths) or None,
-        "reference_latent": own.reference,
+        "reference_latent": own.subject if config.sound else own.reference,
+        "pose_latents": own.pose,
+        "face_pixel_values": own.face,
+        "audio_embed": own.sound,
+        "control_video": own.control,
+        "reference_motion": own.so_far,
     }
     taken = from_comfyui(config, {}, inputs)
     assert all(taken.tensors()[key] is tensor for key, tensor in own.tensors().items())
@@ -102,6 +108,8 @@ def test_clip_tokens_are_left_out_where_wan_22_has_no_use_for_them():
         (tiny.FUN_CONTROL, "WanFunControlToVideo"),
         (tiny.FUN_CAMERA, "WanCameraImageToVideo"),
         (tiny.VACE, "WanVaceToVideo"),
+        (tiny.ANIMATE, "WanAnimateToVideo"),
+        (tiny.S2V, "WanSoundImageToVideo"),
     ],
 )
 def test_the_node_of_a_variant_is_named(config, node):

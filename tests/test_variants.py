@@ -18,7 +18,7 @@ from wan_parallel.wanvideo.conditioning import Conditioning, check, extended
 from wan_parallel.wanvideo.config import WanConfig, read_header
 from wan_parallel.wanvideo.model import grid_of, patchify
 from wan_parallel.wanvideo.options import Options, RopeOptions
-from wan_parallel.wanvideo.variant_shapes import FaceDims
+from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 from wan_parallel.wanvideo.variants import VariantModel
 
 SIZE = (3, 6, 8)
@@ -87,9 +87,10 @@ SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
         (replace(BIG, in_dim=32, image_dim=1280, camera_dim=24), 16_898_128_704, 1309, "Fun-Camera"),
         (replace(BIG, vace_layers=8, vace_dim=96), 17_337_592_896, 1331, "VACE"),
         (replace(BIG, in_dim=36, image_dim=1280, face=FaceDims()), 17_274_816_884, 1427, "Animate"),
+        (replace(BIG, sound=SoundDims()), 16_295_755_609, 1260, "S2V"),
         (replace(SMALL, vace_layers=15, vace_dim=96), 2_153_972_032, 1264, "VACE"),
     ],
-    ids=["I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "Animate", "VACE 1.3B"],
+    ids=["I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "Animate", "S2V", "VACE 1.3B"],
 )
 def test_the_released_models_have_the_published_sizes(config, parameters, tensors, variant):
     assert (config.parameters, len(config.shapes()), config.variant) == (parameters, tensors, variant)
@@ -278,7 +279,7 @@ def test_vace_is_refused_in_stages(models):
 
 
 def test_more_workers_than_tokens(pool_of, models, single):
-    for name in ("fun-camera-2.2", "vace", "fun-control-2.2", "animate"):
+    for name in ("fun-camera-2.2", "vace", "fun-control-2.2", "animate", "s2v"):
         inputs = given(tiny.VARIANTS[name], size=(1, 2, 2))
         out = pool_of(4).forward(spec_of(models[name]), *inputs[:3], conditioning=inputs[3])
         assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
@@ -322,7 +323,7 @@ def test_plain_options_reach_the_workers(pool_of, spec, model):
     assert tiny.relative_error(pool_of(2).forward(spec, *inputs, conditioning=conditioning), expected) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate"])
+@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate", "s2v"])
 def test_16_bit_stays_close(pool_of, models, single, name):
     inputs = given(tiny.VARIANTS[name])
     spec = ModelSpec(models[name], "bf16", "bf16")
@@ -330,7 +331,7 @@ def test_16_bit_stays_close(pool_of, models, single, name):
     assert tiny.relative_error(out, single(name)(*inputs)) <= 0.02
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate"])
+@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate", "s2v"])
 def test_weights_in_fp8_stay_close(pool_of, models, single, name):
     inputs = given(tiny.VARIANTS[name])
     out = pool_of(2).forward(ModelSpec(models[name], "fp8_e4m3fn", "fp32"), *inputs[:3], conditioning=inputs[3])

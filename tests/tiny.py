@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.options import Options
-from wan_parallel.wanvideo.variant_shapes import FaceDims
+from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
@@ -32,6 +32,7 @@ FUN_CAMERA_22 = replace(TINY, in_dim=36, camera_dim=24)
 VACE = replace(TINY, num_layers=4, vace_layers=2, vace_dim=96)
 FACE = FaceDims(channels=(4, 8, 6), style=12, directions=5, motion=10, hidden=16, heads=2)  # of 16 x 16 pixels
 ANIMATE = replace(I2V_CLIP, num_layers=10, face=FACE)
+S2V = replace(TINY, num_layers=5, sound=SoundDims(features=24, layers=3, heads=2))
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -42,6 +43,7 @@ VARIANTS = {
     "fun-camera-2.2": FUN_CAMERA_22,
     "vace": VACE,
     "animate": ANIMATE,
+    "s2v": S2V,
 }
 
 
@@ -81,6 +83,7 @@ def conditioning(
 
     frames, height, width = x.shape[-3:]
     face, pixels = config.face, config.face.pixels if config.face else 0
+    hears = config.sound
     return Conditioning(
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
         camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
@@ -88,6 +91,10 @@ def conditioning(
         reference=normal(config.reference_dim, config.reference_dim, height, width),
         pose=normal(frames > 1 and face, face.pose_dim if face else 0, frames - 1, height, width),
         face=normal(face, 3, 4 * frames - 7 if frames > 1 else 1, pixels, pixels),
+        sound=normal(hears, hears.layers, hears.features, 4 * frames + 3) if hears else None,
+        control=normal(hears, hears.control_dim, frames, height, width) if hears else None,
+        subject=normal(hears, config.in_dim, 1, height, width),
+        so_far=normal(hears and min(height, width) >= 8, config.in_dim, 6, height, width),
         options=Options(vace_strengths=(strength,) * contexts if config.vace_layers else ()),
     )
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from .animate import AnimateModel
 from .config import WanConfig
+from .s2v import SoundModel
 from .variants import VariantModel
 
 
 def model_class(config: WanConfig) -> type[VariantModel]:
     """The class of the DiT that a configuration describes."""
-    return AnimateModel if config.face else VariantModel
+    if config.face:
+        return AnimateModel
+    return SoundModel if config.sound else VariantModel

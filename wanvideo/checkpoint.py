@@ -152,7 +152,7 @@ def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str,
 
 def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
     """Whether `place` quantises a float weight: in fp8, the matrices of the blocks, which are 98 % of the bytes."""
-    return weight_dtype in FLOAT8.values() and ndim == 2 and "blocks." in name
+    return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or name.startswith("audio_injector."))
 
 
 def held_dtype(ndim: int, weight_dtype: torch.dtype) -> torch.dtype:

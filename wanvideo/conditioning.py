@@ -5,11 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from .config import WanConfig
 from .options import PLAIN, Options
+from .variant_shapes import PACKED
+
+Computed = TypeVar("Computed")
+
+PACKED_FRAMES = (1, 2, 16)
+"""Frames of the video so far that each convolution of `PACKED` sees, the last one first."""
 
 CAMERA_PIXELS = 8  # of a camera path, along each side of one latent pixel
 
@@ -29,6 +36,10 @@ class Conditioning:
         extra_frames: frames behind the latent that are not part of the result, [B, in_dim, frames, H, W].
         pose: latent of Animate's pose video, [B, pose_dim, frames, H, W], whose first frame is of the video's second.
         face: Animate's face video in -1..1, [B, 3, frames, pixels, pixels], four frames for each of the latent.
+        sound: features of S2V's sound, [B, layers, features, frames], four frames for each of the latent.
+        control: latent of S2V's control video, [B, control_dim, T, H, W].
+        subject: latent of S2V's reference image, whose tokens lie behind the video, [B, in_dim, frames, H, W].
+        so_far: latent of the video that S2V goes on with, [B, in_dim, frames, H, W]; its tokens lie behind the subject.
         options: plain data.
         kept: what `once` has computed, for whoever gives the same conditioning again; without, it computes anew.
     """
@@ -40,6 +51,10 @@ class Conditioning:
     extra_frames: torch.Tensor | None = None
     pose: torch.Tensor | None = None
     face: torch.Tensor | None = None
+    sound: torch.Tensor | None = None
+    control: torch.Tensor | None = None
+    subject: torch.Tensor | None = None
+    so_far: torch.Tensor | None = None
     options: Options = PLAIN
     kept: dict | None = None
 
@@ -47,6 +62,18 @@ class Conditioning:
     def empty(self) -> bool:
         """Whether the transformer has nothing to read here."""
         return not self.tensors() and self.options == PLAIN
+
+    @property
+    def tokens_behind(self) -> int:
+        """How many tokens lie behind those of the latent's frames."""
+        count = 0
+        if self.subject is not None:
+            frames, height, width = self.subject.shape[-3:]
+            count += frames * (height // 2) * (width // 2)
+        if self.so_far is not None:
+            height, width = self.so_far.shape[-2:]
+            count += sum(frames * rows * columns for frames, rows, columns in packed_grids(height, width))
+        return count
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is there for the transformer, by name."""
@@ -58,7 +85,7 @@ class Conditioning:
         kept = None if self.kept is None else self.kept.setdefault((s.start, s.stop), {})
         return dataclasses.replace(self, kept=kept, **{name: tensor[s] for name, tensor in self.tensors().items()})
 
-    def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def once(self, name: str, compute: Callable[[], Computed]) -> Computed:
         """What `compute` gives, which depends on the weights and on the tensors here alone."""
         if self.kept is None:
             return compute()
@@ -67,8 +94,16 @@ class Conditioning:
         return self.kept[name]
 
 
-_FOR_TRANSFORMER = ("image", "camera", "vace", "pose", "face")
+_FOR_TRANSFORMER = ("image", "camera", "vace", "pose", "face", "sound", "control", "subject", "so_far")
 NOTHING = Conditioning()
+
+
+def packed_grids(height: int, width: int) -> list[tuple[int, int, int]]:
+    """Tokens (frames, rows, columns) of each stretch of the video so far, the last frame first, then farther back."""
+    return [
+        (frames // size, height // rows, width // columns)
+        for frames, (size, rows, columns) in zip(PACKED_FRAMES, PACKED.values(), strict=True)
+    ]
 
 
 def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, Conditioning]:
@@ -108,6 +143,7 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
     batch, _, frames, height, width = x.shape
     contexts = len(conditioning.options.vace_strengths)
     led, pixels = config.face, config.face.pixels if config.face else 0
+    hears = config.sound
     expected = {
         "image": (config.image_dim, (batch, None, config.image_dim)),
         "camera": (
@@ -119,6 +155,10 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         "extra_frames": (1, (batch, config.in_dim, None, height, width)),
         "pose": (led, (batch, led.pose_dim if led else 0, None, height, width)),
         "face": (led, (batch, 3, None, pixels, pixels)),
+        "sound": (hears, (batch, hears.layers if hears else 0, hears.features if hears else 0, None)),
+        "control": (hears, (batch, hears.control_dim if hears else 0, frames, height, width)),
+        "subject": (hears, (batch, config.in_dim, None, height, width)),
+        "so_far": (hears, (batch, config.in_dim, None, height, width)),
     }
     for name, (there, shape) in expected.items():
         tensor = getattr(conditioning, name)
@@ -138,7 +178,31 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
                 f"The conditioning's {name} has shape {tuple(tensor.shape)}, but a latent of shape {tuple(x.shape)} "
                 f"needs [{wanted}]. Give the conditioning node and the latent the same width, height and length."
             )
-    if conditioning.extra_frames is not None and (conditioning.camera is not None or conditioning.vace is not None):
+    if conditioning.extra_frames is not None and (config.sound or {"camera", "vace"} & conditioning.tensors().keys()):
         raise ValueError(
-            "Subject images (WanPhantomSubjectToVideo) cannot be joined with VACE or a camera path. Remove one of them."
+            "Subject images (WanPhantomSubjectToVideo) cannot be joined with VACE, a camera path or S2V. "
+            "Remove one of them."
         )
+    if config.sound:
+        _check_sound(x, conditioning)
+
+
+def _check_sound(x: torch.Tensor, conditioning: Conditioning) -> None:
+    frames, height, width = x.shape[-3:]
+    if conditioning.tokens_behind and (height % 2 or width % 2):
+        raise ValueError(
+            f"The latent is {width} x {height}, but beside a reference S2V takes even sizes alone. "
+            "Use a width and a height that are multiples of 16 pixels."
+        )
+    if conditioning.so_far is not None and min(height, width) < 8:
+        raise ValueError(
+            f"The latent is {width} x {height}, but to go on with a video S2V needs 8 x 8 at least. "
+            "Use a width and a height of at least 64 pixels."
+        )
+    if conditioning.sound is not None:
+        heard = -(-min(4 * frames, conditioning.sound.shape[-1]) // 4)
+        if not heard or frames * -(-height // 2) * -(-width // 2) % heard:
+            raise ValueError(
+                f"The sound lasts for {heard} of {frames} latent frames, which do not divide the video evenly. "
+                "Use a shorter length, or a longer sound."
+            )

@@ -15,7 +15,7 @@ from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 from .formats import format_name, logical_tensors
-from .variant_shapes import FACE_STRIDE, FaceDims, is_constant
+from .variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -23,8 +23,6 @@ _LATER = "Use a file of a variant and format that the README lists; this kind co
 
 # Tensors of variants that are not there yet (../README.md says which run). Order matters: first match wins.
 _VARIANT_MARKERS = (
-    ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
-    ("audio_injector.injector.0.k.weight", "Wan S2V"),
     ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
     ("patch_embedding_mask.weight", "SCAIL-2"),
     ("patch_embedding_pose.weight", "SCAIL"),
@@ -48,6 +46,7 @@ class WanConfig:
         vace_layers: number of VACE blocks, spread evenly over the layers.
         vace_dim: channels of a VACE control video.
         face: what Animate has for its pose and face videos; None in the others.
+        sound: what S2V has for sound; None in the others.
     """
 
     dim: int
@@ -66,6 +65,7 @@ class WanConfig:
     vace_layers: int = 0
     vace_dim: int = 0
     face: FaceDims | None = None
+    sound: SoundDims | None = None
 
     @property
     def head_dim(self) -> int:
@@ -78,6 +78,8 @@ class WanConfig:
             return "VACE"
         if self.face:
             return "Animate"
+        if self.sound:
+            return "S2V"
         if self.camera_dim:
             return "Fun-Camera"
         if self.in_dim >= 3 * self.out_dim:  # a control video and an image
@@ -160,6 +162,8 @@ class WanConfig:
                 linear(f"vace_blocks.{i}.after_proj", d, d)
         if self.face:
             shapes |= self.face.shapes(d, self.num_layers)
+        if self.sound:
+            shapes |= self.sound.shapes(d, self.in_dim)
         return shapes
 
 
@@ -275,6 +279,7 @@ def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         vace_layers=len(vace_layers),
         vace_dim=optional("vace_patch_embedding.weight", 1),
         face=FaceDims.read(tensors, shape),
+        sound=SoundDims.read(tensors, shape),
     )
 
 

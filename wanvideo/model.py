@@ -42,15 +42,16 @@ None for rows that are whole, of which the norm then takes it itself."""
 
 @dataclass(frozen=True)
 class Grid:
-    """The tokens of a latent: frames x rows x columns."""
+    """The tokens of a latent: frames x rows x columns, and those `behind` them, which have no place there."""
 
     frames: int
     rows: int
     columns: int
+    behind: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.frames * self.rows * self.columns
+        return self.frames * self.frame_tokens + self.behind
 
     @property
     def frame_tokens(self) -> int:
@@ -65,10 +66,10 @@ Part = slice | torch.Tensor
 """Some of a grid's tokens, as one rank holds them: a run of them, or their indices [n]."""
 
 
-def grid_of(x: torch.Tensor) -> Grid:
+def grid_of(x: torch.Tensor, behind: int = 0) -> Grid:
     """The token grid of a latent [B, C, T, H, W]; odd heights and widths round up (see `pad_to_patch`)."""
     sizes = (math.ceil(size / patch) for size, patch in zip(x.shape[-3:], PATCH, strict=True))
-    return Grid(*sizes)
+    return Grid(*sizes, behind)
 
 
 def pad_to_patch(x: torch.Tensor) -> torch.Tensor:
@@ -88,10 +89,16 @@ def patchify(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(b, t * (h // 2) * (w // 2), c * 4)
 
 
+def tokens_of(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The tokens [B, grid.tokens, C*4] of a latent; those behind it are zero, and the model fills them."""
+    return F.pad(patchify(pad_to_patch(x)), (0, 0, 0, grid.behind))
+
+
 def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> torch.Tensor:
     """Tokens [B, grid.tokens, 4*C] of the head back to a latent [B, C, *size], cropped to `size`."""
     b, c = tokens.shape[0], tokens.shape[-1] // 4
-    x = tokens.view(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
+    tokens = tokens[:, : grid.tokens - grid.behind]
+    x = tokens.reshape(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
     x = x.reshape(b, c, grid.frames, grid.rows * 2, grid.columns * 2)
     return x[..., : size[0], : size[1], : size[2]]
 
@@ -440,10 +447,9 @@ class WanModel(nn.Module):
         """
         frames = x.shape[2]
         x, conditioning = extended(x, conditioning)
-        grid = grid_of(x)
-        tokens = patchify(pad_to_patch(x))
+        grid = grid_of(x, conditioning.tokens_behind)
         part = slice(0, grid.tokens)
-        out = self.transform(tokens, grid, part, timestep, context, conditioning=conditioning)
+        out = self.transform(tokens_of(x, grid), grid, part, timestep, context, conditioning=conditioning)
         return core(unpatchify(out, grid, tuple(x.shape[-3:])), frames, conditioning.options)
 
     def transform(
@@ -470,15 +476,15 @@ class WanModel(nn.Module):
         Returns:
             float32 [B, n, out_dim*4]; the residual stream [B, n, dim] where `span` ends before the last block.
         """
-        embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim))  # [B, d] or [B, T, d]
-        embedding = embedding.reshape(len(timestep), -1, self.config.dim)
+        times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
+        embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
         text = self.text_embedding(context.to(self.compute_dtype))
         inputs = BlockInputs(
             time=self.time_projection(embedding).unflatten(-1, (6, -1)),
-            row_of_token=_frame_of_token(grid, part, embedding),
+            row_of_token=row_of_token,
             context=text,
             image=self.image_context(conditioning, text),
-            rope=rope_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options.rope)[part],
+            rope=self.rope(grid, tokens.device, conditioning)[part],
             attend=attend or self.kernel,
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,
@@ -500,6 +506,21 @@ class WanModel(nn.Module):
         """Tokens [B, n, in_dim*4] of `part` to float32 [B, n, dim]."""
         return self.patch_embedding(tokens.float())
 
+    def times(
+        self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The times [B, R] that there are, and which of them each token of `part` has, [n]; None where R is 1.
+
+        `timestep` is [B, 1], or has one for each frame.
+        """
+        if timestep.shape[1] == 1:
+            return timestep, None
+        return timestep, torch.arange(grid.tokens, device=timestep.device)[part] // grid.frame_tokens
+
+    def rope(self, grid: Grid, device: torch.device, conditioning: Conditioning) -> torch.Tensor:
+        """Rotations of all tokens, complex64 [grid.tokens, head_dim/2]."""
+        return rope_table(grid.shape, self.config.head_dim, device, conditioning.options.rope)
+
     def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
         """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text."""
         return None
@@ -516,9 +537,3 @@ class WanModel(nn.Module):
     def self_attentions(self, conditioning: Conditioning) -> int:
         """How often one forward calls its self-attention function."""
         return self.config.num_layers - len(set(conditioning.options.skip_blocks) & set(range(self.config.num_layers)))
-
-
-def _frame_of_token(grid: Grid, part: Part, embedding: torch.Tensor) -> torch.Tensor | None:
-    if embedding.shape[1] == 1:
-        return None
-    return torch.arange(grid.tokens, device=embedding.device)[part] // grid.frame_tokens

@@ -6,6 +6,8 @@ Source: Wan 2.1 `wan/modules/model.py` (rope_params, rope_apply): theta 10000, i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .options import PLAIN_ROPE, RopeOptions
@@ -26,17 +28,25 @@ def rope_table(
     Returns:
         complex64 [frames * rows * columns, head_dim // 2].
     """
-    pairs = head_dim // 2
-    spatial = pairs // 3
     scales = (options.scale_t, options.scale_y, options.scale_x)
     shifts = (options.shift_t, options.shift_y, options.shift_x)
-    axes = []
-    for axis, (length, share) in enumerate(zip(grid, (pairs - 2 * spatial, spatial, spatial), strict=True)):
-        exponent = torch.arange(share, dtype=torch.float64, device=device) / share
-        positions = shifts[axis] + scales[axis] * torch.arange(length, dtype=torch.float64, device=device)
-        angles = torch.outer(positions, THETA**-exponent)
+    positions = [
+        shift + scale * torch.arange(length, dtype=torch.float64, device=device)
+        for length, scale, shift in zip(grid, scales, shifts, strict=True)
+    ]
+    return rope_at(positions, head_dim)
+
+
+def rope_at(positions: Sequence[torch.Tensor], head_dim: int) -> torch.Tensor:
+    """As `rope_table`, for tokens at any positions: float64 [frames], [rows] and [columns]."""
+    pairs = head_dim // 2
+    spatial = pairs // 3
+    axes, grid = [], [len(places) for places in positions]
+    for axis, (places, share) in enumerate(zip(positions, (pairs - 2 * spatial, spatial, spatial), strict=True)):
+        exponent = torch.arange(share, dtype=torch.float64, device=places.device) / share
+        angles = torch.outer(places, THETA**-exponent)
         shape = [1, 1, 1, share]
-        shape[axis] = length
+        shape[axis] = len(places)
         axes.append(angles.view(shape).expand(*grid, share))
     angles = torch.cat(axes, dim=-1).flatten(0, 2)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 FACE_STRIDE = 5
 """Animate's face adapters act behind every fifth block."""
 
+SOUND_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+"""S2V hears the sound behind these blocks; a file has an injector for each of them, whatever blocks it has."""
+
+PACKED = {"proj": (1, 2, 2), "proj_2x": (2, 4, 4), "proj_4x": (4, 8, 8)}
+"""S2V's convolutions of the video so far, by their size (= stride) in frames, rows and columns of the latent."""
+
 Shape = Callable[[str, int], tuple[int, ...]]
 """(name, dimensions) to the shape of a tensor that must be there."""
 
@@ -102,6 +108,61 @@ class FaceDims:
         return shapes
 
 
+@dataclass(frozen=True)
+class SoundDims:
+    """What S2V has beside a text-to-video model.
+
+    Args:
+        features: width of the sound's features.
+        layers: of the sound's encoder, whose outputs all are features.
+        heads: tokens that the sound of a latent frame becomes, beside a learned one.
+        control_dim: channels of a control video's latent.
+    """
+
+    features: int = 1024
+    layers: int = 25
+    heads: int = 4
+    control_dim: int = 16
+
+    MARKER = "casual_audio_encoder.encoder.final_linear.weight"
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, object], shape: Shape) -> SoundDims | None:
+        """The dimensions in a header; None where it is of another variant."""
+        if cls.MARKER not in tensors:
+            return None
+        local = shape("casual_audio_encoder.encoder.conv1_local.conv.weight", 3)
+        return cls(
+            features=local[1],
+            layers=shape("casual_audio_encoder.weights", 4)[1],
+            heads=local[0] * 4 // shape(cls.MARKER, 2)[0],
+            control_dim=shape("cond_encoder.weight", 5)[1],
+        )
+
+    def shapes(self, dim: int, channels: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes for a model of that width, whose latent has `channels`."""
+        encoder = "casual_audio_encoder.encoder"
+        shapes: dict[str, tuple[int, ...]] = {
+            "trainable_cond_mask.weight": (3, dim),
+            "casual_audio_encoder.weights": (1, self.layers, 1, 1),
+            "cond_encoder.weight": (dim, self.control_dim, 1, 2, 2),
+            "cond_encoder.bias": (dim,),
+        }
+        shapes |= causal_encoder_shapes(encoder, self.features, (dim // 4, dim // 2, dim), self.heads, dim)
+        shapes |= causal_convolution_shapes(f"{encoder}.conv1_global", self.features, dim // 4)
+        shapes |= _linear(f"{encoder}.final_linear", dim, dim)
+        for i in range(len(SOUND_LAYERS)):
+            for projection in "qkvo":
+                shapes |= _linear(f"audio_injector.injector.{i}.{projection}", dim, dim)
+            for norm in "qk":
+                shapes[f"audio_injector.injector.{i}.norm_{norm}.weight"] = (dim,)
+            shapes |= _linear(f"audio_injector.injector_adain_layers.{i}.linear", dim, 2 * dim)
+        for name, size in PACKED.items():
+            shapes[f"frame_packer.{name}.weight"] = (dim, channels, *size)
+            shapes[f"frame_packer.{name}.bias"] = (dim,)
+        return shapes
+
+
 def causal_encoder_shapes(
     name: str, columns: int, widths: tuple[int, int, int], heads: int, token: int
 ) -> dict[str, tuple[int, ...]]:
@@ -128,6 +189,8 @@ def block_before(name: str) -> int | None:
     part, _, rest = name.partition(".")
     if part == "face_adapter":
         return int(rest.split(".")[1]) * FACE_STRIDE
+    if part == "audio_injector":
+        return SOUND_LAYERS[int(rest.split(".")[1])]
     return None
 
 

@@ -25,7 +25,7 @@ VARIANTS = {  # with the text and image widths that ComfyUI takes for granted
         image_positions=514 if config.image_positions else 0,
     )
     for name, config in tiny.VARIANTS.items()
-    if name != "animate"  # see test_comfyui_animate.py
+    if name not in ("animate", "s2v")  # which have tests of their own
 }
 VARIANTS |= {
     "fun-control-5b": replace(tiny.TINY, text_dim=4096, in_dim=148, out_dim=48, reference_dim=48),

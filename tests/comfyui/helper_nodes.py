@@ -140,6 +140,22 @@ class NoCLIP:
         return (None,)
 
 
+class RandomSound:
+    """AUDIO_ENCODER_OUTPUT of normal features, as of wav2vec2-large, 50 frames a second."""
+
+    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0}), "frames": ("INT", {"default": 60})}}
+
+    def make(self, seed, frames):
+        layers = torch.randn(25, 1, frames, 1024, generator=torch.Generator().manual_seed(seed))
+        return ({"encoded_audio_all_layers": list(layers), "encoded_audio": layers[-1], "audio_samples": frames * 320},)
+
+
 class PoolingVAE:
     """VAE whose encoder averages pixels and mixes colours: enough for nodes that condition on images."""
 
@@ -211,5 +227,6 @@ NODE_CLASS_MAPPINGS = {
         PoolingVAE,
         RandomImages,
         RandomClipVision,
+        RandomSound,
     )
 }

@@ -14,7 +14,7 @@ def write_lora(path: Path, config: WanConfig, rank: int = 4, seed: int = 1) -> N
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in config.shapes().items():
-        if name.startswith(("blocks.", "vace_blocks.", "img_emb.", "face_adapter.")) and len(shape) == 2:
+        if name.startswith(("blocks.", "vace_blocks.", "img_emb.", "face_adapter.", "audio_injector.")) and len(shape) == 2:
             module = f"diffusion_model.{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_up.weight"] = torch.randn(shape[0], rank, generator=generator) * 0.1
             tensors[f"{module}.lora_down.weight"] = torch.randn(rank, shape[1], generator=generator) * 0.1
