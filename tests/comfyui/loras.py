@@ -9,12 +9,15 @@ from safetensors.torch import save_file
 from wan_parallel.wanvideo.config import WanConfig
 
 
+_PARTS = ("blocks.", "vace_blocks.", "img_emb.", "face_adapter.", "audio_injector.")
+
+
 def write_lora(path: Path, config: WanConfig, rank: int = 4, seed: int = 1) -> None:
     """A plain LoRA with alpha on all matrices of the blocks and of the image embedding, and a bias difference."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in config.shapes().items():
-        if name.startswith(("blocks.", "vace_blocks.", "img_emb.", "face_adapter.", "audio_injector.")) and len(shape) == 2:
+        if name.startswith(_PARTS) and len(shape) == 2:
             module = f"diffusion_model.{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_up.weight"] = torch.randn(shape[0], rank, generator=generator) * 0.1
             tensors[f"{module}.lora_down.weight"] = torch.randn(rank, shape[1], generator=generator) * 0.1
