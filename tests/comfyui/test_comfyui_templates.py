@@ -26,17 +26,21 @@ def _folder() -> Path | None:
     if os.environ.get("COMFYUI_TEMPLATES"):
         return Path(os.environ["COMFYUI_TEMPLATES"])
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    found = subprocess.run(
-        [python, "-c", "import comfyui_workflow_templates as t; print(t.__path__[0])"], capture_output=True, text=True
-    )
-    return Path(found.stdout.strip()) / "templates" if found.returncode == 0 else None
+    for package in ("comfyui_workflow_templates_json", "comfyui_workflow_templates"):  # older ones have no other
+        code = f"import {package} as t; print(t.__path__[0])"
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        folder = Path(found.stdout.strip()) / "templates"
+        if found.returncode == 0 and folder.is_dir():
+            return folder
+    return None
 
 
 def _templates() -> list[Template]:
     folder = _folder() if os.environ.get("COMFYUI_DIR") else None
-    paths = sorted(folder.glob("*wan*.json")) if folder else []
-    read = [Template(path) for path in paths if not path.name.startswith("api_")]
-    return [template for template in read if later(template.name) or template.files("UNETLoader")]
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(("api_", "index"))] if folder else []
+    wan = [path for path in paths if "wan2" in path.read_text(encoding="utf-8").lower()]
+    read = [Template(path) for path in wan]
+    return [t for t in read if any("wan" in file.lower() for file in t.files("UNETLoader"))]
 
 
 TEMPLATES = _templates()
