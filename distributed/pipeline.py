@@ -48,9 +48,9 @@ class Stage:
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) in self.span(num_layers)
-        if part in ("patch_embedding", "ref_conv", "control_adapter"):
+        if part.startswith("patch_embedding") or part in ("ref_conv", "control_adapter"):
             return self.index == 0
-        return part != "head" or self.is_last
+        return part not in ("head", "head_global") or self.is_last
 
 
 class Flow(Generic[Batch]):

@@ -34,10 +34,10 @@ ROWS, COLUMNS, GATHERED, ONCE = "rows", "columns", "gathered", "once"
 # How each tensor is divided: its rows; its columns, the products being summed; its rows, the products being put
 # together; or not at all, on the first rank alone, as a bias that must enter a sum once. Others are on every rank.
 _SPLITS = (
-    (r"(self|cross)_attn\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
-    (r"(self|cross)_attn\.norm_(q|k|k_img)\.weight", ROWS),
-    (r"(self|cross)_attn\.o\.weight", COLUMNS),
-    (r"(self|cross)_attn\.o\.bias", ONCE),
+    (r"(self|cross|audio_cross)_attn\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
+    (r"(self|cross|audio_cross)_attn\.norm_(q|k|k_img)\.weight", ROWS),
+    (r"(self|cross|audio_cross)_attn\.o\.weight", COLUMNS),
+    (r"(self|cross|audio_cross)_attn\.o\.bias", ONCE),
     (r"(ffn|text_embedding)\.0\.(weight|bias)", ROWS),
     (r"(ffn|text_embedding)\.2\.weight", COLUMNS),
     (r"(ffn|text_embedding)\.2\.bias", ONCE),

@@ -28,16 +28,21 @@ _VARIANT_INPUTS = {
     "vace_context": ("a VACE control video", "WanVaceToVideo"),
     "vace_strength": ("the strength of a VACE control video", "WanVaceToVideo"),
     "camera_conditions": ("a camera path", "WanCameraImageToVideo"),
+    "context_latents": ("source or reference videos", "BerniniConditioning"),
+    "clip_fea_ref": ("a CLIP vision embedding of a reference image", "WanDancerVideo"),
+    "fps": ("a frame rate", "WanDancerVideo"),
+    "audio_inject_scale": ("a strength of music", "WanDancerVideo"),
+    "sam_latents": ("masks of the pose video", "WanSCAILToVideo"),
+    "ref_mask_latents": ("masks of the reference images", "WanSCAILToVideo"),
 }
 # Inputs of variants that the workers do not run yet.
 _LATER_INPUTS = {
-    "context_latents": "context latents (Bernini)",
     "audio_embed": "an audio embedding (S2V, HuMo)",
-    "pose_latents": "pose latents (Animate, SCAIL)",
+    "pose_latents": "a pose video (Animate, SCAIL)",
     "face_pixel_values": "a face video (WanAnimateToVideo)",
 }
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
-_HARMLESS_INPUTS = frozenset({"denoise_mask"})
+_HARMLESS_INPUTS = frozenset({"denoise_mask", "ref_mask_flag"})
 
 
 def refuse_variant(what: str, variant: str, node: str) -> NoReturn:

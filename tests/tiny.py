@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -13,9 +14,10 @@ from typing import NamedTuple
 import pack  # noqa: F401 (registers wan_parallel)
 import torch
 from safetensors.torch import load_file, save_file
+from wan_parallel.wanvideo.audio_shapes import DancerMusic, HumoAudio
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.options import Options
+from wan_parallel.wanvideo.options import Options, RopeOptions, Segment
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
@@ -29,6 +31,12 @@ FUN_CONTROL_22 = replace(TINY, in_dim=52, reference_dim=16)
 FUN_CAMERA = replace(I2V_CLIP, in_dim=32, camera_dim=24)
 FUN_CAMERA_22 = replace(TINY, in_dim=36, camera_dim=24)
 VACE = replace(TINY, num_layers=4, vace_layers=2, vace_dim=96)
+MUSIC = DancerMusic(features=35, width=256, hidden=1024, layers=2, injectors=8, image_dim=1280)
+DANCER = replace(I2V_CLIP, music=replace(MUSIC, image_dim=96, hidden=64, injectors=2))
+HUMO = replace(TINY, humo=HumoAudio(features=8 * 5 * 12, hidden=16, width=48, tokens=4))
+HUMO_17B = replace(HUMO, in_dim=36)
+SCAIL = replace(I2V_CLIP, in_dim=20, pose_dim=20)
+SCAIL_2 = replace(SCAIL, mask_dim=28)
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -38,6 +46,11 @@ VARIANTS = {
     "fun-camera": FUN_CAMERA,
     "fun-camera-2.2": FUN_CAMERA_22,
     "vace": VACE,
+    "humo": HUMO,
+    "humo-17b": HUMO_17B,
+    "dancer": DANCER,
+    "scail": SCAIL,
+    "scail-2": SCAIL_2,
 }
 
 
@@ -76,12 +89,19 @@ def conditioning(
         return torch.randn(len(x), *shape, generator=generator) if there else None
 
     frames, height, width = x.shape[-3:]
+    strengths = (strength,) * contexts if config.vace_layers else ()
+    audio = (frames, config.humo.features) if config.humo else (20, config.music.features if config.music else 0)
+    segment = Segment(frames, math.ceil(height / 4), math.ceil(width / 4), RopeOptions(shift_x=120.0), stretched=True)
     return Conditioning(
+        tail=normal(config.pose_dim, segment.tokens, 4 * (config.pose_dim + config.mask_dim)),
+        mask=normal(config.mask_dim, config.mask_dim, frames, height, width),
+        audio=normal(bool(config.humo or config.music), *audio),
+        image_ref=normal(bool(config.music), image_tokens, config.image_dim),
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
         camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
         vace=normal(config.vace_layers, contexts, config.vace_dim, frames, height, width),
         reference=normal(config.reference_dim, config.reference_dim, height, width),
-        options=Options(vace_strengths=(strength,) * contexts if config.vace_layers else ()),
+        options=Options(vace_strengths=strengths, tail=(segment,) if config.pose_dim else ()),
     )
 
 
@@ -95,7 +115,10 @@ def sentences(text: str) -> int:
     return len(re.findall(r"[.?!](?=\s+[A-Z]|$)", text)) if text.endswith(".") else 0
 
 
-_NORMS = ("norm_q.weight", "norm_k.weight", "norm_k_img.weight", "norm3.weight", "proj.0.weight", "proj.4.weight")
+_NORMS = (
+    *("norm_q.weight", "norm_k.weight", "norm_k_img.weight", "norm3.weight", "proj.0.weight", "proj.4.weight"),
+    *("norm1.weight", "norm2.weight", "norm1_audio.weight", "audio_proj_glob_norm.layer.weight"),
+)
 
 
 def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from .config import WanConfig
 from .options import PLAIN, Options
 
+READ = ("image", "camera", "vace", "tail", "mask", "audio", "image_ref")  # by the transformer, on every rank
 CAMERA_PIXELS = 8  # of a camera path, along each side of one latent pixel
 
 
@@ -24,7 +25,13 @@ class Conditioning:
         image: CLIP tokens of the start image, and of the last one behind it, [B, tokens, image_dim].
         camera: camera path [B, camera_dim, T, 8*H, 8*W].
         vace: VACE control videos [B, contexts, vace_dim, T, H, W].
-        reference: reference latent [B, reference_dim, H, W].
+        reference: reference latent [B, reference_dim, H, W]; frames of it [B, in_dim, frames, H, W] for a model that
+            embeds them as it does the video.
+        tail: tokens of further grids behind those of the video (see `tail_of`), [B, tokens, channels*4].
+        mask: what is embedded beside the reference frames and the video, [B, mask_dim, frames + T, H, W].
+        audio: features of what is heard: the audio around each latent frame [B, frames, ...] (HuMo), or of music
+            [B, moments, features] (WanDancer).
+        image_ref: CLIP tokens of a reference image beside the start image (WanDancer).
         extra_frames: frames behind the latent that are not part of the result, [B, in_dim, frames, H, W].
         options: plain data.
     """
@@ -34,6 +41,10 @@ class Conditioning:
     vace: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     extra_frames: torch.Tensor | None = None
+    tail: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    audio: torch.Tensor | None = None
+    image_ref: torch.Tensor | None = None
     options: Options = PLAIN
 
     @property
@@ -42,8 +53,8 @@ class Conditioning:
         return not self.tensors() and self.options == PLAIN
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is there of `image`, `camera` and `vace`, by name."""
-        named = {"image": self.image, "camera": self.camera, "vace": self.vace}
+        """What is there of the inputs that the transformer reads, by name."""
+        named = {name: getattr(self, name) for name in READ}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def items(self, s: slice) -> Conditioning:
@@ -62,16 +73,19 @@ def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor,
     Returns:
         The longer latent, and the conditioning with what is left of it.
     """
-    frames = [x]
-    if conditioning.reference is not None:
-        front = x.new_zeros(x.shape[0], x.shape[1], 1, *x.shape[-2:])
-        front[:, : conditioning.reference.shape[1], 0] = conditioning.reference
+    frames, reference = [x], conditioning.reference
+    if reference is not None:
+        reference = reference if reference.ndim == 5 else reference.unsqueeze(2)
+        front = x.new_zeros(x.shape[0], x.shape[1], reference.shape[2], *x.shape[-2:])
+        front[:, : reference.shape[1]] = reference
         frames.insert(0, front)
     if conditioning.extra_frames is not None:
         frames.append(conditioning.extra_frames.to(x))
     if len(frames) == 1:
         return x, conditioning
-    options = dataclasses.replace(conditioning.options, reference_frames=int(conditioning.reference is not None))
+    options = dataclasses.replace(
+        conditioning.options, reference_frames=0 if reference is None else reference.shape[2]
+    )
     return torch.cat(frames, dim=2), dataclasses.replace(
         conditioning, reference=None, extra_frames=None, options=options
     )
@@ -89,7 +103,11 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         ValueError: the model has no such input, or it has another shape than the latent asks for.
     """
     batch, _, frames, height, width = x.shape
-    contexts = len(conditioning.options.vace_strengths)
+    audio = (batch, None, config.music.features) if config.music else (batch, *_humo_audio(conditioning))
+    contexts, tail = len(conditioning.options.vace_strengths), conditioning.options.tail
+    reference = (batch, config.reference_dim, height, width)
+    if config.pose_dim:
+        reference = (batch, config.in_dim, None, height, width)
     expected = {
         "image": (config.image_dim, (batch, None, config.image_dim)),
         "camera": (
@@ -97,7 +115,11 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
             (batch, config.camera_dim, frames, CAMERA_PIXELS * height, CAMERA_PIXELS * width),
         ),
         "vace": (config.vace_layers, (batch, contexts, config.vace_dim, frames, height, width)),
-        "reference": (config.reference_dim, (batch, config.reference_dim, height, width)),
+        "reference": (config.reference_dim or config.pose_dim, reference),
+        "tail": (config.tail_channels, (batch, conditioning.options.tail_tokens, None)),
+        "audio": (config.music or config.humo, audio),
+        "image_ref": (config.music, (batch, None, config.music.image_dim if config.music else None)),
+        "mask": (config.mask_dim, (batch, config.mask_dim, None, height, width)),
         "extra_frames": (1, (batch, config.in_dim, None, height, width)),
     }
     for name, (there, shape) in expected.items():
@@ -118,7 +140,34 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
                 f"The conditioning's {name} has shape {tuple(tensor.shape)}, but a latent of shape {tuple(x.shape)} "
                 f"needs [{wanted}]. Give the conditioning node and the latent the same width, height and length."
             )
+    if conditioning.mask is not None:
+        _check_mask(conditioning, frames)
+    if config.humo and conditioning.audio is not None and conditioning.audio[0, 0].numel() != config.humo.features:
+        raise ValueError(
+            f"The audio embedding has {conditioning.audio[0, 0].numel()} numbers for each latent frame, but this HuMo "
+            f"model takes {config.humo.features}. Use the audio encoder that WanHuMoImageToVideo is made for."
+        )
+    if tail and conditioning.tail.shape[2] not in {4 * channels for channels in config.tail_channels}:
+        raise ValueError(
+            f"The conditioning's further videos have {conditioning.tail.shape[2] // 4} channels, but this "
+            f"{config.variant} model takes {' or '.join(map(str, config.tail_channels))}. Encode them with the model's "
+            "own VAE."
+        )
     if conditioning.extra_frames is not None and (conditioning.camera is not None or conditioning.vace is not None):
         raise ValueError(
             "Subject images (WanPhantomSubjectToVideo) cannot be joined with VACE or a camera path. Remove one of them."
+        )
+
+
+def _humo_audio(conditioning: Conditioning) -> tuple[None, ...]:
+    return (None,) * (conditioning.audio.ndim - 1 if conditioning.audio is not None else 1)
+
+
+def _check_mask(conditioning: Conditioning, frames: int) -> None:
+    around = (conditioning.reference, conditioning.extra_frames)
+    wanted = frames + sum(tensor.shape[2] for tensor in around if tensor is not None)
+    if conditioning.mask.shape[2] != wanted:
+        raise ValueError(
+            f"The conditioning's mask has {conditioning.mask.shape[2]} latent frames, but the reference images and the "
+            f"video have {wanted}. Give the conditioning node the length of the latent."
         )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .audio_shapes import DancerMusic, HumoAudio
 from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
@@ -24,11 +25,7 @@ _LATER = "Use a file of a variant and format that the README lists; this kind co
 _VARIANT_MARKERS = (
     ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
     ("audio_injector.injector.0.k.weight", "Wan S2V"),
-    ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
     ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
-    ("patch_embedding_mask.weight", "SCAIL-2"),
-    ("patch_embedding_pose.weight", "SCAIL"),
-    ("patch_embedding_global.weight", "WanDancer"),
 )
 
 
@@ -47,6 +44,10 @@ class WanConfig:
         camera_dim: channels of the camera path, one set for each pixel.
         vace_layers: number of VACE blocks, spread evenly over the layers.
         vace_dim: channels of a VACE control video.
+        pose_dim: channels of a pose video, whose tokens go behind the video (SCAIL).
+        mask_dim: channels of the masks that tell the persons of a video and its pose apart (SCAIL-2).
+        humo: HuMo's audio path.
+        music: WanDancer's music path.
     """
 
     dim: int
@@ -64,6 +65,10 @@ class WanConfig:
     camera_dim: int = 0
     vace_layers: int = 0
     vace_dim: int = 0
+    pose_dim: int = 0
+    mask_dim: int = 0
+    humo: HumoAudio | None = None
+    music: DancerMusic | None = None
 
     @property
     def head_dim(self) -> int:
@@ -76,9 +81,20 @@ class WanConfig:
             return "VACE"
         if self.camera_dim:
             return "Fun-Camera"
+        if self.pose_dim:
+            return "SCAIL-2" if self.mask_dim else "SCAIL"
+        if self.humo or self.music:
+            return "HuMo" if self.humo else "WanDancer"
         if self.in_dim >= 3 * self.out_dim:  # a control video and an image
             return "Fun-Control"
         return "text-to-video" if self.in_dim == self.out_dim else "image-to-video"
+
+    @property
+    def tail_channels(self) -> tuple[int, ...]:
+        """Channels that videos in the tail of the sequence may have, with those of what is embedded beside them."""
+        if self.pose_dim:
+            return (self.pose_dim, self.pose_dim + self.mask_dim)
+        return (self.in_dim,) if self.variant in ("text-to-video", "image-to-video", "Fun-Control") else ()
 
     @property
     def vace_stride(self) -> int:
@@ -147,6 +163,14 @@ class WanConfig:
             convolution("control_adapter.conv", self.camera_dim * 64, 2)
             for i in (1, 2):
                 convolution(f"control_adapter.residual_blocks.0.conv{i}", d, 3)
+        for stream, channels in (("pose", self.pose_dim), ("mask", self.mask_dim)):
+            if channels:
+                shapes[f"patch_embedding_{stream}.weight"] = (d, channels, 1, 2, 2)
+                shapes[f"patch_embedding_{stream}.bias"] = (d,)
+        if self.humo:
+            shapes |= self.humo.shapes(d, self.num_layers)
+        if self.music:
+            shapes |= self.music.shapes(d, self.in_dim, self.out_dim)
         if self.vace_layers:
             shapes["vace_patch_embedding.weight"] = (d, self.vace_dim, 1, 2, 2)
             shapes["vace_patch_embedding.bias"] = (d,)
@@ -268,6 +292,10 @@ def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         camera_dim=optional("control_adapter.conv.weight", 1) // 64,  # 8 x 8 pixels
         vace_layers=len(vace_layers),
         vace_dim=optional("vace_patch_embedding.weight", 1),
+        pose_dim=optional("patch_embedding_pose.weight", 1),
+        mask_dim=optional("patch_embedding_mask.weight", 1),
+        humo=HumoAudio.told_by(optional),
+        music=DancerMusic.told_by(optional),
     )
 
 

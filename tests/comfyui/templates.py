@@ -39,6 +39,8 @@ _VARIANTS = (
     ("fun_camera", replace(_T2V, in_dim=32, camera_dim=24, **_CLIP)),
     ("fun_control", replace(_T2V, in_dim=48, **_CLIP)),
     ("fun_inp", replace(_T2V, in_dim=36, **_CLIP)),
+    ("dancer", replace(_T2V, in_dim=36, music=tiny.MUSIC, **_CLIP)),
+    ("scail_2", replace(_T2V, in_dim=20, pose_dim=20, mask_dim=28, **_CLIP)),
     ("bernini", _T2V),
     ("ati", replace(_T2V, in_dim=36, **_CLIP)),
     ("wanmove", replace(_T2V, in_dim=36, **_CLIP)),
@@ -49,8 +51,6 @@ _VARIANTS = (
 LATER = {
     "animate": "face_adapter.fuser_blocks.0.k_norm.weight",
     "s2v": "audio_injector.injector.0.k.weight",
-    "scail": "patch_embedding_mask.weight",
-    "dancer": "patch_embedding_global.weight",
 }
 """Variants that are refused by name, and a tensor that tells them."""
 
@@ -80,6 +80,11 @@ class Template:
         """The first widgets of the active nodes of these types."""
         return [n["widgets_values"][0] for n in self.flat.nodes.values() if n["type"] in types and active(n)]
 
+    @property
+    def remote(self) -> bool:
+        """Whether a part of it runs on somebody else's computers."""
+        return any(n["type"].startswith("Gemini") for n in self.flat.nodes.values() if active(n))
+
     def graph(self, server: ComfyServer, loader: Callable[..., dict]) -> tuple[dict, list[list]]:
         """The graph in API format with models from `loader`, and the latents that are decoded in the end."""
         walk = _Walk(self.flat, server, loader)
@@ -99,7 +104,8 @@ class _Walk:
         """What a link brings: [node, slot], a plain value, or None where it leads nowhere."""
         begin = self.flat.source(link)
         if begin is None:
-            return None
+            held = self.flat.promoted(link)
+            return None if held is None else self._literals(held[0]).get(held[1])
         name, slot = begin
         entry = self.flat.nodes[name]
         if entry["type"] == "PrimitiveNode":  # of the browser alone
@@ -147,14 +153,19 @@ class _Walk:
     def _kept(self, entry: dict, slot: int) -> list:
         name, kind = str(entry["id"]), entry["type"]
         if name not in self.graph:
-            names, values = widgets(kind, self.server), entry.get("widgets_values") or []
-            if isinstance(values, dict):
-                values = [values.get(widget) for widget in names]
-            inputs = dict(zip(names, values, strict=False))
+            inputs = self._literals(entry)
             inputs |= {i["name"]: self.value(i["link"]) for i in entry["inputs"] if self.value(i["link"]) is not None}
             inputs.pop(AFTER_SEED, None)
             self.graph[name] = node(kind, **_small(kind, {k: v for k, v in inputs.items() if v is not None}))
         return [name, slot]
+
+
+    def _literals(self, entry: dict) -> dict:
+        """What the widgets of a node hold, by name."""
+        names, values = widgets(entry["type"], self.server), entry.get("widgets_values") or []
+        if isinstance(values, dict):
+            values = [values.get(widget) for widget in names]
+        return _small(entry["type"], dict(zip(names, values, strict=False)))
 
 
 def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
@@ -168,8 +179,7 @@ def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
     by_slot = {
         "LoadImage": (node("RandomImages", count=1, seed=seed, **size), node("SolidMask", value=0.3, **size)),
         "GetVideoComponents": (video, audio, node("PrimitiveFloat", value=16.0)),
-        "GetImageSize": tuple(node("PrimitiveInt", value=size[side]) for side in ("width", "height"))
-        + (node("PrimitiveInt", value=1),),
+        "GetImageSize": tuple(node("PrimitiveInt", value=value) for value in (*size.values(), 1)),
         "Painter": (node("RandomImages", count=1, seed=seed, **size), node("SolidMask", value=0.7, **size)),
     }
     if kind in by_slot:
@@ -178,7 +188,6 @@ def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
         "CLIPLoader": node("NoCLIP"),
         "CLIPTextEncode": node("RandomConditioning", seed=seed, tokens=512, width=4096),
         "CLIPVisionEncode": node("RandomClipVision", seed=zlib.crc32(entry["id"].encode())),
-        "GeminiImageNode": node("RandomImages", count=1, seed=seed, **size),  # of a remote service
         "Canny": video,  # needs a package that ComfyUI can do without
         "LoadAudio": audio,
         "AudioEncoderEncode": node("RandomAudioFeatures", seed=zlib.crc32(entry["id"].encode())),

@@ -37,10 +37,11 @@ def _folder() -> Path | None:
 
 def _templates() -> list[Template]:
     folder = _folder() if os.environ.get("COMFYUI_DIR") else None
-    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(("api_", "index"))] if folder else []
-    wan = [path for path in paths if "wan2" in path.read_text(encoding="utf-8").lower()]
-    read = [Template(path) for path in wan]
-    return [t for t in read if any("wan" in file.lower() for file in t.files("UNETLoader"))]
+    paths = sorted(folder.glob("*.json")) if folder else []
+    paths = [path for path in paths if not path.name.startswith(("api_", "index"))]
+    read = [Template(path) for path in paths if "wan2" in path.read_text(encoding="utf-8").lower()]
+    wan = [t for t in read if any("wan" in file.lower() for file in t.files("UNETLoader"))]
+    return [t for t in wan if not t.remote]
 
 
 TEMPLATES = _templates()
