@@ -29,7 +29,7 @@ from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
 from ..distributed.schedule import PatchSettings
 from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import CheckpointError, Header
-from ..wanvideo.model import grid_of
+from ..wanvideo.model import sequence_of
 from . import refusals
 from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
@@ -177,7 +177,10 @@ class RemoteWan(torch.nn.Module):
             self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(
-                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(x).tokens
+                self.spec,
+                lambda: (text.show(), poll()),
+                self._make_room,
+                tokens=sequence_of(x, conditioning.options).tokens,
             )
         with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(

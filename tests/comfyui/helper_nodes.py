@@ -7,6 +7,7 @@ import os
 
 import comfy.clip_vision
 import comfy.model_management as management
+import comfy.model_patcher
 import folder_paths
 import torch
 from safetensors.torch import save_file
@@ -242,6 +243,47 @@ class RandomAudioFeatures:
         return ({**output, "audio_samples": count * 16000 // 50},)
 
 
+class RandomMusic:
+    """AUDIO_ENCODER_OUTPUT of WanDancerEncodeAudio, which needs torchaudio."""
+
+    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0}), "fps": ("FLOAT", {"default": 30.0})}}
+
+    def make(self, seed, fps):
+        features = torch.randn(1, 20, 35, generator=torch.Generator().manual_seed(seed))
+        return ({"audio_feature": features, "fps": fps, "audio_inject_scale": 0.9},)
+
+
+class SilentTalk:
+    """MODEL_PATCH of InfiniteTalk without its layers: what a node needs to patch a model with them."""
+
+    RETURN_TYPES = ("MODEL_PATCH",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        model = torch.nn.Linear(1, 1)
+        model.audio_proj = _SilentProjection()
+        device = management.unet_offload_device()
+        return (comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), device),)
+
+
+class _SilentProjection(torch.nn.Module):
+    seq_len = 5
+
+    def forward(self, first, latter):
+        return torch.zeros(len(first), first.shape[1] + latter.shape[1], 32, 768)
+
+
 class RandomTracks:
     """SAM3_TRACK_DATA of two objects: random bits for their masks."""
 
@@ -275,6 +317,8 @@ NODE_CLASS_MAPPINGS = {
         RandomClipVision,
         RandomAudio,
         RandomAudioFeatures,
+        RandomMusic,
         RandomTracks,
+        SilentTalk,
     )
 }

@@ -53,6 +53,8 @@ LATER = {
     "s2v": "audio_injector.injector.0.k.weight",
 }
 """Variants that are refused by name, and a tensor that tells them."""
+LATER_PATCHES = {"infinitetalk": "InfiniteTalk"}
+"""Model patches that are refused by name when sampling begins."""
 
 
 def later(name: str) -> str:
@@ -67,6 +69,10 @@ def config_of(file: str) -> WanConfig:
 
 # Hand on their first input: random images have the size that they are resized to.
 _AS_GIVEN = ("Reroute", "ResizeImageMaskNode", "ImageScaleToTotalPixels")
+
+
+class NodeMissing(LookupError):
+    """The ComfyUI at hand could not import a file of nodes, or is too old for it."""
 
 
 class Template:
@@ -162,6 +168,8 @@ class _Walk:
 
     def _literals(self, entry: dict) -> dict:
         """What the widgets of a node hold, by name."""
+        if not self.server.get(f"/object_info/{entry['type']}"):
+            raise NodeMissing(f"This ComfyUI has no node {entry['type']}: install its requirements.txt")
         names, values = widgets(entry["type"], self.server), entry.get("widgets_values") or []
         if isinstance(values, dict):
             values = [values.get(widget) for widget in names]
@@ -190,7 +198,10 @@ def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
         "CLIPVisionEncode": node("RandomClipVision", seed=zlib.crc32(entry["id"].encode())),
         "Canny": video,  # needs a package that ComfyUI can do without
         "LoadAudio": audio,
-        "AudioEncoderEncode": node("RandomAudioFeatures", seed=zlib.crc32(entry["id"].encode())),
+        "AudioEncoderEncode": node("RandomAudioFeatures", seed=zlib.crc32(entry["id"].encode()), **_FEATURES),
+        # as with a long piece of music: first a coarse video of the whole, then its parts at the full rate
+        "WanDancerEncodeAudio": node("RandomMusic", seed=seed, fps=30.0 if _linked(entry, "video_frames") else 6.0),
+        "ModelPatchLoader": node("SilentTalk"),
         "SAM3_Detect": node("SolidMask", value=0.3, **size),
         "SAM3_VideoTrack": node("RandomTracks", count=SMALL["length"], seed=seed, **size),
     }.get(kind)
@@ -202,6 +213,13 @@ def _small(kind: str, inputs: dict) -> dict:
         steps = inputs["steps"]
         small["steps"] = min(steps, MOST_STEPS) if isinstance(steps, int) else MOST_STEPS
     return {**inputs, **small}
+
+
+_FEATURES = {"layers": 25, "width": 1024, "count": 50}
+
+
+def _linked(entry: dict, name: str) -> bool:
+    return any(slot["name"] == name and slot["link"] is not None for slot in entry["inputs"])
 
 
 def _input(entry: dict, name: str) -> dict:
