@@ -24,10 +24,7 @@ from .plan import bounds, shares
 Batch = TypeVar("Batch")
 
 _EMBEDDINGS = frozenset(
-    (
-        *("patch_embedding", "ref_conv", "control_adapter", "pose_patch_embedding"),
-        *("trainable_cond_mask", "cond_encoder", "frame_packer"),
-    )
+    ("ref_conv", "control_adapter", "pose_patch_embedding", "trainable_cond_mask", "cond_encoder", "frame_packer")
 )
 """Parts that act in front of the first block alone."""
 
@@ -59,9 +56,9 @@ class Stage:
             return int(rest.partition(".")[0]) in self.span(num_layers)
         if (block := block_before(name)) is not None:
             return block in self.span(num_layers)
-        if part in _EMBEDDINGS:
+        if part.startswith("patch_embedding") or part in _EMBEDDINGS:
             return self.index == 0
-        return part != "head" or self.is_last
+        return part not in ("head", "head_global") or self.is_last
 
 
 class Flow(Generic[Batch]):

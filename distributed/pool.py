@@ -21,7 +21,7 @@ from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
 from ..wanvideo.config import CheckpointError, WanConfig, read_header
 from ..wanvideo.files import model_files
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
-from ..wanvideo.model import grid_of, unpatchify
+from ..wanvideo.model import grid_of, sequence_of, unpatchify
 from .arena import Arena, needed
 from .conditioning import SharedConditioning
 from .division import check_plan, most_held
@@ -251,10 +251,10 @@ class Pool:
         _check_timestep(x, timestep)
         with self._lock:
             self._ensure_started(poll)
-            grid = grid_of(x, conditioning.tokens_behind)
-            self._ensure_loaded(spec, poll, make_room, grid.tokens)
+            self._ensure_loaded(spec, poll, make_room, sequence_of(x, conditioning.options).tokens)
             self._ensure_patched(spec, patches or NO_PATCHES, poll)
             started = time.perf_counter()
+            grid = grid_of(x)
             self._drain(poll)
             inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)

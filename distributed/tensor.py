@@ -31,7 +31,7 @@ from .plan import bounds
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
 ROWS, COLUMNS, GATHERED, ONCE = "rows", "columns", "gathered", "once"
 
-_ATTENTION = r"((self|cross)_attn|audio_injector\.injector\.\d+)"
+_ATTENTION = r"((self|cross|audio_cross)_attn|audio_injector\.injector\.\d+)"
 
 # How each tensor is divided: its rows; its columns, the products being summed; its rows, the products being put
 # together; or not at all, on the first rank alone, as a bias that must enter a sum once. Others are on every rank.

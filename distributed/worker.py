@@ -24,7 +24,7 @@ from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import PatchError
-from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, tokens_of
+from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, pad_to_patch, patchify, sequence_of
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -154,16 +154,17 @@ class Worker:
             self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
         )
         conditioning = self._conditioning(request, len(x))
-        grid = grid_of(x, conditioning.tokens_behind)
+        grid = sequence_of(x, conditioning.options)
         ranks = plan.group_ranks(len(x))
         group = self.groups[plan.sequence_degrees(loaded.model.config.num_heads, ranks)]
-        tokens = tokens_of(x, grid)
+        tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
         self.models.settle(request.spec, stop - start)
         approximate = self.stream or (self.patches if ranks > 1 else None)
-        # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
-        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
+        # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones and a
+        # tail are computed exactly
+        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers and not grid.tail
         step = request.displaced if approximate and usual else None
         if step is not None:
             approximate.begin(step)
@@ -422,9 +423,10 @@ def _ready(worker: Worker) -> Ready:
 
 
 def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) -> None:
-    """Put result [b, n, c] of some items and tokens into out [B, tokens, c] on the CPU."""
+    """Put result [b, n, c] of some items and tokens into out [B, tokens of the video, c] on the CPU."""
     if isinstance(part, slice):
-        out[items, part].copy_(result)
+        video = out[items, part]  # without the tail of a sequence
+        video.copy_(result[:, : video.shape[1]])
     else:
         out[items].index_copy_(1, part.cpu(), result.to(out.device))
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
+
+import torch
 
 from ..wanvideo.conditioning import Conditioning
 from ..wanvideo.config import WanConfig
 from ..wanvideo.options import PLAIN_ROPE, Options, RopeOptions
+from ..wanvideo.rope import FULL_RATE
+from ..wanvideo.tail import tail_of
 from . import refusals
 
 log = logging.getLogger(__name__)
@@ -22,7 +27,12 @@ _LATENT_NODES = {
     "VACE": "WanVaceToVideo",
     "Animate": "WanAnimateToVideo",
     "S2V": "WanSoundImageToVideo",
+    "SCAIL": "WanSCAILToVideo",
+    "SCAIL-2": "WanSCAILToVideo",
+    "HuMo": "WanHuMoImageToVideo",
+    "WanDancer": "WanDancerVideo",
 }
+_SCAIL_APART = 120.0  # rows or columns that SCAIL puts between the places of a pose or reference and the video's
 
 
 def latent_node(config: WanConfig) -> str:
@@ -38,7 +48,7 @@ def check_start_image(config: WanConfig, image: object | None) -> None:
     Raises:
         WrongVariant: a text-to-video or VACE model is given one.
     """
-    takes_image = config.in_dim > config.out_dim
+    takes_image = config.in_dim > config.out_dim and not (config.pose_dim or config.humo)  # which have references
     if image is not None and not takes_image:
         refusals.refuse_variant(
             "a start image or control video (concat_latent_image)", config.variant, "WanImageToVideo"
@@ -66,20 +76,76 @@ def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inpu
         skip_blocks=skipped_blocks(transformer_options),
         rope=_rope(transformer_options),
     )
-    return Conditioning(
+    if config.music:
+        options = replace(options, fps=_coarse_rate(taken), audio_scale=float(_given(taken, "audio_inject_scale", 1.0)))
+    conditioning = Conditioning(
         image=taken.get("clip_fea") if config.image_dim else None,
         camera=taken.get("camera_conditions"),
         vace=taken.get("vace_context"),
         reference=None if config.sound else taken.get("reference_latent"),
         extra_frames=taken.get("time_dim_concat"),
-        pose=taken.get("pose_latents"),
+        pose=taken.get("pose_latents") if config.face else None,
         face=taken.get("face_pixel_values"),
-        sound=taken.get("audio_embed"),
         control=taken.get("control_video"),
         subject=taken.get("reference_latent") if config.sound else None,
         so_far=taken.get("reference_motion"),
+        audio=taken.get("audio_embed"),
+        image_ref=taken.get("clip_fea_ref"),
         options=options,
     )
+    if config.humo and conditioning.reference is not None:
+        return _with_subject(conditioning)
+    if config.pose_dim:
+        return _with_pose(conditioning, taken)
+    if taken.get("context_latents"):
+        return _with_context(conditioning, taken["context_latents"])
+    return conditioning
+
+
+def _given(taken: Mapping[str, Any], name: str, default: Any) -> Any:
+    return default if taken.get(name) is None else taken[name]
+
+
+def _coarse_rate(taken: Mapping[str, Any]) -> float:
+    """Frames a second of WanDancer's first, coarse video; 0 where frames are made at the full rate."""
+    fps = float(_given(taken, "fps", FULL_RATE))
+    return 0.0 if int(fps + 0.5) == FULL_RATE else fps
+
+
+def _with_subject(conditioning: Conditioning) -> Conditioning:
+    """HuMo's reference image is a frame behind the video, in which nothing is heard."""
+    frames, audio = conditioning.reference, conditioning.audio
+    if audio is not None:
+        audio = torch.cat([audio, audio.new_zeros(audio.shape[0], frames.shape[2], *audio.shape[2:])], dim=1)
+    return replace(conditioning, reference=None, extra_frames=frames, audio=audio)
+
+
+def _with_context(conditioning: Conditioning, latents: Sequence[torch.Tensor]) -> Conditioning:
+    """Bernini's source and reference videos, in the order that tells them apart."""
+    tail, segments = tail_of(latents, conditioning.options.rope, turned=True)
+    return replace(conditioning, tail=tail, options=replace(conditioning.options, tail=segments))
+
+
+def _with_pose(conditioning: Conditioning, taken: Mapping[str, Any]) -> Conditioning:
+    """SCAIL's references, pose and masks.
+
+    To animate a reference image, its frame comes before the video's. To replace a person (`ref_mask_flag` is False),
+    the reference begins with the video, below it. The pose begins with the video, to the right of it.
+    """
+    options, pose, masks = conditioning.options, taken.get("pose_latents"), taken.get("sam_latents")
+    references = 0 if conditioning.reference is None else conditioning.reference.shape[2]
+    first = float(references)
+    if taken.get("ref_mask_flag") is not None and not bool(taken["ref_mask_flag"]):
+        first = max(first - 1, 0.0)
+        video = replace(options.rope, shift_t=options.rope.shift_t + first)
+        options = replace(options, rope=video, reference_rope=RopeOptions(shift_y=_SCAIL_APART))
+    tail = None
+    if pose is not None:
+        streams = pose if masks is None else torch.cat([pose, masks.to(pose)], dim=1)
+        places = RopeOptions(shift_t=first, shift_x=_SCAIL_APART)
+        tail, segments = tail_of([streams], places, stretched=True)
+        options = replace(options, tail=segments)
+    return replace(conditioning, tail=tail, mask=taken.get("ref_mask_latents"), options=options)
 
 
 def _taken(config: WanConfig) -> set[str]:
@@ -97,6 +163,16 @@ def _taken(config: WanConfig) -> set[str]:
         names |= {"pose_latents", "face_pixel_values"}
     if config.sound:
         names |= {"audio_embed", "control_video", "reference_latent", "reference_motion"}
+    if config.pose_dim:
+        names |= {"reference_latent", "pose_latents"}
+    if config.humo:
+        names |= {"reference_latent", "audio_embed"}
+    if config.music:
+        names |= {"audio_embed", "clip_fea_ref", "fps", "audio_inject_scale"}
+    if config.mask_dim:
+        names |= {"sam_latents", "ref_mask_latents", "ref_mask_flag"}
+    if config.variant in ("text-to-video", "image-to-video", "Fun-Control"):
+        names.add("context_latents")
     return names
 
 

@@ -31,15 +31,20 @@ _VARIANT_INPUTS = {
     "face_pixel_values": ("a face video", "WanAnimateToVideo"),
     "control_video": ("a control video", "WanSoundImageToVideo"),
     "reference_motion": ("the video so far", "WanSoundImageToVideo"),
+    "context_latents": ("source or reference videos", "BerniniConditioning"),
+    "clip_fea_ref": ("a CLIP vision embedding of a reference image", "WanDancerVideo"),
+    "fps": ("a frame rate", "WanDancerVideo"),
+    "audio_inject_scale": ("a strength of music", "WanDancerVideo"),
+    "sam_latents": ("masks of the pose video", "WanSCAILToVideo"),
+    "ref_mask_latents": ("masks of the reference images", "WanSCAILToVideo"),
 }
 # Inputs of variants that the workers do not run yet.
 _LATER_INPUTS = {
-    "context_latents": "context latents (Bernini)",
     "audio_embed": "an audio embedding (S2V, HuMo)",
-    "pose_latents": "pose latents (Animate, SCAIL)",
+    "pose_latents": "a pose video (Animate, SCAIL)",
 }
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
-_HARMLESS_INPUTS = frozenset({"denoise_mask"})
+_HARMLESS_INPUTS = frozenset({"denoise_mask", "ref_mask_flag"})
 
 
 def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
@@ -77,6 +82,9 @@ def _an(variant: str) -> str:
     return f"{'an' if variant[0] in 'aeiou' else 'a'} {variant}"
 
 
+_TALK = ("MultiTalkCrossAttnPatch", "MultiTalkGetAttnMapPatch")  # ComfyUI's classes
+
+
 def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     """Refuse what ComfyUI's own Wan model would run inside the blocks; blocks that are left out are none of it.
 
@@ -86,11 +94,16 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     replaced = sorted(name for name, blocks in options.get("patches_replace", {}).items() if blocks and name != "dit")
     if replaced:
         refuse_replacement(replaced)
+    if any(type(patch).__name__ in _TALK for patches in options.get("patches", {}).values() for patch in patches):
+        refuse(
+            "WanInfiniteTalkToVideo adds the layers of an InfiniteTalk model (attn1_patch, attn2_patch)",
+            f"InfiniteTalk comes in a later version: use Wan S2V or HuMo for speech, {_STOCK}.",
+        )
     patched = sorted(name for name, patches in options.get("patches", {}).items() if patches)
     if patched:
         refuse(
             f"A node patches transformer blocks or their attention (patches: {', '.join(patched)}), "
-            "as InfiniteTalk, Uni3C and NAGuidance do",
+            "as Uni3C and NAGuidance do",
             f"Remove that node, {_STOCK}.",
         )
     if options.get("optimized_attention_override") is not None:

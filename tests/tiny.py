@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -13,9 +14,10 @@ from typing import NamedTuple
 import pack  # noqa: F401 (registers wan_parallel)
 import torch
 from safetensors.torch import load_file, save_file
+from wan_parallel.wanvideo.audio_shapes import DancerMusic, HumoAudio
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.options import Options
+from wan_parallel.wanvideo.options import Options, RopeOptions, Segment
 from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -33,6 +35,12 @@ VACE = replace(TINY, num_layers=4, vace_layers=2, vace_dim=96)
 FACE = FaceDims(channels=(4, 8, 6), style=12, directions=5, motion=10, hidden=16, heads=2)  # of 16 x 16 pixels
 ANIMATE = replace(I2V_CLIP, num_layers=10, face=FACE)
 S2V = replace(TINY, num_layers=5, sound=SoundDims(features=24, layers=3, heads=2))
+MUSIC = DancerMusic(features=35, width=256, hidden=1024, layers=2, injectors=8, image_dim=1280)
+DANCER = replace(I2V_CLIP, music=replace(MUSIC, image_dim=96, hidden=64, injectors=2))
+HUMO = replace(TINY, humo=HumoAudio(features=8 * 5 * 12, hidden=16, width=48, tokens=4))
+HUMO_17B = replace(HUMO, in_dim=36)
+SCAIL = replace(I2V_CLIP, in_dim=20, pose_dim=20)
+SCAIL_2 = replace(SCAIL, mask_dim=28)
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -44,6 +52,11 @@ VARIANTS = {
     "vace": VACE,
     "animate": ANIMATE,
     "s2v": S2V,
+    "humo": HUMO,
+    "humo-17b": HUMO_17B,
+    "dancer": DANCER,
+    "scail": SCAIL,
+    "scail-2": SCAIL_2,
 }
 
 
@@ -82,20 +95,29 @@ def conditioning(
         return torch.randn(len(x), *shape, generator=generator) if there else None
 
     frames, height, width = x.shape[-3:]
+    strengths = (strength,) * contexts if config.vace_layers else ()
+    segment = Segment(frames, math.ceil(height / 4), math.ceil(width / 4), RopeOptions(shift_x=120.0), stretched=True)
     face, pixels = config.face, config.face.pixels if config.face else 0
     hears = config.sound
+    if hears:
+        audio = hears.layers, hears.features, 4 * frames + 3
+    else:
+        audio = (frames, config.humo.features) if config.humo else (20, config.music.features if config.music else 0)
     return Conditioning(
+        tail=normal(config.pose_dim, segment.tokens, 4 * (config.pose_dim + config.mask_dim)),
+        mask=normal(config.mask_dim, config.mask_dim, frames, height, width),
+        audio=normal(bool(config.humo or config.music) or hears, *audio),
+        image_ref=normal(bool(config.music), image_tokens, config.image_dim),
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
         camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
         vace=normal(config.vace_layers, contexts, config.vace_dim, frames, height, width),
         reference=normal(config.reference_dim, config.reference_dim, height, width),
         pose=normal(frames > 1 and face, face.pose_dim if face else 0, frames - 1, height, width),
         face=normal(face, 3, 4 * frames - 7 if frames > 1 else 1, pixels, pixels),
-        sound=normal(hears, hears.layers, hears.features, 4 * frames + 3) if hears else None,
-        control=normal(hears, hears.control_dim, frames, height, width) if hears else None,
+        control=normal(hears, hears.control_dim if hears else 0, frames, height, width),
         subject=normal(hears, config.in_dim, 1, height, width),
         so_far=normal(hears and min(height, width) >= 8, config.in_dim, 6, height, width),
-        options=Options(vace_strengths=(strength,) * contexts if config.vace_layers else ()),
+        options=Options(vace_strengths=strengths, tail=(segment,) if config.pose_dim else ()),
     )
 
 
@@ -112,6 +134,7 @@ def sentences(text: str) -> int:
 _NORMS = (
     *(f"norm_{part}.weight" for part in ("q", "k", "k_img")),
     *("q_norm.weight", "k_norm.weight", "norm3.weight", "proj.0.weight", "proj.4.weight"),
+    *("norm1.weight", "norm2.weight", "norm1_audio.weight", "audio_proj_glob_norm.layer.weight"),
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .audio_shapes import DancerMusic, HumoAudio
 from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
@@ -20,14 +21,6 @@ from .variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
-
-# Tensors of variants that are not there yet (../README.md says which run). Order matters: first match wins.
-_VARIANT_MARKERS = (
-    ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
-    ("patch_embedding_mask.weight", "SCAIL-2"),
-    ("patch_embedding_pose.weight", "SCAIL"),
-    ("patch_embedding_global.weight", "WanDancer"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,10 @@ class WanConfig:
         vace_dim: channels of a VACE control video.
         face: what Animate has for its pose and face videos; None in the others.
         sound: what S2V has for sound; None in the others.
+        pose_dim: channels of a pose video, whose tokens go behind the video (SCAIL).
+        mask_dim: channels of the masks that tell the persons of a video and its pose apart (SCAIL-2).
+        humo: HuMo's audio path.
+        music: WanDancer's music path.
     """
 
     dim: int
@@ -66,6 +63,10 @@ class WanConfig:
     vace_dim: int = 0
     face: FaceDims | None = None
     sound: SoundDims | None = None
+    pose_dim: int = 0
+    mask_dim: int = 0
+    humo: HumoAudio | None = None
+    music: DancerMusic | None = None
 
     @property
     def head_dim(self) -> int:
@@ -82,9 +83,20 @@ class WanConfig:
             return "S2V"
         if self.camera_dim:
             return "Fun-Camera"
+        if self.pose_dim:
+            return "SCAIL-2" if self.mask_dim else "SCAIL"
+        if self.humo or self.music:
+            return "HuMo" if self.humo else "WanDancer"
         if self.in_dim >= 3 * self.out_dim:  # a control video and an image
             return "Fun-Control"
         return "text-to-video" if self.in_dim == self.out_dim else "image-to-video"
+
+    @property
+    def tail_channels(self) -> tuple[int, ...]:
+        """Channels that videos in the tail of the sequence may have, with those of what is embedded beside them."""
+        if self.pose_dim:
+            return (self.pose_dim, self.pose_dim + self.mask_dim)
+        return (self.in_dim,) if self.variant in ("text-to-video", "image-to-video", "Fun-Control") else ()
 
     @property
     def vace_stride(self) -> int:
@@ -153,6 +165,14 @@ class WanConfig:
             convolution("control_adapter.conv", self.camera_dim * 64, 2)
             for i in (1, 2):
                 convolution(f"control_adapter.residual_blocks.0.conv{i}", d, 3)
+        for stream, channels in (("pose", self.pose_dim), ("mask", self.mask_dim)):
+            if channels:
+                shapes[f"patch_embedding_{stream}.weight"] = (d, channels, 1, 2, 2)
+                shapes[f"patch_embedding_{stream}.bias"] = (d,)
+        if self.humo:
+            shapes |= self.humo.shapes(d, self.num_layers)
+        if self.music:
+            shapes |= self.music.shapes(d, self.in_dim, self.out_dim)
         if self.vace_layers:
             shapes["vace_patch_embedding.weight"] = (d, self.vace_dim, 1, 2, 2)
             shapes["vace_patch_embedding.bias"] = (d,)
@@ -211,7 +231,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         original_name(name.removeprefix(prefix)) if renamed else name.removeprefix(prefix): info
         for name, info in logical_tensors(path, contents, prefix).items()
     }
-    _refuse_other_variants(path, tensors)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
     return Header(path, prefix, config, tensors, contents.metadata)
@@ -232,13 +251,6 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
         f"{name} is not a Wan video model: it has no head.modulation and self-attention blocks. "
         "Choose a Wan 2.1 or 2.2 file."
     )
-
-
-def _refuse_other_variants(path: str, tensors: Mapping[str, TensorInfo]) -> None:
-    name = Path(path).name
-    for marker, variant in _VARIANT_MARKERS:
-        if marker in tensors:
-            raise CheckpointError(f"{name} is a {variant} model. {_LATER}")
 
 
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
@@ -280,6 +292,10 @@ def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         vace_dim=optional("vace_patch_embedding.weight", 1),
         face=FaceDims.read(tensors, shape),
         sound=SoundDims.read(tensors, shape),
+        pose_dim=optional("patch_embedding_pose.weight", 1),
+        mask_dim=optional("patch_embedding_mask.weight", 1),
+        humo=HumoAudio.told_by(optional),
+        music=DancerMusic.told_by(optional),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -26,8 +26,9 @@ from .attention import AttentionKernel, get_kernel
 from .checkpoint import open_weights, place
 from .conditioning import NOTHING, Conditioning, core, extended
 from .config import WanConfig
+from .options import Options
 from .quantized import QuantizedWeight, Weight, as_tensor
-from .rope import rope_table
+from .rope import sequence_table
 
 PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
 TIMESTEP_PERIOD = 10000.0
@@ -42,16 +43,21 @@ None for rows that are whole, of which the norm then takes it itself."""
 
 @dataclass(frozen=True)
 class Grid:
-    """The tokens of a latent: frames x rows x columns, and those `behind` them, which have no place there."""
+    """The tokens of a latent, frames x rows x columns, and how many of other grids follow them in the sequence."""
 
     frames: int
     rows: int
     columns: int
-    behind: int = 0
+    tail: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.frames * self.frame_tokens + self.behind
+        """Length of the whole sequence."""
+        return self.video_tokens + self.tail
+
+    @property
+    def video_tokens(self) -> int:
+        return self.frames * self.rows * self.columns
 
     @property
     def frame_tokens(self) -> int:
@@ -66,10 +72,22 @@ Part = slice | torch.Tensor
 """Some of a grid's tokens, as one rank holds them: a run of them, or their indices [n]."""
 
 
-def grid_of(x: torch.Tensor, behind: int = 0) -> Grid:
+def grid_of(x: torch.Tensor) -> Grid:
     """The token grid of a latent [B, C, T, H, W]; odd heights and widths round up (see `pad_to_patch`)."""
     sizes = (math.ceil(size / patch) for size, patch in zip(x.shape[-3:], PATCH, strict=True))
-    return Grid(*sizes, behind)
+    return Grid(*sizes)
+
+
+def sequence_of(x: torch.Tensor, options: Options) -> Grid:
+    """The grid of a latent [B, C, T, H, W], and the tail of its sequence."""
+    return replace(grid_of(x), tail=options.tail_tokens)
+
+
+def video_part(grid: Grid, part: Part) -> Part:
+    """Those tokens of `part` that belong to the video; indices are never of a tail."""
+    if isinstance(part, slice):
+        return slice(min(part.start, grid.video_tokens), min(part.stop, grid.video_tokens))
+    return part
 
 
 def pad_to_patch(x: torch.Tensor) -> torch.Tensor:
@@ -89,16 +107,10 @@ def patchify(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(b, t * (h // 2) * (w // 2), c * 4)
 
 
-def tokens_of(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The tokens [B, grid.tokens, C*4] of a latent; those behind it are zero, and the model fills them."""
-    return F.pad(patchify(pad_to_patch(x)), (0, 0, 0, grid.behind))
-
-
 def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> torch.Tensor:
     """Tokens [B, grid.tokens, 4*C] of the head back to a latent [B, C, *size], cropped to `size`."""
     b, c = tokens.shape[0], tokens.shape[-1] // 4
-    tokens = tokens[:, : grid.tokens - grid.behind]
-    x = tokens.reshape(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
+    x = tokens.view(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
     x = x.reshape(b, c, grid.frames, grid.rows * 2, grid.columns * 2)
     return x[..., : size[0], : size[1], : size[2]]
 
@@ -211,7 +223,7 @@ class Attention(nn.Module):
         q = self.q(x)
         q = self.by_head(self.norm_q(q, None, *self.mean_squares(q)))
         attended = kernel(q, *keys[0])
-        for more in keys[1:]:
+        for more in (key for key in keys[1:] if key[0].shape[1]):
             attended = attended + kernel(q, *more)
         return self.o(attended.flatten(2))
 
@@ -255,12 +267,16 @@ class Block(nn.Module):
             y = self.cross_attn.cross_attention(self.norm3(part, dtype), keys, inputs.kernel)
             yield
             pointwise.add_(part, self.arrived(y))
+            self.between(part, s, inputs)
             y = self.ffn(modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype))
             yield
             pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
 
         in_turn((work(s) for s in self._slices(x.shape[1], inputs)), self.at_once)
         return x
+
+    def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
+        """Between cross-attention and feed-forward: change the tokens x, those at `s` of this rank's, in place."""
 
     def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
         """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
@@ -317,6 +333,7 @@ class BlockInputs:
     kernel: AttentionKernel
     compute_dtype: torch.dtype
     slice_tokens: int
+    heard: Any = None  # what a variant's blocks listen to (see humo.py)
 
     def modulation(self, block: torch.Tensor) -> list[torch.Tensor]:
         """The six vectors (shift, scale, gate) x 2 of a block, each [B, 1 or n, dim]."""
@@ -447,10 +464,11 @@ class WanModel(nn.Module):
         """
         frames = x.shape[2]
         x, conditioning = extended(x, conditioning)
-        grid = grid_of(x, conditioning.tokens_behind)
+        grid = sequence_of(x, conditioning.options)
+        tokens = patchify(pad_to_patch(x))
         part = slice(0, grid.tokens)
-        out = self.transform(tokens_of(x, grid), grid, part, timestep, context, conditioning=conditioning)
-        return core(unpatchify(out, grid, tuple(x.shape[-3:])), frames, conditioning.options)
+        out = self.transform(tokens, grid, part, timestep, context, conditioning=conditioning)
+        return core(unpatchify(out[:, : grid.video_tokens], grid, tuple(x.shape[-3:])), frames, conditioning.options)
 
     def transform(
         self,
@@ -466,8 +484,8 @@ class WanModel(nn.Module):
         """The DiT on the tokens `part` of a grid.
 
         Args:
-            tokens: those tokens, [B, n, in_dim*4]; the residual stream [B, n, dim] in float32, which is changed in
-                place, where `span` begins behind the first block.
+            tokens: those of the video among them, [B, n, in_dim*4]; the residual stream [B, n, dim] in float32, which
+                is changed in place, where `span` begins behind the first block.
             attend: self-attention over the whole grid for the queries of this part; the model's own kernel
                 where the part is the whole.
             before_block: called with the index of each block before it runs.
@@ -484,11 +502,12 @@ class WanModel(nn.Module):
             row_of_token=row_of_token,
             context=text,
             image=self.image_context(conditioning, text),
-            rope=self.rope(grid, tokens.device, conditioning)[part],
+            rope=sequence_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options)[part],
             attend=attend or self.kernel,
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
+            heard=self.heard(grid, part, conditioning, tokens.device),
         )
         x = self.embed(tokens, grid, part, conditioning) if self.span.start == 0 else tokens
         sides = self.side_streams(x, grid, part, conditioning)
@@ -498,12 +517,13 @@ class WanModel(nn.Module):
             if i not in conditioning.options.skip_blocks:
                 x = self.blocks[i](x, inputs)
             self.add_sides(x, sides, i, inputs, conditioning)
-        return self.head(x, inputs.by_token(embedding)) if self.span.stop == len(self.blocks) else x
+        head = self.head_for(conditioning)
+        return head(x, inputs.by_token(embedding)) if self.span.stop == len(self.blocks) else x
 
     # What a variant does differently; see variants.py.
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
-        """Tokens [B, n, in_dim*4] of `part` to float32 [B, n, dim]."""
+        """The video's tokens [B, n, in_dim*4] of `part`, and the tail's, to float32 [B, all of `part`, dim]."""
         return self.patch_embedding(tokens.float())
 
     def times(
@@ -515,11 +535,16 @@ class WanModel(nn.Module):
         """
         if timestep.shape[1] == 1:
             return timestep, None
-        return timestep, torch.arange(grid.tokens, device=timestep.device)[part] // grid.frame_tokens
+        frames = torch.arange(grid.tokens, device=timestep.device)[part] // grid.frame_tokens
+        return timestep, frames.clamp(max=grid.frames - 1)  # a tail goes with the last frame
 
-    def rope(self, grid: Grid, device: torch.device, conditioning: Conditioning) -> torch.Tensor:
-        """Rotations of all tokens, complex64 [grid.tokens, head_dim/2]."""
-        return rope_table(grid.shape, self.config.head_dim, device, conditioning.options.rope)
+    def head_for(self, conditioning: Conditioning) -> Head:
+        """The head that makes the result."""
+        return self.head
+
+    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Any:
+        """What the blocks listen to, for the tokens `part`."""
+        return None
 
     def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
         """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text."""

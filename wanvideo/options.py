@@ -21,6 +21,32 @@ PLAIN_ROPE = RopeOptions()
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A grid of tokens of its own behind those of the video, in the same sequence.
+
+    Args:
+        rope: positions of its tokens.
+        stretched: its rows and columns span those of the video: each token stands in the middle of what it covers.
+        turn: angle by which its tokens are turned beside, times the frequency of each pair; 0 is that of the video.
+    """
+
+    frames: int
+    rows: int
+    columns: int
+    rope: RopeOptions = PLAIN_ROPE
+    stretched: bool = False
+    turn: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frames, self.rows, self.columns
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Options:
     """The part of a `Conditioning` that is plain data.
 
@@ -29,12 +55,25 @@ class Options:
         vace_strengths: one for each VACE context.
         skip_blocks: indices of transformer blocks to leave out.
         rope: positions of the tokens.
+        reference_rope: positions of the reference frames, where these are not the first of the video.
+        tail: what the tokens of `Conditioning.tail` are.
+        fps: frames a second of a video that is made coarse first (WanDancer); 0 for one that is not.
+        audio_scale: how strongly the music of WanDancer is added.
     """
 
     reference_frames: int = 0
     vace_strengths: tuple[float, ...] = ()
     skip_blocks: tuple[int, ...] = ()
     rope: RopeOptions = PLAIN_ROPE
+    reference_rope: RopeOptions | None = None
+    tail: tuple[Segment, ...] = ()
+    fps: float = 0.0
+    audio_scale: float = 1.0
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens of the sequence that are not those of the video."""
+        return sum(segment.tokens for segment in self.tail)
 
 
 PLAIN = Options()

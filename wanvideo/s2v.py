@@ -20,18 +20,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import pointwise
-from .conditioning import PACKED_FRAMES, Conditioning, packed_grids
+from .conditioning import Conditioning
 from .config import WanConfig
 from .frames import CausalConvolution, CausalEncoder, Run, few_keys, runs_of
-from .model import Attention, BlockInputs, Grid, Linear, Part, PatchEmbedding, pad_to_patch, patchify
+from .model import Attention, BlockInputs, Grid, Linear, Part, PatchEmbedding, pad_to_patch, patchify, video_part
 from .quantized import as_tensor
-from .rope import rope_at
+from .s2v_tail import PACKED_FRAMES
 from .variant_shapes import PACKED, SOUND_LAYERS
 from .variants import VariantModel
 
 _VIDEO, _SUBJECT, _SO_FAR = range(3)  # rows of the learned vectors that tell kinds of tokens apart
 _ADAPTIVE_EPS = 1e-5
-_SUBJECT_TIME, _SUBJECT_DISTANCE = 30, 9  # the subject's position: this frame, or so far behind the video
 
 
 class MotionEncoder(CausalEncoder):
@@ -141,17 +140,14 @@ class SoundModel(VariantModel):
         self.frame_packer = nn.ModuleDict(packings)
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
-        x = super().embed(tokens, grid, part, conditioning) + self.trainable_cond_mask(_VIDEO)
-        places = torch.arange(grid.tokens, device=x.device)[part]
-        video = grid.tokens - grid.behind
-        of_video = places < video
+        x = self.patch_embedding(tokens.float()) + self.trainable_cond_mask(_VIDEO)
         if conditioning.control is not None:
             control = patchify(pad_to_patch(conditioning.control.to(x.device, torch.float32)))
-            x[:, of_video] += self.cond_encoder(control[:, places[of_video]])
-        if not of_video.all():
-            behind = torch.cat(list(self._behind(conditioning, x.device)), dim=1)
-            x[:, ~of_video] = behind[:, places[~of_video] - video]
-        return x
+            x += self.cond_encoder(control[:, video_part(grid, part)])
+        if not isinstance(part, slice) or part.stop <= grid.video_tokens:
+            return x
+        behind = torch.cat(list(self._behind(conditioning, x.device)), dim=1)
+        return torch.cat([x, behind[:, max(part.start - grid.video_tokens, 0) : part.stop - grid.video_tokens]], dim=1)
 
     def _behind(self, conditioning: Conditioning, device: torch.device) -> Iterator[torch.Tensor]:
         """The embedded tokens behind the video, [B, n, dim] each."""
@@ -174,7 +170,7 @@ class SoundModel(VariantModel):
         Where the number of a frame's tokens is odd, and there is a video so far, ComfyUI gives a few tokens at the end
         of a frame the time of the next one; so do we.
         """
-        if not grid.behind:
+        if not grid.tail:
             return super().times(timestep, grid, part, conditioning)
         subjects = 0 if conditioning.subject is None else conditioning.subject.shape[2]
         halves, packed = (1, 0) if conditioning.so_far is None else (2, 3)  # what is packed is as long as 1.5 frames
@@ -183,37 +179,16 @@ class SoundModel(VariantModel):
         last = timestep.shape[1]
         return F.pad(timestep, (0, 1)), torch.where(frame < grid.frames, frame.clamp(max=last - 1), last)
 
-    def rope(self, grid: Grid, device: torch.device, conditioning: Conditioning) -> torch.Tensor:
-        tables = [super().rope(grid, device, conditioning)]
-
-        def line(start: float, length: int, steps: int) -> torch.Tensor:
-            """`steps` positions from `start`, spread over `length` of them."""
-            return torch.linspace(start, start + length - 1, steps, dtype=torch.float64, device=device)
-
-        if conditioning.subject is not None:
-            frames = conditioning.subject.shape[2]
-            first = max(_SUBJECT_TIME, grid.frames + _SUBJECT_DISTANCE)
-            places = [line(first, frames, frames), line(0, grid.rows, grid.rows), line(0, grid.columns, grid.columns)]
-            tables.append(rope_at(places, self.config.head_dim))
-        if conditioning.so_far is not None:
-            first = 0
-            packed = packed_grids(*conditioning.so_far.shape[-2:])
-            for length, (frames, rows, columns) in zip(PACKED_FRAMES, packed, strict=True):
-                first -= length
-                places = [line(first, frames, frames), line(0, grid.rows, rows), line(0, grid.columns, columns)]
-                tables.append(rope_at(places, self.config.head_dim))
-        return torch.cat(tables)
-
     def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[Any]:
         """The sound of every frame, as one token and as several, and where this part's tokens lie in the frames."""
-        if conditioning.sound is None:
+        if conditioning.audio is None:
             return []
-        sound = conditioning.sound[..., : 4 * grid.frames]
+        sound = conditioning.audio[..., : 4 * grid.frames]
         whole, tokens = conditioning.once(
             "sound", lambda: self.casual_audio_encoder(sound.to(x.device, torch.float32))
         )
         frames = tokens.shape[1]
-        return [whole, tokens, runs_of(part, (grid.tokens - grid.behind) // frames, frames)]
+        return [whole, tokens, runs_of(part, grid.video_tokens // frames, frames)]
 
     def add_sides(
         self, x: torch.Tensor, sides: list[Any], block: int, inputs: BlockInputs, conditioning: Conditioning

@@ -6,6 +6,9 @@
 | reference | Fun-Control | a frame of tokens in front of the video |
 | camera | Fun-Camera | added to the token embedding |
 | vace | VACE | further blocks on the same tokens, whose output is added behind every few blocks |
+| tail | SCAIL, Bernini | tokens of further videos behind those of the video (see tail.py) |
+| mask | SCAIL-2 | added to the token embedding |
+| audio | HuMo, WanDancer | heard by each token (see humo.py), or added behind some blocks (see dancer.py) |
 
 All act on any part of the tokens. Which of them a model has is told by its `WanConfig`.
 
@@ -16,15 +19,30 @@ Sources: Wan 2.1 `wan/modules/model.py` and `vace_model.py`, VideoX-Fun `wan_tra
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import dancer, humo
 from .conditioning import CAMERA_PIXELS, Conditioning
 from .config import WanConfig
-from .model import Block, BlockInputs, Grid, Linear, Part, PatchEmbedding, WanModel, pad_to_patch, patchify
+from .model import (
+    Block,
+    BlockInputs,
+    Grid,
+    Head,
+    Linear,
+    Part,
+    PatchEmbedding,
+    WanModel,
+    pad_to_patch,
+    patchify,
+    video_part,
+)
+from .tail import embed_tail
 
 
 class ImageEmbedding(nn.Module):
@@ -122,26 +140,68 @@ class VariantModel(WanModel):
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.vace_dim, config.dim)
             self.vace_blocks = nn.ModuleList(VaceBlock(config, first=i == 0) for i in range(config.vace_layers))
+        if config.humo:
+            self.audio_proj = humo.AudioProjection(config.humo)
+            self.blocks = nn.ModuleList(humo.HumoBlock(config) for _ in range(config.num_layers))
+        if config.music:
+            self.img_emb_refimage = ImageEmbedding(
+                replace(config, image_dim=config.music.image_dim, image_positions=0)
+            )
+            self.patch_embedding_global = PatchEmbedding(config.in_dim, config.dim)
+            self.head_global = Head(config)
+            self.music_projection = Linear(config.music.features, config.music.width)
+            self.music_encoder = nn.ModuleList(dancer.MusicLayer(config.music) for _ in range(config.music.layers))
+            self.music_injector = dancer.MusicInjector(config)
+        self.patch_embedding_pose = PatchEmbedding(config.pose_dim, config.dim) if config.pose_dim else None
+        self.patch_embedding_mask = PatchEmbedding(config.mask_dim, config.dim) if config.mask_dim else None
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
-        x = super().embed(tokens, grid, part, conditioning)
-        if conditioning.options.reference_frames:
-            places = torch.arange(grid.tokens, device=tokens.device)[part]
+        video = video_part(grid, part)
+        embedding = self.patch_embedding_global if conditioning.options.fps else self.patch_embedding
+        x = embedding(tokens.float())
+        if conditioning.options.reference_frames and self.config.reference_dim:
+            places = torch.arange(grid.tokens, device=tokens.device)[video]
             front = places < conditioning.options.reference_frames * grid.frame_tokens
             x[:, front] = self.ref_conv(tokens[:, front])
         if conditioning.camera is not None:
-            x += self._camera(conditioning.camera, grid, part, x.device)
-        return x
+            x += self._camera(conditioning.camera, grid, video, x.device)
+        if conditioning.mask is not None:
+            window, own = _frames(grid, video)
+            masks = conditioning.mask[:, :, window].to(x.device, torch.float32)
+            x += self.patch_embedding_mask(patchify(pad_to_patch(masks))[:, own])
+        if not grid.tail:
+            return x
+        first, last = (max(place - grid.video_tokens, 0) for place in (part.start, part.stop))
+        behind = conditioning.tail[:, first:last].to(x.device)
+        behind = embed_tail(behind, self.patch_embedding, self.patch_embedding_pose, self.patch_embedding_mask)
+        return torch.cat([x, behind], dim=1)
 
     def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
         if not self.config.image_dim:
             return None
+        if self.config.music:  # without any image there is none to attend to
+            given = ((self.img_emb_refimage, conditioning.image_ref), (self.img_emb, conditioning.image))
+            images = [embed(image.to(text.device), self.compute_dtype) for embed, image in given if image is not None]
+            return torch.cat([text[:, :0], *images], dim=1)
         if conditioning.image is None:
             return text  # as in ComfyUI, whose graphs may leave the CLIP tokens out
         return self.img_emb(conditioning.image.to(text.device), self.compute_dtype)
 
+    def head_for(self, conditioning: Conditioning) -> Head:
+        return self.head_global if conditioning.options.fps else self.head
+
+    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> humo.Heard | None:
+        if not self.config.humo or conditioning.audio is None:
+            return None
+        audio = self.audio_proj(conditioning.audio.to(device), self.compute_dtype)
+        return humo.Heard(audio, humo.moments(grid, part, audio.shape[1]))
+
     def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[torch.Tensor]:
-        """One stream for each VACE context."""
+        """One stream for each VACE context; WanDancer's music, and what each token hears of it."""
+        if self.config.music and conditioning.audio is not None:
+            audio = conditioning.audio.to(x.device)
+            music = dancer.encode_music(audio, self.music_projection, self.music_encoder, grid, self.config.dim)
+            return [music, dancer.moment_of(grid, part, x.device)]
         if conditioning.vace is None:
             return []
         window, own = _frames(grid, part)
@@ -156,6 +216,11 @@ class VariantModel(WanModel):
     def add_sides(
         self, x: torch.Tensor, sides: list[torch.Tensor], block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
+        if self.config.music:
+            if sides and block in dancer.BLOCKS:
+                injector = self.music_injector.injector[dancer.BLOCKS.index(block)]
+                dancer.add_music(x, *sides, injector, conditioning.options.audio_scale, inputs.compute_dtype)
+            return
         if not sides or block % self.config.vace_stride:
             return
         vace = self.vace_blocks[block // self.config.vace_stride]

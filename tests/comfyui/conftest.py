@@ -23,9 +23,10 @@ VARIANTS = {  # with the text and image widths that ComfyUI takes for granted
         text_dim=4096,
         image_dim=1280 if config.image_dim else 0,
         image_positions=514 if config.image_positions else 0,
+        music=tiny.MUSIC if config.music else None,
     )
     for name, config in tiny.VARIANTS.items()
-    if name not in ("animate", "s2v")  # which have tests of their own
+    if name not in ("animate", "s2v") and not config.humo  # large, or with tests of their own that write them
 }
 VARIANTS |= {
     "fun-control-5b": replace(tiny.TINY, text_dim=4096, in_dim=148, out_dim=48, reference_dim=48),

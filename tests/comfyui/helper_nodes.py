@@ -7,6 +7,7 @@ import os
 
 import comfy.clip_vision
 import comfy.model_management as management
+import comfy.model_patcher
 import folder_paths
 import torch
 from safetensors.torch import save_file
@@ -140,22 +141,6 @@ class NoCLIP:
         return (None,)
 
 
-class RandomSound:
-    """AUDIO_ENCODER_OUTPUT of normal features, as of wav2vec2-large, 50 frames a second."""
-
-    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
-    FUNCTION = "make"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0}), "frames": ("INT", {"default": 60})}}
-
-    def make(self, seed, frames):
-        layers = torch.randn(25, 1, frames, 1024, generator=torch.Generator().manual_seed(seed))
-        return ({"encoded_audio_all_layers": list(layers), "encoded_audio": layers[-1], "audio_samples": frames * 320},)
-
-
 class PoolingVAE:
     """VAE whose encoder averages pixels and mixes colours: enough for nodes that condition on images."""
 
@@ -179,6 +164,13 @@ class PoolingVAE:
         video = pixels[::4].movedim(-1, 0)[None].float() * 2 - 1  # one latent frame for each four of the video
         pooled = torch.nn.functional.avg_pool3d(video, (1, self.scale, self.scale))
         return torch.nn.functional.conv3d(pooled, self.mix)
+
+    def decode(self, latent):
+        """Images of a latent for graphs that go on with them: [batch, frames, height, width, 3]."""
+        colours = torch.nn.functional.conv_transpose3d(latent.float(), self.mix)
+        frames = torch.cat([colours[:, :, :1], colours[:, :, 1:].repeat_interleave(4, dim=2)], dim=2)
+        pixels = torch.nn.functional.interpolate(frames, scale_factor=(1, self.scale, self.scale))
+        return torch.sigmoid(pixels / 4).movedim(1, -1)
 
 
 class RandomImages:
@@ -214,6 +206,102 @@ class RandomClipVision:
         return (output,)
 
 
+class RandomAudio:
+    """AUDIO: noise whose loudness beats twice a second."""
+
+    RETURN_TYPES = ("AUDIO",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0}), "seconds": ("FLOAT", {"default": 1.0})}}
+
+    def make(self, seed, seconds):
+        rate = 16000
+        times = torch.arange(int(rate * seconds)) / rate
+        noise = torch.randn(1, 1, len(times), generator=torch.Generator().manual_seed(seed))
+        return ({"waveform": noise * (1 + torch.sin(times * 4 * torch.pi)) / 4, "sample_rate": rate},)
+
+
+class RandomAudioFeatures:
+    """AUDIO_ENCODER_OUTPUT of normal features, 50 a second."""
+
+    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        sizes = {"seed": 0, "layers": 25, "width": 1024, "count": 50}
+        return {"required": {name: ("INT", {"default": value}) for name, value in sizes.items()}}
+
+    def make(self, seed, layers, width, count):
+        generator = torch.Generator().manual_seed(seed)
+        features = [torch.randn(1, count, width, generator=generator) for _ in range(layers)]
+        output = {"encoded_audio": features[-1], "encoded_audio_all_layers": features}
+        return ({**output, "audio_samples": count * 16000 // 50},)
+
+
+class RandomMusic:
+    """AUDIO_ENCODER_OUTPUT of WanDancerEncodeAudio, which needs torchaudio."""
+
+    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0}), "fps": ("FLOAT", {"default": 30.0})}}
+
+    def make(self, seed, fps):
+        features = torch.randn(1, 20, 35, generator=torch.Generator().manual_seed(seed))
+        return ({"audio_feature": features, "fps": fps, "audio_inject_scale": 0.9},)
+
+
+class SilentTalk:
+    """MODEL_PATCH of InfiniteTalk without its layers: what a node needs to patch a model with them."""
+
+    RETURN_TYPES = ("MODEL_PATCH",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        model = torch.nn.Linear(1, 1)
+        model.audio_proj = _SilentProjection()
+        device = management.unet_offload_device()
+        return (comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), device),)
+
+
+class _SilentProjection(torch.nn.Module):
+    seq_len = 5
+
+    def forward(self, first, latter):
+        return torch.zeros(len(first), first.shape[1] + latter.shape[1], 32, 768)
+
+
+class RandomTracks:
+    """SAM3_TRACK_DATA of two objects: random bits for their masks."""
+
+    RETURN_TYPES = ("SAM3_TRACK_DATA",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        sizes = {"count": 1, "width": 64, "height": 48, "seed": 0}
+        return {"required": {name: ("INT", {"default": value}) for name, value in sizes.items()}}
+
+    def make(self, count, width, height, seed):
+        generator = torch.Generator().manual_seed(seed)
+        masks = torch.randint(0, 256, (count, 2, height, width // 8), dtype=torch.uint8, generator=generator)
+        return ({"packed_masks": masks, "orig_size": (height, width), "n_frames": count, "scores": [1.0, 1.0]},)
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
@@ -227,6 +315,10 @@ NODE_CLASS_MAPPINGS = {
         PoolingVAE,
         RandomImages,
         RandomClipVision,
-        RandomSound,
+        RandomAudio,
+        RandomAudioFeatures,
+        RandomMusic,
+        RandomTracks,
+        SilentTalk,
     )
 }

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 from wan_parallel.wanvideo.config import WanConfig
 
-
 _PARTS = ("blocks.", "vace_blocks.", "img_emb.", "face_adapter.", "audio_injector.")
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import tiny
 from comfy_server import ComfyServer
+from flat_workflow import BYPASSED, MUTED, FlatWorkflow, active
 from graphs import node
 from wan_parallel.wanvideo.config import WanConfig
 from workflow_api import AFTER_SEED, widgets
 
 SMALL = {"width": 64, "height": 64, "length": 9}
 MOST_STEPS = 6  # of a single sampler; two that share a schedule keep theirs
-BYPASSED, MUTED = 4, 2
 
 _T2V = replace(tiny.TINY, text_dim=4096)
 _CLIP = {"image_dim": 1280}
@@ -39,12 +39,22 @@ _VARIANTS = (
     ("fun_camera", replace(_T2V, in_dim=32, camera_dim=24, **_CLIP)),
     ("fun_control", replace(_T2V, in_dim=48, **_CLIP)),
     ("fun_inp", replace(_T2V, in_dim=36, **_CLIP)),
+    ("dancer", replace(_T2V, in_dim=36, music=tiny.MUSIC, **_CLIP)),
+    ("scail_2", replace(_T2V, in_dim=20, pose_dim=20, mask_dim=28, **_CLIP)),
+    ("bernini", _T2V),
+    ("ati", replace(_T2V, in_dim=36, **_CLIP)),
+    ("wanmove", replace(_T2V, in_dim=36, **_CLIP)),
     ("flf2v", replace(_T2V, in_dim=36, image_positions=514, **_CLIP)),
     ("i2v", replace(_T2V, in_dim=36, **_CLIP)),
     ("t2v", _T2V),
 )
-LATER = {"animate": "face_adapter.fuser_blocks.0.k_norm.weight", "s2v": "audio_injector.injector.0.k.weight"}
+LATER = {
+    "animate": "face_adapter.fuser_blocks.0.k_norm.weight",
+    "s2v": "audio_injector.injector.0.k.weight",
+}
 """Variants that are refused by name, and a tensor that tells them."""
+LATER_PATCHES = {"infinitetalk": "InfiniteTalk"}
+"""Model patches that are refused by name when sampling begins."""
 
 
 def later(name: str) -> str:
@@ -57,44 +67,61 @@ def config_of(file: str) -> WanConfig:
     return next(config for part, config in _VARIANTS if part in file.lower())
 
 
+# Hand on their first input: random images have the size that they are resized to.
+_AS_GIVEN = ("Reroute", "ResizeImageMaskNode", "ImageScaleToTotalPixels")
+
+
+class NodeMissing(LookupError):
+    """The ComfyUI at hand could not import a file of nodes, or is too old for it."""
+
+
 class Template:
     """One template; `files` gives the names in its active loaders."""
 
     def __init__(self, path: Path):
         self.name = path.stem
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-        self.nodes = {entry["id"]: entry for entry in workflow["nodes"]}
-        self.links = {number: (source, slot) for number, source, slot, *_ in workflow["links"]}
+        self.flat = FlatWorkflow(json.loads(path.read_text(encoding="utf-8")))
 
     def files(self, *types: str) -> list[str]:
         """The first widgets of the active nodes of these types."""
-        return [n["widgets_values"][0] for n in self.nodes.values() if n["type"] in types and _active(n)]
+        return [n["widgets_values"][0] for n in self.flat.nodes.values() if n["type"] in types and active(n)]
+
+    @property
+    def remote(self) -> bool:
+        """Whether a part of it runs on somebody else's computers."""
+        return any(n["type"].startswith("Gemini") for n in self.flat.nodes.values() if active(n))
 
     def graph(self, server: ComfyServer, loader: Callable[..., dict]) -> tuple[dict, list[list]]:
         """The graph in API format with models from `loader`, and the latents that are decoded in the end."""
-        walk = _Walk(self, server, loader)
-        decoders = [n for n in self.nodes.values() if n["type"].startswith("VAEDecode") and _active(n)]
-        latents = [walk.source(_input(n, "samples")["link"]) for n in decoders]
+        walk = _Walk(self.flat, server, loader)
+        decoders = [n for n in self.flat.nodes.values() if n["type"].startswith("VAEDecode") and active(n)]
+        latents = [walk.value(_input(n, "samples")["link"]) for n in decoders]
         return walk.graph, [latent for i, latent in enumerate(latents) if latent and latent not in latents[:i]]
 
 
 class _Walk:
     """Translates the nodes that are reached from the latents."""
 
-    def __init__(self, template: Template, server: ComfyServer, loader: Callable[..., dict]):
-        self.template, self.server, self.loader = template, server, loader
+    def __init__(self, flat: FlatWorkflow, server: ComfyServer, loader: Callable[..., dict]):
+        self.flat, self.server, self.loader = flat, server, loader
         self.graph: dict[str, dict] = {}
 
-    def source(self, link: int | None) -> object:
+    def value(self, link: str | None) -> object:
         """What a link brings: [node, slot], a plain value, or None where it leads nowhere."""
-        if link is None or link not in self.template.links:
-            return None
-        number, slot = self.template.links[link]
-        entry = self.template.nodes[number]
+        begin = self.flat.source(link)
+        if begin is None:
+            held = self.flat.promoted(link)
+            return None if held is None else self._literals(held[0]).get(held[1])
+        name, slot = begin
+        entry = self.flat.nodes[name]
         if entry["type"] == "PrimitiveNode":  # of the browser alone
             return entry["widgets_values"][0]
-        if entry["type"] == "Reroute":
-            return self.source(entry["inputs"][0]["link"])
+        if entry["type"] == "CustomCombo":  # the choice, and which of them it is
+            return entry["widgets_values"][slot]
+        if entry["type"] in _AS_GIVEN:
+            return self.value(entry["inputs"][0]["link"])
+        if entry["type"] == "BatchImagesNode":
+            return self._batched(entry)
         if entry.get("mode") == BYPASSED:
             return self._through(entry, slot)
         if entry.get("mode") == MUTED:
@@ -104,56 +131,95 @@ class _Walk:
     def _through(self, entry: dict, slot: int) -> object:
         """What a bypassed node hands on: its first input of the same type."""
         kind = entry["outputs"][slot]["type"]
-        return next((self.source(i["link"]) for i in entry["inputs"] if i["type"] == kind and i.get("link")), None)
+        return next((self.value(i["link"]) for i in entry["inputs"] if i["type"] == kind and i.get("link")), None)
+
+    def _batched(self, entry: dict) -> object:
+        """All images behind each other, without the package that this node's file needs."""
+        images = [value for value in (self.value(i["link"]) for i in entry["inputs"]) if value is not None]
+        joined = images[0]
+        for number, image in enumerate(images[1:]):
+            name = f"{entry['id']}-{number}"
+            self.graph[name] = node("ImageBatch", image1=joined, image2=image)
+            joined = [name, 0]
+        return joined
 
     def _replaced(self, entry: dict, slot: int) -> list | None:
         name, kind = str(entry["id"]), entry["type"]
         values = entry.get("widgets_values") or [""]
-        seed = zlib.crc32(str(values[0]).encode()) % 2**31
+        seed = zlib.crc32(str(values[0] if isinstance(values, list) else name).encode()) % 2**31
         if kind == "UNETLoader":
             self.graph |= self.loader(name, file=values[0])
             return [name, 0]
-        images = {"seed": seed, "width": SMALL["width"], "height": SMALL["height"]}
-        channels = 48 if "2.2" in str(values[0]) else 16  # of a VAE
-        video = node("RandomImages", count=SMALL["length"], **images)
-        by_type = {
-            "CLIPLoader": node("NoCLIP"),
-            "CLIPTextEncode": node("RandomConditioning", seed=seed, tokens=512, width=4096),
-            "VAELoader": node("PoolingVAE", channels=channels, scale=channels // 3 if channels == 48 else 8),
-            "CLIPVisionEncode": node("RandomClipVision", seed=entry["id"]),
-            "LoadImage": node("RandomImages", count=1, **images)
-            if slot == 0
-            else node("SolidMask", value=0.3, width=SMALL["width"], height=SMALL["height"]),
-            "GetVideoComponents": video,
-            "Canny": video,  # needs a package that ComfyUI can do without
-        }
-        if kind not in by_type:
+        new = _replacement(entry, slot, seed)
+        if new is None:
             return None
-        self.graph[f"{name}-{slot}"] = by_type[kind]
+        self.graph[f"{name}-{slot}"] = new
         return [f"{name}-{slot}", 0]
 
     def _kept(self, entry: dict, slot: int) -> list:
         name, kind = str(entry["id"]), entry["type"]
         if name not in self.graph:
-            names, values = widgets(kind, self.server), entry.get("widgets_values") or []
-            if isinstance(values, dict):
-                values = [values.get(widget) for widget in names]
-            inputs = dict(zip(names, values, strict=False))
-            inputs |= {i["name"]: self.source(i["link"]) for i in entry.get("inputs", ()) if i.get("link")}
+            inputs = self._literals(entry)
+            inputs |= {i["name"]: self.value(i["link"]) for i in entry["inputs"] if self.value(i["link"]) is not None}
             inputs.pop(AFTER_SEED, None)
             self.graph[name] = node(kind, **_small(kind, {k: v for k, v in inputs.items() if v is not None}))
         return [name, slot]
 
 
+    def _literals(self, entry: dict) -> dict:
+        """What the widgets of a node hold, by name."""
+        if not self.server.get(f"/object_info/{entry['type']}"):
+            raise NodeMissing(f"This ComfyUI has no node {entry['type']}: install its requirements.txt")
+        names, values = widgets(entry["type"], self.server), entry.get("widgets_values") or []
+        if isinstance(values, dict):
+            values = [values.get(widget) for widget in names]
+        return _small(entry["type"], dict(zip(names, values, strict=False)))
+
+
+def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
+    """What stands for a node that needs files or large models."""
+    kind, size = entry["type"], {"width": SMALL["width"], "height": SMALL["height"]}
+    video = node("RandomImages", count=SMALL["length"], seed=seed, **size)
+    audio = node("RandomAudio", seed=seed, seconds=1.0)
+    if kind == "VAELoader":
+        channels = 48 if "2.2" in entry["widgets_values"][0] else 16
+        return node("PoolingVAE", channels=channels, scale=channels // 3 if channels == 48 else 8)
+    by_slot = {
+        "LoadImage": (node("RandomImages", count=1, seed=seed, **size), node("SolidMask", value=0.3, **size)),
+        "GetVideoComponents": (video, audio, node("PrimitiveFloat", value=16.0)),
+        "GetImageSize": tuple(node("PrimitiveInt", value=value) for value in (*size.values(), 1)),
+        "Painter": (node("RandomImages", count=1, seed=seed, **size), node("SolidMask", value=0.7, **size)),
+    }
+    if kind in by_slot:
+        return by_slot[kind][slot]
+    return {
+        "CLIPLoader": node("NoCLIP"),
+        "CLIPTextEncode": node("RandomConditioning", seed=seed, tokens=512, width=4096),
+        "CLIPVisionEncode": node("RandomClipVision", seed=zlib.crc32(entry["id"].encode())),
+        "Canny": video,  # needs a package that ComfyUI can do without
+        "LoadAudio": audio,
+        "AudioEncoderEncode": node("RandomAudioFeatures", seed=zlib.crc32(entry["id"].encode()), **_FEATURES),
+        # as with a long piece of music: first a coarse video of the whole, then its parts at the full rate
+        "WanDancerEncodeAudio": node("RandomMusic", seed=seed, fps=30.0 if _linked(entry, "video_frames") else 6.0),
+        "ModelPatchLoader": node("SilentTalk"),
+        "SAM3_Detect": node("SolidMask", value=0.3, **size),
+        "SAM3_VideoTrack": node("RandomTracks", count=SMALL["length"], seed=seed, **size),
+    }.get(kind)
+
+
 def _small(kind: str, inputs: dict) -> dict:
     small = {name: size for name, size in SMALL.items() if name in inputs}  # linked ones as well
-    if kind == "KSampler":
-        small["steps"] = min(inputs["steps"], MOST_STEPS)
+    if kind in ("KSampler", "BasicScheduler"):
+        steps = inputs["steps"]
+        small["steps"] = min(steps, MOST_STEPS) if isinstance(steps, int) else MOST_STEPS
     return {**inputs, **small}
 
 
-def _active(entry: dict) -> bool:
-    return entry.get("mode", 0) not in (BYPASSED, MUTED)
+_FEATURES = {"layers": 25, "width": 1024, "count": 50}
+
+
+def _linked(entry: dict, name: str) -> bool:
+    return any(slot["name"] == name and slot["link"] is not None for slot in entry["inputs"])
 
 
 def _input(entry: dict, name: str) -> dict:

@@ -19,7 +19,7 @@ INPUTS = {
     "vae": node("PoolingVAE", channels=16, scale=8),
     "image": node("RandomImages", count=1, width=96, height=64, seed=4),
     "video": node("RandomImages", count=13, width=96, height=64, seed=5),
-    "sound": node("RandomSound", seed=6, frames=60),
+    "sound": node("RandomAudioFeatures", seed=6, count=60),
 }
 
 
