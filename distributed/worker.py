@@ -257,6 +257,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            overlapped=degrees in self.mailboxes,
         )
 
     def _join_divided(self) -> tuple[TensorShard, Stage]:
