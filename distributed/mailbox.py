@@ -28,7 +28,7 @@ CHANNELS = 32
 """Flags from each rank to each other one."""
 
 _FLAG_BYTES = 4096
-_SPIN_SECONDS = 20e-6
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
 
 
 class Mailbox(ABC):
@@ -117,8 +117,10 @@ class HostMailbox(Mailbox):
 
     def _await(self, flag: int, value: int) -> None:
         words = self._segment.words[self.place]
+        pause = _SHORTEST_PAUSE
         while words[flag] < value:
-            time.sleep(_SPIN_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class PeerMailbox(Mailbox):
