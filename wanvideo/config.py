@@ -6,6 +6,7 @@ dimensions, to refuse what cannot run, and to build a model without weights.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ _VARIANT_MARKERS = (
     ("casual_audio_encoder.encoder.final_linear.weight", "Wan S2V"),
     ("audio_injector.injector.0.k.weight", "Wan S2V"),
     ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
+)
+# ComfyUI's names of the variants that their tensors tell (see `_refuse_other_kinds`).
+_KINDS = frozenset(
+    ("t2v", "i2v", "vace", "camera", "camera_2.2", "humo", "scail", "scail2", "wandancer", "s2v", "animate")
 )
 
 
@@ -226,6 +231,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         for name, info in logical_tensors(path, contents, prefix).items()
     }
     _refuse_other_variants(path, tensors)
+    _refuse_other_kinds(path, contents.metadata)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
     return Header(path, prefix, config, tensors, contents.metadata)
@@ -253,6 +259,20 @@ def _refuse_other_variants(path: str, tensors: Mapping[str, TensorInfo]) -> None
     for marker, variant in _VARIANT_MARKERS:
         if marker in tensors:
             raise CheckpointError(f"{name} is a {variant} model. {_LATER}")
+
+
+def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
+    """Variants with the tensors of another one are told by ComfyUI's note in the file."""
+    try:
+        note = json.loads(metadata.get("config", "{}"))["transformer"]
+        kind, causal = str(note.get("model_type", "t2v")), bool(note.get("causal_ar"))
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's note
+        return
+    name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
+    if causal:
+        raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")
+    if kind not in _KINDS:
+        raise CheckpointError(f"{Path(path).name} is a {name} model. {_LATER}")
 
 
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
