@@ -29,6 +29,8 @@ _VARIANT_INPUTS = {
     "vace_strength": ("the strength of a VACE control video", "WanVaceToVideo"),
     "camera_conditions": ("a camera path", "WanCameraImageToVideo"),
     "context_latents": ("source or reference videos", "BerniniConditioning"),
+    "audio_embed": ("an audio embedding", "WanHuMoImageToVideo, WanDancerVideo or WanSoundImageToVideo"),
+    "pose_latents": ("a pose video", "WanSCAILToVideo or WanAnimateToVideo"),
     "clip_fea_ref": ("a CLIP vision embedding of a reference image", "WanDancerVideo"),
     "fps": ("a frame rate", "WanDancerVideo"),
     "audio_inject_scale": ("a strength of music", "WanDancerVideo"),
@@ -37,8 +39,6 @@ _VARIANT_INPUTS = {
 }
 # Inputs of variants that the workers do not run yet.
 _LATER_INPUTS = {
-    "audio_embed": "an audio embedding (S2V, HuMo)",
-    "pose_latents": "a pose video (Animate, SCAIL)",
     "face_pixel_values": "a face video (WanAnimateToVideo)",
 }
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
@@ -95,7 +95,7 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     if any(type(patch).__name__ in _TALK for patches in options.get("patches", {}).values() for patch in patches):
         refuse(
             "WanInfiniteTalkToVideo adds the layers of an InfiniteTalk model (attn1_patch, attn2_patch)",
-            f"InfiniteTalk comes in a later version: use Wan S2V or HuMo for speech, {_STOCK}.",
+            f"InfiniteTalk comes in a later version: use HuMo for speech, {_STOCK}.",
         )
     patched = sorted(name for name, patches in options.get("patches", {}).items() if patches)
     if patched:
