@@ -32,16 +32,13 @@ _VARIANT_INPUTS = {
     "control_video": ("a control video", "WanSoundImageToVideo"),
     "reference_motion": ("the video so far", "WanSoundImageToVideo"),
     "context_latents": ("source or reference videos", "BerniniConditioning"),
+    "audio_embed": ("an audio embedding", "WanHuMoImageToVideo, WanDancerVideo or WanSoundImageToVideo"),
+    "pose_latents": ("a pose video", "WanSCAILToVideo or WanAnimateToVideo"),
     "clip_fea_ref": ("a CLIP vision embedding of a reference image", "WanDancerVideo"),
     "fps": ("a frame rate", "WanDancerVideo"),
     "audio_inject_scale": ("a strength of music", "WanDancerVideo"),
     "sam_latents": ("masks of the pose video", "WanSCAILToVideo"),
     "ref_mask_latents": ("masks of the reference images", "WanSCAILToVideo"),
-}
-# Inputs of variants that the workers do not run yet.
-_LATER_INPUTS = {
-    "audio_embed": "an audio embedding (S2V, HuMo)",
-    "pose_latents": "a pose video (Animate, SCAIL)",
 }
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
 _HARMLESS_INPUTS = frozenset({"denoise_mask", "ref_mask_flag"})
@@ -73,7 +70,7 @@ def refuse_inputs(inputs: Mapping[str, Any], variant: str) -> None:
             what, node = _VARIANT_INPUTS[name]
             refuse_variant(f"{what} ({name})", variant, node)
         refuse(
-            f"The conditioning carries {_LATER_INPUTS.get(name, 'an extra input')} ({name})",
+            f"The conditioning carries an extra input ({name})",
             f"That comes in a later version: remove the node that adds {name}, {_STOCK}.",
         )
 
@@ -97,7 +94,7 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     if any(type(patch).__name__ in _TALK for patches in options.get("patches", {}).values() for patch in patches):
         refuse(
             "WanInfiniteTalkToVideo adds the layers of an InfiniteTalk model (attn1_patch, attn2_patch)",
-            f"InfiniteTalk comes in a later version: use Wan S2V or HuMo for speech, {_STOCK}.",
+            f"InfiniteTalk comes in a later version: use HuMo for speech, {_STOCK}.",
         )
     patched = sorted(name for name, patches in options.get("patches", {}).items() if patches)
     if patched:

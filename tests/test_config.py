@@ -262,6 +262,27 @@ def test_a_variant_that_is_not_there_yet_is_refused(tmp_path, prefix):
     assert "unknown Wan variant" in text and "later version" in text and tiny.sentences(text) == 2
 
 
+@pytest.mark.parametrize(
+    "note, name",
+    [
+        ({"transformer": {"model_type": "animate2"}}, "Wan Animate-2"),
+        ({"transformer": {"model_type": "flow_rvs"}}, "Wan flow_rvs"),
+        ({"transformer": {"model_type": "t2v", "causal_ar": True}}, "causal"),
+    ],
+    ids=["animate2", "flow_rvs", "causal"],
+)
+def test_a_variant_with_the_tensors_of_another_is_refused_by_the_name_in_its_note(tmp_path, note, name):
+    path = tmp_path / "variant.safetensors"
+    text = refusal(tiny.write_layout(path, tiny.layout(tiny.I2V_CLIP), {"config": json.dumps(note)}))
+    assert name in text and "later version" in text and tiny.sentences(text) == 2
+
+
+@pytest.mark.parametrize("note", ['{"transformer": {"model_type": "i2v"}}', '{"other": 1}', "[]", "no JSON"])
+def test_other_notes_change_nothing(tmp_path, note):
+    path = tiny.write_layout(tmp_path / "model.safetensors", tiny.layout(tiny.I2V_CLIP), {"config": note})
+    assert read_header(path).config == tiny.I2V_CLIP
+
+
 def test_a_model_with_fewer_channels_in_than_out_is_refused(tmp_path):
     config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=1, in_dim=12)
     text = refusal(tiny.write_layout(tmp_path / "odd.safetensors", tiny.layout(config)))

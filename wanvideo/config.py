@@ -6,6 +6,7 @@ dimensions, to refuse what cannot run, and to build a model without weights.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ from .variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
+
+# ComfyUI's names of the variants that their tensors tell (see `_refuse_other_kinds`).
+_KINDS = frozenset(
+    ("t2v", "i2v", "vace", "camera", "camera_2.2", "humo", "scail", "scail2", "wandancer", "s2v", "animate")
+)
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         original_name(name.removeprefix(prefix)) if renamed else name.removeprefix(prefix): info
         for name, info in logical_tensors(path, contents, prefix).items()
     }
+    _refuse_other_kinds(path, contents.metadata)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
     return Header(path, prefix, config, tensors, contents.metadata)
@@ -251,6 +258,20 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
         f"{name} is not a Wan video model: it has no head.modulation and self-attention blocks. "
         "Choose a Wan 2.1 or 2.2 file."
     )
+
+
+def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
+    """Variants with the tensors of another one are told by ComfyUI's note in the file."""
+    try:
+        note = json.loads(metadata.get("config", "{}"))["transformer"]
+        kind, causal = str(note.get("model_type", "t2v")), bool(note.get("causal_ar"))
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's note
+        return
+    name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
+    if causal:
+        raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")
+    if kind not in _KINDS:
+        raise CheckpointError(f"{Path(path).name} is a {name} model. {_LATER}")
 
 
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:

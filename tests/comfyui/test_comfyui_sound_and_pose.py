@@ -96,7 +96,11 @@ def test_bernini_on_uneven_and_on_divided_workers(server):
 def dancer(fps: float):
     def graph(loader):
         wan = conditioned(
-            "WanDancerVideo", start_image="start", clip_vision_output="clip_start", clip_vision_output_ref="clip_end"
+            "WanDancerVideo",
+            start_image="start",
+            clip_vision_output="clip_start",
+            clip_vision_output_ref="clip_end",
+            height=64,  # ComfyUI divides each frame's tokens by 8
         )
         wan["wan"]["inputs"]["audio_encoder_output"] = link("music")
         music = {"music": node("RandomMusic", seed=31, fps=fps)}
