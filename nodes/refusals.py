@@ -76,7 +76,7 @@ def refuse_inputs(inputs: Mapping[str, Any], variant: str) -> None:
 
 
 def _an(variant: str) -> str:
-    return f"{'an' if variant[0] in 'aeiou' else 'a'} {variant}"
+    return f"{'an' if variant.startswith((*'aeiouA', 'S2')) else 'a'} {variant}"
 
 
 _TALK = ("MultiTalkCrossAttnPatch", "MultiTalkGetAttnMapPatch")  # ComfyUI's classes

@@ -161,7 +161,8 @@ def write_checkpoint(
     path: Path, config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32, prefix: str = ""
 ) -> str:
     """A checkpoint of random weights; returns its path."""
-    return write_weights(path, {prefix + k: v.to(dtype) for k, v in random_weights(config, seed).items()})
+    weights = random_weights(config, seed) | (blur_kernels(config) if config.face else {})
+    return write_weights(path, {prefix + k: v.to(dtype) for k, v in weights.items()})
 
 
 def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -251,6 +252,8 @@ def diffusers_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     """The weights of the original model in diffusers' layout."""
     theirs = {}
     for name, weight in weights.items():
+        if name.endswith(".kernel"):  # a constant
+            continue
         if ".linear1_kv." in name:  # two matrices there
             for projection, part in zip(("to_k", "to_v"), weight.chunk(2), strict=True):
                 theirs[diffusers_name(name).replace("linear1_kv", projection)] = part.contiguous()

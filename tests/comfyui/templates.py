@@ -18,10 +18,12 @@ from comfy_server import ComfyServer
 from flat_workflow import BYPASSED, MUTED, FlatWorkflow, active
 from graphs import node
 from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 from workflow_api import AFTER_SEED, widgets
 
 SMALL = {"width": 64, "height": 64, "length": 9}
 MOST_STEPS = 6  # of a single sampler; two that share a schedule keep theirs
+FACE_SMALL, FACE_STEPS = {**SMALL, "length": 1}, 1  # ComfyUI takes 5 s for one face on a CPU, in every step
 
 _T2V = replace(tiny.TINY, text_dim=4096)
 _CLIP = {"image_dim": 1280}
@@ -41,6 +43,8 @@ _VARIANTS = (
     ("fun_inp", replace(_T2V, in_dim=36, **_CLIP)),
     ("dancer", replace(_T2V, in_dim=36, music=tiny.MUSIC, **_CLIP)),
     ("scail_2", replace(_T2V, in_dim=20, pose_dim=20, mask_dim=28, **_CLIP)),
+    ("animate", replace(tiny.ANIMATE, num_layers=5, text_dim=4096, face=FaceDims(), **_CLIP)),
+    ("s2v", replace(tiny.S2V, text_dim=4096, sound=SoundDims())),
     ("bernini", _T2V),
     ("ati", replace(_T2V, in_dim=36, **_CLIP)),
     ("wanmove", replace(_T2V, in_dim=36, **_CLIP)),
@@ -48,18 +52,8 @@ _VARIANTS = (
     ("i2v", replace(_T2V, in_dim=36, **_CLIP)),
     ("t2v", _T2V),
 )
-LATER = {
-    "animate": "face_adapter.fuser_blocks.0.k_norm.weight",
-    "s2v": "audio_injector.injector.0.k.weight",
-}
-"""Variants that are refused by name, and a tensor that tells them."""
 LATER_PATCHES = {"infinitetalk": "InfiniteTalk"}
 """Model patches that are refused by name when sampling begins."""
-
-
-def later(name: str) -> str:
-    """The tensor that tells a variant which is refused, by a file's or template's name; else ""."""
-    return next((marker for part, marker in LATER.items() if part in name.lower()), "")
 
 
 def config_of(file: str) -> WanConfig:
@@ -93,7 +87,7 @@ class Template:
 
     def graph(self, server: ComfyServer, loader: Callable[..., dict]) -> tuple[dict, list[list]]:
         """The graph in API format with models from `loader`, and the latents that are decoded in the end."""
-        walk = _Walk(self.flat, server, loader)
+        walk = _Walk(self.flat, server, loader, "animate" in self.name)
         decoders = [n for n in self.flat.nodes.values() if n["type"].startswith("VAEDecode") and active(n)]
         latents = [walk.value(_input(n, "samples")["link"]) for n in decoders]
         return walk.graph, [latent for i, latent in enumerate(latents) if latent and latent not in latents[:i]]
@@ -102,8 +96,9 @@ class Template:
 class _Walk:
     """Translates the nodes that are reached from the latents."""
 
-    def __init__(self, flat: FlatWorkflow, server: ComfyServer, loader: Callable[..., dict]):
+    def __init__(self, flat: FlatWorkflow, server: ComfyServer, loader: Callable[..., dict], face: bool):
         self.flat, self.server, self.loader = flat, server, loader
+        self.small, self.most_steps = (FACE_SMALL, FACE_STEPS) if face else (SMALL, MOST_STEPS)
         self.graph: dict[str, dict] = {}
 
     def value(self, link: str | None) -> object:
@@ -150,7 +145,7 @@ class _Walk:
         if kind == "UNETLoader":
             self.graph |= self.loader(name, file=values[0])
             return [name, 0]
-        new = _replacement(entry, slot, seed)
+        new = _replacement(entry, slot, seed, self.small)
         if new is None:
             return None
         self.graph[f"{name}-{slot}"] = new
@@ -162,9 +157,8 @@ class _Walk:
             inputs = self._literals(entry)
             inputs |= {i["name"]: self.value(i["link"]) for i in entry["inputs"] if self.value(i["link"]) is not None}
             inputs.pop(AFTER_SEED, None)
-            self.graph[name] = node(kind, **_small(kind, {k: v for k, v in inputs.items() if v is not None}))
+            self.graph[name] = node(kind, **self._smaller(kind, {k: v for k, v in inputs.items() if v is not None}))
         return [name, slot]
-
 
     def _literals(self, entry: dict) -> dict:
         """What the widgets of a node hold, by name."""
@@ -173,13 +167,20 @@ class _Walk:
         names, values = widgets(entry["type"], self.server), entry.get("widgets_values") or []
         if isinstance(values, dict):
             values = [values.get(widget) for widget in names]
-        return _small(entry["type"], dict(zip(names, values, strict=False)))
+        return self._smaller(entry["type"], dict(zip(names, values, strict=False)))
+
+    def _smaller(self, kind: str, inputs: dict) -> dict:
+        small = {name: size for name, size in self.small.items() if name in inputs}  # linked ones as well
+        if kind in ("KSampler", "BasicScheduler"):
+            steps = inputs["steps"]
+            small["steps"] = min(steps, self.most_steps) if isinstance(steps, int) else self.most_steps
+        return {**inputs, **small}
 
 
-def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
+def _replacement(entry: dict, slot: int, seed: int, small: dict) -> dict | None:
     """What stands for a node that needs files or large models."""
-    kind, size = entry["type"], {"width": SMALL["width"], "height": SMALL["height"]}
-    video = node("RandomImages", count=SMALL["length"], seed=seed, **size)
+    kind, size = entry["type"], {"width": small["width"], "height": small["height"]}
+    video = node("RandomImages", count=small["length"], seed=seed, **size)
     audio = node("RandomAudio", seed=seed, seconds=1.0)
     if kind == "VAELoader":
         channels = 48 if "2.2" in entry["widgets_values"][0] else 16
@@ -203,16 +204,11 @@ def _replacement(entry: dict, slot: int, seed: int) -> dict | None:
         "WanDancerEncodeAudio": node("RandomMusic", seed=seed, fps=30.0 if _linked(entry, "video_frames") else 6.0),
         "ModelPatchLoader": node("SilentTalk"),
         "SAM3_Detect": node("SolidMask", value=0.3, **size),
-        "SAM3_VideoTrack": node("RandomTracks", count=SMALL["length"], seed=seed, **size),
+        "SAM3_VideoTrack": node("RandomTracks", count=small["length"], seed=seed, **size),
+        "DWPreprocessor": video,  # of other packs, as are the next two
+        "DrawMaskOnImage": video,
+        "BlockifyMask": node("SolidMask", value=1.0, **size),
     }.get(kind)
-
-
-def _small(kind: str, inputs: dict) -> dict:
-    small = {name: size for name, size in SMALL.items() if name in inputs}  # linked ones as well
-    if kind in ("KSampler", "BasicScheduler"):
-        steps = inputs["steps"]
-        small["steps"] = min(steps, MOST_STEPS) if isinstance(steps, int) else MOST_STEPS
-    return {**inputs, **small}
 
 
 _FEATURES = {"layers": 25, "width": 1024, "count": 50}

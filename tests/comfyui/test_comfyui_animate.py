@@ -31,7 +31,7 @@ LED = {"reference_image": "image", "clip_vision_output": "clip", "face_video": "
 def animate(server: ComfyServer) -> Iterator[ComfyServer]:
     """A ComfyUI with an Animate model and a LoRA for it."""
     path = server.base / "models" / "diffusion_models" / "animate.safetensors"
-    tiny.write_weights(path, {**tiny.random_weights(CONFIG), **tiny.blur_kernels(CONFIG)})
+    tiny.write_checkpoint(path, CONFIG)
     loras.write_lora(server.base / "models" / "loras" / "animate.safetensors", CONFIG)
     yield server
     path.unlink()

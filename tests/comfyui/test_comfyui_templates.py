@@ -15,9 +15,9 @@ import format_files
 import loras
 import pytest
 import tiny
-from comfy_server import ComfyServer, QueueRefused
+from comfy_server import ComfyServer
 from graphs import pool_model, stock_model
-from templates import LATER_PATCHES, NodeMissing, Template, config_of, later
+from templates import LATER_PATCHES, NodeMissing, Template, config_of
 from tiny import relative_error
 
 EXACT = 1e-5
@@ -57,17 +57,14 @@ def templates(start_comfyui) -> Iterator[ComfyServer]:
     folder = server.base / "models" / "diffusion_models"
     written: dict[object, Path] = {}
     for seed, file in enumerate(sorted({f for t in TEMPLATES for f in t.files("UNETLoader")})):
-        if later(file):
-            layout = {**tiny.layout(), later(file): ("BF16", (4,))}
-            tiny.write_layout(folder / file, layout)
-        elif "int8_convrot" in file:
+        if "int8_convrot" in file:
             _write_int8(folder, file)
         else:
             tiny.write_checkpoint(folder / file, config_of(file), seed=seed)
             written[config_of(file)] = folder / file
     for template in TEMPLATES:
-        models = [file for file in template.files("UNETLoader") if not later(file)]
-        for lora in template.files("LoraLoaderModelOnly", "LoraLoader") if models else ():
+        models = template.files("UNETLoader")
+        for lora in template.files("LoraLoaderModelOnly", "LoraLoader"):
             loras.write_lora(server.base / "models" / "loras" / lora, config_of(models[0]))
     yield server
     server.stop()
@@ -88,7 +85,7 @@ def _patched_later(template: Template) -> str:
     return next((name for part, name in LATER_PATCHES.items() if part in template.name), "")
 
 
-SAME = [t for t in TEMPLATES if not later(t.name) and not _patched_later(t)]
+SAME = [t for t in TEMPLATES if not _patched_later(t)]
 
 
 @pytest.mark.parametrize("template", SAME, ids=lambda t: t.name)
@@ -104,19 +101,6 @@ def test_a_template_gives_the_native_result(templates, template):
         error = relative_error(templates.sample(pool, latent), expected)
         print(f"{template.name}: relative error {error:.1e}")
         assert expected.isfinite().all() and error <= EXACT
-
-
-@pytest.mark.parametrize("template", [t for t in TEMPLATES if later(t.name)], ids=lambda t: t.name)
-def test_a_template_of_a_later_variant_is_refused_by_its_name(templates, template):
-    file = next(f for f in template.files("UNETLoader") or [f"{template.name}.safetensors"])
-    path = templates.base / "models" / "diffusion_models" / file
-    if not path.exists():
-        tiny.write_layout(path, {**tiny.layout(), later(template.name): ("BF16", (4,))})
-    graph = pool_model(file=file)
-    graph["status"] = {"class_type": "XDitUSPStatus", "inputs": {"model": ["model", 0]}}
-    with pytest.raises(QueueRefused) as refusal:
-        templates.queue(graph)
-    assert any("later version" in text and "Wan" in text for text in refusal.value.texts)
 
 
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if _patched_later(t)], ids=lambda t: t.name)
