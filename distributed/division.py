@@ -31,11 +31,6 @@ def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> No
             f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
             "stages do not pass that on yet. Set it to 1; tensor_parallel_size divides the weights of VACE too."
         )
-    if config.sound and settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
-        raise PlanError(
-            "pipeline_mode is pipefusion, which cuts a video into patches, but S2V's reference lies behind the video. "
-            "Set pipeline_mode to exact."
-        )
     if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
         for batch in (1, plan.data_parallel):
             degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))

@@ -28,6 +28,7 @@ REFERENCE_TOKENS = 21 * 30 * 52
 # the attention output and what torch keeps between them. 14B at 480p and 720p takes 1 GPU 208 kB more a token, which
 # is 40 bytes x 5120 (benchmarks/results/h200.jsonl).
 _FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
+_TIMED_BYTES = 24  # six float32 vectors of modulation a token, where tokens have times of their own
 _WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
 
 
@@ -84,7 +85,8 @@ def activation_bytes(
         itemsize: bytes of the compute dtype.
         slice_tokens: as in `WanModel`; 0 takes all tokens through the feed-forward at once.
     """
-    stream = tokens * config.dim * (_FLOAT32_BYTES + _COMPUTE_VALUES * itemsize)
+    timed = _TIMED_BYTES if config.sound else 0
+    stream = tokens * config.dim * (_FLOAT32_BYTES + timed + _COMPUTE_VALUES * itemsize)
     hidden = min(tokens, slice_tokens or tokens) * config.ffn_dim * 2 * itemsize
     return batch * (stream + hidden) + workspace
 

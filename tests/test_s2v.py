@@ -8,8 +8,6 @@ import pytest
 import tiny
 import torch
 from wan_parallel.distributed.messages import ModelSpec
-from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.pool import Pool, PoolSettings
 from wan_parallel.wanvideo.conditioning import check, placed
 from wan_parallel.wanvideo.model import Grid, patchify, sequence_of
 from wan_parallel.wanvideo.s2v import SoundModel
@@ -118,14 +116,6 @@ def test_a_sound_is_encoded_once_for_all_steps(model):
         assert len(calls) == 4
     finally:
         hook.remove()
-
-
-def test_patches_in_a_pipeline_are_refused(path):
-    settings = PoolSettings(ParallelPlan(2, pipeline_parallel=2), device="cpu", pipeline_mode="pipefusion")
-    inputs = given()
-    with pytest.raises(PlanError, match="Set pipeline_mode to exact") as refusal:
-        Pool(settings).forward(ModelSpec(path, "fp32", "fp32"), *inputs[:3], conditioning=inputs[3])
-    assert tiny.sentences(str(refusal.value)) == 2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ INPUTS = {
     "vae": node("PoolingVAE", channels=16, scale=8),
     "image": node("RandomImages", count=1, width=96, height=64, seed=4),
     "video": node("RandomImages", count=13, width=96, height=64, seed=5),
-    "sound": node("RandomAudioFeatures", seed=6, count=60),
+    "sound": node("RandomAudioFeatures", seed=6, layers=25, width=1024, count=60),
 }
 
 

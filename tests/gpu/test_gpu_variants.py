@@ -10,8 +10,8 @@ import torch
 from tiny import relative_error
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire
+from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning
-from wan_parallel.wanvideo.variants import VariantModel
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)
@@ -41,8 +41,8 @@ def test_two_gpus_give_the_result_of_one(pool, tmp_path, name, dtype):
     conditioning = on_gpu(tiny.conditioning(config, inputs.x))
     inputs = tuple(tensor.cuda() for tensor in inputs)
     with torch.inference_mode():
-        exact = VariantModel.from_checkpoint(path, device="cuda")(*inputs, conditioning)
-        alone = VariantModel.from_checkpoint(path, DTYPES[dtype], DTYPES[dtype], "cuda")(*inputs, conditioning)
+        exact = model_class(config).from_checkpoint(path, device="cuda")(*inputs, conditioning)
+        alone = model_class(config).from_checkpoint(path, DTYPES[dtype], DTYPES[dtype], "cuda")(*inputs, conditioning)
     got = pool.forward(ModelSpec(path, dtype, dtype, max_batch=2), *inputs, conditioning=conditioning)
     pool.unload()
     error, error_alone = relative_error(got, exact), relative_error(alone, exact)
