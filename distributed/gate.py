@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 
+from . import stopwatch
 from .plan import MAX_GPUS
 
 _SPIN_SECONDS = 20e-6
@@ -65,7 +66,8 @@ class Gate:
             aborted = self._words[0] >= self._request
             self._words[1 + leader] = self._decision(self._step) | aborted
         else:
-            aborted = self._follow(leader)
+            with stopwatch.standing(stopwatch.GATE):
+                aborted = self._follow(leader)
         if aborted:
             raise Cancelled
 

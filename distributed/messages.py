@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 
 from ..wanvideo.options import Options
@@ -247,11 +248,40 @@ class HeldWeights:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What the memory of one worker's device is used for, in bytes: at the fullest moment of the last forward, or as it
+    is where none has been finished since the worker started, or since one failed.
+
+    Args:
+        weights: of all models, and the blocks that pass through (see residence.py).
+        activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
+        cache: keys and values kept between the steps of a run.
+        unused: memory that torch's allocator keeps for later.
+        others: what is not torch's in this worker: CUDA itself, NCCL, and other processes such as ComfyUI.
+        total: all that the device has; on a CPU, that the host has.
+        measured: whether it is of a forward.
+    """
+
+    weights: int
+    activations: int
+    cache: int
+    unused: int
+    others: int
+    total: int
+    measured: bool = False
+
+    @property
+    def free(self) -> int:
+        used = self.weights + self.activations + self.cache + self.unused + self.others
+        return max(0, self.total - used)
+
+
+@dataclass(frozen=True)
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
     kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
-    `peak_allocated` the most that torch's allocator gave out on its GPU."""
+    `peak_allocated` the most that torch's allocator gave out on its GPU; `memory` what it is used for."""
 
     rank: int
     pid: int
@@ -263,6 +293,7 @@ class WorkerStatus:
     models: tuple[ModelStatus, ...]
     link: str = ""
     peak_allocated: int = 0
+    memory: MemoryUse | None = None
 
 
 @dataclass(frozen=True)
@@ -296,9 +327,34 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """How long a rank's device stood still for one kind of exchange in a forward (see stopwatch.py).
+
+    Args:
+        kind: of the exchange.
+        ranks: that take part in it; none where a rank needs no other.
+        microseconds: of each time, in their order, with commas between: as numbers, hundreds of them would take
+            milliseconds to read.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    microseconds: str
+
+    @staticmethod
+    def of(kind: str, ranks: tuple[int, ...], seconds: Iterable[float]) -> Stall:
+        return Stall(kind, ranks, ",".join(str(round(s * 1e6)) for s in seconds))
+
+    @property
+    def seconds(self) -> list[float]:
+        return [int(us) / 1e6 for us in self.microseconds.split(",") if us]
+
+
+@dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
-    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model."""
+    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model; `stalls`
+    where the device stood still in a forward."""
 
     id: int
     rank: int
@@ -310,6 +366,7 @@ class Reply:
     status: WorkerStatus | None = None
     exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
+    stalls: tuple[Stall, ...] = ()
 
 
 @dataclass(frozen=True)

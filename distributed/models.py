@@ -43,6 +43,7 @@ from .memory import (
     needed_bytes,
     place_weights,
 )
+from .memory_use import host_memory
 from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .pipeline import Stage
 from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
@@ -180,6 +181,11 @@ class Models:
             whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * share)
             held.append(HeldWeights(spec, loaded.device_bytes, whole))
         return tuple(held)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all weights on this worker's device, the blocks that pass through included."""
+        return sum(loaded.device_bytes for loaded in self.loaded.values()) + self.slots.nbytes
 
     # Where weights live.
 
@@ -321,8 +327,7 @@ def _private_bytes() -> int:
 
 def _host_room() -> int:
     """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    available, total = host_memory()
     return available - total // 20
 
 

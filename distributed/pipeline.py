@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from . import stopwatch
 from .plan import bounds, shares
 
 Batch = TypeVar("Batch")
@@ -90,9 +91,10 @@ class Flow(Generic[Batch]):
             batch = self._batch(slot)
             if batch is not None:
                 yield batch, stream
-            while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
-                self.before_block(None)
-            stream = self._exchange()
+            with stopwatch.standing(stopwatch.PIPELINE, self.stage.ranks):
+                while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
+                    self.before_block(None)
+                stream = self._exchange()
 
     def before_block(self, block: int | None) -> None:
         """Go on, or leave the request with all other stages."""

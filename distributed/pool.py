@@ -53,6 +53,7 @@ from .messages import (
 )
 from .plan import PlanError
 from .processes import PoolProcesses
+from .stopwatch import RankTimes, rank_times
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,13 @@ _MIXED = "mixed"  # no set has this uuid: one rank failed to merge what the othe
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """What a status shows. `state` is "not started", "ready" or "ended"."""
+    """What a status shows.
+
+    Args:
+        state: "not started", "ready" or "ended".
+        times: where the seconds of the last forward went, by rank. Empty, and the seconds 0, where there was none yet,
+            or where the last one failed or was given up; `failed` tells which.
+    """
 
     state: str
     settings: PoolSettings
@@ -109,6 +116,8 @@ class PoolStatus:
     last_forward_seconds: float = 0.0
     last_hop_seconds: float = 0.0
     exchanges: tuple[Exchange, ...] = ()
+    times: tuple[RankTimes, ...] = ()
+    failed: bool = False
 
 
 def acquire(settings: PoolSettings) -> Pool:
@@ -163,8 +172,13 @@ class Pool:
         self._conditioning = SharedConditioning()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
+        self._failed = False
+        self._forget_forward()
+
+    def _forget_forward(self) -> None:
         self._seconds = self._hop = 0.0
         self._exchanges: tuple[Exchange, ...] = ()
+        self._times: tuple[RankTimes, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -250,6 +264,8 @@ class Pool:
         x, conditioning = extended(x, conditioning)
         _check_timestep(x, timestep)
         with self._lock:
+            self._forget_forward()
+            self._failed = True  # until it is done
             self._ensure_started(poll)
             self._ensure_loaded(spec, poll, make_room, grid_of(x).tokens)
             self._ensure_patched(spec, patches or NO_PATCHES, poll)
@@ -266,7 +282,9 @@ class Pool:
             self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             result = core(result, frames, conditioning.options)
-            self._seconds = max(reply.seconds for reply in replies.replies)
+            seconds = [reply.seconds for reply in replies.replies]
+            self._times = rank_times(seconds, [reply.stalls for reply in replies.replies])
+            self._seconds, self._failed = max(seconds), False
             self._hop = time.perf_counter() - started - self._seconds
             self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
             return result
@@ -341,6 +359,7 @@ class Pool:
             if self._finalizer is not None:
                 self._finalizer()  # stops the processes, once
             self._processes = self._finalizer = None
+            self._forget_forward()
             self._loaded.clear()
             self._held.clear()
             self._aside.clear()
@@ -367,6 +386,8 @@ class Pool:
                 self._seconds,
                 self._hop,
                 self._exchanges,
+                self._times,
+                self._failed,
             )
 
     def _ensure_started(self, poll: Poll | None) -> None:

@@ -25,13 +25,14 @@ from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
-from . import xfuser_backend
+from . import stopwatch, xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
 from .links import link_kind
 from .memory import PlacementError
+from .memory_use import MemoryMeter
 from .messages import (
     ArenaRef,
     ConditioningRef,
@@ -109,6 +110,7 @@ class Worker:
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
+        self.memory = MemoryMeter(self.device)
         self.fused = pointwise.use_triton(self.device)
 
     def handle(self, request: Request) -> Reply:
@@ -124,7 +126,7 @@ class Worker:
                     case Patch():
                         self.models.patch(request, self.arena)
                     case Forward():
-                        reply = replace(reply, exchange=self.forward(request))
+                        reply = self._measured(request, reply)
                     case Trim():
                         self.trim()
                     case Unload():
@@ -147,6 +149,14 @@ class Worker:
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
         return replace(reply, seconds=time.perf_counter() - started, weights=self.models.held())
 
+    def _measured(self, request: Forward, reply: Reply) -> Reply:
+        """Run a forward; the reply with what it exchanged and where its time went."""
+        self.memory.last = None
+        with stopwatch.measuring(self.device) as watch:
+            reply = replace(reply, exchange=self.forward(request), stalls=watch.stalls())
+        self.memory.end(self.models.device_bytes, self._cache_bytes())
+        return reply
+
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded, plan = self.models.loaded[request.spec], self.settings.plan
@@ -160,7 +170,9 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        self.models.settle(request.spec, stop - start)
+        with stopwatch.standing(stopwatch.WEIGHTS):
+            self.models.settle(request.spec, stop - start)
+        self.memory.begin()
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
@@ -208,6 +220,7 @@ class Worker:
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         self.models.drop(specs)
+        self.memory.last = None  # it speaks of weights that are gone
         if not self.models.loaded:
             self.patches.close()
         self.models.give_back()
@@ -231,8 +244,13 @@ class Worker:
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
             link=link_kind(self.device, self.settings.plan.num_gpus),
-            peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            peak_allocated=self.memory.peak_allocated,
+            memory=self.memory.last or self.memory.use(self.models.device_bytes, self._cache_bytes()),
         )
+
+    def _cache_bytes(self) -> int:
+        """Bytes of keys and values on the device that are kept between steps."""
+        return self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
         plan = self.settings.plan
