@@ -364,7 +364,8 @@ class Worker:
                 launched[-1].record()
                 if len(launched) > _BLOCKS_AHEAD:
                     launched.popleft().synchronize()
-            self.gate.check(self.rank, leaders[stage])
+            with stopwatch.standing(stopwatch.GATE, sorted({self.rank, leaders[stage]})):
+                self.gate.check(self.rank, leaders[stage])
             if block is not None:
                 residence.before_block(block)
 
