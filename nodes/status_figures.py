@@ -103,7 +103,7 @@ def _times_words(times: RankTimes) -> str:
     def share(value: float) -> str:
         return f"{100 * value / times.total:.0f} %" if times.total else "0 %"
 
-    kinds = ", ".join(f"{kind} {seconds(value)}" for kind, value in times.exchanges)
+    kinds = ", ".join(f"{kind} {seconds(value)}" for kind, value in times.exchanges if value >= 5e-4)
     return (
         f"compute {seconds(times.compute)} ({share(times.compute)}), "
         f"exchange {seconds(times.exchange)} ({share(times.exchange)}{': ' if kinds else ''}{kinds}), "
