@@ -28,25 +28,26 @@ class MemoryMeter:
             self._peak = self.peak_allocated
             torch.cuda.reset_peak_memory_stats(self._device)
 
-    def end(self, weights: int, cache: int) -> None:
-        """After a forward, with the bytes of weights and of kept keys and values that are on the device."""
-        self.last = self.use(weights, cache, measured=True)
+    def end(self, weights: int, cache: int, mailboxes: int) -> None:
+        """After a forward, with the bytes on the device of what is not activations (see `MemoryUse`)."""
+        self.last = self.use(weights, cache, mailboxes, measured=True)
 
-    def use(self, weights: int, cache: int, measured: bool = False) -> MemoryUse:
+    def use(self, weights: int, cache: int, mailboxes: int, measured: bool = False) -> MemoryUse:
         """As it is now; `measured`: at the fullest moment since `begin`."""
         if not self._cuda:
             available, total = host_memory()
-            return MemoryUse(weights, 0, cache, 0, max(0, total - available - weights - cache), total, measured)
+            others = max(0, total - available - weights - cache - mailboxes)
+            return MemoryUse(weights, 0, cache, mailboxes, 0, others, total, measured)
         free, total = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
-        others = max(0, total - free - reserved)
+        others = max(0, total - free - reserved - mailboxes)  # torch's allocator has no part in these
         if measured:
             allocated = torch.cuda.max_memory_allocated(self._device)
             reserved = max(allocated, torch.cuda.max_memory_reserved(self._device))
         else:
             allocated = torch.cuda.memory_allocated(self._device)
         activations = max(0, allocated - weights - cache)
-        return MemoryUse(weights, activations, cache, reserved - allocated, others, total, measured)
+        return MemoryUse(weights, activations, cache, mailboxes, reserved - allocated, others, total, measured)
 
 
 def host_memory() -> tuple[int, int]:

@@ -27,7 +27,8 @@ class PoolSettings:
         device: "cuda", "cpu", or "auto" (cuda where there is one).
         memory_fraction: share of each GPU's memory that a worker's tensors may take.
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
-        overlap: exchange keys and values of a ring, and the sums of tensor-parallel ranks, during computation.
+        overlap: exchange what an Ulysses group or a ring shares, and the sums of tensor-parallel ranks, during
+            computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
     """
@@ -80,6 +81,7 @@ class ArenaRef:
     path: str
     nbytes: int
     serial: int  # a later arena can have the same path
+    pinned: bool = False  # worth pinning: it serves many requests
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class ModelStatus:
     placement: str = ""  # where the weights live, and why
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+    overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ class MemoryUse:
         weights: of all models, and the blocks that pass through (see residence.py).
         activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
         cache: keys and values kept between the steps of a run.
+        mailboxes: memory that other ranks write into (see mailbox.py).
         unused: memory that torch's allocator keeps for later.
         others: what is not torch's in this worker: CUDA itself, NCCL, and other processes such as ComfyUI.
         total: all that the device has; on a CPU, that the host has.
@@ -265,6 +269,7 @@ class MemoryUse:
     weights: int
     activations: int
     cache: int
+    mailboxes: int
     unused: int
     others: int
     total: int
@@ -272,7 +277,7 @@ class MemoryUse:
 
     @property
     def free(self) -> int:
-        used = self.weights + self.activations + self.cache + self.unused + self.others
+        used = self.weights + self.activations + self.cache + self.mailboxes + self.unused + self.others
         return max(0, self.total - used)
 
 

@@ -14,8 +14,9 @@ place, and the one that comes last waits for the transfer alone. So of each exch
   end of the forward to the end of the slowest rank.
 - **compute** is the rest of the forward: kernels, the launching of them, latents in and out.
 
-These add up to the seconds of the forward on every rank. Groups that stand still all at once, each rank for another
-one, have no last rank: the shortest time is then an upper bound of the transfer.
+These add up to the seconds of the forward on every rank. The border between the last two is sharp where all take part
+in a transfer. Where ranks write into each other's memory (mailbox.py), the last one may find all that it needs there,
+and the transfer from it to the others counts as waiting for it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ import torch.distributed as dist
 from .messages import Stall
 
 ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums", "pipeline", "weights", "patches"
+LATER_SLICES = "all-to-all of later slices"
+"""Apart from the others, as not every rank has heads for as many slices (overlapped.py)."""
 USP = "USP"
 """xfuser's attention less the kernel in it: its exchanges, with the copies around them."""
 GATE = "gate"

@@ -31,6 +31,7 @@ from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
 from .links import link_kind
+from .mailbox import Mailbox, open_mailbox
 from .memory import PlacementError
 from .memory_use import MemoryMeter
 from .messages import (
@@ -58,6 +59,7 @@ from .messages import (
     encode,
 )
 from .models import LoadedModel, Models
+from .overlapped import OverlappedAttention
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
 from .plan import Place, PlanError, SequenceDegrees, bounds
@@ -104,6 +106,7 @@ class Worker:
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
+        self.mailboxes: dict[SequenceDegrees, Mailbox] = {}
         self.patches = PatchParallel(rank, settings.plan, self.device)
         streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
         self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
@@ -154,7 +157,7 @@ class Worker:
         self.memory.last = None
         with stopwatch.measuring(self.device) as watch:
             reply = replace(reply, exchange=self.forward(request), stalls=watch.stalls())
-        self.memory.end(self.models.device_bytes, self._cache_bytes())
+        self.memory.end(*self._held_bytes())
         return reply
 
     def forward(self, request: Forward) -> Exchange | None:
@@ -226,10 +229,13 @@ class Worker:
         self.models.give_back()
 
     def trim(self) -> None:
-        """Give back what only a sampling run needs: displaced patches, the blocks in passing, and torch's cache."""
+        """Give back what only a sampling run needs: displaced patches, the blocks in passing, what the exchanges write
+        to, and torch's cache."""
         self.patches.clear()
         if self.stream is not None:
             self.stream.clear()
+        for mailbox in self.mailboxes.values():
+            mailbox.close()
         self.models.give_back()
 
     def status(self) -> WorkerStatus:
@@ -245,12 +251,13 @@ class Worker:
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
             link=link_kind(self.device, self.settings.plan.num_gpus),
             peak_allocated=self.memory.peak_allocated,
-            memory=self.memory.last or self.memory.use(self.models.device_bytes, self._cache_bytes()),
+            memory=self.memory.last or self.memory.use(*self._held_bytes()),
         )
 
-    def _cache_bytes(self) -> int:
-        """Bytes of keys and values on the device that are kept between steps."""
-        return self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
+    def _held_bytes(self) -> tuple[int, int, int]:
+        """Bytes on the device of weights, of keys and values that are kept between steps, and of mailboxes."""
+        kept = self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
+        return self.models.device_bytes, kept, sum(mailbox.nbytes for mailbox in self.mailboxes.values())
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
         plan = self.settings.plan
@@ -269,6 +276,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            overlapped=degrees in self.mailboxes,
         )
 
     def _join_divided(self) -> tuple[TensorShard, Stage]:
@@ -295,7 +303,11 @@ class Worker:
                 self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
                 self.groups[degrees] = place_in(degrees, self.rank, members)
             else:
-                self.groups[degrees] = join_group(degrees, self.rank, members)
+                group = self.groups[degrees] = join_group(degrees, self.rank, members)
+                if self.settings.overlap and degrees.ulysses > 1 and degrees.ring == 1:
+                    mailbox = open_mailbox(group.ulysses, self.device)
+                    if mailbox is not None:
+                        self.mailboxes[degrees] = mailbox
 
     def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
         """The batch items of this rank, as many in each slice as go through the model at once."""
@@ -346,6 +358,8 @@ class Worker:
         if group.degrees in self.xfuser_groups:
             xfuser_group = self.xfuser_groups[group.degrees]
             return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
+        if group.degrees in self.mailboxes:
+            return OverlappedAttention(group, kernel, grid.tokens, heads, self.mailboxes[group.degrees])
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
 
     def _before_block(

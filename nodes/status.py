@@ -82,9 +82,10 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
 
 def _model(model: ModelStatus, mode: str) -> str:
     patches = "with LoRA" if model.patches else "no LoRA"
+    exchange = ", exchange beside computation" if model.overlapped else ""
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
-        f"{model.kernel}, {_degrees(model, mode)} ({model.backend}), {patches}"
+        f"{model.kernel}, {_degrees(model, mode)} ({model.backend}{exchange}), {patches}"
     )
 
 

@@ -17,6 +17,7 @@ _MEMORY = (
     ("weights", BLUE),
     ("activations", RED),
     ("kept keys and values", PINK),
+    ("exchange buffers", SKY),
     ("torch's unused cache", YELLOW),
     ("CUDA and others", GREY),
     ("free", (52, 56, 64)),
@@ -96,7 +97,7 @@ def _memory_title(use: MemoryUse, device: str) -> str:
 
 
 def _parts(use: MemoryUse) -> tuple[float, ...]:
-    return (use.weights, use.activations, use.cache, use.unused, use.others, use.free)
+    return (use.weights, use.activations, use.cache, use.mailboxes, use.unused, use.others, use.free)
 
 
 def _times_words(times: RankTimes) -> str:

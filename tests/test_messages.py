@@ -30,7 +30,7 @@ STATUS = messages.WorkerStatus(
     fused=True,
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
     link="NVLink",
-    memory=messages.MemoryUse(2**35, 2**30, 3, 2, 1, 2**37, True),
+    memory=messages.MemoryUse(2**35, 2**30, 4, 3, 2, 1, 2**37, True),
 )
 WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
 EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
