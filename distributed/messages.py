@@ -251,7 +251,7 @@ class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
     kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
-    `peak_allocated` the most that torch's allocator gave out on its GPU."""
+    `peak_allocated` the most that torch's allocator gave out on its GPU, `peak_reserved` the most it took for that."""
 
     rank: int
     pid: int
@@ -263,6 +263,7 @@ class WorkerStatus:
     models: tuple[ModelStatus, ...]
     link: str = ""
     peak_allocated: int = 0
+    peak_reserved: int = 0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of the jobs: a latent for each, and the bytes of weights that each rank held for it."""
+    """What came out of the jobs: a latent for each, and the bytes of weights that each rank's device held for it."""
 
     latents: list[torch.Tensor]
     held: list[list[int]]
@@ -75,8 +75,7 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
             workers[settings] = Worker(rank, settings, Gate(gate))
         worker = workers[settings]
         _handle(worker, Load(request.id, request.spec))
-        parameters = worker.models.loaded[request.spec].model.parameters()
-        held.append(sum(parameter.nbytes for parameter in parameters if not parameter.is_meta))
+        held.append(worker.models.loaded[request.spec].device_bytes)
         _handle(worker, request)
         if following is None or following[0] != settings:  # a sampling run ends with its model
             _handle(worker, Unload(request.id, tuple(worker.models.loaded)))
