@@ -8,9 +8,10 @@ context and NCCL, which lie outside of torch's allocator, and what its segments 
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
-from wan_parallel.distributed import models, residence  # noqa: E402
+from wan_parallel.distributed import models, residence, worker  # noqa: E402
 from wan_parallel.distributed.gate import Gate, GateMemory  # noqa: E402
+from wan_parallel.distributed.mailbox import Mailbox  # noqa: E402
 from wan_parallel.distributed.memory import PlacementError  # noqa: E402
 from wan_parallel.distributed.messages import (  # noqa: E402
     ArenaRef,
@@ -40,7 +42,6 @@ from wan_parallel.distributed.messages import (  # noqa: E402
     Reply,
     TensorRef,
 )
-from wan_parallel.distributed.worker import Worker  # noqa: E402
 from wan_parallel.wanvideo import pointwise  # noqa: E402
 from wan_parallel.wanvideo.attention import AttentionKernel  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
@@ -87,6 +88,7 @@ class Simulated:
 
     peak: int = 0
     peak_of_load: int = 0
+    exchange: int = 0  # beside torch's allocator: what the other ranks write into
     weights: int = 0
     host: int = 0  # this worker's
     placement: str = ""
@@ -114,8 +116,8 @@ def simulate(
     size = spec.path.partition(":")[2]
     with _process_group(settings.plan.num_gpus), _stand_ins(live, size, settings.plan.num_gpus, host_room):
         memory = GateMemory()
-        worker = Worker(0, settings, Gate(memory.path), META)
-        worker.models._room = lambda: cap - live.now - models._MARGIN + worker.models.slots.nbytes
+        rank = worker.Worker(0, settings, Gate(memory.path), META)
+        rank.models._room = lambda: cap - live.now - models._MARGIN + rank.models.slots.nbytes
         config = PRESETS[size]
         tokens = latent[0] * -(-latent[1] // 2) * -(-latent[2] // 2)
         arena = ArenaRef("", 0, 0)
@@ -124,18 +126,19 @@ def simulate(
             for shape in ((batch, config.in_dim, *latent), (batch,), (batch, TEXT_TOKENS, config.text_dim))
         ]
         out = TensorRef("float32", (batch, tokens, config.out_dim * 4), 0)
-        worker.arena = _Arena(out)
+        rank.arena = _Arena(out)
         with live:
             try:
-                _check(worker.handle(Load(1, spec, tokens)))
+                _check(rank.handle(Load(1, spec, tokens)))
             except PlacementError as refusal:
                 return Simulated(refusal=str(refusal))
             peak_of_load = live.peak
-            _check(worker.handle(Forward(2, spec, arena, *inputs, out)))
-        loaded = worker.models.loaded[spec]
+            _check(rank.handle(Forward(2, spec, arena, *inputs, out)))
+        loaded = rank.models.loaded[spec]
         return Simulated(
             peak=live.peak,
             peak_of_load=peak_of_load,
+            exchange=sum(mailbox.nbytes for mailbox in rank.mailboxes.values()),
             weights=loaded.device_bytes,
             host=loaded.residence.host_bytes,
             placement=loaded.placement.reason,
@@ -189,6 +192,8 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(models, "open_weights", lambda *_asked: _File(size)),
         mock.patch.object(models, "gather_rows", lambda row, *_rest: [list(row)] * world_size),
         mock.patch.object(models, "_host_room", lambda: host_room),
+        mock.patch.object(worker, "open_mailbox", lambda group, device: SimulatedMailbox(group, device, uncounted)),
+        mock.patch.object(dist, "barrier", lambda *_group: None),
         mock.patch.object(dist, "batch_isend_irecv", lambda _operations: []),
     ]
     for patch in replaced:
@@ -205,6 +210,27 @@ def _attention(q: torch.Tensor, _k: torch.Tensor, _v: torch.Tensor, _want_lse: b
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=META)
     return out, torch.empty(batch, heads, tokens, dtype=torch.float32, device=META)
+
+
+class SimulatedMailbox(Mailbox):
+    """Memory that others write into, which is not torch's allocator's."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, uncounted: Callable):
+        super().__init__(group, device)
+        self._empty = uncounted(torch.empty)
+
+    def _make(self, nbytes: int) -> None:
+        self._memory = self._empty(nbytes, dtype=torch.uint8, device=META)
+
+    def _drop(self) -> None:
+        del self._memory
+
+    def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+
+    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None: ...
+
+    def _await(self, flag: int, value: int) -> None: ...
 
 
 class _File:
