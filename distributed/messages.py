@@ -286,7 +286,8 @@ class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
     kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
-    `peak_allocated` the most that torch's allocator gave out on its GPU; `memory` what it is used for."""
+    `peak_allocated` the most that torch's allocator gave out on its GPU, `peak_reserved` the most it took for that;
+    `memory` what it is used for."""
 
     rank: int
     pid: int
@@ -299,6 +300,7 @@ class WorkerStatus:
     link: str = ""
     peak_allocated: int = 0
     memory: MemoryUse | None = None
+    peak_reserved: int = 0
 
 
 @dataclass(frozen=True)

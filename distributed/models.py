@@ -46,7 +46,7 @@ from .memory import (
 from .memory_use import host_memory
 from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .pipeline import Stage
-from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
+from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group, release_cache, unit_of
 from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
@@ -114,14 +114,12 @@ class Models:
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
         model.span = self.stage.span(source.config.num_layers)
-        sizes = self._held_sizes(source, spec)
-        demand = demand_of(sizes, self._activations(spec, source.config, tokens))
-        ranks = len(self._equals()[0])
-        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
-        group = self._share_group(placement.share)
+        demand, placement = self._place(source, spec, tokens, rooms, host_room)
+        group = self.share_groups[placement.share]
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
-        read = functools.partial(self._unplaced, source, spec)
+        release_cache(self.device)
+        read, sizes = functools.partial(self._unplaced, source, spec), self._held_sizes(source, spec, self.rank)
         residence = Residence(sizes, read, model.set_weight, self.device, self.slots, group)
         for name in sizes:
             if not residence.owns(name):
@@ -162,8 +160,7 @@ class Models:
         for loaded in self.loaded.values():
             loaded.residence.leave_slots()
         self.slots.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_cache(self.device)
 
     def step_out(self, request: StepOut) -> None:
         """Move weights to host memory, where this rank is asked to. Not collective."""
@@ -177,8 +174,8 @@ class Models:
         """Bytes of each model's weights on this worker's device."""
         held = []
         for spec, loaded in self.loaded.items():
-            share = math.ceil(loaded.demand.block / loaded.placement.share)
-            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * share)
+            part = max(map(loaded.residence.bytes_of, loaded.residence.blocks), default=0)
+            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * part)
             held.append(HeldWeights(spec, loaded.device_bytes, whole))
         return tuple(held)
 
@@ -216,16 +213,25 @@ class Models:
         share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)
         return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
 
-    def _share_group(self, share: int) -> ShareGroup:
-        if share not in self.share_groups:
-            self.share_groups[share] = join_share_group(self._equals(), self.rank)
-        return self.share_groups[share]
+    def _place(
+        self, source: WeightSource, spec: ModelSpec, tokens: int, rooms: Sequence[int], host_room: int
+    ) -> tuple[Demand, Placement]:
+        """What this rank's part of a model asks for, and where it goes. A collective call.
 
-    def _equals(self) -> list[Sequence[int]]:
-        """Groups of ranks that can share their blocks: all, or each alone where a rank has a part of the model."""
-        plan = self.settings.plan
-        divided = plan.tensor_parallel * plan.pipeline_parallel > 1
-        return [[rank] for rank in range(plan.num_gpus)] if divided else [range(plan.num_gpus)]
+        Every rank does the arithmetic for all parts: so all refuse alike, and know whether somebody shares.
+        """
+        plan, placed = self.settings.plan, {}
+        activations = self._activations(spec, source.config, tokens)
+        for ranks in plan.replicas():
+            demand = demand_of(self._held_sizes(source, spec, ranks[0]), activations, unit_of(self.device))
+            there = [rooms[rank] for rank in ranks]
+            on_host = host_room * len(ranks) // plan.num_gpus
+            choices = spec.shard_weights, spec.offload
+            placed[ranks] = demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)
+        most = max(placement.share for _, placement in placed.values())
+        if most not in self.share_groups:
+            self.share_groups[most] = join_share_group(plan.replicas(), self.rank)
+        return next(mine for ranks, mine in placed.items() if self.rank in ranks)
 
     def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
         """How many blocks stay on this rank's device, which may have more room than the tightest."""
@@ -295,14 +301,16 @@ class Models:
             return place(weight, dtype, self.device, name), None
         return weight, held_dtype(weight.ndim, dtype)
 
-    def _held_sizes(self, source: WeightSource, spec: ModelSpec) -> dict[str, int]:
-        """Bytes of this worker's part of each weight that its stage has."""
-        shapes, layers = source.config.shapes(), source.config.num_layers
+    def _held_sizes(self, source: WeightSource, spec: ModelSpec, rank: int) -> dict[str, int]:
+        """Bytes of a rank's part of each weight that its stage has."""
+        plan, shapes, layers = self.settings.plan, source.config.shapes(), source.config.num_layers
+        at = plan.place(rank)
+        shard, stage = TensorShard(plan.tensor_parallel, at.tensor), Stage.of(at.stage, plan.pipeline_parallel)
         sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
         return {
-            name: sizes[name] * math.prod(self.shard.held_shape(name, shape)) // math.prod(shape)
+            name: sizes[name] * math.prod(shard.held_shape(name, shape)) // math.prod(shape)
             for name, shape in shapes.items()
-            if self.stage.holds(name, layers)
+            if stage.holds(name, layers)
         }
 
 

@@ -22,7 +22,7 @@ from ..wanvideo import pointwise
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
-from ..wanvideo.config import CheckpointError, WanConfig
+from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import stopwatch, xfuser_backend
@@ -97,11 +97,15 @@ class Portion:
 
 
 class Worker:
-    """Executes requests; every method that the ranks run together makes the same collective calls on all."""
+    """Executes requests; every method that the ranks run together makes the same collective calls on all.
 
-    def __init__(self, rank: int, settings: PoolSettings, gate: Gate):
+    Args:
+        device: that of `settings` without; benchmarks/simulation.py has one that only counts.
+    """
+
+    def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
         self.rank, self.settings, self.gate = rank, settings, gate
-        self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
+        self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
         self.place = settings.plan.place(rank)
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
@@ -183,18 +187,18 @@ class Worker:
         if step is not None:
             approximate.begin(step)
         self.gate.begin(request.id)
+        batches = self._batches(request.spec, len(x), self.place.data)
         portions = [
-            portion
-            for items in self._batches(request.spec, len(x))
-            for portion in self._portions(items, step, loaded.model, grid, group)
+            portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
         ]
         residence = loaded.residence
         # ranks that gather weights from each other run the blocks equally often, and leave them together
         together = residence.group.ranks > ranks
-        passes = self._most_portions(request.spec, len(x)) if together else len(portions)
+        missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
+        idle = missing * len(portions) // len(batches)
         before_block = self._before_block(residence, len(x), together)
-        flow = self._flow(portions, loaded.model.config, before_block)
-        with residence.passes(passes):
+        flow = self._flow(portions, idle, loaded.model, before_block)
+        with residence.passes(len(portions) + idle):
             for portion, stream in flow:
                 items, part = portion.items, portion.part
                 try:
@@ -214,9 +218,6 @@ class Worker:
                 flow.pass_on(result)
                 if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
                     _write(out, items, part, result)
-            for _ in range(passes - len(portions)):
-                for block in residence.blocks:
-                    before_block(0, block)
         stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
         return self.patches.report(stale) if stale else None
 
@@ -252,6 +253,7 @@ class Worker:
             link=link_kind(self.device, self.settings.plan.num_gpus),
             peak_allocated=self.memory.peak_allocated,
             memory=self.memory.last or self.memory.use(*self._held_bytes()),
+            peak_reserved=torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
         )
 
     def _held_bytes(self) -> tuple[int, int, int]:
@@ -309,13 +311,13 @@ class Worker:
                     if mailbox is not None:
                         self.mailboxes[degrees] = mailbox
 
-    def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
-        """The batch items of this rank, as many in each slice as go through the model at once."""
+    def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
+        """The batch items of a data-parallel group, as many in each slice as go through the model at once."""
         plan = self.settings.plan
         if batch < plan.data_parallel:  # all groups work on each item together
             first, last = 0, batch
         else:
-            first, last = bounds(batch, plan.data_parallel, self.place.data)
+            first, last = bounds(batch, plan.data_parallel, data)
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
@@ -334,21 +336,27 @@ class Worker:
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
 
-    def _most_portions(self, spec: ModelSpec, batch: int) -> int:
-        """Slices of batch items on the rank that has most of them."""
-        return math.ceil(math.ceil(batch / self.settings.plan.data_parallel) / spec.max_batch)
+    def _most_batches(self, spec: ModelSpec, batch: int) -> int:
+        """Slices of batch items in the data-parallel group that has most of them."""
+        return max(len(self._batches(spec, batch, data)) for data in range(self.settings.plan.data_parallel))
 
     def _flow(
-        self, portions: Sequence[Portion], config: WanConfig, before_block: Callable[[int, int | None], None]
+        self,
+        portions: Sequence[Portion],
+        idle: int,
+        model: WanModel,
+        before_block: Callable[[int, int | None], None],
     ) -> Flow[Portion]:
         """The portions of this rank on their way through its stage."""
         return Flow(
             self.stage,
             portions,
-            self.stage.most_blocks(config.num_layers),
-            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, config.dim),
+            self.stage.most_blocks(model.config.num_layers),
+            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
             self.device,
             before_block,
+            idle,
+            model.span,
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
