@@ -43,7 +43,9 @@ class Row(Line):
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
     hop_s: the part of `s` in which no worker computed. weights: how they are held, if not in `precision`. placement:
     where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host memory in all. allocated_gib:
-    the most that torch's allocator gave out on any GPU, of memory_fraction of it (these are ours only).
+    the most that torch's allocator gave out on any GPU, of memory_fraction of it. strategy: its short name (see
+    strategies.py), expected_s: what the cost model said, link: GB/s that a worker sends while all do, p2p: off without
+    peer access (these are ours only).
     """
 
     lib: str
@@ -75,6 +77,11 @@ class Row(Line):
     host_gib: float | None = None
     allocated_gib: float | None = None
     memory_fraction: float | None = None
+    data: int | None = None
+    strategy: str | None = None
+    expected_s: float | None = None
+    link: str | None = None
+    link_gbps: float | None = None
 
 
 @dataclass(frozen=True)
