@@ -146,20 +146,22 @@ def reason(choices: Sequence[Choice], taken: Choice, question: Question, machine
     items = "1 item" if work.items == 1 else f"{work.items} items"
     parts = {"weights": expected.weights, "idle stages": expected.idle}
     parts = {"compute": expected.compute, "exchange": expected.exchange} | {k: s for k, s in parts.items() if s}
+    others = [c for c in choices if c is not taken and c.plan.data_parallel <= max(work.items, 1)]
+    beside = _compared(taken, others[0], heads) if others else ""
+    links = f", {machine.link / 1e9:.3g} GB/s between workers ({link})" if taken.plan.num_gpus > 1 else ""
     return (
         f"{taken.plan.describe(heads)}, for {items} of {work.tokens} tokens: {taken.seconds:.3g} s expected "
-        f"({', '.join(f'{name} {seconds:.3g}' for name, seconds in parts.items())}){_beside(choices, taken, heads)}; "
-        f"measured {machine.products / 1e12:.3g} TFLOP/s, {machine.link / 1e9:.3g} GB/s between workers ({link})"
+        f"({', '.join(f'{name} {seconds:.3g}' for name, seconds in parts.items())}){beside}; "
+        f"measured {machine.products / 1e12:.3g} TFLOP/s{links}"
     )
 
 
-def _beside(choices: Sequence[Choice], taken: Choice, heads: int) -> str:
+def _compared(taken: Choice, best: Choice, heads: int) -> str:
     """How the best of the other plans compares."""
-    others = [choice for choice in choices if choice is not taken]
-    if not others:
-        return ", and nothing else fits"
-    other = f"{_short(others[0].plan, heads)} {others[0].seconds:.3g} s"
-    return f", {other}" if taken is choices[0] else f", and {other}, which does not make up for the change"
+    other = f"{_short(best.plan, heads)} {best.seconds:.3g} s"
+    if best.seconds >= (1 - _ALIKE) * taken.seconds:
+        return f", next {other}"
+    return f", though {other}: that does not make up for a change"
 
 
 def demand_under(question: Question, plan: ParallelPlan) -> Demand:

@@ -198,6 +198,14 @@ class Pool:
         """What the last forward exchanged, by rank; empty unless it used stale keys and values."""
         return self._exchanges
 
+    def check(self, spec: ModelSpec) -> None:
+        """Check that the model can be divided as was asked for, as `forward` does. Starts nothing.
+
+        Raises:
+            CheckpointError, PlanError: it cannot.
+        """
+        self._planner.check(_config_of(spec), Kind(spec, 0, 1))
+
     def ensure_ready(
         self,
         spec: ModelSpec,

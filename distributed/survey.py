@@ -14,35 +14,42 @@ from .cost import Machine
 _SKEW_SECONDS = 3e-4
 """How long ranks wait for the slowest one at an exchange, beyond its latency: 4 H200s (see tests/test_cost.py)."""
 _REPEATS = 3
+_PRODUCTS = 4  # in a row, so that a start of work weighs less
 
 
 def survey(device: torch.device, world_size: int) -> Machine:
-    """Time a product, a copy, an exchange among all ranks and a copy from host memory (a collective call)."""
+    """Time an exchange among all ranks, copies and products (a collective call)."""
     on_gpu = device.type == "cuda"
-    size = 4096 if on_gpu else 256
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    nbytes = 2**26 if on_gpu else 2**20
+    nbytes = 2**27 if on_gpu else 2**20
     data = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     other = torch.empty_like(data)
-    host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+    host = torch.zeros(nbytes // 4, dtype=torch.uint8, pin_memory=on_gpu)
+    size, dtype = (4096, torch.bfloat16) if on_gpu else (256, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
 
-    def timed(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object]) -> float:
         return _seconds(work, device)
 
-    product = timed(lambda: torch.mm(a, b))
-    copy = timed(lambda: other.copy_(data))
-    upload = timed(lambda: other.copy_(host, non_blocking=True))
-    measured = {"products": 2 * size**3 / product, "memory": 2 * nbytes / copy, "host": nbytes / upload}
-    if world_size > 1:
-        few = data[: world_size * 64]
-        latency = timed(lambda: dist.all_to_all_single(torch.empty_like(few), few))
-        rest = data[: nbytes // world_size * world_size]
-        exchange = timed(lambda: dist.all_to_all_single(other[: len(rest)], rest))
-        sent = len(rest) * (world_size - 1) / world_size
-        measured["link"] = sent / max(exchange - latency, 0.1 * exchange)
-        measured["latency"] = latency + (_SKEW_SECONDS if on_gpu else 0.0)
-    return Machine(**measured)
+    measured = _exchange(data, other, world_size, seconds) if world_size > 1 else {}
+    if on_gpu and world_size > 1:
+        measured["latency"] += _SKEW_SECONDS
+    copy = seconds(lambda: other.copy_(data))
+    upload = seconds(lambda: other[: len(host)].copy_(host, non_blocking=True))
+    product = seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)])
+    return Machine(
+        products=_PRODUCTS * 2 * size**3 / product, memory=2 * nbytes / copy, host=len(host) / upload, **measured
+    )
+
+
+def _exchange(
+    data: torch.Tensor, other: torch.Tensor, world_size: int, seconds: Callable[[Callable[[], object]], float]
+) -> dict[str, float]:
+    """Seconds of an exchange of next to nothing, and bytes/s that a rank sends in a large one."""
+    few, many = world_size * 64, len(data) // world_size * world_size
+    latency = seconds(lambda: dist.all_to_all_single(other[:few], data[:few]))
+    all_of_it = seconds(lambda: dist.all_to_all_single(other[:many], data[:many]))
+    sent = many * (world_size - 1) / world_size
+    return {"latency": latency, "link": sent / max(all_of_it - latency, 0.1 * all_of_it)}
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

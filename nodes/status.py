@@ -59,6 +59,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         )
     lines = [
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
+        f"sizes: {f'chosen: {status.plan_reason}' if status.plan_reason else 'as set'}",
         f"last forward {status.last_forward_seconds:.3f} s, hop to the workers and back "
         f"{status.last_hop_seconds * 1000:.1f} ms",
         *(
