@@ -23,6 +23,9 @@ _HOP_SECONDS = 6e-3
 """From ComfyUI to the workers and back."""
 _HIDDEN_SUMS = 1 / 3
 """Of the sums of tensor-parallel ranks, what travels during computation: half of two out of three (see tensor.py)."""
+_EXPOSED_HEADS = 1 / 4
+"""Of Ulysses' bytes, what is waited for though they travel beside the computation: of queries, keys, values and output,
+half of the first and half of the last (see overlapped.py)."""
 _GATHER_COST = 0.5
 """What a gather of weights costs though it is hidden, as a share of its time: NCCL's kernels take multiprocessors from
 the computation beside it (benchmarks/LOG.md, 5)."""
@@ -48,6 +51,7 @@ class Machine:
         link: bytes/s that each worker sends while all send to all.
         latency: seconds of an exchange apart from its bytes: its start, and the wait for the slowest rank.
         host: bytes/s from host memory to each device while all of them copy.
+        peers: whether devices write into each other's memory, which hides Ulysses' exchange (see mailbox.py).
     """
 
     products: float = 770e12
@@ -55,6 +59,7 @@ class Machine:
     link: float = 250e9
     latency: float = 4e-4
     host: float = 40e9
+    peers: bool = False
 
     @property
     def attention(self) -> float:
@@ -164,6 +169,8 @@ def _block_exchange(
     own = math.ceil(work.tokens / degrees.ranks) * config.dim * work.itemsize
     ulysses, ring = degrees.ulysses, degrees.ring
     heads = 4 * own / tensor * (ulysses - 1) / ulysses / machine.link
+    if work.overlap and machine.peers and ring == 1:
+        heads *= _EXPOSED_HEADS
     around = 2 * own / tensor * (ring - 1) / machine.link
     if work.overlap:
         _, attention = block_flops(config, work.tokens, degrees.ranks, tensor)

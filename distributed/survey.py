@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .cost import Machine
+from .links import PEERS
 
 _SKEW_SECONDS = 3e-4
 """How long ranks wait for the slowest one at an exchange, beyond its latency: 4 H200s (see tests/test_cost.py)."""
@@ -17,8 +18,12 @@ _REPEATS = 3
 _PRODUCTS = 4  # in a row, so that a start of work weighs less
 
 
-def survey(device: torch.device, world_size: int) -> Machine:
-    """Time an exchange among all ranks, copies and products (a collective call)."""
+def survey(device: torch.device, world_size: int, link: str) -> Machine:
+    """Time an exchange among all ranks, copies and products (a collective call).
+
+    Args:
+        link: how the device reaches the others (see `links.link_kind`).
+    """
     on_gpu = device.type == "cuda"
     nbytes = 2**27 if on_gpu else 2**20
     data = torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -37,7 +42,7 @@ def survey(device: torch.device, world_size: int) -> Machine:
     upload = seconds(lambda: other[: len(host)].copy_(host, non_blocking=True))
     product = seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)])
     return Machine(
-        products=_PRODUCTS * 2 * size**3 / product, memory=2 * nbytes / copy, host=len(host) / upload, **measured
+        products=_PRODUCTS * 2 * size**3 / product, memory=2 * nbytes / copy, host=len(host) / upload, peers=link in PEERS, **measured
     )
 
 

@@ -250,7 +250,7 @@ class Worker:
     def survey(self) -> Surveyed:
         """What the machine does, measured the first time, and what there is room for (a collective call)."""
         if self.machine is None:
-            self.machine = survey(self.device, self.settings.plan.num_gpus)
+            self.machine = survey(self.device, self.settings.plan.num_gpus, self._link)
             self.models.give_back()
         hosted = sum(loaded.residence.host_bytes for loaded in self.models.loaded.values())
         return Surveyed(self.machine, self.models.room(), host_room(), hosted, self._link)

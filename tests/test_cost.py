@@ -68,6 +68,14 @@ def test_one_item_takes_the_same_under_either_plan_as_all_gpus_share_it():
     assert seconds(D2U2, items=1) == seconds(U4, items=1)
 
 
+def test_an_exchange_beside_the_computation_costs_less():
+    peers = replace(NVLINK, peers=True)
+    assert seconds(ParallelPlan(1)) / 4 < seconds(U4, peers) < seconds(U4)
+    assert seconds(U4, replace(HOST_LINK, peers=True)) < seconds(U4, HOST_LINK)
+    rings = ParallelPlan(4, ulysses_degree=2)
+    assert seconds(rings, peers) == seconds(rings)
+
+
 def test_three_items_are_better_shared_by_all_than_split_two_to_one():
     assert seconds(U4, items=3) < seconds(D2U2, items=3)
 
