@@ -42,7 +42,11 @@ def survey(device: torch.device, world_size: int, link: str) -> Machine:
     upload = seconds(lambda: other[: len(host)].copy_(host, non_blocking=True))
     product = seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)])
     return Machine(
-        products=_PRODUCTS * 2 * size**3 / product, memory=2 * nbytes / copy, host=len(host) / upload, peers=link in PEERS, **measured
+        products=_PRODUCTS * 2 * size**3 / product,
+        memory=2 * nbytes / copy,
+        host=len(host) / upload,
+        peers=link in PEERS,
+        **measured,
     )
 
 
