@@ -44,7 +44,8 @@ class Row(Line):
     hop_s: the part of `s` in which no worker computed. weights: how they are held, if not in `precision`. placement:
     where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host memory in all. allocated_gib:
     the most that torch's allocator gave out on any GPU, of memory_fraction of it. overlapped: whether Ulysses'
-    exchanges ran beside the computation (these are ours only).
+    exchanges ran beside the computation. strategy: its short name (see strategies.py), expected_s: what the cost model
+    says, link: how the GPUs reach each other, link_gbps: what each sends while all of them do (these are ours only).
     """
 
     lib: str
@@ -77,6 +78,11 @@ class Row(Line):
     host_gib: float | None = None
     allocated_gib: float | None = None
     memory_fraction: float | None = None
+    data: int | None = None
+    strategy: str | None = None
+    expected_s: float | None = None
+    link: str | None = None
+    link_gbps: float | None = None
 
 
 @dataclass(frozen=True)

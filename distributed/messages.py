@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 
 from ..wanvideo.options import Options
+from .cost import Machine
 from .plan import ParallelPlan, PatchSplit
 
 PIPELINE_MODES = ("exact", "pipefusion")
@@ -31,6 +32,8 @@ class PoolSettings:
             computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
+        auto: sizes of the plan that are 1, and degrees that are 0, are chosen for the model and its video (see
+            choice.py).
     """
 
     plan: ParallelPlan
@@ -39,6 +42,7 @@ class PoolSettings:
     usp_backend: str = "auto"
     overlap: bool = True
     pipeline_mode: str = "exact"
+    auto: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,13 +216,28 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """Ask for every worker's `Surveyed`, which it measures the first time."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Divide:
+    """Share the GPUs out as `plan` says. Loaded models stay: they must be divided alike under both plans."""
+
+    id: int
+    plan: ParallelPlan
+
+
+@dataclass(frozen=True)
 class Cancel:
     """To the launcher: the client no longer waits for request `id`."""
 
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide
 
 
 @dataclass(frozen=True)
@@ -304,6 +323,24 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True)
+class Surveyed:
+    """What a worker's device does (see survey.py), and what there is room for.
+
+    Args:
+        room: bytes that a model's weights and activations may take on its device, those of loaded models included.
+        host_room: bytes of host memory that is free for weights, of all workers together.
+        hosted: bytes that the loaded models of this worker take there.
+        link: how it reaches the others (see links.py).
+    """
+
+    machine: Machine
+    room: int
+    host_room: int
+    hosted: int
+    link: str
+
+
+@dataclass(frozen=True)
 class Ready:
     """A worker has joined the group."""
 
@@ -374,6 +411,7 @@ class Reply:
     exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
     stalls: tuple[Stall, ...] = ()
+    surveyed: Surveyed | None = None
 
 
 @dataclass(frozen=True)
@@ -400,7 +438,7 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, Cancel),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

@@ -27,6 +27,7 @@ from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import stopwatch, xfuser_backend
 from .arena import ArenaReader
+from .cost import Machine
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
@@ -38,6 +39,7 @@ from .messages import (
     ArenaRef,
     ConditioningRef,
     Displaced,
+    Divide,
     Exchange,
     Forward,
     Load,
@@ -51,6 +53,8 @@ from .messages import (
     Request,
     Start,
     StepOut,
+    Survey,
+    Surveyed,
     TensorRef,
     Trim,
     Unload,
@@ -58,14 +62,23 @@ from .messages import (
     decode,
     encode,
 )
-from .models import LoadedModel, Models
+from .models import LoadedModel, Models, host_room
 from .overlapped import OverlappedAttention
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
-from .plan import Place, PlanError, SequenceDegrees, bounds
+from .plan import ParallelPlan, Place, PlanError, SequenceDegrees, bounds
 from .residence import Residence
 from .schedule import EXACT
-from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
+from .sequence import (
+    MissingPackage,
+    NativeAttention,
+    SequenceGroup,
+    join_group,
+    leave_groups,
+    own_process_group,
+    place_in,
+)
+from .survey import survey
 from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
@@ -106,7 +119,6 @@ class Worker:
     def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
         self.rank, self.settings, self.gate = rank, settings, gate
         self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
-        self.place = settings.plan.place(rank)
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
@@ -119,6 +131,12 @@ class Worker:
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
         self.memory = MemoryMeter(self.device)
         self.fused = pointwise.use_triton(self.device)
+        self.machine: Machine | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where this rank stands."""
+        return self.settings.plan.place(self.rank)
 
     def handle(self, request: Request) -> Reply:
         """Answer one request; errors of the request become part of the reply."""
@@ -142,6 +160,10 @@ class Worker:
                         self.models.step_out(request)
                     case Report():
                         reply = replace(reply, status=self.status())
+                    case Survey():
+                        reply = replace(reply, surveyed=self.survey())
+                    case Divide():
+                        self.divide(request.plan)
         except Cancelled:
             self.trim()  # the client will not wait to ask for it
             reply = replace(reply, cancelled=True)
@@ -239,6 +261,36 @@ class Worker:
             mailbox.close()
         self.models.give_back()
 
+    def survey(self) -> Surveyed:
+        """What the machine does, measured the first time, and what there is room for (a collective call)."""
+        if self.machine is None:
+            self.machine = survey(self.device, self.settings.plan.num_gpus, self._link)
+            self.models.give_back()
+        hosted = sum(loaded.residence.host_bytes for loaded in self.models.loaded.values())
+        return Surveyed(self.machine, self.models.room(), host_room(), hosted, self._link)
+
+    def divide(self, plan: ParallelPlan) -> None:
+        """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""
+        for mailbox in self.mailboxes.values():
+            mailbox.close()
+        self.mailboxes.clear()
+        leave_groups(group for joined in self.groups.values() for group in (joined.ulysses, joined.ring))
+        self.groups.clear()
+        before, self.settings = self.settings.plan, replace(self.settings, plan=plan)
+        if plan.holds_as(before):
+            self.models.settings = self.settings
+        else:
+            self.unload(list(self.models.loaded))
+            leave_groups((self.shard.group, self.shard.overlapped, self.stage.group, *self.models.process_groups()))
+            self.shard, self.stage = self._join_divided()
+            self.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
+        for loaded in self.models.loaded.values():
+            self._join_groups(loaded.source.config.num_heads)
+
+    @property
+    def _link(self) -> str:
+        return link_kind(self.device, self.settings.plan.num_gpus)
+
     def status(self) -> WorkerStatus:
         used, total = _device_memory(self.device)
         return WorkerStatus(
@@ -250,7 +302,7 @@ class Worker:
             peak_private=self.models.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
-            link=link_kind(self.device, self.settings.plan.num_gpus),
+            link=self._link,
             peak_allocated=self.memory.peak_allocated,
             memory=self.memory.last or self.memory.use(*self._held_bytes()),
             peak_reserved=torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,

@@ -117,13 +117,13 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_inputs(xdit_usp_config, vace_model)
         header = read_header(model_path(model))
-        xdit_usp_config.plan.check_model(header.config.num_heads, header.config.num_layers)
         spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode)
         pool = acquire(xdit_usp_config.pool_settings())
+        pool.check(spec)
         log.info(
             "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
             model,
-            xdit_usp_config.plan.describe(header.config.num_heads),
+            _workers(xdit_usp_config, header.config.num_heads),
             held_as(header, spec.weight_dtype),
             spec.compute_dtype,
         )
@@ -131,6 +131,12 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         for entry in lora or ():
             patcher = _with_lora(patcher, entry)
         return io.NodeOutput(patcher)
+
+
+def _workers(config: USPConfig, num_heads: int) -> str:
+    if config.chooses_sizes and config.num_gpus > 1:
+        return f"{config.num_gpus} workers, whose sizes are chosen with the first sampling step"
+    return config.plan.describe(num_heads)
 
 
 def _check_inputs(config: object, vace_model: object) -> None:
