@@ -174,6 +174,51 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class LoadVAE:
+    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+
+    id: int
+    key: str
+    dtype: str
+    arena: ArenaRef
+    weights: dict[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """How a video is decoded; the result is the same within rounding.
+
+    Args:
+        convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
+        piece_mib: MiB of the largest tensor of a piece; less where memory is short.
+        axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
+        tile: fields of `wanvideo.vae_triton.Tile`, for measurements; its own choice where empty.
+    """
+
+    convolution: str = "auto"
+    piece_mib: int = 512
+    axis: str = "auto"
+    tile: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodeVAE:
+    """Decode latents [B, C, T, h, w] in `arena` into `out` [B, frames, H, W, 3], float32 from 0 to 1, in `out_arena`.
+
+    `done` there has a word for each rank: how many frames it has written.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
 class Trim:
     """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
 
@@ -215,7 +260,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report
+Request = Load | Patch | Forward | LoadVAE | DecodeVAE | Unload | StepOut | Trim | Report
 
 
 @dataclass(frozen=True)
@@ -263,6 +308,7 @@ class WorkerStatus:
     models: tuple[ModelStatus, ...]
     link: str = ""
     peak_allocated: int = 0
+    vae_bytes: int = 0  # weights of VAEs
 
 
 @dataclass(frozen=True)
@@ -310,6 +356,7 @@ class Reply:
     status: WorkerStatus | None = None
     exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
+    vaes: tuple[str, ...] = ()  # keys of the VAEs it has
 
 
 @dataclass(frozen=True)
@@ -336,7 +383,7 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel, LoadVAE, DecodeVAE),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

@@ -35,10 +35,12 @@ from .memory import PlacementError
 from .messages import (
     ArenaRef,
     ConditioningRef,
+    DecodeVAE,
     Displaced,
     Exchange,
     Forward,
     Load,
+    LoadVAE,
     ModelSpec,
     ModelStatus,
     Patch,
@@ -64,6 +66,7 @@ from .residence import Residence
 from .schedule import EXACT
 from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
 from .tensor import TensorShard
+from .vae import VAEs
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
@@ -109,6 +112,7 @@ class Worker:
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
+        self.vaes = VAEs(rank, settings, self.device, gate, self.models)
         self.fused = pointwise.use_triton(self.device)
 
     def handle(self, request: Request) -> Reply:
@@ -125,6 +129,10 @@ class Worker:
                         self.models.patch(request, self.arena)
                     case Forward():
                         reply = replace(reply, exchange=self.forward(request))
+                    case LoadVAE():
+                        self.vaes.load(request)
+                    case DecodeVAE():
+                        self.vaes.decode(request)
                     case Trim():
                         self.trim()
                     case Unload():
@@ -145,7 +153,8 @@ class Worker:
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        return replace(reply, seconds=time.perf_counter() - started, weights=self.models.held())
+        seconds, held = time.perf_counter() - started, self.models.held()
+        return replace(reply, seconds=seconds, weights=held, vaes=self.vaes.keys)
 
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
@@ -208,6 +217,7 @@ class Worker:
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         self.models.drop(specs)
+        self.vaes.drop()
         if not self.models.loaded:
             self.patches.close()
         self.models.give_back()
@@ -232,6 +242,7 @@ class Worker:
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
             link=link_kind(self.device, self.settings.plan.num_gpus),
             peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            vae_bytes=self.vaes.nbytes,
         )
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
