@@ -192,13 +192,11 @@ class VAEOptions:
         convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
         piece_mib: MiB of the largest tensor of a piece; less where memory is short.
         axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
-        tile: fields of `wanvideo.vae_triton.Tile`, for measurements; its own choice where empty.
     """
 
     convolution: str = "auto"
     piece_mib: int = 512
     axis: str = "auto"
-    tile: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class VAEs:
         self.rank, self.ranks, self.device = rank, settings.plan.num_gpus, device
         self.gate, self.models = gate, models
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
-        self._decoders: dict[tuple[str, str, tuple[int, ...]], Decoder] = {}
+        self._decoders: dict[tuple[str, str], Decoder] = {}
         self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     @property
@@ -175,11 +175,11 @@ class VAEs:
         self.gate.check(self.rank, 0)
 
     def _decoder(self, key: str, options: VAEOptions) -> Decoder:
-        name = key, options.convolution, options.tile
+        name = key, options.convolution
         if name not in self._decoders:
             self._decoders.clear()
             weights = self.weights[key]
-            ops = VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution, options.tile)
+            ops = VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution)
             self._decoders[name] = Decoder(weights, ops)
         return self._decoders[name]
 

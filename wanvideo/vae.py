@@ -11,7 +11,7 @@ Activations are [frames, rows, columns, channels], in the dtype of the weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -378,7 +378,8 @@ def random_weights(
 ) -> dict[str, torch.Tensor]:
     """Random weights of a decoder of Wan 2.1's architecture (whose `dim` is 96), for tests and benchmarks."""
     generator = torch.Generator(device).manual_seed(0)
-    return {name: _random(name, shape, generator, device).to(dtype) for name, shape in _decoder_shapes(dim, z_dim)}
+    shapes = decoder_shapes(dim, z_dim)
+    return {name: _random(name, shape, generator, device).to(dtype) for name, shape in shapes.items()}
 
 
 def _random(
@@ -391,7 +392,12 @@ def _random(
     return values / fan_in**0.5 if fan_in > 1 else values / 10
 
 
-def _decoder_shapes(dim: int, z_dim: int) -> Iterable[tuple[str, tuple[int, ...]]]:
+def decoder_shapes(dim: int = 96, z_dim: int = 16) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a decoder of Wan 2.1's architecture, under their names in Wan's files."""
+    return dict(_named_shapes(dim, z_dim))
+
+
+def _named_shapes(dim: int, z_dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     def conv(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}.weight", shape
         yield f"{name}.bias", shape[:1]

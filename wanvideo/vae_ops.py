@@ -7,7 +7,7 @@ nothing is padded or joined beside the one pass that writes the buffer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -32,10 +32,9 @@ class VAEOps:
 
     Args:
         convolution: one of `CONVOLUTIONS`.
-        tile: fields of `vae_triton.Tile`, for measurements; the kernel's own choice where empty.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, convolution: str = "auto", tile: Sequence[int] = ()):
+    def __init__(self, device: torch.device, dtype: torch.dtype, convolution: str = "auto"):
         self.triton = _triton(device) if dtype in (torch.bfloat16, torch.float16) else None
         if convolution == "auto":
             convolution = "triton" if self.triton is not None else "conv3d"
@@ -45,13 +44,12 @@ class VAEOps:
                 "Use a CUDA GPU with bf16 or fp16, or another convolution."
             )
         self.convolution = convolution
-        self.tile = self.triton.Tile(*tile) if tile and self.triton is not None else None
 
     def conv(self, weight: torch.Tensor, bias: torch.Tensor) -> Convolution:
         """A convolution without padding, of weight [O, C, kt, kh, kw] or [O, C, kh, kw] and bias [O]."""
         flat = weight.ndim == 4
         if self.convolution == "triton" and self.triton.fits(weight):
-            return self.triton.Conv(weight.unsqueeze(2) if flat else weight, bias, self.tile)
+            return self.triton.Conv(weight.unsqueeze(2) if flat else weight, bias)
         if flat:
             return _Conv2d(weight, bias)
         if self.convolution == "conv2d":
