@@ -140,6 +140,7 @@ class VAEs:
             name: self._inputs.view(request.arena, ref).to(self.device, dtype, copy=True)
             for name, ref in request.weights.items()
         }
+        self._close()
 
     def drop(self) -> None:
         """Forget all VAEs."""
@@ -147,6 +148,13 @@ class VAEs:
         self._decoders.clear()
 
     def decode(self, request: DecodeVAE) -> None:
+        """As `_decode`; the memory of the client is let go in any case, as a video of its is as large as that."""
+        try:
+            self._decode(request)
+        finally:
+            self._close()
+
+    def _decode(self, request: DecodeVAE) -> None:
         """Decode this rank's strip of each latent, and write its pixels where the client reads them.
 
         Raises:
@@ -170,6 +178,9 @@ class VAEs:
                 for piece in decoder.decode(item.to(self.device), frame, piece_bytes, self._check):
                     writer.put(piece)
         self.models.give_back()
+
+    def _close(self) -> None:
+        self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     def _check(self) -> None:
         self.gate.check(self.rank, 0)

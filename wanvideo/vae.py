@@ -308,7 +308,7 @@ def decoder_stages(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Stage, ...]:
     Raises:
         VAEError: these are not the weights of such a VAE.
     """
-    _check(shapes)
+    check_vae(shapes)
     found = {int(match[1]) for name in shapes if (match := re.match(r"decoder\.upsamples\.(\d+)\.", name))}
     names = ["decoder.conv1", *(f"decoder.middle.{i}" for i in range(3))]
     stages, scale, frames = [], 1, 1
@@ -333,7 +333,8 @@ def check_latent(shapes: Mapping[str, tuple[int, ...]], latent: tuple[int, ...])
         raise VAEError(f"The latent is empty: its shape is {list(latent)}. Connect the latent of a Wan video.")
 
 
-def _check(shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_vae(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise VAEError unless weights of these shapes are those of Wan 2.1's VAE."""
     if any(name.startswith("decoder.upsamples.0.upsamples.") for name in shapes):
         raise VAEError(
             "This is Wan 2.2's VAE (of the 5B model), which does not run in parallel yet. Decode with VAE Decode."

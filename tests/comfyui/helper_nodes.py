@@ -52,6 +52,24 @@ class RandomLatent:
         return ({"samples": torch.randn(1, channels, 2, 4, 4, generator=generator)},)
 
 
+class SaveImageTensor:
+    """Write an IMAGE to `<output>/<name>.safetensors`, and where it lies."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"images": ("IMAGE",), "name": ("STRING", {"default": "images"})}}
+
+    def save(self, images, name):
+        path = os.path.join(folder_paths.get_output_directory(), f"{name}.safetensors")
+        save_file({"images": images.contiguous()}, path, {"device": str(images.device)})
+        return {}
+
+
 class SaveLatentTensor:
     """Write the samples of a LATENT to `<output>/<name>.safetensors`."""
 
