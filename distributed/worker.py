@@ -25,6 +25,7 @@ from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
+from ..wanvideo.vae_ops import VAEError
 from . import xfuser_backend
 from .arena import ArenaReader
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -81,6 +82,7 @@ _FOR_THE_USER = (
     PlacementError,
     PlanError,
     StaleError,
+    VAEError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from .vae_ops import VAEOps, norm
+from .vae_ops import VAEError, VAEOps, norm
 
 SCALE = 8
 """Pixels of a row or column for each of the latent."""
@@ -29,10 +29,6 @@ PIECE_BYTES = 2**29
 
 _LIVE = 4
 """Tensors of the largest size that a residual block has at a time: its input, a buffer, and two results."""
-
-
-class VAEError(ValueError):
-    """The VAE or its input is none that can be run here. The text says which, and what to do."""
 
 
 class Frame(Protocol):

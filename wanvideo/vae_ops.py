@@ -27,6 +27,10 @@ Convolution = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 _EPS = 1e-30  # below float32's rounding of any mean square that matters; a pixel of zeros stays one
 
 
+class VAEError(ValueError):
+    """The VAE, its input or its options are none that can be run here. The text says which, and what to do."""
+
+
 class VAEOps:
     """The kernels to use on a device.
 
@@ -39,7 +43,7 @@ class VAEOps:
         if convolution == "auto":
             convolution = "triton" if self.triton is not None else "conv3d"
         if convolution == "triton" and self.triton is None:
-            raise ValueError(
+            raise VAEError(
                 f"The VAE's convolutions are to run in Triton, which does not work on {device} in {dtype}. "
                 "Use a CUDA GPU with bf16 or fp16, or another convolution."
             )

@@ -45,11 +45,15 @@ class RandomLatent:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0}), "channels": ("INT", {"default": 16})}}
+        size = {"frames": ("INT", {"default": 2}), "rows": ("INT", {"default": 4}), "columns": ("INT", {"default": 4})}
+        return {
+            "required": {"seed": ("INT", {"default": 0}), "channels": ("INT", {"default": 16})},
+            "optional": {**size, "batch": ("INT", {"default": 1})},
+        }
 
-    def make(self, seed, channels):
+    def make(self, seed, channels, frames=2, rows=4, columns=4, batch=1):
         generator = torch.Generator().manual_seed(seed)
-        return ({"samples": torch.randn(1, channels, 2, 4, 4, generator=generator)},)
+        return ({"samples": torch.randn(batch, channels, frames, rows, columns, generator=generator)},)
 
 
 class SaveImageTensor:
@@ -221,6 +225,7 @@ NODE_CLASS_MAPPINGS = {
     for cls in (
         RandomConditioning,
         RandomLatent,
+        SaveImageTensor,
         SaveLatentTensor,
         WanVideoLoraList,
         WantRoom,
