@@ -181,6 +181,49 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class LoadVAE:
+    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+
+    id: int
+    key: str
+    dtype: str
+    arena: ArenaRef
+    weights: dict[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """How a video is decoded; the result is the same within rounding.
+
+    Args:
+        convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
+        piece_mib: MiB of the largest tensor of a piece; less where memory is short.
+        axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
+    """
+
+    convolution: str = "auto"
+    piece_mib: int = 512
+    axis: str = "auto"
+
+
+@dataclass(frozen=True)
+class DecodeVAE:
+    """Decode latents [B, C, T, h, w] in `arena` into `out` [B, frames, H, W, 3], float32 from 0 to 1, in `out_arena`.
+
+    `done` there has a word for each rank: how many frames it has written.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
 class Trim:
     """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
 
@@ -237,7 +280,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE
 
 
 @dataclass(frozen=True)
@@ -320,6 +363,7 @@ class WorkerStatus:
     peak_allocated: int = 0
     memory: MemoryUse | None = None
     peak_reserved: int = 0
+    vae_bytes: int = 0  # weights of VAEs
 
 
 @dataclass(frozen=True)
@@ -412,6 +456,7 @@ class Reply:
     weights: tuple[HeldWeights, ...] = ()
     stalls: tuple[Stall, ...] = ()
     surveyed: Surveyed | None = None
+    vaes: tuple[str, ...] = ()  # keys of the VAEs it has
 
 
 @dataclass(frozen=True)
@@ -438,7 +483,7 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, LoadVAE, DecodeVAE, Cancel),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

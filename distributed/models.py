@@ -271,7 +271,7 @@ class Models:
         if spec in self.loaded:
             self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
 
-    def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
+    def _make_way(self, spec: ModelSpec | None, nbytes: int) -> None:
         """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
         missing = nbytes - self._room()
         for other, loaded in self.loaded.items():
@@ -279,6 +279,14 @@ class Models:
                 missing -= _step_out(loaded.residence, missing)
         if spec in self.loaded:
             self.loaded[spec] = self.loaded.pop(spec)  # now the one used last
+
+    def make_way(self, nbytes: int) -> None:
+        """Let models step out until this rank's device has `nbytes` of room. Not collective."""
+        self._make_way(None, nbytes)
+
+    def room(self) -> int:
+        """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
+        return self._room()
 
     def _note_peak(self) -> None:
         self.peak_private = max(self.peak_private, _private_bytes())

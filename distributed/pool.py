@@ -9,7 +9,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
-_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError")
+_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
 _ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
 
 
@@ -149,6 +150,13 @@ _recent: Pool | None = None
 _registry_lock = threading.Lock()
 
 
+def running() -> Pool | None:
+    """A pool whose workers run: the one asked for last, if it is one of them."""
+    with _registry_lock:
+        pools = [pool for pool in (_recent, *_pools.values()) if pool is not None and pool.alive]
+        return pools[0] if pools else None
+
+
 def file_stamp(path: str) -> str:
     """Changes when the file does, or one of a folder's; "" for random weights."""
     if path.startswith(RANDOM_PREFIX):
@@ -177,6 +185,8 @@ class Pool:
         self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
         self._arena: Arena | None = None
         self._conditioning = SharedConditioning()
+        self._lent: tuple[Arena, ...] = ()  # to a request that has not been seen to end
+        self._vaes: frozenset[str] = frozenset()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._untidy = False  # a request failed or was given up, and the workers have not been trimmed since
@@ -313,6 +323,33 @@ class Pool:
             self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
             return result
 
+    @property
+    def vaes(self) -> frozenset[str]:
+        """Keys of the VAEs that every worker has, as they said last."""
+        return self._vaes if self.alive else frozenset()
+
+    @contextmanager
+    def session(self, poll: Poll | None = None) -> Iterator[None]:
+        """Start the workers, and let no other thread's request come between those that are made inside."""
+        with self._lock:
+            self._ensure_started(poll)
+            yield
+
+    def ask(self, request: Callable[[int], Request], arenas: tuple[Arena, ...] = (), poll: Poll | None = None) -> float:
+        """Let the workers answer what `request` makes of an id; returns the seconds of the slowest.
+
+        Args:
+            arenas: what they read and write meanwhile; closed once they no longer do. Views of them stay.
+            poll: as in `forward`, as are the errors.
+        """
+        with self.session(poll):
+            self._drain(poll)
+            self._close_lent()
+            self._lent = arenas
+            replies = self._call(request(self._new_id()), poll)
+            self._close_lent()
+            return max(reply.seconds for reply in replies.replies)
+
     def keep(self, spec: ModelSpec) -> None:
         """Say that one more user holds this model. Models that were never kept stay until `unload`."""
         self._users[spec] += 1
@@ -388,7 +425,9 @@ class Pool:
             self._held.clear()
             self._aside.clear()
             self._abandoned = 0
+            self._vaes = frozenset()
             self._close_arena()
+            self._close_lent()
             self._conditioning.close()
 
     def status(self) -> PoolStatus:
@@ -531,6 +570,11 @@ class Pool:
             self._arena.close()
             self._arena = None
 
+    def _close_lent(self) -> None:
+        for arena in self._lent:
+            arena.close()
+        self._lent = ()
+
     def _new_id(self) -> int:
         self._next_id += 1
         return self._next_id
@@ -559,6 +603,7 @@ class Pool:
 
     def _note(self, message: Replies) -> None:
         self._untidy |= any(reply.error or reply.cancelled for reply in message.replies)
+        self._vaes = frozenset.intersection(*(frozenset(reply.vaes) for reply in message.replies))
         by_spec: dict[ModelSpec, list[HeldWeights]] = {}
         for reply in message.replies:
             for weights in reply.weights:

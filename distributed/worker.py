@@ -26,6 +26,8 @@ from ..wanvideo.config import CheckpointError
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import stopwatch, xfuser_backend
+from ..wanvideo.vae_ops import VAEError
+from . import xfuser_backend
 from .arena import ArenaReader
 from .cost import Machine
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -38,11 +40,13 @@ from .memory_use import MemoryMeter
 from .messages import (
     ArenaRef,
     ConditioningRef,
+    DecodeVAE,
     Displaced,
     Divide,
     Exchange,
     Forward,
     Load,
+    LoadVAE,
     ModelSpec,
     ModelStatus,
     Patch,
@@ -80,6 +84,7 @@ from .sequence import (
 )
 from .survey import survey
 from .tensor import TensorShard
+from .vae import VAEs
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
@@ -94,6 +99,7 @@ _FOR_THE_USER = (
     PlacementError,
     PlanError,
     StaleError,
+    VAEError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
@@ -130,6 +136,7 @@ class Worker:
         self.conditioning = ArenaReader()
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
         self.memory = MemoryMeter(self.device)
+        self.vaes = VAEs(rank, settings, self.device, gate, self.models)
         self.fused = pointwise.use_triton(self.device)
         self.machine: Machine | None = None
 
@@ -152,6 +159,10 @@ class Worker:
                         self.models.patch(request, self.arena)
                     case Forward():
                         reply = self._measured(request, reply)
+                    case LoadVAE():
+                        self.vaes.load(request)
+                    case DecodeVAE():
+                        self.vaes.decode(request)
                     case Trim():
                         self.trim()
                     case Unload():
@@ -176,7 +187,8 @@ class Worker:
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        return replace(reply, seconds=time.perf_counter() - started, weights=self.models.held())
+        seconds, held = time.perf_counter() - started, self.models.held()
+        return replace(reply, seconds=seconds, weights=held, vaes=self.vaes.keys)
 
     def _measured(self, request: Forward, reply: Reply) -> Reply:
         """Run a forward; the reply with what it exchanged and where its time went."""
@@ -247,6 +259,7 @@ class Worker:
         """Drop the weights of these models and give their memory back to the device."""
         self.models.drop(specs)
         self.memory.last = None  # it speaks of weights that are gone
+        self.vaes.drop()
         if not self.models.loaded:
             self.patches.close()
         self.models.give_back()
@@ -306,6 +319,7 @@ class Worker:
             peak_allocated=self.memory.peak_allocated,
             memory=self.memory.last or self.memory.use(*self._held_bytes()),
             peak_reserved=torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            vae_bytes=self.vaes.nbytes,
         )
 
     def _held_bytes(self) -> tuple[int, int, int]:

@@ -108,6 +108,7 @@ def _worker(worker: WorkerStatus) -> str:
     return (
         f"rank {worker.rank}: {worker.device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
         f"weights {_size(here)} there and {_size(host)} in host memory, "
+        f"{f'VAE {_size(worker.vae_bytes)}, ' if worker.vae_bytes else ''}"
         f"peak host memory while loading {_gib(worker.peak_private)}, pid {worker.pid}"
     )
 
