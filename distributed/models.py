@@ -27,6 +27,7 @@ from ..wanvideo.checkpoint import (
     place,
 )
 from ..wanvideo.config import WanConfig
+from ..wanvideo.fp8_mode import use_fp8
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
@@ -112,6 +113,7 @@ class Models:
         join(source.config.num_heads)
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+        use_fp8(model, spec.fp8_mode, self.device)
         model.span = self.stage.span(source.config.num_layers)
         sizes = self._held_sizes(source, spec)
         demand = demand_of(sizes, self._activations(spec, source.config, tokens))

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..wanvideo import pointwise
+from ..wanvideo import fp8_mode, pointwise
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError, WanConfig
+from ..wanvideo.fp8 import Fp8Error
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
 from . import xfuser_backend
@@ -72,6 +73,7 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    Fp8Error,
     HostMemoryError,
     MissingPackage,
     PatchError,
@@ -251,6 +253,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, self.device),
         )
 
     def _join_divided(self) -> tuple[TensorShard, Stage]:
@@ -322,7 +325,7 @@ class Worker:
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
-        kernel, heads = model.kernel, model.config.num_heads // self.shard.size
+        kernel, heads = model.self_kernel, model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:

@@ -257,7 +257,7 @@ def test_nodes_show_the_promised_inputs(server):
     assert info["display_name"] == "XDit+USP WanVideo Model Loader"
     assert info["output"] == ["XDITUSPWANVIDEOMODEL,MODEL"] and info["output_name"] == ["model"]
     assert info["input_order"]["required"] == ["model", "base_precision", "xdit_usp_config"]
-    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model"]
+    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model", "fp8_mode"]
 
 
 @pytest.mark.parametrize("node_id", ["XDitUSPConfig", "XDitUSPWanVideoModelLoader", "XDitUSPStatus"])
