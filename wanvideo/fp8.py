@@ -102,17 +102,17 @@ def product(rows: Fp8Rows, weight: Fp8Weight, bias: torch.Tensor) -> torch.Tenso
     shape = (*rows.data.shape[:-1], weight.shape[0])
     if data.numel() == 0:  # a rank without tokens
         return torch.empty(shape, dtype=rows.dtype, device=data.device)
-    multiply = _multiplication(data.device)
+    multiply = _multiplication(data.device, rows.dtype)
     return multiply(data, scale, weight.data.contiguous(), _by_column(weight), bias).to(rows.dtype).view(shape)
 
 
-def check_device(device: torch.device) -> str:
-    """How products run on this device, as a user may read it.
+def check_device(device: torch.device, dtype: torch.dtype) -> str:
+    """How products with results in `dtype` run on this device, as a user may read it.
 
     Raises:
         Fp8Error: it has no fp8 products, or they are wrong.
     """
-    return _NAMES[_multiplication(device)]
+    return _NAMES[_multiplication(device, dtype)]
 
 
 def fused(device: torch.device) -> ModuleType | None:
@@ -148,9 +148,29 @@ def _reference(
 def _rowwise(
     rows: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """The scales in the product's epilogue; its result is bf16, whatever is asked for."""
+    """All in one, with a result in bf16."""
+    return _scaled(rows, row_scale, weight, scale, bias, torch.bfloat16)
+
+
+def _rowwise_fp16(
+    rows: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """The same in fp16, which older versions of torch refuse."""
+    return _scaled(rows, row_scale, weight, scale, bias, torch.float16)
+
+
+def _scaled(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Fast accumulation is 7 to 25 % faster and off by 0.2 to 0.3 % with 5,120 to 13,824 columns (H200, 2026-11-21), a
+    tenth of what rounding to e4m3 does."""
     return torch._scaled_mm(
-        rows, weight.t(), row_scale, scale, bias=bias.bfloat16(), out_dtype=torch.bfloat16, use_fast_accum=True
+        rows, weight.t(), row_scale, scale, bias=bias.to(dtype), out_dtype=dtype, use_fast_accum=True
     )
 
 
@@ -166,6 +186,7 @@ def _tensorwise(
 _NAMES: dict[Multiplication, str] = {
     _reference: "computed in float32",
     _rowwise: "scaled by rows",
+    _rowwise_fp16: "scaled by rows",
     _tensorwise: "scaled behind the product",
 }
 _TOLERANCE = 1e-2
@@ -173,8 +194,8 @@ _TOLERANCE = 1e-2
 
 
 @functools.cache
-def _multiplication(device: torch.device) -> Multiplication:
-    """The fastest that is right on this device, tried out once."""
+def _multiplication(device: torch.device, dtype: torch.dtype) -> Multiplication:
+    """The fastest that is right on this device for results in `dtype`, tried out once."""
     if device.type != "cuda":
         return _reference
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
@@ -184,7 +205,7 @@ def _multiplication(device: torch.device) -> Multiplication:
             f"has {capability[0]}.{capability[1]}. Set fp8_mode to disabled; base_precision fp8_e4m3fn saves memory."
         )
     reasons = []
-    for multiply in (_rowwise, _tensorwise):
+    for multiply in (*([_rowwise_fp16] if dtype == torch.float16 else []), _rowwise, _tensorwise):
         try:
             error = _error_of(multiply, device)
         except torch.OutOfMemoryError:

@@ -47,7 +47,7 @@ def use_fp8(model: WanModel, mode: str, device: torch.device) -> None:
     """
     if mode == DISABLED:
         return
-    fp8.check_device(device)
+    fp8.check_device(device, model.compute_dtype)
     for module in model.modules():
         if isinstance(module, Block):
             module.use_fp8()
@@ -60,4 +60,4 @@ def describe(model: WanModel, mode: str, device: torch.device) -> str:
     if mode == DISABLED:
         return ""
     attention = f", self-attention {model.self_kernel.name}" if mode == ATTENTION else ""
-    return f"products {fp8.check_device(device)}{attention}"
+    return f"products {fp8.check_device(device, model.compute_dtype)}{attention}"

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 _FP8 = torch.float8_e4m3fn
-_CHUNK, _ROWS = 1024, 32
+_CHUNK, _ROWS, _STEPS = 1024, 32, 4
 
 
 @triton.jit
@@ -52,21 +52,54 @@ def _extent_kernel(
 
 
 @triton.jit
-def _heads_kernel(
-    x, mean, inverse, out, n, x_batch, x_token, x_head,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
+def _finish_kernel(
+    largest, sums, mean, scale, inverse, n, chunks,
+    SMOOTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    head, heads, batch = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     columns = tl.arange(0, D)
-    of_head = batch * HEADS + head
-    at = x + batch * x_batch + token * x_token + head * x_head + columns[None, :]
-    values = tl.load(at, mask=token < n, other=0.0).to(tl.float32)
+    greatest, total = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    for start in range(0, chunks, ROWS):
+        chunk = start + tl.arange(0, ROWS)[:, None]
+        at = ((batch * chunks + chunk) * heads + head) * D + columns[None, :]
+        greatest = tl.maximum(greatest, tl.load(largest + at, mask=chunk < chunks, other=0.0))
+        if SMOOTH:
+            total += tl.load(sums + at, mask=chunk < chunks, other=0.0)
+    top = tl.max(tl.max(greatest, 0), 0)
     if SMOOTH:
-        values -= tl.load(mean + of_head * D + columns).to(tl.float32)[None, :]
-    values *= tl.load(inverse + of_head)
-    at = out + ((batch * n + token) * HEADS + head) * D + columns[None, :]
-    tl.store(at, values.to(out.dtype.element_ty), mask=token < n)
+        middle = tl.sum(total, 0) / n
+        tl.store(mean + (batch * heads + head) * D + columns, middle)
+        top += tl.max(tl.abs(middle), 0)
+    unit, reciprocal = power_of_two(top)
+    tl.store(scale + batch * heads + head, unit)
+    tl.store(inverse + batch * heads + head, reciprocal)
+
+
+@triton.jit
+def _heads_kernel(
+    x, mean, inverse, out, rounded, n, x_batch, x_token, x_head,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    columns = tl.arange(0, D)
+    reciprocal = tl.load(inverse + batch * heads + head)
+    if SMOOTH:
+        middle = tl.load(mean + (batch * heads + head) * D + columns)[None, :]
+    total = tl.zeros((ROWS, D), tl.float32)
+    for step in range(STEPS):
+        token = ((chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        at = x + batch * x_batch + token * x_token + head * x_head + columns[None, :]
+        values = tl.load(at, mask=token < n, other=0.0).to(tl.float32)
+        if SMOOTH:
+            values -= middle
+        small = (values * reciprocal).to(out.dtype.element_ty)
+        if SUM:
+            total += tl.where(token < n, small.to(tl.float32), 0.0)
+        tl.store(out + ((batch * n + token) * heads + head) * D + columns[None, :], small, mask=token < n)
+    if SUM:
+        at = ((batch * tl.num_programs(0) + chunk) * heads + head) * D + columns
+        tl.store(rounded + at, tl.sum(total, 0))
 
 
 def to_rows(x: torch.Tensor, gelu: bool = False, dtype: torch.dtype = _FP8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,24 +113,23 @@ def to_rows(x: torch.Tensor, gelu: bool = False, dtype: torch.dtype = _FP8) -> t
     return out, scales
 
 
-def extent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `fp8_attention.extent`; D a power of 2."""
+def to_heads(
+    x: torch.Tensor, smooth: bool, unbiased: bool, dtype: torch.dtype = _FP8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """See `fp8_attention.to_heads`: numbers in `dtype`, scales, mean. Any strides but the last; D a power of 2."""
     batch, n, heads, d = x.shape
-    chunks = triton.cdiv(n, _CHUNK)
-    largest, sums = (torch.empty(batch, chunks, heads, d, device=x.device) for _ in range(2))
-    _extent_kernel[(chunks, heads, batch)](x, largest, sums, n, *x.stride()[:3], _CHUNK, _ROWS, d, num_warps=4)
-    return largest.amax((1, 3)), sums.sum(1) / n
-
-
-def heads(
-    x: torch.Tensor, mean: torch.Tensor | None, inverse: torch.Tensor, dtype: torch.dtype = _FP8
-) -> torch.Tensor:
-    """(x - mean) * inverse in `dtype`: x [B, n, H, D] of any strides but the last, mean [B, H, D], inverse [B, H]."""
-    batch, n, count, d = x.shape
+    chunks, strides = triton.cdiv(n, _CHUNK), x.stride()[:3]
+    largest, sums = torch.empty(2, batch, chunks, heads, d, device=x.device).unbind(0)
+    _extent_kernel[(chunks, heads, batch)](x, largest, sums, n, *strides, _CHUNK, _ROWS, d, num_warps=4)
+    mean = torch.empty(batch, heads, d, device=x.device)
+    scale, inverse = torch.empty(2, batch, heads, device=x.device).unbind(0)
+    _finish_kernel[(heads, batch)](largest, sums, mean, scale, inverse, n, chunks, smooth, 16, d)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    smooth = mean is not None
-    _heads_kernel[(triton.cdiv(n, 2 * _ROWS), count, batch)](
-        x, mean.contiguous() if smooth else x, inverse.contiguous(), out, n, *x.stride()[:3],
-        count, 2 * _ROWS, d, smooth, num_warps=8,
-    )  # fmt: skip
-    return out
+    runs = triton.cdiv(n, 2 * _ROWS * _STEPS)
+    rounded = torch.empty(batch, runs, heads, d, device=x.device) if unbiased else sums
+    _heads_kernel[(runs, heads, batch)](
+        x, mean, inverse, out, rounded, n, *strides, _STEPS, 2 * _ROWS, d, smooth, unbiased, num_warps=8
+    )
+    if unbiased:
+        mean -= rounded.sum(1) * (scale / n)[..., None]
+    return out, scale, mean if smooth else None
