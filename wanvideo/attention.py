@@ -119,10 +119,10 @@ def get_fp8_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     source = _FP8_SOURCES[device.type]
     refusal = source.refusal(device, dtype)
     if refusal is not None:
-        way = "." if source.installed() else f", or {_GET_FLASH_ATTN_3[0].lower()}{_GET_FLASH_ATTN_3[1:]}"
+        way = "S" if source.installed() else f"{_GET_FLASH_ATTN_3}, or s"
         raise AttentionError(
             f"fp8_mode linear+attention needs FlashAttention-3 on a Hopper GPU (H100, H200), and can't have it here: "
-            f"{refusal.split('. ')[0]}. Set fp8_mode to linear{way}"
+            f"{refusal.split('. ')[0]}. {way}et fp8_mode to linear."
         )
     return _make(source, device, dtype)
 
