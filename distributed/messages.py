@@ -26,7 +26,8 @@ class PoolSettings:
         device: "cuda", "cpu", or "auto" (cuda where there is one).
         memory_fraction: share of each GPU's memory that a worker's tensors may take.
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
-        overlap: exchange keys and values of a ring, and the sums of tensor-parallel ranks, during computation.
+        overlap: exchange what an Ulysses group or a ring shares, and the sums of tensor-parallel ranks, during
+            computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
     """
@@ -81,6 +82,7 @@ class ArenaRef:
     path: str
     nbytes: int
     serial: int  # a later arena can have the same path
+    pinned: bool = False  # worth pinning: it serves many requests
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ class ModelStatus:
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
     fp8: str = ""  # what runs in fp8, and how; empty: nothing
+    overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 
 @dataclass(frozen=True)
