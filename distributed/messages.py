@@ -63,6 +63,7 @@ class ModelSpec:
         offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
+        fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
     """
 
     path: str
@@ -76,6 +77,7 @@ class ModelSpec:
     stamp: str = ""
     shard_weights: str = "auto"
     offload: str = "auto"
+    fp8_mode: str = "disabled"
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ class ModelStatus:
     placement: str = ""  # where the weights live, and why
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+    fp8: str = ""  # what runs in fp8, and how; empty: nothing
     overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 

@@ -28,6 +28,7 @@ from ..wanvideo.checkpoint import (
     place,
 )
 from ..wanvideo.config import WanConfig
+from ..wanvideo.fp8_mode import use_fp8
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
@@ -114,6 +115,7 @@ class Models:
         join(source.config.num_heads)
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+        use_fp8(model, spec.fp8_mode, self.device)
         model.span = self.stage.span(source.config.num_layers)
         demand, placement = self._place(source, spec, tokens, rooms, free)
         group = self.share_groups[placement.share]
@@ -284,7 +286,7 @@ class Models:
         """Let models step out until this rank's device has `nbytes` of room. Not collective."""
         self._make_way(None, nbytes)
 
-    def room(self) -> int:
+    def free_room(self) -> int:
         """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
         return self._room()
 

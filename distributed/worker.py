@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..wanvideo import pointwise
+from ..wanvideo import fp8_mode, pointwise
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError
+from ..wanvideo.fp8 import Fp8Error
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
-from . import stopwatch, xfuser_backend
 from ..wanvideo.vae_ops import VAEError
-from . import xfuser_backend
+from . import stopwatch, xfuser_backend
 from .arena import ArenaReader
 from .cost import Machine
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -93,6 +93,7 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    Fp8Error,
     HostMemoryError,
     MissingPackage,
     PatchError,
@@ -296,7 +297,7 @@ class Worker:
             self.unload(list(self.models.loaded))
             leave_groups((self.shard.group, self.shard.overlapped, self.stage.group, *self.models.process_groups()))
             self.shard, self.stage = self._join_divided()
-            self.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
+            self.models = self.vaes.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
         for loaded in self.models.loaded.values():
             self._join_groups(loaded.source.config.num_heads)
 
@@ -344,6 +345,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, self.device),
             overlapped=degrees in self.mailboxes,
         )
 
@@ -426,7 +428,7 @@ class Worker:
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
-        kernel, heads = model.kernel, model.config.num_heads // self.shard.size
+        kernel, heads = model.self_kernel, model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:

@@ -87,6 +87,7 @@ def _model(model: ModelStatus, mode: str) -> str:
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
         f"{model.kernel}, {_degrees(model, mode)} ({model.backend}{exchange}), {patches}"
+        f"{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
     )
 
 

@@ -214,6 +214,16 @@ def test_sixteen_bit_pairs_stay_close(server, widgets, base_precision, bound):
     assert 0 < error < bound
 
 
+@pytest.mark.parametrize("mode", ["linear", "linear+attention"])
+def test_fp8_mode_stays_near_and_says_so(server, mode):
+    native = sampled(server, plain(stock_model))
+    graph = {**plain(pool_model), **pool_model(loader={"fp8_mode": mode})}
+    assert 1e-3 < relative_error(sampled(server, graph), native) < 0.2
+    graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
+    outcome = server.run(graph)
+    assert "fp8 mode (lossy): products" in outcome.outputs["status"]["text"][0]
+
+
 def test_status_says_what_runs(server):
     graph = {**plain(pool_model, seed=22)}
     graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
@@ -286,7 +296,7 @@ def test_nodes_show_the_promised_inputs(server):
     assert info["display_name"] == "XDit+USP WanVideo Model Loader"
     assert info["output"] == ["XDITUSPWANVIDEOMODEL,MODEL"] and info["output_name"] == ["model"]
     assert info["input_order"]["required"] == ["model", "base_precision", "xdit_usp_config"]
-    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model"]
+    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model", "fp8_mode"]
 
     info = server.get("/object_info/XDitUSPStatus")["XDitUSPStatus"]
     assert info["output"] == ["STRING", "IMAGE"] and info["output_name"] == ["status", "picture"]
