@@ -27,7 +27,7 @@ from ..distributed.memory import PlacementError
 from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
 from ..distributed.schedule import PatchSettings
-from ..wanvideo.conditioning import Conditioning, check, extended, placed
+from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import CheckpointError, Header
 from ..wanvideo.model import sequence_of
 from . import refusals
@@ -171,13 +171,16 @@ class RemoteWan(torch.nn.Module):
     def _run(self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor) -> torch.Tensor:
         x, timestep = inputs[:2]
         poll = comfy.model_management.throw_exception_if_processing_interrupted
+        check(self.header.config, x, conditioning)
+        whole, left = extended(x, conditioning)  # as the workers will cut it
         if self.patch_runs is not None:
-            check(self.header.config, x, conditioning)
-            x, _ = extended(x, conditioning)  # as the workers will cut it
+            x = whole
             self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
-            tokens = sequence_of(x, placed(x, conditioning).options).tokens
-            self.pool.ensure_ready(self.spec, lambda: (text.show(), poll()), self._make_room, tokens=tokens)
+            tokens = sequence_of(whole, left.options).tokens
+            self.pool.ensure_ready(
+                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=tokens, items=len(x)
+            )
         with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(
                 self.spec,
