@@ -329,7 +329,10 @@ def test_plain_options_reach_the_workers(pool_of, spec, model):
     assert tiny.relative_error(pool_of(2).forward(spec, *inputs, conditioning=conditioning), expected) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate", "s2v"])
+ROUNDED = ["i2v-2.1", "vace", "fun-camera", "fun-control", "scail-2", "humo", "dancer", "animate", "s2v"]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
 def test_16_bit_stays_close(pool_of, models, single, name):
     inputs = given(tiny.VARIANTS[name])
     spec = ModelSpec(models[name], "bf16", "bf16")
@@ -337,7 +340,7 @@ def test_16_bit_stays_close(pool_of, models, single, name):
     assert tiny.relative_error(out, single(name)(*inputs)) <= 0.02
 
 
-@pytest.mark.parametrize("name", ["i2v-2.1", "vace", "fun-camera", "fun-control", "animate", "s2v"])
+@pytest.mark.parametrize("name", ROUNDED)
 def test_weights_in_fp8_stay_close(pool_of, models, single, name):
     inputs = given(tiny.VARIANTS[name])
     out = pool_of(2).forward(ModelSpec(models[name], "fp8_e4m3fn", "fp32"), *inputs[:3], conditioning=inputs[3])

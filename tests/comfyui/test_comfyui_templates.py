@@ -88,6 +88,7 @@ def _patched_later(template: Template) -> str:
 SAME = [t for t in TEMPLATES if not _patched_later(t)]
 
 
+@pytest.mark.timeout(600)  # Animate's face encoder
 @pytest.mark.parametrize("template", SAME, ids=lambda t: t.name)
 def test_a_template_gives_the_native_result(templates, template):
     try:
