@@ -10,6 +10,8 @@
 | mask | SCAIL-2 | added to the token embedding |
 | audio | HuMo, WanDancer | heard by each token (see humo.py), or added behind some blocks (see dancer.py) |
 
+Animate and S2V have files of their own (animate.py, s2v.py; see build.py).
+
 All act on any part of the tokens. Which of them a model has is told by its `WanConfig`.
 
 Sources: Wan 2.1 `wan/modules/model.py` and `vace_model.py`, VideoX-Fun `wan_transformer3d.py` and
