@@ -191,7 +191,8 @@ class PatchParallel:
             if branch is None:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
             branch.complete = False  # until it has been finished: the forward may end before it gets here
-            return StaleAttention(branch, group.index, model.kernel, self._groups[group.degrees.ranks], self.device)
+            groups = self._groups[group.degrees.ranks]
+            return StaleAttention(branch, group.index, model.self_kernel, groups, self.device)
         groups = self._join(group.degrees.ranks)
         if branch is None:
             branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)

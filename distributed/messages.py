@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 
 from ..wanvideo.options import Options
+from .cost import Machine
 from .plan import ParallelPlan, PatchSplit
 
 PIPELINE_MODES = ("exact", "pipefusion")
@@ -31,6 +32,8 @@ class PoolSettings:
             computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
+        auto: sizes of the plan that are 1, and degrees that are 0, are chosen for the model and its video (see
+            choice.py).
     """
 
     plan: ParallelPlan
@@ -39,6 +42,7 @@ class PoolSettings:
     usp_backend: str = "auto"
     overlap: bool = True
     pipeline_mode: str = "exact"
+    auto: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class ModelSpec:
         offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
+        fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
     """
 
     path: str
@@ -72,6 +77,7 @@ class ModelSpec:
     stamp: str = ""
     shard_weights: str = "auto"
     offload: str = "auto"
+    fp8_mode: str = "disabled"
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,49 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class LoadVAE:
+    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+
+    id: int
+    key: str
+    dtype: str
+    arena: ArenaRef
+    weights: dict[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """How a video is decoded; the result is the same within rounding.
+
+    Args:
+        convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
+        piece_mib: MiB of the largest tensor of a piece; less where memory is short.
+        axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
+    """
+
+    convolution: str = "auto"
+    piece_mib: int = 512
+    axis: str = "auto"
+
+
+@dataclass(frozen=True)
+class DecodeVAE:
+    """Decode latents [B, C, T, h, w] in `arena` into `out` [B, frames, H, W, 3], float32 from 0 to 1, in `out_arena`.
+
+    `done` there has a word for each rank: how many frames it has written.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
 class Trim:
     """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
 
@@ -212,13 +261,28 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """Ask for every worker's `Surveyed`, which it measures the first time."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Divide:
+    """Share the GPUs out as `plan` says. Loaded models stay: they must be divided alike under both plans."""
+
+    id: int
+    plan: ParallelPlan
+
+
+@dataclass(frozen=True)
 class Cancel:
     """To the launcher: the client no longer waits for request `id`."""
 
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE
 
 
 @dataclass(frozen=True)
@@ -238,6 +302,7 @@ class ModelStatus:
     placement: str = ""  # where the weights live, and why
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+    fp8: str = ""  # what runs in fp8, and how; empty: nothing
     overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 
@@ -286,7 +351,8 @@ class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
     kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
-    `peak_allocated` the most that torch's allocator gave out on its GPU; `memory` what it is used for."""
+    `peak_allocated` the most that torch's allocator gave out on its GPU, `peak_reserved` the most it took for that;
+    `memory` what it is used for."""
 
     rank: int
     pid: int
@@ -299,6 +365,26 @@ class WorkerStatus:
     link: str = ""
     peak_allocated: int = 0
     memory: MemoryUse | None = None
+    peak_reserved: int = 0
+    vae_bytes: int = 0  # weights of VAEs
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What a worker's device does (see survey.py), and what there is room for.
+
+    Args:
+        room: bytes that a model's weights and activations may take on its device, those of loaded models included.
+        host_room: bytes of host memory that is free for weights, of all workers together.
+        hosted: bytes that the loaded models of this worker take there.
+        link: how it reaches the others (see links.py).
+    """
+
+    machine: Machine
+    room: int
+    host_room: int
+    hosted: int
+    link: str
 
 
 @dataclass(frozen=True)
@@ -372,6 +458,8 @@ class Reply:
     exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
     stalls: tuple[Stall, ...] = ()
+    surveyed: Surveyed | None = None
+    vaes: tuple[str, ...] = ()  # keys of the VAEs it has
 
 
 @dataclass(frozen=True)
@@ -398,7 +486,7 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, LoadVAE, DecodeVAE, Cancel),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

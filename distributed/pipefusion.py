@@ -111,7 +111,7 @@ class PatchStream:
             self._kept[lanes] = self._room(len(lanes), model, grid, group, heads)
         stretches = []
         for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
-            kept = KeptKeys(self._kept[lanes], start, model.kernel)
+            kept = KeptKeys(self._kept[lanes], start, model.self_kernel)
             own = group.shard(stop - start)
             attend = NativeAttention(group, kept, stop - start, heads) if group.degrees.ranks > 1 else kept
             stretches.append(Stretch(start + own[0], start + own[1], attend))

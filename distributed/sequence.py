@@ -90,6 +90,13 @@ def own_process_group(groups: Iterable[Sequence[int]], rank: int) -> dist.Proces
     return own
 
 
+def leave_groups(groups: Iterable[dist.ProcessGroup | None]) -> None:
+    """End process groups of this rank (their other ranks do the same)."""
+    for group in groups:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
 class NativeAttention:
     """Self-attention over the shards of `group`, on torch.distributed.
 

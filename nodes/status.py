@@ -68,6 +68,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         )
     lines = [
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
+        f"sizes: {f'chosen: {status.plan_reason}' if status.plan_reason else 'as set'}",
         forward_line(status),
         *(
             line
@@ -86,6 +87,7 @@ def _model(model: ModelStatus, mode: str) -> str:
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
         f"{model.kernel}, {_degrees(model, mode)} ({model.backend}{exchange}), {patches}"
+        f"{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
     )
 
 
@@ -107,6 +109,7 @@ def _worker(worker: WorkerStatus) -> str:
     return (
         f"rank {worker.rank}: {worker.device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
         f"weights {_size(here)} there and {_size(host)} in host memory, "
+        f"{f'VAE {_size(worker.vae_bytes)}, ' if worker.vae_bytes else ''}"
         f"peak host memory while loading {_gib(worker.peak_private)}, pid {worker.pid}"
     )
 

@@ -100,7 +100,7 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
         worker = workers[settings]
         _handle(worker, Load(request.id, request.spec))
         model = worker.models.loaded[request.spec].model
-        held.append(sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta))
+        held.append(worker.models.loaded[request.spec].device_bytes)
         hooks = [
             block.register_forward_pre_hook(lambda *_inputs, seconds=slow.seconds: time.sleep(seconds))
             for block in model.blocks
