@@ -18,18 +18,57 @@ def power_of_two(largest):
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
+# Rows of 5120 or 1536 numbers lie in two blocks, of which the first is full: rows of 8192 lanes would take so many
+# registers that a multiprocessor has one row in flight, too little for its share of the memory's bandwidth.
+
+
 @triton.jit
-def _rows_kernel(x, out, scales, d, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _rows_kernel(x, out, scales, d, FULL: tl.constexpr, REST: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < d
-    values = tl.load(x + row * d + columns, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # x * sigmoid(2 z) is x / 2 * (1 + tanh z)
-        z = 0.7978845608028654 * (values + 0.044715 * values * values * values)
-        values = values / (1.0 + tl.exp(-2.0 * z))
-    scale, inverse = power_of_two(tl.max(tl.abs(values), 0))
-    tl.store(out + row * d + columns, (values * inverse).to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + row, scale)
+    head, tail = tl.arange(0, FULL), FULL + tl.arange(0, REST)
+    inside = tail < d
+    a = tl.load(x + row * d + head).to(tl.float32)
+    b = tl.load(x + row * d + tail, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        a, b = _gelu(a), _gelu(b)
+    _store_rows(a, b, out + row * d, scales + row, head, tail, inside)
+
+
+@triton.jit
+def _norm_rows_kernel(
+    x, scale, shift, out, scales, n, d, eps,
+    x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token,
+    FULL: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // n, row % n
+    head, tail = tl.arange(0, FULL), FULL + tl.arange(0, REST)
+    inside = tail < d
+    x += batch * x_batch + token * x_token
+    scale += batch * scale_batch + token * scale_token
+    shift += batch * shift_batch + token * shift_token
+    a, b = tl.load(x + head), tl.load(x + tail, mask=inside, other=0.0)
+    mean = (tl.sum(a) + tl.sum(b)) / d
+    a, b = a - mean, tl.where(inside, b - mean, 0.0)
+    inverse = tl.rsqrt((tl.sum(a * a) + tl.sum(b * b)) / d + eps)
+    a = a * inverse * tl.load(scale + head) + tl.load(shift + head)
+    b = b * inverse * tl.load(scale + tail, mask=inside, other=0.0) + tl.load(shift + tail, mask=inside, other=0.0)
+    _store_rows(a, b, out + row * d, scales + row, head, tail, inside)
+
+
+@triton.jit
+def _gelu(x):
+    """x * sigmoid(2 z), which is x / 2 * (1 + tanh z)."""
+    z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * z))
+
+
+@triton.jit
+def _store_rows(a, b, out, scale_out, head, tail, inside):
+    scale, inverse = power_of_two(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)))
+    tl.store(out + head, (a * inverse).to(out.dtype.element_ty))
+    tl.store(out + tail, (b * inverse).to(out.dtype.element_ty), mask=inside)
+    tl.store(scale_out, scale)
 
 
 @triton.jit
@@ -103,14 +142,35 @@ def _heads_kernel(
 
 
 def to_rows(x: torch.Tensor, gelu: bool = False, dtype: torch.dtype = _FP8) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `fp8.to_rows`: numbers [..., d] in `dtype`, scales [..., 1]."""
+    """See `fp8.to_rows` and `fp8.gelu_rows`: numbers [..., d] in `dtype`, scales [..., 1]."""
     x, d = x.contiguous(), x.shape[-1]
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    out, scales = _room(x, dtype)
     if x.numel():
-        block = triton.next_power_of_2(d)
-        _rows_kernel[(x.numel() // d,)](x, out, scales, d, block, gelu, num_warps=min(16, max(1, block // 512)))
+        _rows_kernel[(x.numel() // d,)](x, out, scales, d, GELU=gelu, **_launch(d))
     return out, scales
+
+
+def norm_rows(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype = _FP8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fp8.norm_rows`: numbers [B, n, d] in `dtype`, scales [B, n, 1]."""
+    batch, n, d = x.shape
+    scale, shift = scale.expand(x.shape), shift.expand(x.shape)
+    out, scales = _room(x, dtype)
+    if x.numel():
+        strides = *x.stride()[:2], *scale.stride()[:2], *shift.stride()[:2]
+        _norm_rows_kernel[(batch * n,)](x, scale, shift, out, scales, n, d, eps, *strides, **_launch(d))
+    return out, scales
+
+
+def _room(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return out, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+
+
+def _launch(d: int) -> dict[str, int]:
+    full = triton.next_power_of_2(d + 1) // 2
+    return {"FULL": full, "REST": triton.next_power_of_2(max(16, d - full)), "num_warps": min(16, max(1, full // 512))}
 
 
 def to_heads(
