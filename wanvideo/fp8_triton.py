@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 _FP8 = torch.float8_e4m3fn
-_CHUNK, _ROWS, _STEPS = 1024, 32, 4
+_CHUNK, _ROWS, _STEPS = 1024, 64, 4
 
 
 @triton.jit
@@ -58,9 +58,9 @@ def _norm_rows_kernel(
 
 @triton.jit
 def _gelu(x):
-    """x * sigmoid(2 z), which is x / 2 * (1 + tanh z)."""
-    z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * z))
+    """x * sigmoid(2 z), which is x / 2 * (1 + tanh z), with z = sqrt(2 / pi) * (x + 0.044715 x^3); the constants hold
+    -2 log2(e)."""
+    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
 
 
 @triton.jit
@@ -116,8 +116,8 @@ def _finish_kernel(
 
 @triton.jit
 def _heads_kernel(
-    x, mean, inverse, out, rounded, n, x_batch, x_token, x_head,
-    STEPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr, SUM: tl.constexpr,
+    x, mean, inverse, out, n, x_batch, x_token, x_head,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
@@ -125,20 +125,14 @@ def _heads_kernel(
     reciprocal = tl.load(inverse + batch * heads + head)
     if SMOOTH:
         middle = tl.load(mean + (batch * heads + head) * D + columns)[None, :]
-    total = tl.zeros((ROWS, D), tl.float32)
     for step in range(STEPS):
         token = ((chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at = x + batch * x_batch + token * x_token + head * x_head + columns[None, :]
         values = tl.load(at, mask=token < n, other=0.0).to(tl.float32)
         if SMOOTH:
             values -= middle
-        small = (values * reciprocal).to(out.dtype.element_ty)
-        if SUM:
-            total += tl.where(token < n, small.to(tl.float32), 0.0)
-        tl.store(out + ((batch * n + token) * heads + head) * D + columns[None, :], small, mask=token < n)
-    if SUM:
-        at = ((batch * tl.num_programs(0) + chunk) * heads + head) * D + columns
-        tl.store(rounded + at, tl.sum(total, 0))
+        at = out + ((batch * n + token) * heads + head) * D + columns[None, :]
+        tl.store(at, (values * reciprocal).to(out.dtype.element_ty), mask=token < n)
 
 
 def to_rows(x: torch.Tensor, gelu: bool = False, dtype: torch.dtype = _FP8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +140,7 @@ def to_rows(x: torch.Tensor, gelu: bool = False, dtype: torch.dtype = _FP8) -> t
     x, d = x.contiguous(), x.shape[-1]
     out, scales = _room(x, dtype)
     if x.numel():
-        _rows_kernel[(x.numel() // d,)](x, out, scales, d, GELU=gelu, **_launch(d))
+        _rows_kernel[(x.numel() // d,)](x, out, scales, d, GELU=gelu, **_launch(d, 512 if gelu else 1024))
     return out, scales
 
 
@@ -168,28 +162,25 @@ def _room(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     return out, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
-def _launch(d: int) -> dict[str, int]:
+def _launch(d: int, per_warp: int = 1024) -> dict[str, int]:
+    """Measured on an H200: norms and rounding are fastest with 4 warps for 5120 numbers, GELU with 16 for 13824."""
     full = triton.next_power_of_2(d + 1) // 2
-    return {"FULL": full, "REST": triton.next_power_of_2(max(16, d - full)), "num_warps": min(16, max(1, full // 512))}
+    warps = min(16, max(1, full // per_warp))
+    return {"FULL": full, "REST": triton.next_power_of_2(max(16, d - full)), "num_warps": warps}
 
 
 def to_heads(
-    x: torch.Tensor, smooth: bool, unbiased: bool, dtype: torch.dtype = _FP8
+    x: torch.Tensor, smooth: bool, dtype: torch.dtype = _FP8
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See `fp8_attention.to_heads`: numbers in `dtype`, scales, mean. Any strides but the last; D a power of 2."""
     batch, n, heads, d = x.shape
     chunks, strides = triton.cdiv(n, _CHUNK), x.stride()[:3]
     largest, sums = torch.empty(2, batch, chunks, heads, d, device=x.device).unbind(0)
-    _extent_kernel[(chunks, heads, batch)](x, largest, sums, n, *strides, _CHUNK, _ROWS, d, num_warps=4)
+    _extent_kernel[(chunks, heads, batch)](x, largest, sums, n, *strides, _CHUNK, _ROWS, d, num_warps=8)
     mean = torch.empty(batch, heads, d, device=x.device)
     scale, inverse = torch.empty(2, batch, heads, device=x.device).unbind(0)
     _finish_kernel[(heads, batch)](largest, sums, mean, scale, inverse, n, chunks, smooth, 16, d)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    runs = triton.cdiv(n, 2 * _ROWS * _STEPS)
-    rounded = torch.empty(batch, runs, heads, d, device=x.device) if unbiased else sums
-    _heads_kernel[(runs, heads, batch)](
-        x, mean, inverse, out, rounded, n, *strides, _STEPS, 2 * _ROWS, d, smooth, unbiased, num_warps=8
-    )
-    if unbiased:
-        mean -= rounded.sum(1) * (scale / n)[..., None]
+    runs = triton.cdiv(n, _ROWS * _STEPS)
+    _heads_kernel[(runs, heads, batch)](x, mean, inverse, out, n, *strides, _STEPS, _ROWS, d, smooth, num_warps=4)
     return out, scale, mean if smooth else None
