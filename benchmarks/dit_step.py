@@ -129,19 +129,20 @@ def _ours(options: argparse.Namespace) -> list[Row]:
         fp8_mode=fp8_mode,
     )
     try:
-        return [_our_row(pool, spec, res, options) for res in options.res.split(",")]
+        return [our_row(pool, spec, res, options) for res in options.res.split(",")]
     finally:
         pool.close()
 
 
-def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace) -> Row:
+def our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, **more: object) -> Row:
+    """Time forwards of one resolution."""
     config = model_config(spec.path)
     device, dtype = torch.device(pool.settings.device), DTYPES[options.precision]
     batch = options.batch
     x = torch.randn(batch, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
     context = torch.randn(batch, 512, config.text_dim, device=device, dtype=dtype)
     timestep = torch.full((batch,), 500.0, device=device)
-    pool.ensure_ready(spec, tokens=grid_of(x).tokens)
+    pool.ensure_ready(spec, tokens=grid_of(x).tokens, items=batch)
     times, hops = [], []
     for _ in range(options.iters + 1):
         start = time.perf_counter()
@@ -179,6 +180,8 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         host_gib=round(sum(w.models[0].host_bytes for w in workers) / 2**30, 2),
         allocated_gib=round(max(worker.peak_allocated for worker in workers) / 2**30, 2),
         memory_fraction=options.memory_fraction,
+        data=pool.settings.plan.data_parallel if pool.settings.plan.data_parallel > 1 else None,
+        **more,
     )
 
 

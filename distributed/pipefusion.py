@@ -71,6 +71,11 @@ class PatchStream:
         self._kept: dict[Hashable, list[torch.Tensor]] = {}
         self._run = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        return sum(block.nbytes for blocks in self._kept.values() for block in blocks)
+
     def begin(self, step: Displaced) -> None:
         """Forget an earlier run."""
         if step.run != self._run:
