@@ -281,6 +281,17 @@ def test_a_gpu_without_fp8_is_refused_by_name(monkeypatch):
     assert tiny.sentences(str(refusal.value)) == 2
 
 
+def test_fp8_attention_that_cannot_be_loaded_says_what_else_to_choose(monkeypatch):
+    def broken() -> None:
+        raise OSError("undefined symbol")
+
+    broken_source = replace(attention._FP8_SOURCES["cpu"], load=broken)
+    monkeypatch.setitem(attention._FP8_SOURCES, "cpu", broken_source)
+    with pytest.raises(AttentionError, match=r"undefined symbol.*\. Set fp8_mode to linear\.") as refusal:
+        attention.get_fp8_kernel(CPU, torch.float32)
+    assert tiny.sentences(str(refusal.value)) == 2
+
+
 # Workers.
 
 HEADS = replace(tiny.TINY, dim=512, ffn_dim=768, num_heads=4, num_layers=3)
