@@ -109,6 +109,10 @@ class _Walk:
             return None if held is None else self._literals(held[0]).get(held[1])
         name, slot = begin
         entry = self.flat.nodes[name]
+        if entry.get("mode") == BYPASSED:
+            return self._through(entry, slot)
+        if entry.get("mode") == MUTED:
+            return None
         if entry["type"] == "PrimitiveNode":  # of the browser alone
             return entry["widgets_values"][0]
         if entry["type"] == "CustomCombo":  # the choice, and which of them it is
@@ -117,10 +121,6 @@ class _Walk:
             return self.value(entry["inputs"][0]["link"])
         if entry["type"] == "BatchImagesNode":
             return self._batched(entry)
-        if entry.get("mode") == BYPASSED:
-            return self._through(entry, slot)
-        if entry.get("mode") == MUTED:
-            return None
         return self._replaced(entry, slot) or self._kept(entry, slot)
 
     def _through(self, entry: dict, slot: int) -> object:

@@ -72,7 +72,8 @@ def templates(start_comfyui) -> Iterator[ComfyServer]:
 
 
 def _write_int8(folder: Path, file: str) -> None:
-    """The file as published, and what its numbers mean: ComfyUI itself rounds activations to int8 beside them."""
+    """The file as published, and what its numbers mean. ComfyUI itself multiplies in int8, and with a LoRA on it both
+    round the changed weights to int8 again."""
     stored, meant = format_files.convrot(tiny.random_weights(config_of(file)))
     tiny.write_weights(folder / file, stored)
     tiny.write_weights(folder / f"meant-{file}", meant)
@@ -98,11 +99,15 @@ def test_a_template_gives_the_native_result(templates, template):
         pytest.skip(str(error))
     pool, _ = template.graph(templates, pool_model)
     assert latents
+    as_published, _ = template.graph(templates, stock_model)
     for latent in latents:
         expected = templates.sample(native, latent, PATIENCE)
         error = relative_error(templates.sample(pool, latent, PATIENCE), expected)
-        print(f"{template.name}: relative error {error:.1e}")
-        assert expected.isfinite().all() and error <= EXACT
+        rounding = 0.0
+        if as_published != native:
+            rounding = relative_error(templates.sample(as_published, latent, PATIENCE), expected)
+        print(f"{template.name}: relative error {error:.1e}, that of ComfyUI's rounding {rounding:.1e}")
+        assert expected.isfinite().all() and error <= max(EXACT, rounding)
 
 
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if _patched_later(t)], ids=lambda t: t.name)
