@@ -167,7 +167,6 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        self.models.settle(request.spec, stop - start)
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
@@ -176,6 +175,7 @@ class Worker:
             approximate.begin(step)
         self.gate.begin(request.id)
         batches = self._batches(request.spec, len(x), self.place.data)
+        self.models.settle(request.spec, stop - start, self._to_keep(step, batches, loaded.model, grid, group))
         portions = [
             portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
         ]
@@ -316,6 +316,15 @@ class Worker:
         attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
+
+    def _to_keep(
+        self, step: Displaced | None, batches: Sequence[slice], model: WanModel, grid: Grid, group: SequenceGroup
+    ) -> int:
+        """Bytes of keys and values that this forward will keep anew."""
+        if self.stream is None or step is None or step.kind == EXACT:
+            return 0
+        lanes = [step.lanes[items] for items in batches]
+        return self.stream.missing_bytes(lanes, model, grid, group, model.config.num_heads // self.shard.size)
 
     def _most_batches(self, spec: ModelSpec, batch: int) -> int:
         """Slices of batch items in the data-parallel group that has most of them."""
