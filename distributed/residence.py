@@ -259,11 +259,12 @@ class Residence:
 
     def _lay_out_anew(self, block: _Block, weight_of: Callable[[str], Weight]) -> None:
         to_host = block.device is None
-        models = {name: on_meta(weight_of(name)) for name in block.names}
-        self._unbind(block)  # else the old bytes would stay beside the new ones
-        self._lay_out(block, Layout.of(models, self.group.ranks), to_host)
-        for name in block.names:
-            self._write(block, name, weight_of(name))
+        block.device = block.host = None
+        self._unbind(block)  # so that the old bytes are free before the new ones come
+        weights = {name: weight_of(name) for name in block.names}
+        self._lay_out(block, Layout.of({name: on_meta(w) for name, w in weights.items()}, self.group.ranks), to_host)
+        for name, weight in weights.items():
+            self._write(block, name, weight)
         self._point(block)
 
     def _lay_out(self, block: _Block, layout: Layout, to_host: bool) -> None:
