@@ -190,7 +190,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(models, "get_kernel", lambda *_asked: AttentionKernel("simulated", _attention)),
         mock.patch.object(models, "open_weights", lambda *_asked: _File(size)),
         mock.patch.object(models, "gather_rows", lambda row, *_rest: [list(row)] * world_size),
-        mock.patch.object(models, "_host_room", lambda: host_room),
+        mock.patch.object(models, "host_room", lambda: host_room),
         mock.patch.object(worker, "open_mailbox", lambda group, device: SimulatedMailbox(group, device, uncounted)),
         mock.patch.object(dist, "barrier", lambda *_group: None),
         mock.patch.object(dist, "batch_isend_irecv", lambda _operations: []),

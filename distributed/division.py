@@ -47,16 +47,15 @@ def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
 
 
 def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:
-    return sum(sizes_of_largest_part(config, plan, sizes).values())
+    return max(sum(part.values()) for part in parts_of(config, plan, sizes))
 
 
-def sizes_of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> dict[str, int]:
-    """What the rank with the largest part of a model has of `sizes` of the whole tensors."""
+def parts_of(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """What is held of `sizes` of the whole tensors, by the rank of each stage that has the largest part."""
     shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
     stages = [Stage.of(i, plan.pipeline_parallel) for i in range(plan.pipeline_parallel)]
     parts = {
         name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
         for name, size in sizes.items()
     }
-    held = ({name: n for name, n in parts.items() if stage.holds(name, config.num_layers)} for stage in stages)
-    return max(held, key=lambda part: sum(part.values()))
+    return [{name: n for name, n in parts.items() if stage.holds(name, config.num_layers)} for stage in stages]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ..wanvideo.attention import get_kernel
 from ..wanvideo.checkpoint import (
@@ -27,6 +28,7 @@ from ..wanvideo.checkpoint import (
     place,
 )
 from ..wanvideo.config import WanConfig
+from ..wanvideo.fp8_mode import use_fp8
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
@@ -43,6 +45,7 @@ from .memory import (
     needed_bytes,
     place_weights,
 )
+from .memory_use import host_memory
 from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .pipeline import Stage
 from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group, release_cache, unit_of
@@ -103,7 +106,7 @@ class Models:
             CheckpointError, AttentionError, PlanError: the model cannot run like this.
             PlacementError: it does not fit.
         """
-        rooms, host_room = self._agree(spec)
+        rooms, free = self._agree(spec)
         if not rooms:
             return
         dtype = DTYPES[spec.compute_dtype]
@@ -112,8 +115,9 @@ class Models:
         join(source.config.num_heads)
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+        use_fp8(model, spec.fp8_mode, self.device)
         model.span = self.stage.span(source.config.num_layers)
-        demand, placement = self._place(source, spec, tokens, rooms, host_room)
+        demand, placement = self._place(source, spec, tokens, rooms, free)
         group = self.share_groups[placement.share]
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
@@ -169,6 +173,10 @@ class Models:
         _step_out(loaded.residence, request.nbytes)
         self.give_back()
 
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """The groups of ranks that share blocks, which this rank is in."""
+        return [joined.group for joined in self.share_groups.values() if joined.group is not None]
+
     def held(self) -> tuple[HeldWeights, ...]:
         """Bytes of each model's weights on this worker's device."""
         held = []
@@ -177,6 +185,11 @@ class Models:
             whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * part)
             held.append(HeldWeights(spec, loaded.device_bytes, whole))
         return tuple(held)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all weights on this worker's device, the blocks that pass through included."""
+        return sum(loaded.device_bytes for loaded in self.loaded.values()) + self.slots.nbytes
 
     # Where weights live.
 
@@ -187,12 +200,16 @@ class Models:
         """
         others = sum(m.residence.device_bytes for key, m in self.loaded.items() if key != spec)
         mine = self.loaded[spec].device_bytes if spec in self.loaded else 0
-        told = [int(spec in self.loaded), self._room() + others + mine, _host_room()]
+        told = [int(spec in self.loaded), self._room() + others + mine, host_room()]
         present, rooms, host_rooms = zip(*gather_rows(told, self.device, self.settings.plan.num_gpus), strict=True)
         if all(present):
             return [], 0
         self.loaded.pop(spec, None)
         return list(rooms), min(host_rooms)
+
+    def room(self) -> int:
+        """Bytes that a model may take on this rank's device if the others leave it."""
+        return self._room() + sum(loaded.device_bytes for loaded in self.loaded.values())
 
     def _room(self) -> int:
         """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
@@ -208,7 +225,7 @@ class Models:
         return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
 
     def _place(
-        self, source: WeightSource, spec: ModelSpec, tokens: int, rooms: Sequence[int], host_room: int
+        self, source: WeightSource, spec: ModelSpec, tokens: int, rooms: Sequence[int], free: int
     ) -> tuple[Demand, Placement]:
         """What this rank's part of a model asks for, and where it goes. A collective call.
 
@@ -219,7 +236,7 @@ class Models:
         for ranks in plan.replicas():
             demand = demand_of(self._held_sizes(source, spec, ranks[0]), activations, unit_of(self.device))
             there = [rooms[rank] for rank in ranks]
-            on_host = host_room * len(ranks) // plan.num_gpus
+            on_host = free * len(ranks) // plan.num_gpus
             choices = spec.shard_weights, spec.offload
             placed[ranks] = demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)
         most = max(placement.share for _, placement in placed.values())
@@ -260,7 +277,7 @@ class Models:
         if spec in self.loaded:
             self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
 
-    def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
+    def _make_way(self, spec: ModelSpec | None, nbytes: int) -> None:
         """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
         missing = nbytes - self._room()
         for other, loaded in self.loaded.items():
@@ -268,6 +285,14 @@ class Models:
                 missing -= _step_out(loaded.residence, missing)
         if spec in self.loaded:
             self.loaded[spec] = self.loaded.pop(spec)  # now the one used last
+
+    def make_way(self, nbytes: int) -> None:
+        """Let models step out until this rank's device has `nbytes` of room. Not collective."""
+        self._make_way(None, nbytes)
+
+    def free_room(self) -> int:
+        """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
+        return self._room()
 
     def _note_peak(self) -> None:
         self.peak_private = max(self.peak_private, _private_bytes())
@@ -331,16 +356,15 @@ def _private_bytes() -> int:
     return 0
 
 
-def _host_room() -> int:
+def host_room() -> int:
     """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    available, total = host_memory()
     return available - total // 20
 
 
 def _step_out(residence: Residence, nbytes: float) -> int:
     """As `Residence.step_out`, where host memory has room."""
-    needed, room = residence.host_bytes_for(nbytes), _host_room()
+    needed, room = residence.host_bytes_for(nbytes), host_room()
     if needed > room:
         raise PlacementError(
             f"Weights of {needed / 2**30:.1f} GiB must step out to host memory, which has {max(0, room) / 2**30:.1f} "

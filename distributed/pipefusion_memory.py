@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, held_sizes
 from ..wanvideo.config import Header, WanConfig
-from .division import sizes_of_largest_part
+from .division import parts_of
 from .memory import activation_bytes, demand_of, needed_bytes
 from .messages import ModelSpec, PoolSettings
 from .patch_memory import TooLarge, capacity, gib
@@ -57,7 +57,7 @@ def stream_memory(
     sizes = held_sizes(config, header, WEIGHT_DTYPES[spec.weight_dtype])
     share = math.ceil(tokens / plan.sequence_ranks)
     working = activation_bytes(config, share, spec.max_batch, itemsize, spec.slice_tokens) // _RESERVE
-    demand = demand_of(sizes_of_largest_part(config, plan, sizes), 0)
+    demand = demand_of(max(parts_of(config, plan, sizes), key=lambda part: sum(part.values())), 0)
     ways = [(1, demand.blocks)]
     if spec.offload != "off":
         ways.append((1, 0))

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from . import stopwatch
 from .plan import bounds, shares
 
 Batch = TypeVar("Batch")
@@ -104,9 +105,10 @@ class Flow(Generic[Batch]):
             elif 0 <= slot - self.stage.index < passes:
                 for block in self.span:
                     self.before_block(block)
-            while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
-                self.before_block(None)
-            stream = self._exchange()
+            with stopwatch.standing(stopwatch.PIPELINE, self.stage.ranks):
+                while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
+                    self.before_block(None)
+                stream = self._exchange()
 
     def before_block(self, block: int | None) -> None:
         """Go on, or leave the request with all other stages."""

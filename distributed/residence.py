@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from . import stopwatch
 from .flat import HostBuffer, Layout, Weight, components, nbytes_of, on_meta, with_components
 from .memory import BLOCK_NAME, SEGMENT, SLOTS
 
@@ -450,10 +451,11 @@ class Residence:
 
     def _await(self, turn: int) -> None:
         arrival = self._arrivals.pop(turn)
-        if isinstance(arrival, torch.cuda.Event):
-            torch.cuda.current_stream(self.device).wait_event(arrival)
-        elif arrival is not None:
-            arrival.wait()
+        with stopwatch.standing(stopwatch.WEIGHTS, self.group.group):
+            if isinstance(arrival, torch.cuda.Event):
+                torch.cuda.current_stream(self.device).wait_event(arrival)
+            elif arrival is not None:
+                arrival.wait()
 
 
 def _spread(indices: Sequence[int]) -> list[int]:
