@@ -22,6 +22,7 @@ from ..wanvideo.model import Grid, SelfAttention, WanModel
 from .displaced import StaleError
 from .messages import Displaced
 from .plan import bounds, shares
+from .residence import release_cache
 from .schedule import STALE
 from .sequence import NativeAttention, SequenceGroup
 
@@ -130,6 +131,7 @@ class PatchStream:
     def _room(self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> list[torch.Tensor]:
         """Keys and values for each block of this stage."""
         shape = self._shape(batch, model, grid, group, heads)
+        release_cache(self.device)
         return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in model.span]
 
     @staticmethod
