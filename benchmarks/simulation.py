@@ -30,7 +30,6 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed import models, residence, worker  # noqa: E402
-from wan_parallel.distributed.gate import Gate, GateMemory  # noqa: E402
 from wan_parallel.distributed.mailbox import Mailbox  # noqa: E402
 from wan_parallel.distributed.memory import PlacementError  # noqa: E402
 from wan_parallel.distributed.messages import (  # noqa: E402
@@ -115,8 +114,8 @@ def simulate(
     live = LiveBytes()
     size = spec.path.partition(":")[2]
     with _process_group(settings.plan.num_gpus), _stand_ins(live, size, settings.plan.num_gpus, host_room):
-        memory = GateMemory()
-        rank = worker.Worker(0, settings, Gate(memory.path), META)
+        nobody = SimpleNamespace(begin=lambda _request: None, check=lambda _rank, _leader: None)  # who would cancel
+        rank = worker.Worker(0, settings, nobody, META)
         rank.models._room = lambda: cap - live.now - models._MARGIN + rank.models.slots.nbytes
         config = PRESETS[size]
         tokens = latent[0] * -(-latent[1] // 2) * -(-latent[2] // 2)
@@ -191,7 +190,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(models, "get_kernel", lambda *_asked: AttentionKernel("simulated", _attention)),
         mock.patch.object(models, "open_weights", lambda *_asked: _File(size)),
         mock.patch.object(models, "gather_rows", lambda row, *_rest: [list(row)] * world_size),
-        mock.patch.object(models, "_host_room", lambda: host_room),
+        mock.patch.object(models, "host_room", lambda: host_room),
         mock.patch.object(worker, "open_mailbox", lambda group, device: SimulatedMailbox(group, device, uncounted)),
         mock.patch.object(dist, "barrier", lambda *_group: None),
         mock.patch.object(dist, "batch_isend_irecv", lambda _operations: []),

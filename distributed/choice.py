@@ -199,7 +199,7 @@ def _fitting(
 
 def sharing_ranks(plan: ParallelPlan) -> int:
     """Ranks that can keep a share of each block: those that hold the same ones (see `Models`)."""
-    return plan.num_gpus if plan.pipeline_parallel * plan.tensor_parallel == 1 else 1
+    return len(plan.replicas()[0])
 
 
 def _possible_sizes(question: Question) -> list[ParallelPlan]:

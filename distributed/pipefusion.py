@@ -11,7 +11,8 @@ Patches are whole frames where there are enough, and rows of tokens else: width 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from ..wanvideo.model import Grid, SelfAttention, WanModel
 from .displaced import StaleError
 from .messages import Displaced
 from .plan import bounds, shares
+from .residence import release_cache
 from .schedule import STALE
 from .sequence import NativeAttention, SequenceGroup
 
@@ -86,6 +88,15 @@ class PatchStream:
         """Give the memory back."""
         self._kept.clear()
 
+    def missing_bytes(
+        self, batches: Sequence[tuple[str, ...]], model: WanModel, grid: Grid, group: SequenceGroup, heads: int
+    ) -> int:
+        """Bytes that `stretches` will allocate for these batch items, named as there."""
+        new = (len(lanes) for lanes in batches if lanes not in self._kept)
+        return sum(math.prod(self._shape(n, model, grid, group, heads)) for n in new) * (
+            len(model.span) * model.compute_dtype.itemsize
+        )
+
     def stretches(
         self,
         step: Displaced,
@@ -118,7 +129,13 @@ class PatchStream:
         return stretches
 
     def _room(self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> list[torch.Tensor]:
-        """Keys and values [2, B, tokens, heads, head_dim] for each block of this stage."""
-        own = shares(heads, group.degrees.ulysses)[group.ulysses_index]
-        shape = (2, batch, grid.tokens, own, model.config.head_dim)
+        """Keys and values for each block of this stage."""
+        shape = self._shape(batch, model, grid, group, heads)
+        release_cache(self.device)
         return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in model.span]
+
+    @staticmethod
+    def _shape(batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> tuple[int, ...]:
+        """[2, B, tokens, heads, head_dim] of a block."""
+        own = shares(heads, group.degrees.ulysses)[group.ulysses_index]
+        return 2, batch, grid.tokens, own, model.config.head_dim

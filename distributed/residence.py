@@ -91,6 +91,7 @@ def unit_of(device: torch.device) -> int:
 
 def long_lived(nbytes: int, device: torch.device) -> torch.Tensor:
     """Bytes on the device for a long time, in segments of torch's allocator that nothing else shares."""
+    release_cache(device)
     return torch.empty(segment_bytes(nbytes, device), dtype=torch.uint8, device=device)[:nbytes]
 
 
@@ -111,7 +112,6 @@ class Slots:
         """Buffers of at least `nbytes` bytes each."""
         if not self._buffers or len(self._buffers[0]) < nbytes:
             self._buffers = ()
-            release_cache(self.device)
             self._buffers = tuple(long_lived(nbytes, self.device) for _ in range(SLOTS))
             self.serial += 1
         return self._buffers
@@ -203,7 +203,6 @@ class Residence:
 
     def load(self, resident: int, progress: Callable[[], None] = lambda: None) -> None:
         """Read this rank's bytes of every block, the first time; `resident` of them go to the device."""
-        release_cache(self.device)
         hosted = set(self._to_host[: len(self._blocks) - resident])
         for index in self.blocks:
             self._read_block(index, index in hosted)
@@ -260,11 +259,12 @@ class Residence:
 
     def _lay_out_anew(self, block: _Block, weight_of: Callable[[str], Weight]) -> None:
         to_host = block.device is None
-        models = {name: on_meta(weight_of(name)) for name in block.names}
-        self._unbind(block)  # else the old bytes would stay beside the new ones
-        self._lay_out(block, Layout.of(models, self.group.ranks), to_host)
-        for name in block.names:
-            self._write(block, name, weight_of(name))
+        block.device = block.host = None
+        self._unbind(block)  # so that the old bytes are free before the new ones come
+        weights = {name: weight_of(name) for name in block.names}
+        self._lay_out(block, Layout.of({name: on_meta(w) for name, w in weights.items()}, self.group.ranks), to_host)
+        for name, weight in weights.items():
+            self._write(block, name, weight)
         self._point(block)
 
     def _lay_out(self, block: _Block, layout: Layout, to_host: bool) -> None:
@@ -318,7 +318,6 @@ class Residence:
         entering = [index for index in reversed(self._to_host) if index not in present][: max(0, count - len(present))]
         if not entering:
             return
-        release_cache(self.device)
         for index in entering:
             self._enter_device(self._blocks[index])
         if self.device.type == "cuda":

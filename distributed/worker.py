@@ -212,9 +212,6 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        with stopwatch.standing(stopwatch.WEIGHTS):
-            self.models.settle(request.spec, stop - start)
-        self.memory.begin()
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones and a
         # tail are computed exactly
@@ -224,6 +221,9 @@ class Worker:
             approximate.begin(step)
         self.gate.begin(request.id)
         batches = self._batches(request.spec, len(x), self.place.data)
+        with stopwatch.standing(stopwatch.WEIGHTS):
+            self.models.settle(request.spec, stop - start, self._to_keep(step, batches, loaded.model, grid, group))
+        self.memory.begin()
         portions = [
             portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
         ]
@@ -407,6 +407,15 @@ class Worker:
         attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
+
+    def _to_keep(
+        self, step: Displaced | None, batches: Sequence[slice], model: WanModel, grid: Grid, group: SequenceGroup
+    ) -> int:
+        """Bytes of keys and values that this forward will keep anew."""
+        if self.stream is None or step is None or step.kind == EXACT:
+            return 0
+        lanes = [step.lanes[items] for items in batches]
+        return self.stream.missing_bytes(lanes, model, grid, group, model.config.num_heads // self.shard.size)
 
     def _most_batches(self, spec: ModelSpec, batch: int) -> int:
         """Slices of batch items in the data-parallel group that has most of them."""

@@ -98,7 +98,9 @@ class RemoteWan(torch.nn.Module):
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.patches: PatchSet | None = None
         self.patch_runs: PatchRuns | None = None
-        self.stream_runs = StreamRuns(pool) if pool.settings.pipeline_mode == "pipefusion" else None
+        self.stream_runs: StreamRuns | None = None
+        if pool.settings.pipeline_mode == "pipefusion":
+            self.stream_runs = StreamRuns(header.config, spec, pool, header)
         _pools.add(pool)
         pool.keep(spec)
         weakref.finalize(self, pool.drop, spec).atexit = False
@@ -173,9 +175,9 @@ class RemoteWan(torch.nn.Module):
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         check(self.header.config, x, conditioning)
         whole, left = extended(x, conditioning)  # as the workers will cut it
-        if self.patch_runs is not None:
+        if self.runs is not None:
             x = whole
-            self.patch_runs.check(x.shape, options)
+            self.runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
             tokens = sequence_of(whole, left.options).tokens
             self.pool.ensure_ready(
@@ -196,9 +198,7 @@ class RemoteWan(torch.nn.Module):
         self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor
     ) -> AbstractContextManager[Displaced | None]:
         uuid = self.patches.uuid if self.patches else ""
-        if self.patch_runs is not None:
-            return self.patch_runs.step(x, timestep, options, uuid, self._make_room)
-        return self.stream_runs.step(x, timestep, options, uuid) if self.stream_runs is not None else nullcontext()
+        return nullcontext() if self.runs is None else self.runs.step(x, timestep, options, uuid, self._make_room)
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.

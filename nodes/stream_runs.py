@@ -3,32 +3,57 @@ ComfyUI."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..distributed.messages import Displaced
+from ..distributed.messages import Displaced, ModelSpec
+from ..distributed.pipefusion_memory import check_stream, kept_bytes, stream_memory
 from ..distributed.pool import Pool
 from ..distributed.schedule import PatchSettings, Schedule
+from ..wanvideo.config import Header, WanConfig
+from ..wanvideo.model import grid_of
 from .patch_runs import lane_names
+
+_SETTINGS = PatchSettings()
 
 
 class StreamRuns:
     """The sampling runs of one MODEL; see `Schedule` for which of their forwards are exact."""
 
-    def __init__(self, pool: Pool):
-        self.pool = pool
+    def __init__(self, config: WanConfig, spec: ModelSpec, pool: Pool, header: Header | None = None):
+        self.config, self.spec, self.pool, self.header = config, spec, pool, header
         self._schedule = Schedule()
+        self._run = ""
+        self._kept: dict[tuple[str, ...], int] = {}  # bytes on the fullest GPU, by batch items, of this run
 
     def begin(self) -> None:
         """A new sampling run."""
         self._schedule.restart()
 
+    def check(self, size: tuple[int, ...], options: Mapping[str, Any]) -> None:
+        """Refuse a run that could not be done, before workers start and weights are read.
+
+        Args:
+            size: of the latent [B, C, T, H, W], with the branches of cfg in B.
+            options: ComfyUI's transformer options.
+
+        Raises:
+            TooLarge: its keys and values do not fit.
+        """
+        if self._takes_part(size[0], options):
+            self._check(size, self._bytes(size))
+
     @contextmanager
     def step(
-        self, x: torch.Tensor, timestep: torch.Tensor, options: Mapping[str, Any], patches: str
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        options: Mapping[str, Any],
+        patches: str,
+        make_room: Callable[[int], object] = lambda _nbytes: None,
     ) -> Iterator[Displaced | None]:
         """Around one forward of the pool, which is given what this yields: None where it must be exact.
 
@@ -36,14 +61,47 @@ class StreamRuns:
             x: latent [B, C, T, H, W].
             options: ComfyUI's transformer options.
             patches: another one for every other set of LoRAs.
+            make_room: called with the bytes a GPU will need, once for each branch of a run, on GPUs.
+
+        Raises:
+            TooLarge: the keys and values of all branches of the run do not fit.
         """
-        lanes = lane_names(options, len(x))
         try:
-            if lanes is None or options.get("context_window") is not None:  # other frames or items in every call
+            if not self._takes_part(len(x), options):
                 self._schedule.restart()
                 yield None
             else:
-                yield self._schedule.plan(PatchSettings(), (self.pool.launcher_pid, patches), lanes, x, timestep)
+                lanes = lane_names(options, len(x))
+                displaced = self._schedule.plan(_SETTINGS, (self.pool.launcher_pid, patches), lanes, x, timestep)
+                self._keep(displaced, tuple(x.shape), make_room)
+                yield displaced
         except BaseException:  # a Cancel is no Exception: whatever it was, what is kept is not the last step's
             self._schedule.restart()
             raise
+
+    def _takes_part(self, batch: int, options: Mapping[str, Any]) -> bool:
+        """Whether a forward may keep something for the next one."""
+        sigmas = options.get("sample_sigmas")
+        long_enough = sigmas is None or len(sigmas) - 1 > _SETTINGS.warmup_steps
+        same_items = lane_names(options, batch) is not None and options.get("context_window") is None
+        return long_enough and same_items
+
+    def _keep(self, step: Displaced, size: tuple[int, ...], make_room: Callable[[int], object]) -> None:
+        if step.run != self._run:
+            self._run, self._kept = step.run, {}
+        if step.lanes in self._kept:
+            return
+        self._kept[step.lanes] = self._bytes(size)
+        self._check(size, sum(self._kept.values()))
+        if self.pool.settings.device == "cuda":
+            make_room(self._kept[step.lanes])
+
+    def _bytes(self, size: tuple[int, ...]) -> int:
+        tokens = grid_of(torch.empty(size, device="meta")).tokens
+        return kept_bytes(self.config, self.pool.settings, self.spec.compute_dtype, tokens, size[0])
+
+    def _check(self, size: tuple[int, ...], kept: int) -> None:
+        settings = self.pool.settings
+        if settings.plan.pipeline_parallel > 1:
+            tokens = grid_of(torch.empty(size, device="meta")).tokens
+            check_stream(stream_memory(self.config, settings, self.spec, tokens, kept, self.header), settings)

@@ -96,6 +96,30 @@ def test_a_big_model_under_way_gives_the_same_bits_again_and_again(shared):
         shared.unload(spec)
 
 
+PARTS = [
+    ParallelPlan(4, tensor_parallel=2),
+    ParallelPlan(4, pipeline_parallel=2),
+    ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
+]
+
+
+@over("plan", PARTS, ids=lambda plan: plan.describe(4))
+def test_gpus_with_the_same_part_of_a_divided_model_share_it(checkpoint, plan):
+    pool = acquire(PoolSettings(plan, device="cuda"))
+    try:
+        for path, config, latent in ((checkpoint, CONFIG, (5, 16, 16)), ("random:1.3b", PRESETS["1.3b"], (6, 60, 104))):
+            whole = ModelSpec(path, "bf16", "bf16", shard_weights="off", offload="off")
+            given = inputs(config, latent, batch=3)
+            expected = pool.forward(whole, *given)
+            for shard, offload in WAYS:
+                spec = replace(whole, shard_weights=shard, offload=offload)
+                for turn in range(3):
+                    assert torch.equal(pool.forward(spec, *given), expected), (path, shard, offload, turn)
+            pool.unload()
+    finally:
+        pool.close()
+
+
 @over("shared", [TWO], indirect=True, ids=str)
 def test_each_gpu_holds_its_share(shared):
     spec = replace(BIG, shard_weights="on")

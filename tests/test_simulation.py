@@ -1,0 +1,52 @@
+"""The promised caps, by a worker's own code on tensors without bytes, and that against what GPUs took."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from test_guide import rows
+from wan_parallel.distributed.messages import ModelSpec, PoolSettings
+from wan_parallel.distributed.plan import ParallelPlan
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from simulation import CUBLAS_BYTES, Simulated, simulate
+
+GIB = 2**30
+P480 = (21, 60, 104)
+logging.getLogger("wan_parallel").setLevel(logging.WARNING)
+
+
+def worker(size: str, gpus: int, cap: float, overlap: bool = True, **options: object) -> Simulated:
+    settings = PoolSettings(ParallelPlan(gpus), device="cuda", overlap=overlap)
+    return simulate(settings, ModelSpec(f"random:{size}", **options), P480, int(cap * GIB))
+
+
+@pytest.mark.parametrize("gpus, measured", [(1, 30.02), (4, 27.71)])
+def test_it_counts_what_h200s_took(gpus, measured):
+    """14B at 480p, 2026-11-21: GiB that torch's allocator gave out at most, of which 26.62 are weights."""
+    found = worker("14b", gpus, 130, overlap=False)
+    assert found.peak == pytest.approx(measured * GIB, abs=0.05 * GIB)
+
+
+@pytest.mark.parametrize("size, gpus, cap", [("14b", 4, 12), ("14b", 8, 6), ("1.3b", 8, 1)])
+def test_the_tightest_cells_fit_as_the_guide_says(size, gpus, cap):
+    found = worker(size, gpus, cap, slice_tokens=8192)
+    shown = {row[0]: row for row in rows("Memory")}[f"{gpus} x {cap} GiB"]
+    assert found.peak + found.exchange <= cap * GIB
+    assert found.peak / GIB == pytest.approx(float(shown[3].split()[0]), rel=0.05, abs=0.06)
+    assert (found.host > 0) == ("host memory" in shown[2])
+    assert found.placement.startswith(f"1/{gpus} of each block")
+
+
+def test_what_can_not_run_is_refused_with_what_is_missing():
+    assert "are missing" in worker("1.3b", 8, 0.5).refusal
+
+
+def test_a_part_of_a_divided_model_is_counted():
+    plan = ParallelPlan(4, pipeline_parallel=2, tensor_parallel=2)
+    spec = ModelSpec("random:1.3b", slice_tokens=8192)
+    found = simulate(PoolSettings(plan, device="cuda"), spec, P480, 20 * GIB)
+    assert found.weights == pytest.approx(0.7 * GIB, abs=0.05 * GIB) and found.peak < 3 * GIB + CUBLAS_BYTES
