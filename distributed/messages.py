@@ -84,6 +84,7 @@ class ArenaRef:
     path: str
     nbytes: int
     serial: int  # a later arena can have the same path
+    pinned: bool = False  # worth pinning: it serves many requests
 
 
 @dataclass(frozen=True)

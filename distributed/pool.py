@@ -280,7 +280,8 @@ class Pool:
             self._drain(poll)
             self._tidy()
             inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
-            arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
+            size = needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64
+            arena = self._arena_for(size, pinned=x.is_cuda and self.settings.device == "cuda")
             refs = [arena.write(tensor) for tensor in inputs]
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
             shared = self._conditioning.share(conditioning, DTYPES[spec.compute_dtype])
@@ -497,10 +498,10 @@ class Pool:
         self._loaded[spec] = patches.uuid
         self._close_arena()  # LoRAs are larger than latents
 
-    def _arena_for(self, nbytes: int) -> Arena:
-        if self._arena is None or self._arena.nbytes < nbytes:
+    def _arena_for(self, nbytes: int, pinned: bool = False) -> Arena:
+        if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
             self._close_arena()
-            self._arena = Arena(nbytes)
+            self._arena = Arena(nbytes, pinned)
         self._arena.reset()
         return self._arena
 
