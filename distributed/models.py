@@ -104,7 +104,7 @@ class Models:
             CheckpointError, AttentionError, PlanError: the model cannot run like this.
             PlacementError: it does not fit.
         """
-        rooms, free = self._agree(spec)
+        rooms, host_room = self._agree(spec)
         if not rooms:
             return
         dtype = DTYPES[spec.compute_dtype]
@@ -117,7 +117,7 @@ class Models:
         sizes = self._held_sizes(source, spec)
         demand = demand_of(sizes, self._activations(spec, source.config, tokens))
         ranks = len(self._equals()[0])
-        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, free)
+        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
         group = self._share_group(placement.share)
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
@@ -195,16 +195,19 @@ class Models:
         """
         others = sum(m.residence.device_bytes for key, m in self.loaded.items() if key != spec)
         mine = self.loaded[spec].device_bytes if spec in self.loaded else 0
-        told = [int(spec in self.loaded), self._room() + others + mine, host_room()]
+        told = [int(spec in self.loaded), self._room() + others + mine, _host_room()]
         present, rooms, host_rooms = zip(*gather_rows(told, self.device, self.settings.plan.num_gpus), strict=True)
         if all(present):
             return [], 0
         self.loaded.pop(spec, None)
         return list(rooms), min(host_rooms)
 
-    def room(self) -> int:
-        """Bytes that a model may take on this rank's device if the others leave it."""
-        return self._room() + sum(loaded.device_bytes for loaded in self.loaded.values())
+    def rooms(self) -> tuple[int, int, int]:
+        """Bytes that a model may take on this rank's device if the others leave it; that are free in host memory; that
+        loaded models take there."""
+        loaded = self.loaded.values()
+        here, host = sum(m.device_bytes for m in loaded), sum(m.residence.host_bytes for m in loaded)
+        return self._room() + here, _host_room(), host
 
     def _room(self) -> int:
         """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
@@ -328,7 +331,7 @@ def _private_bytes() -> int:
     return 0
 
 
-def host_room() -> int:
+def _host_room() -> int:
     """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
@@ -337,7 +340,7 @@ def host_room() -> int:
 
 def _step_out(residence: Residence, nbytes: float) -> int:
     """As `Residence.step_out`, where host memory has room."""
-    needed, room = residence.host_bytes_for(nbytes), host_room()
+    needed, room = residence.host_bytes_for(nbytes), _host_room()
     if needed > room:
         raise PlacementError(
             f"Weights of {needed / 2**30:.1f} GiB must step out to host memory, which has {max(0, room) / 2**30:.1f} "
