@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 
 from ..wanvideo.options import Options
@@ -62,6 +63,7 @@ class ModelSpec:
         offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
+        fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
     """
 
     path: str
@@ -75,6 +77,7 @@ class ModelSpec:
     stamp: str = ""
     shard_weights: str = "auto"
     offload: str = "auto"
+    fp8_mode: str = "disabled"
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,49 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class LoadVAE:
+    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+
+    id: int
+    key: str
+    dtype: str
+    arena: ArenaRef
+    weights: dict[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """How a video is decoded; the result is the same within rounding.
+
+    Args:
+        convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
+        piece_mib: MiB of the largest tensor of a piece; less where memory is short.
+        axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
+    """
+
+    convolution: str = "auto"
+    piece_mib: int = 512
+    axis: str = "auto"
+
+
+@dataclass(frozen=True)
+class DecodeVAE:
+    """Decode latents [B, C, T, h, w] in `arena` into `out` [B, frames, H, W, 3], float32 from 0 to 1, in `out_arena`.
+
+    `done` there has a word for each rank: how many frames it has written.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
 class Trim:
     """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
 
@@ -236,7 +282,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE
 
 
 @dataclass(frozen=True)
@@ -256,6 +302,7 @@ class ModelStatus:
     placement: str = ""  # where the weights live, and why
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+    fp8: str = ""  # what runs in fp8, and how; empty: nothing
     overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 
@@ -269,11 +316,43 @@ class HeldWeights:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What the memory of one worker's device is used for, in bytes: at the fullest moment of the last forward, or as it
+    is where none has been finished since the worker started, or since one failed.
+
+    Args:
+        weights: of all models, and the blocks that pass through (see residence.py).
+        activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
+        cache: keys and values kept between the steps of a run.
+        mailboxes: memory that other ranks write into (see mailbox.py).
+        unused: memory that torch's allocator keeps for later.
+        others: what is not torch's in this worker: CUDA itself, NCCL, and other processes such as ComfyUI.
+        total: all that the device has; on a CPU, that the host has.
+        measured: whether it is of a forward.
+    """
+
+    weights: int
+    activations: int
+    cache: int
+    mailboxes: int
+    unused: int
+    others: int
+    total: int
+    measured: bool = False
+
+    @property
+    def free(self) -> int:
+        used = self.weights + self.activations + self.cache + self.mailboxes + self.unused + self.others
+        return max(0, self.total - used)
+
+
+@dataclass(frozen=True)
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
     kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
-    `peak_allocated` the most that torch's allocator gave out on its GPU."""
+    `peak_allocated` the most that torch's allocator gave out on its GPU, `peak_reserved` the most it took for that;
+    `memory` what it is used for."""
 
     rank: int
     pid: int
@@ -285,6 +364,9 @@ class WorkerStatus:
     models: tuple[ModelStatus, ...]
     link: str = ""
     peak_allocated: int = 0
+    memory: MemoryUse | None = None
+    peak_reserved: int = 0
+    vae_bytes: int = 0  # weights of VAEs
 
 
 @dataclass(frozen=True)
@@ -336,9 +418,34 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """How long a rank's device stood still for one kind of exchange in a forward (see stopwatch.py).
+
+    Args:
+        kind: of the exchange.
+        ranks: that take part in it; none where a rank needs no other.
+        microseconds: of each time, in their order, with commas between: as numbers, hundreds of them would take
+            milliseconds to read.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    microseconds: str
+
+    @staticmethod
+    def of(kind: str, ranks: tuple[int, ...], seconds: Iterable[float]) -> Stall:
+        return Stall(kind, ranks, ",".join(str(round(s * 1e6)) for s in seconds))
+
+    @property
+    def seconds(self) -> list[float]:
+        return [int(us) / 1e6 for us in self.microseconds.split(",") if us]
+
+
+@dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
-    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model."""
+    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model; `stalls`
+    where the device stood still in a forward."""
 
     id: int
     rank: int
@@ -350,7 +457,9 @@ class Reply:
     status: WorkerStatus | None = None
     exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
+    stalls: tuple[Stall, ...] = ()
     surveyed: Surveyed | None = None
+    vaes: tuple[str, ...] = ()  # keys of the VAEs it has
 
 
 @dataclass(frozen=True)
@@ -377,7 +486,7 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, LoadVAE, DecodeVAE, Cancel),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

@@ -23,6 +23,7 @@ from .heads import gather_heads, scatter_heads
 from .mailbox import Mailbox
 from .plan import shares
 from .sequence import SequenceGroup
+from .stopwatch import ALL_TO_ALL, LATER_SLICES, standing
 
 SLICES = 2
 """Slices of a rank's heads. More hide more and make attention kernels smaller."""
@@ -137,13 +138,15 @@ class OverlappedAttention:
                 self.announce(kind, x)
         self._announced.clear()
         layout, place = self._layout, self.place
-        self._await(_KEYS)
-        self._await(_VALUES)
+        with standing(ALL_TO_ALL, self.mailbox.group):
+            self._await(_KEYS)
+            self._await(_VALUES)
         keys = self._sequence(layout.keys(place, 0), self.heads[place])
         values = self._sequence(layout.values(place, 0), self.heads[place])
         outputs = []
         for part, (start, count) in enumerate(layout.slices(place)):
-            self._await(_QUERIES + part)
+            with standing(LATER_SLICES if part else ALL_TO_ALL, self.mailbox.group):
+                self._await(_QUERIES + part)
             queries, heads = self._sequence(layout.queries(place, part, 0), count), slice(start, start + count)
             out = self.kernel(queries, keys[:, :, heads], values[:, :, heads])
             outputs.append(out.transpose(0, 1).contiguous())
@@ -153,7 +156,8 @@ class OverlappedAttention:
     def _prepare(self, x: torch.Tensor) -> None:
         layout = Layout(self.lengths, self.heads, len(x), x.shape[-1], x.dtype)
         if layout != self._layout:
-            self.mailbox.arrange(layout, layout.nbytes)
+            with standing(ALL_TO_ALL, self.mailbox.group):
+                self.mailbox.arrange(layout, layout.nbytes)
             self._layout = layout
             self._packed.clear()
 
@@ -191,14 +195,15 @@ class OverlappedAttention:
     def _output(self, q: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
         """What all ranks have computed for this rank's tokens, in the shape of q."""
         layout, place, parts = self._layout, self.place, []
-        for sender in range(len(self.lengths)):
-            for part, (_, count) in enumerate(layout.slices(sender)):
-                if sender == place:
-                    parts.append(outputs[part].split(self.lengths)[place])
-                else:
-                    self.mailbox.wait(sender, _OUTPUT + part)
-                    shape = (self.lengths[place], layout.batch, count, layout.head_dim)
-                    parts.append(self.mailbox.own(layout.output(place, part, sender), shape, layout.dtype))
+        with standing(ALL_TO_ALL, self.mailbox.group):
+            for sender in range(len(self.lengths)):
+                for part, (_, count) in enumerate(layout.slices(sender)):
+                    if sender == place:
+                        parts.append(outputs[part].split(self.lengths)[place])
+                    else:
+                        self.mailbox.wait(sender, _OUTPUT + part)
+                        shape = (self.lengths[place], layout.batch, count, layout.head_dim)
+                        parts.append(self.mailbox.own(layout.output(place, part, sender), shape, layout.dtype))
         result = torch.empty_like(q, memory_format=torch.contiguous_format)
         gather_heads(parts, result)
         return result

@@ -100,6 +100,10 @@ class ParallelPlan:
             return self._groups(lambda at: (at.stage, at.tensor))
         return self._groups(lambda at: (at.data, at.stage, at.tensor))
 
+    def replicas(self) -> list[tuple[int, ...]]:
+        """The ranks that hold the same weights, for every part into which stages and tensor ranks divide a model."""
+        return self._groups(lambda at: (at.stage, at.tensor))
+
     def _groups(self, key: Callable[[Place], tuple[int, ...]]) -> list[tuple[int, ...]]:
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.num_gpus):

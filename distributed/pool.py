@@ -9,7 +9,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +58,7 @@ from .messages import (
 from .plan import ParallelPlan, PlanError
 from .planner import Kind, Planner
 from .processes import PoolProcesses
+from .stopwatch import RankTimes, rank_times
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
-_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError")
+_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
 _ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
 
 
@@ -102,7 +104,13 @@ _MIXED = "mixed"  # no set has this uuid: one rank failed to merge what the othe
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """What a status shows. `state` is "not started", "ready" or "ended"."""
+    """What a status shows.
+
+    Args:
+        state: "not started", "ready" or "ended".
+        times: where the seconds of the last forward went, by rank. Empty, and the seconds 0, where there was none yet,
+            or where the last one failed or was given up; `failed` tells which.
+    """
 
     state: str
     settings: PoolSettings
@@ -113,6 +121,8 @@ class PoolStatus:
     last_forward_seconds: float = 0.0
     last_hop_seconds: float = 0.0
     exchanges: tuple[Exchange, ...] = ()
+    times: tuple[RankTimes, ...] = ()
+    failed: bool = False
     plan_reason: str = ""  # why this plan was chosen; "" where it was set
 
 
@@ -138,6 +148,13 @@ def acquire(settings: PoolSettings) -> Pool:
 _pools: weakref.WeakValueDictionary[PoolSettings, Pool] = weakref.WeakValueDictionary()
 _recent: Pool | None = None
 _registry_lock = threading.Lock()
+
+
+def running() -> Pool | None:
+    """A pool whose workers run: the one asked for last, if it is one of them."""
+    with _registry_lock:
+        pools = [pool for pool in (_recent, *_pools.values()) if pool is not None and pool.alive]
+        return pools[0] if pools else None
 
 
 def file_stamp(path: str) -> str:
@@ -168,11 +185,18 @@ class Pool:
         self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
         self._arena: Arena | None = None
         self._conditioning = SharedConditioning()
+        self._lent: tuple[Arena, ...] = ()  # to a request that has not been seen to end
+        self._vaes: frozenset[str] = frozenset()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._untidy = False  # a request failed or was given up, and the workers have not been trimmed since
+        self._failed = False  # the last forward was
+        self._forget_forward()
+
+    def _forget_forward(self) -> None:
         self._seconds = self._hop = 0.0
         self._exchanges: tuple[Exchange, ...] = ()
+        self._times: tuple[RankTimes, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -271,6 +295,8 @@ class Pool:
         _check_timestep(x, timestep)
         kind = Kind(spec, grid_of(x).tokens, len(x))
         with self._lock:
+            self._forget_forward()
+            self._failed = True  # until it is done
             self._ensure_started(poll)
             self._ensure_planned(kind, poll, make_room)
             self._ensure_loaded(kind, poll, make_room)
@@ -290,10 +316,39 @@ class Pool:
             self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             result = core(result, frames, conditioning.options)
-            self._seconds = max(reply.seconds for reply in replies.replies)
+            seconds = [reply.seconds for reply in replies.replies]
+            self._times = rank_times(seconds, [reply.stalls for reply in replies.replies])
+            self._seconds, self._failed = max(seconds), False
             self._hop = time.perf_counter() - started - self._seconds
             self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
             return result
+
+    @property
+    def vaes(self) -> frozenset[str]:
+        """Keys of the VAEs that every worker has, as they said last."""
+        return self._vaes if self.alive else frozenset()
+
+    @contextmanager
+    def session(self, poll: Poll | None = None) -> Iterator[None]:
+        """Start the workers, and let no other thread's request come between those that are made inside."""
+        with self._lock:
+            self._ensure_started(poll)
+            yield
+
+    def ask(self, request: Callable[[int], Request], arenas: tuple[Arena, ...] = (), poll: Poll | None = None) -> float:
+        """Let the workers answer what `request` makes of an id; returns the seconds of the slowest.
+
+        Args:
+            arenas: what they read and write meanwhile; closed once they no longer do. Views of them stay.
+            poll: as in `forward`, as are the errors.
+        """
+        with self.session(poll):
+            self._drain(poll)
+            self._close_lent()
+            self._lent = arenas
+            replies = self._call(request(self._new_id()), poll)
+            self._close_lent()
+            return max(reply.seconds for reply in replies.replies)
 
     def keep(self, spec: ModelSpec) -> None:
         """Say that one more user holds this model. Models that were never kept stay until `unload`."""
@@ -365,11 +420,14 @@ class Pool:
             if self._finalizer is not None:
                 self._finalizer()  # stops the processes, once
             self._processes = self._finalizer = None
+            self._forget_forward()
             self._loaded.clear()
             self._held.clear()
             self._aside.clear()
             self._abandoned = 0
+            self._vaes = frozenset()
             self._close_arena()
+            self._close_lent()
             self._conditioning.close()
 
     def status(self) -> PoolStatus:
@@ -391,6 +449,8 @@ class Pool:
                 self._seconds,
                 self._hop,
                 self._exchanges,
+                self._times,
+                self._failed,
                 self._planner.reason,
             )
 
@@ -515,6 +575,11 @@ class Pool:
             self._arena.close()
             self._arena = None
 
+    def _close_lent(self) -> None:
+        for arena in self._lent:
+            arena.close()
+        self._lent = ()
+
     def _new_id(self) -> int:
         self._next_id += 1
         return self._next_id
@@ -543,6 +608,7 @@ class Pool:
 
     def _note(self, message: Replies) -> None:
         self._untidy |= any(reply.error or reply.cancelled for reply in message.replies)
+        self._vaes = frozenset.intersection(*(frozenset(reply.vaes) for reply in message.replies))
         by_spec: dict[ModelSpec, list[HeldWeights]] = {}
         for reply in message.replies:
             for weights in reply.weights:

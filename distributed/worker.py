@@ -18,14 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..wanvideo import pointwise
+from ..wanvideo import fp8_mode, pointwise
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
-from ..wanvideo.config import CheckpointError, WanConfig
+from ..wanvideo.config import CheckpointError
+from ..wanvideo.fp8 import Fp8Error
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
-from . import xfuser_backend
+from ..wanvideo.vae_ops import VAEError
+from . import stopwatch, xfuser_backend
 from .arena import ArenaReader
 from .cost import Machine
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
@@ -34,14 +36,17 @@ from .host_exchange import HostMemoryError
 from .links import link_kind
 from .mailbox import Mailbox, open_mailbox
 from .memory import PlacementError
+from .memory_use import MemoryMeter
 from .messages import (
     ArenaRef,
     ConditioningRef,
+    DecodeVAE,
     Displaced,
     Divide,
     Exchange,
     Forward,
     Load,
+    LoadVAE,
     ModelSpec,
     ModelStatus,
     Patch,
@@ -79,6 +84,7 @@ from .sequence import (
 )
 from .survey import survey
 from .tensor import TensorShard
+from .vae import VAEs
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
@@ -87,12 +93,14 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    Fp8Error,
     HostMemoryError,
     MissingPackage,
     PatchError,
     PlacementError,
     PlanError,
     StaleError,
+    VAEError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
@@ -109,11 +117,15 @@ class Portion:
 
 
 class Worker:
-    """Executes requests; every method that the ranks run together makes the same collective calls on all."""
+    """Executes requests; every method that the ranks run together makes the same collective calls on all.
 
-    def __init__(self, rank: int, settings: PoolSettings, gate: Gate):
+    Args:
+        device: that of `settings` without; benchmarks/simulation.py has one that only counts.
+    """
+
+    def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
         self.rank, self.settings, self.gate = rank, settings, gate
-        self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
+        self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
         self.place = settings.plan.place(rank)
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
@@ -126,6 +138,8 @@ class Worker:
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
+        self.memory = MemoryMeter(self.device)
+        self.vaes = VAEs(rank, settings, self.device, gate, self.models)
         self.fused = pointwise.use_triton(self.device)
         self.machine: Machine | None = None
 
@@ -142,7 +156,11 @@ class Worker:
                     case Patch():
                         self.models.patch(request, self.arena)
                     case Forward():
-                        reply = replace(reply, exchange=self.forward(request))
+                        reply = self._measured(request, reply)
+                    case LoadVAE():
+                        self.vaes.load(request)
+                    case DecodeVAE():
+                        self.vaes.decode(request)
                     case Trim():
                         self.trim()
                     case Unload():
@@ -167,7 +185,16 @@ class Worker:
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        return replace(reply, seconds=time.perf_counter() - started, weights=self.models.held())
+        seconds, held = time.perf_counter() - started, self.models.held()
+        return replace(reply, seconds=seconds, weights=held, vaes=self.vaes.keys)
+
+    def _measured(self, request: Forward, reply: Reply) -> Reply:
+        """Run a forward; the reply with what it exchanged and where its time went."""
+        self.memory.last = None
+        with stopwatch.measuring(self.device) as watch:
+            reply = replace(reply, exchange=self.forward(request), stalls=watch.stalls())
+        self.memory.end(*self._held_bytes())
+        return reply
 
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
@@ -182,7 +209,9 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        self.models.settle(request.spec, stop - start)
+        with stopwatch.standing(stopwatch.WEIGHTS):
+            self.models.settle(request.spec, stop - start)
+        self.memory.begin()
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
@@ -190,18 +219,18 @@ class Worker:
         if step is not None:
             approximate.begin(step)
         self.gate.begin(request.id)
+        batches = self._batches(request.spec, len(x), self.place.data)
         portions = [
-            portion
-            for items in self._batches(request.spec, len(x))
-            for portion in self._portions(items, step, loaded.model, grid, group)
+            portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
         ]
         residence = loaded.residence
         # ranks that gather weights from each other run the blocks equally often, and leave them together
         together = residence.group.ranks > ranks
-        passes = self._most_portions(request.spec, len(x)) if together else len(portions)
+        missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
+        idle = missing * len(portions) // len(batches)
         before_block = self._before_block(residence, len(x), together)
-        flow = self._flow(portions, loaded.model.config, before_block)
-        with residence.passes(passes):
+        flow = self._flow(portions, idle, loaded.model, before_block)
+        with residence.passes(len(portions) + idle):
             for portion, stream in flow:
                 items, part = portion.items, portion.part
                 try:
@@ -221,15 +250,14 @@ class Worker:
                 flow.pass_on(result)
                 if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
                     _write(out, items, part, result)
-            for _ in range(passes - len(portions)):
-                for block in residence.blocks:
-                    before_block(0, block)
         stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
         return self.patches.report(stale) if stale else None
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         self.models.drop(specs)
+        self.memory.last = None  # it speaks of weights that are gone
+        self.vaes.drop()
         if not self.models.loaded:
             self.patches.close()
         self.models.give_back()
@@ -266,7 +294,7 @@ class Worker:
             leave_groups(self._process_groups())
             self.joined.clear()
             self.shard, self.stage = self._join_divided()
-            self.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
+            self.models = self.vaes.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
         for loaded in self.models.loaded.values():
             self._join_groups(loaded.source.config.num_heads)
 
@@ -292,8 +320,16 @@ class Worker:
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
             link=self._link,
-            peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            peak_allocated=self.memory.peak_allocated,
+            memory=self.memory.last or self.memory.use(*self._held_bytes()),
+            peak_reserved=torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            vae_bytes=self.vaes.nbytes,
         )
+
+    def _held_bytes(self) -> tuple[int, int, int]:
+        """Bytes on the device of weights, of keys and values that are kept between steps, and of mailboxes."""
+        kept = self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
+        return self.models.device_bytes, kept, sum(mailbox.nbytes for mailbox in self.mailboxes.values())
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
         plan = self.settings.plan
@@ -312,6 +348,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, self.device),
             overlapped=degrees in self.mailboxes,
         )
 
@@ -355,13 +392,13 @@ class Worker:
             self.joined[key] = group, mailbox
         return self.joined[key]
 
-    def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
-        """The batch items of this rank, as many in each slice as go through the model at once."""
+    def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
+        """The batch items of a data-parallel group, as many in each slice as go through the model at once."""
         plan = self.settings.plan
         if batch < plan.data_parallel:  # all groups work on each item together
             first, last = 0, batch
         else:
-            first, last = bounds(batch, plan.data_parallel, self.place.data)
+            first, last = bounds(batch, plan.data_parallel, data)
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
@@ -380,25 +417,31 @@ class Worker:
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
 
-    def _most_portions(self, spec: ModelSpec, batch: int) -> int:
-        """Slices of batch items on the rank that has most of them."""
-        return math.ceil(math.ceil(batch / self.settings.plan.data_parallel) / spec.max_batch)
+    def _most_batches(self, spec: ModelSpec, batch: int) -> int:
+        """Slices of batch items in the data-parallel group that has most of them."""
+        return max(len(self._batches(spec, batch, data)) for data in range(self.settings.plan.data_parallel))
 
     def _flow(
-        self, portions: Sequence[Portion], config: WanConfig, before_block: Callable[[int, int | None], None]
+        self,
+        portions: Sequence[Portion],
+        idle: int,
+        model: WanModel,
+        before_block: Callable[[int, int | None], None],
     ) -> Flow[Portion]:
         """The portions of this rank on their way through its stage."""
         return Flow(
             self.stage,
             portions,
-            self.stage.most_blocks(config.num_layers),
-            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, config.dim),
+            self.stage.most_blocks(model.config.num_layers),
+            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
             self.device,
             before_block,
+            idle,
+            model.span,
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
-        kernel, heads = model.kernel, model.config.num_heads // self.shard.size
+        kernel, heads = model.self_kernel, model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:
@@ -424,7 +467,8 @@ class Worker:
                 launched[-1].record()
                 if len(launched) > _BLOCKS_AHEAD:
                     launched.popleft().synchronize()
-            self.gate.check(self.rank, leaders[stage])
+            with stopwatch.standing(stopwatch.GATE, sorted({self.rank, leaders[stage]})):
+                self.gate.check(self.rank, leaders[stage])
             if block is not None:
                 residence.before_block(block)
 

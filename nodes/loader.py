@@ -12,6 +12,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..distributed.pool import acquire, file_stamp
+from ..wanvideo import fp8_mode as fp8_modes
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import CheckpointError, read_header
 from .config import CATEGORY, XDITUSPCONFIG
@@ -86,6 +87,18 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                     optional=True,
                     tooltip="A VACE module beside its model comes later: leave it open, and choose a whole VACE file.",
                 ),
+                io.Combo.Input(
+                    "fp8_mode",
+                    options=list(fp8_modes.MODES),
+                    default=fp8_modes.DISABLED,
+                    optional=True,
+                    tooltip=(
+                        "Lossy, and faster on Ada, Hopper and newer GPUs. linear: the matrix products of the blocks in "
+                        "fp8 (e4m3, a scale for each token and each output channel); weights of bf16 and fp16 files "
+                        "are rounded to fp8 while loading. linear+attention: self-attention in fp8 too, with "
+                        "FlashAttention-3 on Hopper. Use it with use_bf16."
+                    ),
+                ),
             ],
             outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
         )
@@ -114,10 +127,12 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         attention_mode: str = "auto",
         lora: Sequence[Mapping[str, Any]] | None = None,
         vace_model: object = None,
+        fp8_mode: str = fp8_modes.DISABLED,
     ) -> io.NodeOutput:
         _check_inputs(xdit_usp_config, vace_model)
         header = read_header(model_path(model))
-        spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode)
+        weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
+        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode)
         pool = acquire(xdit_usp_config.pool_settings())
         pool.check(spec)
         log.info(

@@ -125,8 +125,11 @@ class USPConfig:
             auto=self.chooses_sizes,
         )
 
-    def model_spec(self, path: str, base_precision: str, attention_mode: str) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`.
+    def model_spec(
+        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled"
+    ) -> ModelSpec:
+        """How the workers load and run the checkpoint at `path`; in an fp8 mode `base_precision` is that of the weights
+        that fit to it (see `wanvideo.fp8_mode.weights_for`).
 
         Raises:
             SettingsError: the attention switches leave no kernel, or exclude the one that is named.
@@ -144,6 +147,7 @@ class USPConfig:
             stamp=file_stamp(path),
             shard_weights=self.shard_weights,
             offload=self.offload,
+            fp8_mode=fp8_mode,
         )
 
     def compute_dtype(self, base_precision: str) -> str:
