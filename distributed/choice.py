@@ -14,7 +14,16 @@ from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, held_sizes_of
 from ..wanvideo.config import WanConfig
 from .cost import Blocks, Expected, Machine, Work, expect
 from .division import check_plan, parts_of
-from .memory import REFERENCE_TOKENS, Demand, Placement, PlacementError, activation_bytes, demand_of, place_weights
+from .memory import (
+    REFERENCE_TOKENS,
+    SEGMENT,
+    Demand,
+    Placement,
+    PlacementError,
+    activation_bytes,
+    demand_of,
+    place_weights,
+)
 from .messages import ModelSpec, PoolSettings
 from .plan import ParallelPlan, PlanError
 
@@ -164,13 +173,23 @@ def _compared(taken: Choice, best: Choice, heads: int) -> str:
     return f", though {other}: that does not make up for a change"
 
 
-def demand_under(question: Question, plan: ParallelPlan) -> Demand:
-    """What the model asks of the GPU that has most of it."""
+def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, Placement]:
+    """What a plan asks of the GPUs that have most in host memory, or else most of the model; as `Models.load` will do.
+
+    Raises:
+        PlacementError: it does not fit.
+    """
     spec, work = question.spec, question.work
     own = math.ceil(work.tokens / plan.sequence_ranks)
     activations = activation_bytes(question.config, own, spec.max_batch, work.itemsize, spec.slice_tokens)
-    parts = parts_of(question.config, plan, _held_sizes(spec))
-    return max((demand_of(sizes, activations) for sizes in parts), key=lambda demand: demand.whole)
+    unit = SEGMENT if question.settings.device == "cuda" else 1
+    parts, ways = parts_of(question.config, plan, _held_sizes(spec)), []
+    for ranks in plan.replicas():
+        demand = demand_of(parts[plan.place(ranks[0]).stage], activations, unit)
+        there, on_host = [room.devices[rank] for rank in ranks], room.host * len(ranks) // plan.num_gpus
+        choices = spec.shard_weights, spec.offload
+        ways.append((demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)))
+    return max(ways, key=lambda way: (way[0].blocks - way[1].resident, way[0].whole))
 
 
 @functools.lru_cache(maxsize=16)
@@ -181,13 +200,10 @@ def _held_sizes(spec: ModelSpec) -> Mapping[str, int]:
 def _fitting(
     question: Question, plans: Iterable[ParallelPlan], machine: Machine, room: Room
 ) -> tuple[list[Choice], list[PlacementError]]:
-    choices, refusals, spec = [], [], question.spec
+    choices, refusals = [], []
     for plan in plans:
-        demand = demand_under(question, plan)
         try:
-            placement = place_weights(
-                demand, room.devices, sharing_ranks(plan), spec.shard_weights, spec.offload, room.host
-            )
+            demand, placement = placed(question, plan, room)
         except PlacementError as error:
             refusals.append(error)
             continue
@@ -195,11 +211,6 @@ def _fitting(
         expected = expect(question.config, plan, question.work, machine, blocks)
         choices.append(Choice(plan, expected, placement, demand))
     return choices, refusals
-
-
-def sharing_ranks(plan: ParallelPlan) -> int:
-    """Ranks that can keep a share of each block: those that hold the same ones (see `Models`)."""
-    return len(plan.replicas()[0])
 
 
 def _possible_sizes(question: Question) -> list[ParallelPlan]:

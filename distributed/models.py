@@ -207,9 +207,12 @@ class Models:
         self.loaded.pop(spec, None)
         return list(rooms), min(host_rooms)
 
-    def room(self) -> int:
-        """Bytes that a model may take on this rank's device if the others leave it."""
-        return self._room() + sum(loaded.device_bytes for loaded in self.loaded.values())
+    def rooms(self) -> tuple[int, int, int]:
+        """Bytes that a model may take on this rank's device if the others leave it; that are free in host memory; that
+        loaded models take there."""
+        loaded = self.loaded.values()
+        here, host = sum(m.device_bytes for m in loaded), sum(m.residence.host_bytes for m in loaded)
+        return self._room() + here, host_room(), host
 
     def _room(self) -> int:
         """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""

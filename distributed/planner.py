@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..wanvideo.config import WanConfig
-from .choice import Choice, Question, Room, better, choose, nearest_text, possible, reason
+from .choice import Question, Room, better, choose, nearest_text, possible, reason
 from .cost import Machine
 from .division import check_plan
 from .messages import ModelSpec, PoolSettings, Surveyed
@@ -35,7 +35,7 @@ class Planner:
     def __init__(self, settings: PoolSettings):
         self.settings = settings
         self.reason = ""
-        self._chosen: dict[Kind, Choice] = {}
+        self._chosen: dict[Kind, ParallelPlan] = {}
 
     @property
     def first_plan(self) -> ParallelPlan:
@@ -58,13 +58,15 @@ class Planner:
         else:
             possible(self._question(config, kind))
 
-    def is_settled(self, kind: Kind, current: ParallelPlan) -> bool:
-        """Whether forwards of this kind are to run under `current`."""
-        return not self.settings.auto or (kind in self._chosen and self._chosen[kind].plan == current)
+    def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
+        """The plan for forwards of this kind, if that is known and no weights move for it.
 
-    def expected_seconds(self, kind: Kind) -> float:
-        """What a forward is expected to take under the plan chosen for it; 0 where none was."""
-        return self._chosen[kind].seconds if kind in self._chosen else 0.0
+        Kinds that take turns, such as steps with more items than others, so have a plan each.
+        """
+        if not self.settings.auto:
+            return current
+        plan = self._chosen.get(kind)
+        return plan if plan is not None and plan.holds_as(current) else None
 
     def choose(
         self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed], current: ParallelPlan, loaded: bool
@@ -82,7 +84,7 @@ class Planner:
         question, machine = self._question(config, kind), slowest(surveyed)
         choices = choose(question, machine, room_of(surveyed))
         taken = better(choices, current, loaded)
-        self._chosen[kind] = taken
+        self._chosen[kind] = taken.plan
         self.reason = reason(choices, taken, question, machine, surveyed[0].link)
         log.info("Plan: %s.", self.reason)
         return taken.plan

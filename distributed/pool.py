@@ -490,14 +490,13 @@ class Pool:
 
     def _ensure_planned(self, kind: Kind, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
         """Let the workers run under the plan for this kind of forward."""
-        if self._planner.is_settled(kind, self.settings.plan):
-            return
-        config = _config_of(kind.spec)
-        if kind.spec not in self._loaded and make_room is not None and self.settings.device == "cuda":
-            make_room(most_held(config, kind.spec, self.settings.plan))  # before it is counted
-        surveyed, loaded = self.survey(poll), bool(self._loaded)
-        plan = self._planner.choose(config, kind, surveyed, self.settings.plan, loaded)
+        plan = self._planner.recall(kind, self.settings.plan)
+        if plan is None:
+            self._make_room_for(kind.spec, make_room)  # before it is counted
+            surveyed, loaded = self.survey(poll), bool(self._loaded)
+            plan = self._planner.choose(_config_of(kind.spec), kind, surveyed, self.settings.plan, loaded)
         if plan != self.settings.plan:
+            self._drain(poll)
             self._divide(plan)
 
     def survey(self, poll: Poll | None = None) -> tuple[Surveyed, ...]:
@@ -519,12 +518,9 @@ class Pool:
 
     def _ensure_loaded(self, kind: Kind, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
         spec = kind.spec
+        self._make_room_for(spec, make_room)
         if spec in self._loaded:
-            if spec in self._aside and make_room is not None and self.settings.device == "cuda":
-                make_room(max(weights.whole - weights.now for weights in self._held[spec]))
             return
-        if make_room is not None and self.settings.device == "cuda":
-            make_room(most_held(_config_of(spec), spec, self.settings.plan))
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
         self._drain(poll)
@@ -537,6 +533,15 @@ class Pool:
         merged = {reply.patches for reply in replies.replies}
         self._loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
         log.info("%s is loaded after %.1f s.", Path(spec.path).name, time.perf_counter() - started)
+
+    def _make_room_for(self, spec: ModelSpec, make_room: Callable[[int], None] | None) -> None:
+        """Have room made for what is to be loaded, or to come back from host memory."""
+        if make_room is None or self.settings.device != "cuda":
+            return
+        if spec not in self._loaded:
+            make_room(most_held(_config_of(spec), spec, self.settings.plan))
+        elif spec in self._aside:
+            make_room(max(weights.whole - weights.now for weights in self._held[spec]))
 
     def _unload(self, specs: set[ModelSpec]) -> None:
         if specs:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,7 +65,7 @@ from .messages import (
     decode,
     encode,
 )
-from .models import LoadedModel, Models, host_room
+from .models import LoadedModel, Models
 from .overlapped import OverlappedAttention
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
@@ -125,10 +125,12 @@ class Worker:
     def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
         self.rank, self.settings, self.gate = rank, settings, gate
         self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
+        self.place = settings.plan.place(rank)
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
         self.mailboxes: dict[SequenceDegrees, Mailbox] = {}
+        self.joined: dict[Hashable, tuple[SequenceGroup, Mailbox | None]] = {}  # by degrees and members
         self.patches = PatchParallel(rank, settings.plan, self.device)
         streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
         self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
@@ -140,11 +142,6 @@ class Worker:
         self.vaes = VAEs(rank, settings, self.device, gate, self.models)
         self.fused = pointwise.use_triton(self.device)
         self.machine: Machine | None = None
-
-    @property
-    def place(self) -> Place:
-        """Where this rank stands."""
-        return self.settings.plan.place(self.rank)
 
     def handle(self, request: Request) -> Reply:
         """Answer one request; errors of the request become part of the reply."""
@@ -283,26 +280,32 @@ class Worker:
         if self.machine is None:
             self.machine = survey(self.device, self.settings.plan.num_gpus, self._link)
             self.models.give_back()
-        hosted = sum(loaded.residence.host_bytes for loaded in self.models.loaded.values())
-        return Surveyed(self.machine, self.models.room(), host_room(), hosted, self._link)
+        return Surveyed(self.machine, *self.models.rooms(), self._link)
 
     def divide(self, plan: ParallelPlan) -> None:
         """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""
+        before, self.settings = self.settings.plan, replace(self.settings, plan=plan)
+        self.place = plan.place(self.rank)
         for mailbox in self.mailboxes.values():
             mailbox.close()
-        self.mailboxes.clear()
-        leave_groups(group for joined in self.groups.values() for group in (joined.ulysses, joined.ring))
         self.groups.clear()
-        before, self.settings = self.settings.plan, replace(self.settings, plan=plan)
+        self.mailboxes.clear()
         if plan.holds_as(before):
             self.models.settings = self.settings
         else:
             self.unload(list(self.models.loaded))
-            leave_groups((self.shard.group, self.shard.overlapped, self.stage.group, *self.models.process_groups()))
+            leave_groups(self._process_groups())
+            self.joined.clear()
             self.shard, self.stage = self._join_divided()
             self.models = self.vaes.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
         for loaded in self.models.loaded.values():
             self._join_groups(loaded.source.config.num_heads)
+
+    def _process_groups(self) -> Iterator[dist.ProcessGroup | None]:
+        for group, _ in self.joined.values():
+            yield from (group.ulysses, group.ring)
+        yield from (self.shard.group, self.shard.overlapped, self.stage.group)
+        yield from self.models.process_groups()
 
     @property
     def _link(self) -> str:
@@ -377,11 +380,21 @@ class Worker:
                 self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
                 self.groups[degrees] = place_in(degrees, self.rank, members)
             else:
-                group = self.groups[degrees] = join_group(degrees, self.rank, members)
-                if self.settings.overlap and degrees.ulysses > 1 and degrees.ring == 1:
-                    mailbox = open_mailbox(group.ulysses, self.device)
-                    if mailbox is not None:
-                        self.mailboxes[degrees] = mailbox
+                self.groups[degrees], mailbox = self._joined(degrees, members)
+                if mailbox is not None:
+                    self.mailboxes[degrees] = mailbox
+
+    def _joined(
+        self, degrees: SequenceDegrees, members: Sequence[tuple[int, ...]]
+    ) -> tuple[SequenceGroup, Mailbox | None]:
+        """The process groups of `degrees` for these ranks; those of an earlier plan are kept for when it returns."""
+        key = (degrees, *members)
+        if key not in self.joined:
+            group, mailbox = join_group(degrees, self.rank, members), None
+            if self.settings.overlap and degrees.ulysses > 1 and degrees.ring == 1:
+                mailbox = open_mailbox(group.ulysses, self.device)
+            self.joined[key] = group, mailbox
+        return self.joined[key]
 
     def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
         """The batch items of a data-parallel group, as many in each slice as go through the model at once."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pack  # noqa: F401 (registers wan_parallel)
 import pytest
 import tiny
-from wan_parallel.distributed.choice import Choice, Question, Room, better, choose, demand_under, reason
+from wan_parallel.distributed.choice import Choice, Question, Room, better, choose, placed, reason
 from wan_parallel.distributed.cost import Machine
-from wan_parallel.distributed.memory import PlacementError, needed_bytes
+from wan_parallel.distributed.memory import Demand, PlacementError, needed_bytes
 from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
 from wan_parallel.wanvideo.config import PRESETS
@@ -205,8 +205,15 @@ def test_the_reason_is_one_line_with_figures():
 
 
 def test_the_demand_is_that_of_the_rank_with_most():
-    whole = demand_under(question(ParallelPlan(4)), ParallelPlan(4))
-    half = demand_under(question(ParallelPlan(4)), ParallelPlan(4, pipeline_parallel=2))
-    quarter = demand_under(question(ParallelPlan(4)), ParallelPlan(4, tensor_parallel=4))
+    def demand(**sizes: int) -> Demand:
+        return placed(question(ParallelPlan(4)), ParallelPlan(4, **sizes), room(120, 4))[0]
+
+    whole, half, quarter = demand(), demand(pipeline_parallel=2), demand(tensor_parallel=4)
     assert (half.blocks, quarter.blocks) == (20, 40)
     assert half.block == whole.block and quarter.block == pytest.approx(whole.block / 4, rel=0.01)
+
+
+def test_ranks_that_hold_the_same_part_share_its_blocks():
+    sizes = {"pipeline_parallel": 2, "tensor_parallel": 2}
+    demand, placement = placed(question(ParallelPlan(8)), ParallelPlan(8, **sizes), room(9, 8))
+    assert placement.share == 2 and demand.blocks == 20

@@ -68,6 +68,8 @@ SAMPLES = [
         ),
     ),
     messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
+    messages.LoadVAE(3, "vae", "bfloat16", ARENA, {"decoder.conv1.weight": TENSOR}),
+    messages.DecodeVAE(3, "vae", ARENA, TENSOR, ARENA, TENSOR, TENSOR, messages.VAEOptions()),
     messages.Trim(4),
     messages.Unload(4, (SPEC, SPEC)),
     messages.Unload(4, ()),

@@ -100,6 +100,22 @@ def test_every_widget_reaches_the_pool(checkpoint):
     assert whole.slice_tokens == 0
 
 
+def test_sizes_are_chosen_unless_they_are_to_run_as_set():
+    assert CPU.pool_settings().auto and not replace(CPU, parallel_plan="as_set").pool_settings().auto
+    assert not replace(CPU, usp_backend="xfuser").pool_settings().auto
+    stages = replace(CPU, pipeline_parallel_size=2)
+    assert stages.pool_settings().auto and not replace(stages, pipeline_mode="pipefusion").pool_settings().auto
+
+
+def test_degrees_that_other_sizes_complete_are_refused_only_as_set():
+    config = replace(CPU, num_gpus=4, ulysses_degree=2, ring_degree=1)
+    config.validate()
+    with pytest.raises(SettingsError, match="but 4 GPUs share each"):
+        replace(config, parallel_plan="as_set").validate()
+    with pytest.raises(SettingsError, match="does not divide"):
+        replace(config, ulysses_degree=3, ring_degree=0).validate()
+
+
 @pytest.mark.parametrize(
     "mode, switches",
     [

@@ -28,8 +28,8 @@ class Script(Planner):
 
     plan: ParallelPlan
 
-    def is_settled(self, kind: Kind, current: ParallelPlan) -> bool:
-        return current == self.plan
+    def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
+        return current if current == self.plan else None
 
     def choose(self, *_asked: object) -> ParallelPlan:
         return self.plan
@@ -136,6 +136,16 @@ def test_what_was_asked_for_and_cannot_work_is_refused_before_anything_starts(mo
         with pytest.raises(PlanError, match=r"does not divide the 4 heads .* The nearest sizes that work are"):
             attempt(model)
     assert not pool.alive
+
+
+def test_kinds_of_forwards_that_take_turns_keep_a_plan_each_if_no_weights_move(model):
+    planner, halves = Planner(PoolSettings(ParallelPlan(4), auto=True)), ParallelPlan(4, data_parallel=2)
+    two, three, divided = Kind(model, 36, 2), Kind(model, 36, 3), Kind(model, 99, 1)
+    tensor = ParallelPlan(4, tensor_parallel=2)
+    planner._chosen = {two: halves, three: ParallelPlan(4), divided: tensor}
+    assert planner.recall(two, ParallelPlan(4)) == halves and planner.recall(three, halves) == ParallelPlan(4)
+    assert planner.recall(divided, tensor) == tensor and planner.recall(divided, halves) is None
+    assert planner.recall(Kind(model, 36, 4), halves) is None
 
 
 def test_xfuser_and_pipefusion_run_as_set():
