@@ -43,9 +43,12 @@ class Row(Line):
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
     after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
-    hop_s: the part of `s` in which no worker computed. weights: how they are held, if not in `precision`. placement:
-    where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host memory in all. allocated_gib:
-    the most that torch's allocator gave out on any GPU, of memory_fraction of it (these are ours only).
+    hop_s: the part of `s` in which no worker computed. fp8: what ran in fp8, and how. weights: how they are held, if
+    not in `precision`. placement: where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host
+    memory in all. allocated_gib: the most that torch's allocator gave out on any GPU, of memory_fraction of it.
+    overlapped: whether Ulysses' exchanges ran beside the computation. strategy: its short name (see strategies.py),
+    expected_s: what the cost model says, link: how the GPUs reach each other, link_gbps: what each sends while all of
+    them do (these are ours only).
     """
 
     lib: str
@@ -67,16 +70,23 @@ class Row(Line):
     backend: str | None = None
     ulysses: int | None = None
     ring: int | None = None
+    overlapped: bool | None = None
     tensor: int | None = None
     pipeline: int | None = None
     batch: int | None = None
     hop_s: float | None = None
+    fp8: str | None = None
     weights: str | None = None
     placement: str | None = None
     weights_gib: float | None = None
     host_gib: float | None = None
     allocated_gib: float | None = None
     memory_fraction: float | None = None
+    data: int | None = None
+    strategy: str | None = None
+    expected_s: float | None = None
+    link: str | None = None
+    link_gbps: float | None = None
 
 
 @dataclass(frozen=True)
