@@ -43,6 +43,7 @@ from .messages import (
     DecodeVAE,
     Displaced,
     Divide,
+    EncodeVAE,
     Exchange,
     Forward,
     Load,
@@ -164,6 +165,8 @@ class Worker:
                         self.vaes.load(request)
                     case DecodeVAE():
                         self.vaes.decode(request)
+                    case EncodeVAE():
+                        self.vaes.encode(request)
                     case Trim():
                         self.trim()
                     case Unload():

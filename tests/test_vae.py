@@ -23,6 +23,7 @@ from wan_parallel.wanvideo.vae import (
     random_weights,
     working_bytes,
 )
+from wan_parallel.wanvideo.vae_encoder import Encoder, latent_frames
 from wan_parallel.wanvideo.vae_ops import VAEOps
 
 EXACT = 1e-5  # relative error
@@ -68,6 +69,18 @@ def test_the_frames_are_those_of_diffusers(reference, weights, size, convolution
     frames = torch.cat(decoded(decoder, z, 2**29)).clamp(-1, 1)
     assert frames.shape == (frames_of(size[0]), 8 * size[1], 8 * size[2], 3)
     assert relative_error(frames, expected(reference, z)) <= EXACT
+
+
+@pytest.mark.parametrize("frames, whole", [(1, 1), (7, 2), (13, 4)])
+@pytest.mark.parametrize("piece_bytes", [1, 2**29])
+def test_the_latent_is_that_of_diffusers(reference, weights, frames, whole, piece_bytes):
+    video = torch.rand(frames, 24, 40, 3, generator=torch.Generator().manual_seed(2))
+    encoder = Encoder(weights, VAEOps(CPU, torch.float32))
+    with torch.inference_mode():
+        ours = torch.cat(list(encoder.encode(video, WholeFrame((3, 5)), piece_bytes)))
+        theirs = reference.encode(video.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mean[0].permute(1, 2, 3, 0)
+    assert len(ours) == whole == latent_frames(frames)
+    assert relative_error(ours, theirs) <= EXACT
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 40_000, 150_000])
