@@ -267,46 +267,42 @@ class FrameWriter:
 
     def __init__(self, device: torch.device, out: torch.Tensor, done: torch.Tensor):
         self.device, self.out, self.done, self._next = device, out, done, 0
-        self._queue: queue.Queue[tuple[torch.Tensor, torch.cuda.Event, int] | None] = queue.Queue(_PIECES_ON_THE_WAY)
+        self._queue: queue.Queue[tuple[torch.Tensor, torch.cuda.Event | None, int] | None]
+        self._queue = queue.Queue(_PIECES_ON_THE_WAY)
         self._thread = threading.Thread(target=self._copy, name="vae-frames", daemon=True)
         self._failed: BaseException | None = None
 
     def __enter__(self) -> FrameWriter:
-        if self.device.type == "cuda":
-            self._thread.start()
+        self._thread.start()
         return self
 
     def put(self, piece: torch.Tensor) -> None:
         """Take the next frames [t, rows, columns, 3], from -1 to 1."""
-        pixels = piece.float().add_(1).div_(2).clamp_(0, 1)
-        first, self._next = self._next, self._next + len(piece)
-        if self.device.type != "cuda":
-            self._write(pixels, first)
-            return
-        staged = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-        staged.copy_(pixels, non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)
-        copied.record()
-        self._queue.put((staged, copied, first))
+        pixels, copied = piece.float().add_(1).div_(2).clamp_(0, 1), None
+        if self.device.type == "cuda":
+            staged = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+            pixels = staged.copy_(pixels, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record()
+        self._queue.put((pixels, copied, self._next))
+        self._next += len(piece)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.device.type == "cuda":
-            self._queue.put(None)
-            self._thread.join()
+        self._queue.put(None)
+        self._thread.join()
         if self._failed is not None and kind is None:
             raise self._failed
 
+    @torch.inference_mode()  # which counts in its own thread alone, and `out` was made under it
     def _copy(self) -> None:
         while (work := self._queue.get()) is not None:
-            staged, copied, first = work
+            pixels, copied, first = work
             try:
-                copied.synchronize()
-                self._write(staged, first)
+                if copied is not None:
+                    copied.synchronize()
+                self.out[first : first + len(pixels)] = pixels
+                self.done.fill_(first + len(pixels))
             except RuntimeError as error:  # a failed GPU; `put` must not wait for a thread that has ended
                 self._failed = error
-
-    def _write(self, pixels: torch.Tensor, first: int) -> None:
-        self.out[first : first + len(pixels)] = pixels
-        self.done.fill_(first + len(pixels))
