@@ -15,6 +15,8 @@ from vae_reference import native_names, tiny_vae
 
 VAE = "random_wan_2.1_vae.safetensors"
 EXACT = 1e-5
+
+pytestmark = pytest.mark.timeout(300)  # the VAE has its released size
 CONFIG = {name: inputs for name, inputs in pool_model().items() if name == "model_config"}
 
 
