@@ -14,18 +14,23 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device):
         self._device, self._cuda = device, device.type == "cuda"
-        self._peak = 0  # before the counters were set back
+        self._allocated = self._reserved = 0  # the most before the counters were set back
         self.last: MemoryUse | None = None
 
     @property
     def peak_allocated(self) -> int:
         """The most bytes that torch gave out since the worker started; 0 on a CPU."""
-        return max(self._peak, torch.cuda.max_memory_allocated(self._device)) if self._cuda else 0
+        return max(self._allocated, torch.cuda.max_memory_allocated(self._device)) if self._cuda else 0
+
+    @property
+    def peak_reserved(self) -> int:
+        """The most bytes that torch took for that."""
+        return max(self._reserved, torch.cuda.max_memory_reserved(self._device)) if self._cuda else 0
 
     def begin(self) -> None:
         """Before a forward, once its weights are in place."""
         if self._cuda:
-            self._peak = self.peak_allocated
+            self._allocated, self._reserved = self.peak_allocated, self.peak_reserved
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def end(self, weights: int, cache: int, mailboxes: int) -> None:

@@ -342,7 +342,7 @@ class MemoryUse:
     is where none has been finished since the worker started, or since one failed.
 
     Args:
-        weights: of all models, and the blocks that pass through (see residence.py).
+        weights: of all models and VAEs, and the blocks that pass through (see residence.py).
         activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
         cache: keys and values kept between the steps of a run.
         mailboxes: memory that other ranks write into (see mailbox.py).

@@ -95,9 +95,9 @@ class Watch:
         return spans
 
     def stalls(self) -> tuple[Stall, ...]:
-        """All of them. Waits for the device."""
+        """All of them. Waits for the stream that computes, not for what others still send for a later forward."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return tuple(
             Stall.of(kind, ranks, itertools.chain.from_iterable(part.each() for part in parts))
             for (kind, ranks), parts in self._spans.items()

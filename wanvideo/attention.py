@@ -124,7 +124,10 @@ def get_fp8_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
             f"fp8_mode linear+attention needs FlashAttention-3 on a Hopper GPU (H100, H200), and can't have it here: "
             f"{refusal.split('. ')[0]}. {way}et fp8_mode to linear."
         )
-    return _make(source, device, dtype)
+    try:
+        return _make(source, device, dtype)
+    except AttentionError as error:
+        raise AttentionError(f"{str(error).split('. ')[0]}. Set fp8_mode to linear.") from error
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

@@ -75,8 +75,8 @@ def gelu_rows(x: torch.Tensor) -> Fp8Rows:
 
 def norm_rows(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> Fp8Rows:
     """`pointwise.norm` in float32, rounded once; `dtype` is that of products of the rows."""
-    if fused(x.device):
-        return Fp8Rows(*import_module(".pointwise_triton", __package__).norm_rows(x, scale, shift, eps), dtype)
+    if kernels := fused(x.device):
+        return Fp8Rows(*kernels.norm_rows(x, scale, shift, eps), dtype)
     return _rounded(pointwise.norm(x, scale, shift, eps, torch.float32), dtype)
 
 

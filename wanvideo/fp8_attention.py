@@ -49,16 +49,16 @@ def to_heads(x: Tensor, smooth: bool = False, unbiased: bool = False) -> Fp8Head
             mean is off. Next to the output of attention over many tokens, which is close to the mean, that is much.
     """
     if (kernels := fp8.fused(x.device)) and x.stride(-1) == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0:
-        return Fp8Heads(*kernels.to_heads(x, smooth, unbiased))
-    values = x.float()
-    mean = values.mean(1) if smooth else None
-    largest = values.abs().amax((1, 3)) + (mean.abs().amax(-1) if smooth else 0)
-    scale = fp8.power_of_two(largest)
-    if smooth:
-        values = values - mean[:, None]
-    data = (values / scale[:, None, :, None]).to(fp8.FP8)
-    if unbiased:
-        mean = mean - data.float().mean(1) * scale[..., None]
+        data, scale, mean = kernels.to_heads(x, smooth)
+    else:
+        values = x.float()
+        mean = values.mean(1) if smooth else None
+        scale = fp8.power_of_two(values.abs().amax((1, 3)) + (mean.abs().amax(-1) if smooth else 0))
+        if smooth:
+            values = values - mean[:, None]
+        data = (values / scale[:, None, :, None]).to(fp8.FP8)
+    if unbiased:  # by torch: summed up in the kernel that rounds them, half of the sums were NaN with Triton 3.6
+        mean = mean - data.bfloat16().sum(1, dtype=torch.float32) * (scale / x.shape[1])[..., None]
     return Fp8Heads(data, scale, mean)
 
 
