@@ -184,9 +184,13 @@ class Forward:
 
 @dataclass(frozen=True)
 class LoadVAE:
-    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+    """Take the weights of a VAE's decoder or encoder, in `dtype`; the workers know them by `key` from then on.
+
+    Those of another `vae` are dropped.
+    """
 
     id: int
+    vae: str
     key: str
     dtype: str
     arena: ArenaRef
@@ -219,6 +223,23 @@ class DecodeVAE:
     key: str
     arena: ArenaRef
     latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
+class EncodeVAE:
+    """Encode frames [T, H, W, 3] from 0 to 1 in `arena` into the mean of the latent, `out` [C, t, h, w], float32.
+
+    `done` counts latent frames, as `DecodeVAE.done` does frames.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    frames: TensorRef
     out_arena: ArenaRef
     out: TensorRef
     done: TensorRef
@@ -282,7 +303,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE | EncodeVAE
 
 
 @dataclass(frozen=True)
@@ -486,7 +507,8 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, LoadVAE, DecodeVAE, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, Cancel),
+        *(LoadVAE, DecodeVAE, EncodeVAE),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

@@ -42,6 +42,7 @@ from .messages import (
     DecodeVAE,
     Displaced,
     Divide,
+    EncodeVAE,
     Exchange,
     Forward,
     Load,
@@ -161,6 +162,8 @@ class Worker:
                         self.vaes.load(request)
                     case DecodeVAE():
                         self.vaes.decode(request)
+                    case EncodeVAE():
+                        self.vaes.encode(request)
                     case Trim():
                         self.trim()
                     case Unload():

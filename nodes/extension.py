@@ -9,7 +9,7 @@ from .distrifusion_loader import OfficialDistriFusionModelLoader
 from .distrifusion_sampler import OfficialDistriFusionSampler
 from .distrifusion_status import OfficialDistriFusionStatus
 from .loader import XDitUSPWanVideoModelLoader
-from .parallel_vae import WanVideoParallelVAEDecode
+from .parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
 from .status import XDitUSPStatus
 from .tiny_text import TinyWanTextEncode
 
@@ -27,4 +27,5 @@ class WanParallelExtension(ComfyExtension):
             OfficialDistriFusionStatus,
             TinyWanTextEncode,
             WanVideoParallelVAEDecode,
+            WanVideoParallelVAEEncode,
         ]
