@@ -10,6 +10,7 @@ import json
 import types
 import typing
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 
 from ..wanvideo.options import Options
 from .plan import ParallelPlan, PatchSplit
@@ -57,6 +58,7 @@ class ModelSpec:
         offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
+        vace: file of a VACE module beside the model, or "" (see `wanvideo.vace_module`).
     """
 
     path: str
@@ -70,6 +72,12 @@ class ModelSpec:
     stamp: str = ""
     shard_weights: str = "auto"
     offload: str = "auto"
+    vace: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file, or both, as a user knows them."""
+        return " + ".join(Path(path).name for path in (self.path, self.vace) if path)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Models:
             return
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device)
+        source = open_weights(spec.path, self.device, spec.vace)
         join(source.config.num_heads)
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
@@ -129,7 +129,7 @@ class Models:
         self.shard.apply(model)
         self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident)
         if self.rank == 0:
-            log.info("Weights of %s: %s.", Path(spec.path).name, placement.reason)
+            log.info("Weights of %s: %s.", spec.name, placement.reason)
 
     def patch(self, request: Patch, arena: ArenaReader) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""

@@ -11,6 +11,7 @@ from .distrifusion_status import OfficialDistriFusionStatus
 from .loader import XDitUSPWanVideoModelLoader
 from .status import XDitUSPStatus
 from .tiny_text import TinyWanTextEncode
+from .vace_select import XDitUSPVACEModuleSelect
 
 
 class WanParallelExtension(ComfyExtension):
@@ -25,4 +26,5 @@ class WanParallelExtension(ComfyExtension):
             OfficialDistriFusionSampler,
             OfficialDistriFusionStatus,
             TinyWanTextEncode,
+            XDitUSPVACEModuleSelect,
         ]

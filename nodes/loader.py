@@ -14,10 +14,12 @@ from comfy_api.latest import io
 from ..distributed.pool import acquire, file_stamp
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import CheckpointError, read_header
+from ..wanvideo.vace_module import read_model
 from .config import CATEGORY, XDITUSPCONFIG
 from .model_files import model_names, model_path
 from .remote_model import RemoteModelPatcher, build_model
 from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
+from .vace_select import VACEPATH, module_path
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +83,13 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                         "well put LoraLoaderModelOnly behind this node."
                     ),
                 ),
-                io.Custom("VACEPATH").Input(
+                VACEPATH.Input(
                     "vace_model",
                     optional=True,
-                    tooltip="A VACE module beside its model comes later: leave it open, and choose a whole VACE file.",
+                    tooltip=(
+                        "A VACE module for a text-to-video model of the same size, from XDit+USP VACE Module Select. "
+                        "Both files together are a VACE model. Leave it open with a whole VACE file."
+                    ),
                 ),
             ],
             outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
@@ -115,14 +120,14 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         lora: Sequence[Mapping[str, Any]] | None = None,
         vace_model: object = None,
     ) -> io.NodeOutput:
-        _check_inputs(xdit_usp_config, vace_model)
-        header = read_header(model_path(model))
+        _check_config(xdit_usp_config)
+        header = read_model(model_path(model), vace := module_path(vace_model))
         xdit_usp_config.plan.check_model(header.config.num_heads, header.config.num_layers)
-        spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode)
+        spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode, vace)
         pool = acquire(xdit_usp_config.pool_settings())
         log.info(
             "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
-            model,
+            spec.name,
             xdit_usp_config.plan.describe(header.config.num_heads),
             held_as(header, spec.weight_dtype),
             spec.compute_dtype,
@@ -133,17 +138,12 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         return io.NodeOutput(patcher)
 
 
-def _check_inputs(config: object, vace_model: object) -> None:
+def _check_config(config: object) -> None:
     if not isinstance(config, USPConfig):
         raise ValueError(
             "xdit_usp_config does not hold the settings of an XDit+USP Config node. Connect that node to it."
         )
     config.validate()
-    if vace_model is not None:
-        raise ValueError(
-            "A VACE module beside its model comes in a later version. Disconnect vace_model, and choose a file "
-            "that has both, such as wan2.1_vace_14B_fp16.safetensors, as model."
-        )
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:

@@ -366,7 +366,7 @@ class RemoteModelPatcher(ModelPatcher):
             self.remote.patches = None
             return
         spec = self.remote.spec
-        build = functools.partial(for_workers, dict(self.patches), spec.path, spec.weight_dtype)
+        build = functools.partial(for_workers, dict(self.patches), spec)
         self.remote.patches = PatchSet(str(self.patches_uuid), build)
 
     def add_patches(

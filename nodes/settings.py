@@ -112,8 +112,8 @@ class USPConfig:
             pipeline_mode=self.pipeline_mode if self.pipeline_parallel_size > 1 else "exact",
         )
 
-    def model_spec(self, path: str, base_precision: str, attention_mode: str) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`.
+    def model_spec(self, path: str, base_precision: str, attention_mode: str, vace: str = "") -> ModelSpec:
+        """How the workers load and run the checkpoint at `path`, with the VACE module in the file `vace`.
 
         Raises:
             SettingsError: the attention switches leave no kernel, or exclude the one that is named.
@@ -128,9 +128,10 @@ class USPConfig:
             allow_sdpa=self.use_sdpa,
             slice_tokens=self.max_sequence_length if self.enable_activation_checkpointing else 0,
             max_batch=self.max_batch_size,
-            stamp=file_stamp(path),
+            stamp=file_stamp(path) + (f"+{file_stamp(vace)}" if vace else ""),
             shard_weights=self.shard_weights,
             offload=self.offload,
+            vace=vace,
         )
 
     def compute_dtype(self, base_precision: str) -> str:

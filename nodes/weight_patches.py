@@ -16,6 +16,7 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
+from ..distributed.messages import ModelSpec
 from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, Checkpoint, held_dtype
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.quantized import as_tensor
@@ -39,8 +40,8 @@ def refuse_foreign(patch: object) -> None:
         refuse_merging()
 
 
-def for_workers(patches: Mapping[str, Sequence[Entry]], path: str, weight_dtype: str) -> dict[str, list[WeightPatch]]:
-    """Translate `ModelPatcher.patches` for the checkpoint at `path`, held in `weight_dtype` by the workers.
+def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict[str, list[WeightPatch]]:
+    """Translate `ModelPatcher.patches` for the model that the workers hold by `spec`.
 
     Returns:
         Patches by weight name without prefix, in the order in which they apply.
@@ -48,7 +49,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], path: str, weight_dtype:
     Raises:
         NotOnWorkers: a patch changes the shape of a weight.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(spec.path, spec.vace)
     translated = {}
     for key, entries in patches.items():
         comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while
@@ -57,7 +58,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], path: str, weight_dtype:
         plain = [_plain(entry, name, shape) for entry in entries]
         if None in plain:
             weight = as_tensor(checkpoint.tensor(name), torch.float32)
-            dtype = held_dtype(weight.ndim, WEIGHT_DTYPES[weight_dtype])
+            dtype = held_dtype(weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
             translated[name] = [_computed(entries, weight, key, dtype)]
         else:
             translated[name] = [patch for alternatives in plain for patch in alternatives]

@@ -84,12 +84,25 @@ def _write_models(folder: Path) -> None:
     tiny.write_checkpoint(models / "wan22-5b.safetensors", FIVE_B)
     for name, config in VARIANTS.items():
         tiny.write_checkpoint(models / f"{name}.safetensors", config)
+    _write_vace_modules(models)
     loras.write_lora(lora_files / "plain.safetensors", TINY)
     loras.write_lora(lora_files / "i2v.safetensors", VARIANTS["i2v-2.1"])
     loras.write_lora(lora_files / "vace.safetensors", VARIANTS["vace"])
     loras.write_odd_lora(lora_files / "odd.safetensors", TINY)
     _write_formats(models)
     _write_wrong_files(models)
+
+
+def _write_vace_modules(models: Path) -> None:
+    """The VACE model in two files, and a module for another size."""
+    weights = tiny.random_weights(VARIANTS["vace"])
+    parts: dict[bool, dict] = {False: {}, True: {}}
+    for name, weight in weights.items():
+        parts[name.startswith("vace_")][name] = weight
+    tiny.write_weights(models / "vace-base.safetensors", parts[False])
+    tiny.write_weights(models / "vace-module.safetensors", parts[True])
+    wide = tiny.layout(replace(VARIANTS["vace"], dim=512, num_heads=4))
+    tiny.write_layout(models / "wide-module.safetensors", {k: v for k, v in wide.items() if k.startswith("vace_")})
 
 
 def _write_formats(models: Path) -> None:

@@ -260,6 +260,8 @@ def test_nodes_show_the_promised_inputs(server):
     assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model"]
 
 
-@pytest.mark.parametrize("node_id", ["XDitUSPConfig", "XDitUSPWanVideoModelLoader", "XDitUSPStatus"])
+@pytest.mark.parametrize(
+    "node_id", ["XDitUSPConfig", "XDitUSPWanVideoModelLoader", "XDitUSPVACEModuleSelect", "XDitUSPStatus"]
+)
 def test_nodes_have_help_pages(server, node_id):
     assert server.get_text(f"/extensions/My-Wan-Pack/docs/{node_id}.md").startswith("# XDit+USP")
