@@ -16,6 +16,7 @@ from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import CheckpointError, read_header
 from ..wanvideo.vace_module import read_model
 from .config import CATEGORY, XDITUSPCONFIG
+from .lora_names import with_native_names
 from .model_files import model_names, model_path
 from .remote_model import RemoteModelPatcher, build_model
 from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
@@ -147,10 +148,10 @@ def _check_config(config: object) -> None:
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
-    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it.
+    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it, with more names known.
 
     Raises:
-        ValueError: the entry asks for what that loader cannot do, or names no file.
+        ValueError: the entry asks for what that loader cannot do, names no file, or one for another model.
     """
     path, strength = entry.get("path"), entry.get("strength", 1.0)
     name = entry.get("name") or os.path.basename(str(path))
@@ -168,4 +169,5 @@ def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteM
     if strength == 0:
         return patcher
     weights = comfy.utils.load_torch_file(path, safe_load=True)
+    weights = with_native_names(name, weights, patcher.remote.header.tensors)
     return comfy.sd.load_lora_for_models(patcher, None, weights, float(strength), 0.0)[0]

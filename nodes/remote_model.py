@@ -35,7 +35,7 @@ from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
 from .progress import LoadingText
 from .stream_runs import StreamRuns
-from .weight_patches import for_workers, refuse_foreign
+from .weight_patches import check_fit, for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
 
@@ -374,6 +374,8 @@ class RemoteModelPatcher(ModelPatcher):
     ) -> list[Any]:
         for patch in patches.values():
             refuse_foreign(patch)
+        if strength_patch:
+            check_fit(patches, self.remote.header.tensors)
         return super().add_patches(patches, strength_patch, strength_model)
 
     # What cannot be honoured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import format_files
 import loras
 import pytest
 import tiny
+import torch
 from comfy_server import ComfyServer
 from wan_parallel.wanvideo.config import WanConfig
 
@@ -74,6 +76,14 @@ def server(start_comfyui: Callable[..., ComfyServer]) -> ComfyServer:
     return start_comfyui()
 
 
+@pytest.fixture
+def gguf_server(server) -> ComfyServer:
+    """A ComfyUI that has the gguf package."""
+    if subprocess.run([server.python, "-c", "import gguf"], capture_output=True).returncode:
+        pytest.skip("ComfyUI's Python has no gguf package")
+    return server
+
+
 def _write_models(folder: Path) -> None:
     models, lora_files = folder / "diffusion_models", folder / "loras"
     models.mkdir(parents=True)
@@ -89,6 +99,14 @@ def _write_models(folder: Path) -> None:
     loras.write_lora(lora_files / "i2v.safetensors", VARIANTS["i2v-2.1"])
     loras.write_lora(lora_files / "vace.safetensors", VARIANTS["vace"])
     loras.write_odd_lora(lora_files / "odd.safetensors", TINY)
+    for names in loras.STOCK_NAMES | loras.OTHER_NAMES:
+        loras.write_named(lora_files / f"{names}.safetensors", TINY, names)
+    for kind in loras.ADAPTERS:
+        loras.write_adapter(lora_files / f"{kind}.safetensors", TINY, kind)
+    loras.write_distilled(lora_files / "distilled.safetensors", TINY)
+    loras.write_lora(lora_files / "four-heads.safetensors", FOUR_HEADS)
+    loras.write_lora(lora_files / "deeper.safetensors", replace(TINY, num_layers=3), seed=6)
+    tiny.write_weights(lora_files / "other-model.safetensors", {"lora_unet_down_0.lora_up.weight": torch.ones(4, 2)})
     _write_formats(models)
     _write_wrong_files(models)
 
