@@ -108,7 +108,11 @@ def _ours(options: argparse.Namespace) -> list[Row]:
     )
     pool = acquire(
         PoolSettings(
-            plan, device=options.device, memory_fraction=options.memory_fraction, usp_backend=options.backend
+            plan,
+            device=options.device,
+            memory_fraction=options.memory_fraction,
+            usp_backend=options.backend,
+            overlap=options.overlap,
         )
     )
     spec = ModelSpec(
@@ -159,6 +163,7 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         backend=model.backend,
         ulysses=model.ulysses,
         ring=model.ring,
+        overlapped=model.overlapped,
         tensor=model.tensor,
         pipeline=model.pipeline,
         hop_s=round(median(hops[1:]), 4),
@@ -205,6 +210,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backend", choices=("auto", "native", "xfuser"), default="auto")
     parser.add_argument("--ulysses", type=int, default=0, help="0 is automatic")
     parser.add_argument("--ring", type=int, default=0, help="0 is automatic")
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="exchange meanwhile")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")

@@ -43,7 +43,8 @@ class Row(Line):
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
     hop_s: the part of `s` in which no worker computed. weights: how they are held, if not in `precision`. placement:
     where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host memory in all. allocated_gib:
-    the most that torch's allocator gave out on any GPU, of memory_fraction of it (these are ours only).
+    the most that torch's allocator gave out on any GPU, of memory_fraction of it. overlapped: whether Ulysses'
+    exchanges ran beside the computation (these are ours only).
     """
 
     lib: str
@@ -65,6 +66,7 @@ class Row(Line):
     backend: str | None = None
     ulysses: int | None = None
     ring: int | None = None
+    overlapped: bool | None = None
     tensor: int | None = None
     pipeline: int | None = None
     batch: int | None = None

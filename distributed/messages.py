@@ -27,7 +27,8 @@ class PoolSettings:
         device: "cuda", "cpu", or "auto" (cuda where there is one).
         memory_fraction: share of each GPU's memory that a worker's tensors may take.
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
-        overlap: exchange keys and values of a ring, and the sums of tensor-parallel ranks, during computation.
+        overlap: exchange what an Ulysses group or a ring shares, and the sums of tensor-parallel ranks, during
+            computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
     """
@@ -243,6 +244,7 @@ class ModelStatus:
     placement: str = ""  # where the weights live, and why
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+    overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,7 @@ class Pool:
         self._conditioning = SharedConditioning()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
+        self._untidy = False  # a request failed or was given up, and the workers have not been trimmed since
         self._seconds = self._hop = 0.0
         self._exchanges: tuple[Exchange, ...] = ()
 
@@ -256,6 +257,7 @@ class Pool:
             started = time.perf_counter()
             grid = grid_of(x)
             self._drain(poll)
+            self._tidy()
             inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
             arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
             refs = [arena.write(tensor) for tensor in inputs]
@@ -398,6 +400,7 @@ class Pool:
                     self._processes.ready = message
                 elif isinstance(message, Replies) and message.id == self._abandoned:
                     self._abandoned = 0
+                    self._note(message)
         except (EOFError, ConnectionError):
             return True
         return False
@@ -472,18 +475,25 @@ class Pool:
                 self._cancel(request.id)
             raise
         self._abandoned = 0
-        self._note_weights(message)
+        self._note(message)
         for reply in message.replies:
             if reply.error:
                 raise _error(reply)
         return message
 
-    def _note_weights(self, message: Replies) -> None:
+    def _note(self, message: Replies) -> None:
+        self._untidy |= any(reply.error or reply.cancelled for reply in message.replies)
         by_spec: dict[ModelSpec, list[HeldWeights]] = {}
         for reply in message.replies:
             for weights in reply.weights:
                 by_spec.setdefault(weights.spec, []).append(weights)
         self._held = {spec: tuple(held) for spec, held in by_spec.items() if len(held) == len(message.replies)}
+
+    def _tidy(self) -> None:
+        """After a forward that some ranks did not finish, let all of them drop what they had sent each other."""
+        if self._untidy:
+            self._call(Trim(self._new_id()), None)
+            self._untidy = False
 
     def _cancel(self, request: int) -> None:
         try:
@@ -497,7 +507,7 @@ class Pool:
             message = self._receive(poll)
             if isinstance(message, Replies) and message.id == self._abandoned:
                 self._abandoned = 0
-                self._note_weights(message)
+                self._note(message)
 
     def _receive(self, poll: Poll | None) -> object:
         connection = self._processes.connection

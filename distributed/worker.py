@@ -30,6 +30,7 @@ from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
 from .links import link_kind
+from .mailbox import Mailbox, open_mailbox
 from .memory import PlacementError
 from .messages import (
     ArenaRef,
@@ -56,6 +57,7 @@ from .messages import (
     encode,
 )
 from .models import LoadedModel, Models
+from .overlapped import OverlappedAttention
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
 from .plan import Place, PlanError, SequenceDegrees, bounds
@@ -102,6 +104,7 @@ class Worker:
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
+        self.mailboxes: dict[SequenceDegrees, Mailbox] = {}
         self.patches = PatchParallel(rank, settings.plan, self.device)
         streamed = settings.pipeline_mode == "pipefusion" and settings.plan.pipeline_parallel > 1
         self.stream = PatchStream(settings.plan.pipeline_parallel, self.device) if streamed else None
@@ -212,10 +215,13 @@ class Worker:
         self.models.give_back()
 
     def trim(self) -> None:
-        """Give back what only a sampling run needs: displaced patches, the blocks in passing, and torch's cache."""
+        """Give back what only a sampling run needs: displaced patches, the blocks in passing, what the exchanges write
+        to, and torch's cache."""
         self.patches.clear()
         if self.stream is not None:
             self.stream.clear()
+        for mailbox in self.mailboxes.values():
+            mailbox.close()
         self.models.give_back()
 
     def status(self) -> WorkerStatus:
@@ -250,6 +256,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            overlapped=degrees in self.mailboxes,
         )
 
     def _join_divided(self) -> tuple[TensorShard, Stage]:
@@ -276,7 +283,11 @@ class Worker:
                 self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
                 self.groups[degrees] = place_in(degrees, self.rank, members)
             else:
-                self.groups[degrees] = join_group(degrees, self.rank, members)
+                group = self.groups[degrees] = join_group(degrees, self.rank, members)
+                if self.settings.overlap and degrees.ulysses > 1 and degrees.ring == 1:
+                    mailbox = open_mailbox(group.ulysses, self.device)
+                    if mailbox is not None:
+                        self.mailboxes[degrees] = mailbox
 
     def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
         """The batch items of this rank, as many in each slice as go through the model at once."""
@@ -327,6 +338,8 @@ class Worker:
         if group.degrees in self.xfuser_groups:
             xfuser_group = self.xfuser_groups[group.degrees]
             return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
+        if group.degrees in self.mailboxes:
+            return OverlappedAttention(group, kernel, grid.tokens, heads, self.mailboxes[group.degrees])
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
 
     def _before_block(

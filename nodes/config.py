@@ -205,9 +205,10 @@ def _communication() -> list[io.Input]:
             "overlap_p2p_comm",
             default=True,
             tooltip=(
-                "In a ring (ring_degree above 1) the next keys and values travel while attention computes; with "
+                "What GPUs send each other travels while they compute: queries, keys and values of Ulysses by the "
+                "copy engines, where GPUs reach each other's memory; the next keys and values of a ring; with "
                 "tensor_parallel_size above 1 the sums of one slice of tokens while the next one is computed. "
-                "Off: it waits for them first, for comparison. No effect without either."
+                "Same result. Off: it waits for them first, for comparison."
             ),
         ),
         io.Boolean.Input(

@@ -76,9 +76,10 @@ def _model(model: ModelStatus, mode: str) -> str:
     patches = "with LoRA" if model.patches else "no LoRA"
     divided = f"pipeline {model.pipeline} ({mode}) x " if model.pipeline > 1 else ""
     divided += f"tensor {model.tensor} x " if model.tensor > 1 else ""
+    exchange = ", exchange beside computation" if model.overlapped else ""
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
-        f"{model.kernel}, {divided}Ulysses {model.ulysses} x ring {model.ring} ({model.backend}), {patches}"
+        f"{model.kernel}, {divided}Ulysses {model.ulysses} x ring {model.ring} ({model.backend}{exchange}), {patches}"
     )
 
 

@@ -34,6 +34,10 @@ TIMESTEP_PERIOD = 10000.0
 SelfAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each [B, n, heads, head_dim], to the attention output of the same n tokens over all tokens."""
 
+Announce = Callable[[str, torch.Tensor], None]
+"""Is told of "v", "k" and "q" of a `SelfAttention` call as soon as each is computed. One that has a method `announce`
+gets them so, and can send them while the rest is computed."""
+
 MeanSquares = Callable[..., "list[torch.Tensor] | list[None]"]
 """Rows [B, n, d] of which this device may hold a part, to the mean square [B, n] of each whole row, in float32;
 None for rows that are whole, of which the norm then takes it itself."""
@@ -175,13 +179,18 @@ class Attention(nn.Module):
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def self_attention(self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention) -> torch.Tensor:
+    def self_attention(
+        self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention, announce: Announce
+    ) -> torch.Tensor:
         """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
-        q, k = self.q(x), self.k(x)
-        squares_q, squares_k = self.mean_squares(q, k)
-        q = self.by_head(self.norm_q(q, rope, squares_q))
-        k = self.by_head(self.norm_k(k, rope, squares_k))
         v = self.by_head(self.v(x))
+        announce("v", v)
+        k = self.k(x)
+        k = self.by_head(self.norm_k(k, rope, *self.mean_squares(k)))
+        announce("k", k)
+        q = self.q(x)
+        q = self.by_head(self.norm_q(q, rope, *self.mean_squares(q)))
+        announce("q", q)
         return self.o(attend(q, k, v).flatten(2))
 
     def context_keys(self, inputs: BlockInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -206,6 +215,10 @@ class Attention(nn.Module):
         for more in keys[1:]:
             attended = attended + kernel(q, *more)
         return self.o(attended.flatten(2))
+
+
+def _to_nobody(_kind: str, _x: torch.Tensor) -> None:
+    pass
 
 
 def _whole_rows(*rows: torch.Tensor) -> list[None]:
@@ -239,7 +252,7 @@ class Block(nn.Module):
         dtype = inputs.compute_dtype
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
         y = modulate(x, self.eps, shift, scale, dtype)
-        pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend), gate)
+        pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce), gate)
         keys = self.cross_attn.context_keys(inputs)
 
         def work(s: slice) -> Iterator[None]:
@@ -306,6 +319,7 @@ class BlockInputs:
     image: torch.Tensor | None  # CLIP tokens in the same form, for blocks that attend to them
     rope: torch.Tensor  # [n, head_dim/2] complex64
     attend: SelfAttention
+    announce: Announce
     kernel: AttentionKernel
     compute_dtype: torch.dtype
     slice_tokens: int
@@ -479,6 +493,7 @@ class WanModel(nn.Module):
             image=self.image_context(conditioning, text),
             rope=rope_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options.rope)[part],
             attend=attend or self.kernel,
+            announce=getattr(attend, "announce", _to_nobody),
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,

@@ -1,0 +1,211 @@
+"""Memory of each rank into which the other ranks of its host write, with flags that say what has arrived.
+
+A collective call is a kernel, and a kernel takes multiprocessors from the computation beside it. Here the copy engines
+of a GPU write straight into the memory of another one, and the front ends of both GPUs raise and await the flags, so
+that neither the multiprocessors nor the processes have anything to do with it.
+
+On the CPU the memory is shared between processes, and the flags are words in it that the receiver looks at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from .host_exchange import Segment
+from .stream_memory import StreamMemory, StreamMemoryError
+
+log = logging.getLogger(__name__)
+
+CHANNELS = 32
+"""Flags from each rank to each other one."""
+
+_FLAG_BYTES = 4096
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
+
+
+class Mailbox(ABC):
+    """The memory of the ranks of `group`, as one of them sees it.
+
+    What `send` writes, the receiver's `wait` for that sender and channel makes available to the work that its device
+    does next; the nth `wait` is for the nth `send`. Nothing is acknowledged: whoever sends must know by other means
+    that what lies there has been read.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+        self.place, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.nbytes = 0
+        self._layout: Hashable = None
+
+    def arrange(self, layout: Hashable, nbytes: int) -> None:
+        """Have at least `nbytes` on every rank, for use in another way than before if `layout` is another one.
+
+        A collective call; whatever was sent has been waited for.
+        """
+        if nbytes > self.nbytes:
+            self.close()
+            self._make(nbytes)
+            self.nbytes = nbytes
+            self._sent = [[0] * CHANNELS for _ in range(self.ranks)]
+            self._awaited = [[0] * CHANNELS for _ in range(self.ranks)]
+        elif layout == self._layout:
+            return
+        self._layout = layout
+        dist.barrier(self.group)  # all have read what lay there, and all flags of a new memory are down
+
+    def close(self) -> None:
+        """Give the memory back, on all ranks, or lose count after a run that was given up."""
+        if self.nbytes:
+            self.nbytes = 0
+            self._drop()
+
+    def own(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A part of this rank's memory, from byte `offset` on."""
+        return self._part(self.place, offset, shape, dtype)
+
+    def send(self, rank: int, offset: int, tensor: torch.Tensor, channel: int) -> None:
+        """Write a contiguous tensor, once it is computed, into the memory of `rank` from byte `offset` on."""
+        self._sent[rank][channel] += 1
+        self._write(rank, offset, tensor, self.place * CHANNELS + channel, self._sent[rank][channel])
+
+    def wait(self, rank: int, channel: int) -> None:
+        """Let the device go on once the next tensor of `rank` on this channel is there."""
+        self._awaited[rank][channel] += 1
+        self._await(rank * CHANNELS + channel, self._awaited[rank][channel])
+
+    @abstractmethod
+    def _make(self, nbytes: int) -> None: ...
+
+    @abstractmethod
+    def _drop(self) -> None: ...
+
+    @abstractmethod
+    def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None: ...
+
+    @abstractmethod
+    def _await(self, flag: int, value: int) -> None: ...
+
+
+class HostMailbox(Mailbox):
+    """Between processes on CPUs."""
+
+    def _make(self, nbytes: int) -> None:
+        self._segment = Segment(nbytes, self.place, self.ranks, self.device, self.group)
+
+    def _drop(self) -> None:
+        self._segment.close()
+        del self._segment
+
+    def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        length = prod(shape) * dtype.itemsize
+        return self._segment.data[rank][offset : offset + length].view(dtype).view(*shape)
+
+    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None:
+        self._part(rank, offset, tensor.shape, tensor.dtype).copy_(tensor)
+        self._segment.words[rank][flag] = value
+
+    def _await(self, flag: int, value: int) -> None:
+        words = self._segment.words[self.place]
+        pause = _SHORTEST_PAUSE
+        while words[flag] < value:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+class PeerMailbox(Mailbox):
+    """Between GPUs that reach each other's memory, by torch's symmetric memory.
+
+    Raises:
+        MailboxError: they do not reach it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        super().__init__(group, device)
+        self._stream = torch.cuda.Stream(device)
+        try:
+            self._flags = StreamMemory()
+            self.arrange(None, _FLAG_BYTES)
+            self._try_out()
+        except (ImportError, AttributeError, RuntimeError, StreamMemoryError) as error:
+            raise MailboxError(str(error).splitlines()[0]) from error
+
+    def _try_out(self) -> None:
+        """Send every rank this one's number, and look at what has come."""
+        mine = torch.full((1,), self.place, dtype=torch.int64, device=self.device)
+        for rank in range(self.ranks):
+            self.send(rank, 8 * self.place, mine, 0)
+        for rank in range(self.ranks):
+            self.wait(rank, 0)
+        got = self.own(0, (self.ranks,), torch.int64).tolist()
+        if got != list(range(self.ranks)):
+            raise StreamMemoryError(f"what the ranks wrote did not arrive ({got})")
+
+    def _make(self, nbytes: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._memory = symmetric.empty(_FLAG_BYTES + nbytes, dtype=torch.uint8, device=self.device)
+        self._memory[:_FLAG_BYTES].zero_()
+        self._peers = symmetric.rendezvous(self._memory, self.group.group_name)
+        torch.cuda.synchronize(self.device)
+
+    def _drop(self) -> None:
+        torch.cuda.synchronize(self.device)
+        del self._peers, self._memory
+
+    def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._peers.get_buffer(rank, tuple(shape), dtype, (_FLAG_BYTES + offset) // dtype.itemsize)
+
+    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            if tensor.numel():
+                self._part(rank, offset, tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)
+            self._flags.write(self._stream, self._peers.buffer_ptrs[rank] + 4 * flag, value)
+
+    def _await(self, flag: int, value: int) -> None:
+        address = self._peers.buffer_ptrs[self.place] + 4 * flag
+        self._flags.wait(torch.cuda.current_stream(self.device), address, value)
+
+
+def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | None:
+    """A mailbox for these ranks, or None where their GPUs do not reach each other. A collective call."""
+    if device.type != "cuda":
+        return HostMailbox(group, device)
+    why = _no_peers(group, device)
+    mailbox = None
+    if not why:
+        try:
+            mailbox = PeerMailbox(group, device)
+        except MailboxError as error:
+            why = str(error)
+    works = torch.tensor([mailbox is not None], device=device, dtype=torch.int32)
+    dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
+    if works.item():
+        return mailbox
+    log.info("Ulysses' exchanges go through NCCL, not beside the computation (%s).", why or "another GPU cannot")
+    return None
+
+
+def _no_peers(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why this GPU does not reach those of the other ranks; empty if it does."""
+    if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
+        return "NCCL_P2P_DISABLE is set"
+    others = (rank for rank in dist.get_process_group_ranks(group) if rank != device.index)
+    unreached = [rank for rank in others if not torch.cuda.can_device_access_peer(device, rank)]
+    return f"GPU {device.index} has no access to the memory of GPU {unreached[0]}" if unreached else ""
+
+
+class MailboxError(RuntimeError):
+    """The GPUs of a group do not reach each other's memory. The text says why, without a full stop."""
