@@ -140,6 +140,14 @@ def test_lora_hook_on_one_conditioning(server):
     assert "Create Hook LoRA" in message and "LoraLoaderModelOnly" in message
 
 
+def test_normalized_attention_guidance(server):
+    if not server.get("/object_info/NAGuidance"):
+        pytest.skip("This ComfyUI has no NAGuidance")
+    guided = node("NAGuidance", model=link("model"), nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)
+    message = error_text(server, {"nag": guided, **ksampler(model="nag")})
+    assert "attn1_output_patch" in message and "NAGuidance" in message
+
+
 def test_compute_dtype_node(server):
     dtype = node("ModelComputeDtype", model=link("model"), dtype="bf16")
     message = error_text(server, {"dtype": dtype, **ksampler(model="dtype")})
