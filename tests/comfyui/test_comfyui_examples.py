@@ -49,7 +49,6 @@ def test_an_example_validates_with_the_published_file_names(examples, path):
     prompt = examples.queue(api_graph(path, examples))  # refused if a widget, link or file is wrong
     outcome = examples.wait(prompt)
     assert outcome.state == "error"  # the placeholder of the text encoder is none
-    assert outcome.node_type in ("CLIPLoader", "VAELoader", "LoadImage", "GetVideoComponents")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
