@@ -39,7 +39,8 @@ from wan_parallel.distributed.pool import (  # noqa: E402
 )
 from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
 from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
-from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
+from wan_parallel.wanvideo.config import PRESETS, read_header  # noqa: E402
+from wan_parallel.wanvideo.fp8_mode import MODES, weights_for  # noqa: E402
 from wan_parallel.wanvideo.model import grid_of  # noqa: E402
 
 log = logging.getLogger("dit_step")
@@ -47,6 +48,7 @@ log = logging.getLogger("dit_step")
 HERE = Path(__file__).resolve().parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSSY_KERNELS = ("sageattn",)
+FP8_MODES = dict(zip(("off", "linear", "attention"), MODES, strict=True))
 
 
 @dataclass(frozen=True)
@@ -115,28 +117,32 @@ def _ours(options: argparse.Namespace) -> list[Row]:
             overlap=options.overlap,
         )
     )
+    fp8_mode, path = FP8_MODES[options.fp8], options.model or f"random:{options.size}"
+    header = read_header(path) if options.model else None
     spec = ModelSpec(
-        options.model or f"random:{options.size}",
-        weight_dtype=options.weights or options.precision,
+        path,
+        weight_dtype=weights_for(header, fp8_mode, options.weights or options.precision),
         compute_dtype=options.precision,
         attention=options.attention,
         shard_weights=options.shard_weights,
         offload=options.offload,
+        fp8_mode=fp8_mode,
     )
     try:
-        return [_our_row(pool, spec, res, options) for res in options.res.split(",")]
+        return [our_row(pool, spec, res, options) for res in options.res.split(",")]
     finally:
         pool.close()
 
 
-def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace) -> Row:
+def our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, **more: object) -> Row:
+    """Time forwards of one resolution."""
     config = model_config(spec.path)
     device, dtype = torch.device(pool.settings.device), DTYPES[options.precision]
     batch = options.batch
     x = torch.randn(batch, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
     context = torch.randn(batch, 512, config.text_dim, device=device, dtype=dtype)
     timestep = torch.full((batch,), 500.0, device=device)
-    pool.ensure_ready(spec, tokens=grid_of(x).tokens)
+    pool.ensure_ready(spec, tokens=grid_of(x).tokens, items=batch)
     times, hops = [], []
     for _ in range(options.iters + 1):
         start = time.perf_counter()
@@ -158,7 +164,7 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         peak_bytes=_peak_bytes(workers, device),
         precision=options.precision,
         attention=model.kernel,
-        lossy=model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype,
+        lossy=model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype or bool(model.fp8),
         finite=bool(torch.isfinite(out).all()),
         backend=model.backend,
         ulysses=model.ulysses,
@@ -167,12 +173,15 @@ def _our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace)
         tensor=model.tensor,
         pipeline=model.pipeline,
         hop_s=round(median(hops[1:]), 4),
+        fp8=model.fp8 or None,
         weights=None if model.weight_dtype == options.precision else model.weight_dtype,
         placement=model.placement,
         weights_gib=round(max(w.models[0].device_bytes for w in workers) / 2**30, 2),
         host_gib=round(sum(w.models[0].host_bytes for w in workers) / 2**30, 2),
         allocated_gib=round(max(worker.peak_allocated for worker in workers) / 2**30, 2),
         memory_fraction=options.memory_fraction,
+        data=pool.settings.plan.data_parallel if pool.settings.plan.data_parallel > 1 else None,
+        **more,
     )
 
 
@@ -207,6 +216,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--weights", choices=sorted(WEIGHT_DTYPES), help="of ours, where they are held in another one")
     parser.add_argument("--attention", choices=KERNEL_NAMES, default="auto")
+    parser.add_argument("--fp8", choices=FP8_MODES, default="off", help="lossy: products (and self-attention) in fp8")
     parser.add_argument("--backend", choices=("auto", "native", "xfuser"), default="auto")
     parser.add_argument("--ulysses", type=int, default=0, help="0 is automatic")
     parser.add_argument("--ring", type=int, default=0, help="0 is automatic")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Protocol
 
 TEXT_TOKENS = 512
@@ -55,3 +56,32 @@ def forward_flops(config: Dimensions, tokens: int) -> int:
     self_attention = 4 * tokens * tokens * d
     cross_attention = 4 * tokens * TEXT_TOKENS * d
     return config.num_layers * (projections + text_projections + self_attention + cross_attention)
+
+
+def vae_decode_flops(shapes: Mapping[str, tuple[int, ...]], latent: tuple[int, int, int]) -> int:
+    """Floating-point operations of one decode by Wan 2.1's VAE, whose weights have these shapes.
+
+    Counts every convolution at the size of its output, and the attention of the middle block.
+    """
+    frames, rows, columns = latent
+    total, scale, count = 0, 1, frames
+    for name, shape in sorted(shapes.items(), key=lambda item: _place(item[0])):
+        if not name.endswith(".weight"):
+            continue
+        if ".time_conv." in name:  # of all frames but the first, which it doubles
+            total += 2 * math.prod(shape) * (count - 1) * rows * columns * scale**2
+            count = 2 * count - 1
+            continue
+        if ".resample." in name:
+            scale *= 2
+        total += 2 * math.prod(shape) * count * rows * columns * scale**2
+    channels = shapes["decoder.middle.1.proj.weight"][0]
+    return total + 4 * frames * (rows * columns) ** 2 * channels
+
+
+def _place(name: str) -> tuple[int, int, bool]:
+    """Where a weight of the decoder comes, convolutions over time before the resampling of their layer."""
+    parts = name.split(".")
+    order = {"conv2": 0, "conv1": 1, "middle": 2, "upsamples": 3, "head": 4}
+    kind = next(order[part] for part in parts if part in order)
+    return kind, int(parts[2]) if kind == 3 else 0, ".time_conv." not in name

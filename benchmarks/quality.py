@@ -3,7 +3,8 @@
     python3 benchmarks/quality.py --a gpus=1 --b gpus=2,compute=bf16 --prompts 10 --out results/quality
 
 samples the same prompts from the same noise with the settings A and B, decodes both, and compares the frames.
-Settings are words such as gpus=4,data=2,ulysses=2,ring=1,weights=fp16,compute=bf16,attention=sageattn,backend=xfuser
+Settings are words such as gpus=4,data=2,ulysses=2,ring=1,weights=fp16,compute=bf16,attention=sageattn,backend=xfuser;
+weights=fp8_e4m3fn,fp8=linear+attention (fp8_mode of the loader, which needs such weights);
 or gpus=2,pipeline=2,mode=pipefusion,warmup=4,sync=10 (exact steps at the start, and every so many after them); what is
 left out has its default. Prints a table; --out gets quality.jsonl (one line a prompt and one for all) and
 quality.png. LPIPS is left out: its weights need a download.
@@ -59,7 +60,7 @@ _PLAN = {
 }
 _POOL = {"backend": "usp_backend", "mode": "pipeline_mode"}
 _STEPS = {"warmup": "warmup_steps", "sync": "sync_frequency"}
-_SPEC = {"weights": "weight_dtype", "compute": "compute_dtype", "attention": "attention"}
+_SPEC = {"weights": "weight_dtype", "compute": "compute_dtype", "attention": "attention", "fp8": "fp8_mode"}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ PACKAGES = (
     "flash-attn-4",
     "sageattention",
     "distrifuser",
+    "distvae",
+    "triton",
 )
 
 
@@ -41,10 +43,12 @@ class Row(Line):
     s: median wall time in seconds, as the caller sees it. peak_gib: the most device memory in use on any GPU
     after the forwards, the allocator's high-water mark and the CUDA context included. lossy: whether
     something was computed below `precision` on purpose. first_s: the first forward, compiling included.
-    hop_s: the part of `s` in which no worker computed. weights: how they are held, if not in `precision`. placement:
-    where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host memory in all. allocated_gib:
-    the most that torch's allocator gave out on any GPU, of memory_fraction of it. overlapped: whether Ulysses'
-    exchanges ran beside the computation (these are ours only).
+    hop_s: the part of `s` in which no worker computed. fp8: what ran in fp8, and how. weights: how they are held, if
+    not in `precision`. placement: where they live, and why. weights_gib: the most of them on any GPU, host_gib: in host
+    memory in all. allocated_gib: the most that torch's allocator gave out on any GPU, of memory_fraction of it.
+    overlapped: whether Ulysses' exchanges ran beside the computation. strategy: its short name (see strategies.py),
+    expected_s: what the cost model says, link: how the GPUs reach each other, link_gbps: what each sends while all of
+    them do (these are ours only).
     """
 
     lib: str
@@ -71,12 +75,48 @@ class Row(Line):
     pipeline: int | None = None
     batch: int | None = None
     hop_s: float | None = None
+    fp8: str | None = None
     weights: str | None = None
     placement: str | None = None
     weights_gib: float | None = None
     host_gib: float | None = None
     allocated_gib: float | None = None
     memory_fraction: float | None = None
+    data: int | None = None
+    strategy: str | None = None
+    expected_s: float | None = None
+    link: str | None = None
+    link_gbps: float | None = None
+
+
+@dataclass(frozen=True)
+class VAERow(Line):
+    """One decode of a video by Wan 2.1's VAE, at batch 1, from a latent to frames in host memory (peers: on the GPU).
+
+    s: median wall time in seconds, as the caller sees it. hop_s: the part of it in which no worker computed.
+    allocated_gib: the most that torch's allocator gave out on any GPU. error: distance of a small video's frames from
+    those in float32 on one GPU, relative; error_1gpu: the same of one GPU in `precision` by torch's convolutions.
+    """
+
+    lib: str
+    res: str
+    gpus: int
+    s: float
+    tflops_per_gpu: float
+    precision: str
+    first_s: float
+    gpu: str
+    versions: dict[str, str]
+    date: str
+    finite: bool
+    what: str = "vae decode"
+    convolution: str | None = None
+    piece_mib: int | None = None
+    axis: str | None = None
+    hop_s: float | None = None
+    allocated_gib: float | None = None
+    error: float | None = None
+    error_1gpu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +169,26 @@ def make_row(
         date=date.today().isoformat(),
         batch=batch if batch > 1 else None,
         **ours,
+    )
+
+
+def make_vae_row(
+    *, lib: str, res: str, gpus: int, timing: Timing, flops: int, precision: str, finite: bool, **more: object
+) -> VAERow:
+    """Fill in what follows from the measurement."""
+    return VAERow(
+        lib=lib,
+        res=res,
+        gpus=gpus,
+        s=round(timing.median, 4),
+        tflops_per_gpu=round(flops / timing.median / gpus / 1e12, 1),
+        precision=precision,
+        first_s=round(timing.first, 2),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        versions=installed_versions(),
+        date=date.today().isoformat(),
+        finite=finite,
+        **more,
     )
 
 

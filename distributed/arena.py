@@ -7,6 +7,7 @@ no name on any disk: when its processes end, in whatever way, nothing is left be
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import mmap
 import os
@@ -15,6 +16,8 @@ from collections.abc import Iterable
 import torch
 
 from .messages import ArenaRef, TensorRef
+
+log = logging.getLogger(__name__)
 
 _ALIGN = 64  # bytes; torch wants aligned storage
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
@@ -25,20 +28,31 @@ _serials = itertools.count()
 
 
 class Arena:
-    """The owner's side: allocate, write, read."""
+    """The owner's side: allocate, write, read.
 
-    def __init__(self, nbytes: int):
+    Args:
+        pinned: let GPUs copy from and to it at full speed, here and in the workers. Pinning takes a second for each
+            GiB, so it is for arenas that are used again and again.
+    """
+
+    def __init__(self, nbytes: int, pinned: bool = False):
         self.nbytes = max(nbytes, mmap.PAGESIZE)
         self._fd = os.memfd_create("wan-parallel")
         os.ftruncate(self._fd, self.nbytes)
         self._map = mmap.mmap(self._fd, self.nbytes)
+        self._pin = _Pin(self._map) if pinned else None
         self._used = 0
         self._serial = next(_serials)
 
     @property
     def ref(self) -> ArenaRef:
         """How other processes of this user open it while this process lives."""
-        return ArenaRef(f"/proc/{os.getpid()}/fd/{self._fd}", self.nbytes, self._serial)
+        return ArenaRef(f"/proc/{os.getpid()}/fd/{self._fd}", self.nbytes, self._serial, self.pinned)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it was asked to be."""
+        return self._pin is not None
 
     def reset(self) -> None:
         """Forget all tensors; their memory will be overwritten."""
@@ -65,6 +79,8 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back. Views must not be used afterwards."""
+        if self._pin is not None:
+            self._pin.release()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -76,17 +92,37 @@ class ArenaReader:
     def __init__(self) -> None:
         self._ref: ArenaRef | None = None
         self._map: mmap.mmap | None = None
+        self._pin: _Pin | None = None
 
     def view(self, arena: ArenaRef, tensor: TensorRef) -> torch.Tensor:
         """The tensor of another process, readable and writable."""
         if arena != self._ref:
             fd = os.open(arena.path, os.O_RDWR)
             try:
-                self._map = mmap.mmap(fd, arena.nbytes)
+                memory = mmap.mmap(fd, arena.nbytes)
             finally:
                 os.close(fd)
+            if self._pin is not None:
+                self._pin.release()
+            self._map, self._pin = memory, _Pin(memory) if arena.pinned else None
             self._ref = arena
         return _view(self._map, tensor)
+
+
+class _Pin:
+    """Shared memory as the GPUs' copy engines want it, until `release`."""
+
+    def __init__(self, memory: mmap.mmap):
+        self._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        code = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), 0))
+        if code:
+            log.info("The driver does not pin %d bytes of shared memory (%d); copies take longer.", len(memory), code)
+            self._address = 0
+
+    def release(self) -> None:
+        if self._address:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+            self._address = 0
 
 
 def needed(tensors: Iterable[torch.Tensor]) -> int:

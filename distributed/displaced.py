@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..wanvideo.attention import AttentionKernel
 from ..wanvideo.model import Grid, SelfAttention, WanModel
+from . import stopwatch
 from .host_exchange import HostManager, Segment
 from .messages import Displaced, Exchange
 from .patch_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
@@ -66,7 +67,7 @@ class StaleAttention:
         self.received = 0
         self._strips = Strips(branch.layout, place) if any(branch.layout.border) else None
         self._layer = 0
-        self._stops = Stopwatch(device)
+        self._stops = stopwatch.counted(stopwatch.PATCHES, groups.fresh, stopwatch.Spans(device))
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         own = torch.stack((k, v))
@@ -77,12 +78,13 @@ class StaleAttention:
 
     def finish(self) -> None:
         """Leave the step, after the last layer or in the middle. What was sent has until the next step."""
-        self.branch.finish(self._layer)
+        with stopwatch.standing(stopwatch.PATCHES, self.groups.fresh):
+            self.branch.finish(self._layer)
 
     @property
     def waited(self) -> float:
         """Seconds for which the device stood still for an exchange. Waits for the device."""
-        return self._stops.seconds()
+        return sum(self._stops.each())
 
     def _assemble(self, layer: int, own: torch.Tensor) -> torch.Tensor:
         """Keys and values of all patches, patch by patch: [2, B, tokens, heads, d]."""
@@ -117,15 +119,17 @@ class FillAttention:
         self._layer = 0
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        patch = self._patches.exchange(torch.stack((k, v)), self.groups.fresh)
-        self.branch.manager.forget(self._layer)  # of a stale step before
+        with stopwatch.standing(stopwatch.PATCHES, self.groups.fresh):
+            patch = self._patches.exchange(torch.stack((k, v)), self.groups.fresh)
+            self.branch.manager.forget(self._layer)  # of a stale step before
         self.branch.manager.enqueue(self._layer, self.branch.codec.encode(patch))
         self._layer += 1
         return self.exact(q, k, v)
 
     def finish(self) -> None:
         """Leave the step, after the last layer or in the middle."""
-        self.branch.finish(self._layer)
+        with stopwatch.standing(stopwatch.PATCHES, self.groups.fresh):
+            self.branch.finish(self._layer)
 
 
 class PatchParallel:
@@ -146,6 +150,11 @@ class PatchParallel:
         if step.run != self._run:
             self.clear()
             self._run = step.run
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers of all branches on this rank's device."""
+        return sum(branch.manager.nbytes for branch in self._branches.values())
 
     def clear(self) -> None:
         """Drop all buffers, once nothing is being written into them."""
@@ -182,7 +191,8 @@ class PatchParallel:
             if branch is None:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
             branch.complete = False  # until it has been finished: the forward may end before it gets here
-            return StaleAttention(branch, group.index, model.kernel, self._groups[group.degrees.ranks], self.device)
+            groups = self._groups[group.degrees.ranks]
+            return StaleAttention(branch, group.index, model.self_kernel, groups, self.device)
         groups = self._join(group.degrees.ranks)
         if branch is None:
             branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)
@@ -244,7 +254,7 @@ class PatchParallel:
             received=sum(attention.received for attention in attentions),
             seconds=sum(branch.layer_seconds * branch.layers for branch in branches),
             waited=sum(attention.waited for attention in attentions),
-            buffers=sum(branch.manager.nbytes for branch in self._branches.values()),
+            buffers=self.nbytes,
         )
 
     def _time_exchange(self, manager: Manager, codec: Codec) -> float:
@@ -266,31 +276,3 @@ class PatchParallel:
 
 class StaleError(RuntimeError):
     """A stale step was asked for where there is nothing stale."""
-
-
-class Stopwatch:
-    """Adds up the time between `start` and `stop` on the device, without making the host wait."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = self._begin = 0.0
-
-    def start(self) -> None:
-        if self._cuda:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        else:
-            self._begin = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
-        else:
-            self._seconds += time.perf_counter() - self._begin
-
-    def seconds(self) -> float:
-        """The sum. Waits for the device."""
-        if self._events:
-            self._events[-1][1].synchronize()
-        return self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1000

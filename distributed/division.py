@@ -21,11 +21,6 @@ def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> No
     """
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
-    if spec.shard_weights == "on" and plan.tensor_parallel * plan.pipeline_parallel > 1:
-        raise PlanError(
-            "shard_weights is on, but with tensor or pipeline parallelism each GPU has a part of the weights already, "
-            "and keeps it whole. Set shard_weights to auto, or both sizes to 1."
-        )
     if config.vace_layers and plan.pipeline_parallel > 1:
         raise PlanError(
             f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
@@ -52,11 +47,15 @@ def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
 
 
 def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:
-    """What the rank with the largest part of a model has of `sizes` of the whole tensors."""
+    return max(sum(part.values()) for part in parts_of(config, plan, sizes))
+
+
+def parts_of(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """What is held of `sizes` of the whole tensors, by the rank of each stage that has the largest part."""
     shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
-    stages = [Stage(i, tuple(range(plan.pipeline_parallel))) for i in range(plan.pipeline_parallel)]
+    stages = [Stage.of(i, plan.pipeline_parallel) for i in range(plan.pipeline_parallel)]
     parts = {
         name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
         for name, size in sizes.items()
     }
-    return max(sum(n for name, n in parts.items() if stage.holds(name, config.num_layers)) for stage in stages)
+    return [{name: n for name, n in parts.items() if stage.holds(name, config.num_layers)} for stage in stages]

@@ -7,11 +7,15 @@ from importlib import import_module
 
 import torch
 
+CPU, NVLINK, PEER_ACCESS = "CPU", "NVLink", "peer access"
+PEERS = (CPU, NVLINK, PEER_ACCESS)
+"""Links over which workers write into each other's memory."""
+
 
 def link_kind(device: torch.device, num_gpus: int) -> str:
     """NVLink, peer access (over PCIe), host memory, or what else the tensors of `device` travel through."""
     if device.type != "cuda":
-        return "CPU"
+        return CPU
     others = [i for i in range(num_gpus) if i != device.index]
     if not others:
         return "no other GPU"
@@ -19,7 +23,7 @@ def link_kind(device: torch.device, num_gpus: int) -> str:
         return "host memory (NCCL_P2P_DISABLE is set)"
     if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
         return "host memory"
-    return "NVLink" if _nvlink(device.index, others) else "peer access"
+    return NVLINK if _nvlink(device.index, others) else PEER_ACCESS
 
 
 def _nvlink(index: int, others: list[int]) -> bool:

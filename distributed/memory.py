@@ -17,6 +17,8 @@ SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
 
 BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
+SEGMENT = 2**21
+"""Bytes that torch's GPU allocator rounds a large allocation up to: a block, or a share of one, is one of these."""
 ALIGN = 256
 """Bytes at which a weight starts in a block: as in torch's GPU allocator, so that the same kernels are chosen."""
 
@@ -43,21 +45,26 @@ class Demand:
     block: int  # the largest block, whole
     blocks: int  # how many
     activations: int
+    unit: int = 1  # what a part of a block is rounded up to
 
     @property
     def whole(self) -> int:
         return self.fixed + self.blocks * self.block
 
+    def part(self, share: int) -> int:
+        """Bytes of 1/share of a block."""
+        return -(-math.ceil(self.block / share) // self.unit) * self.unit
 
-def demand_of(sizes: Mapping[str, int], activations: int) -> Demand:
-    """What a model asks of a GPU, from the bytes of each of its weights as they are held."""
+
+def demand_of(sizes: Mapping[str, int], activations: int, unit: int = 1) -> Demand:
+    """What a model asks of a GPU, from the bytes of each of its weights as they are held, blocks rounded to `unit`."""
     fixed, blocks = 0, {}
     for name, nbytes in sizes.items():
         if match := BLOCK_NAME.match(name):
             blocks[match[1]] = blocks.get(match[1], 0) + -(-nbytes // ALIGN) * ALIGN
         else:
             fixed += nbytes
-    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations)
+    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations, unit)
 
 
 @dataclass(frozen=True)
@@ -92,54 +99,67 @@ def activation_bytes(
 def fitting_blocks(demand: Demand, room: int, share: int) -> int:
     """How many blocks (or shares of them) can stay on a GPU of `room` bytes; -1 where it cannot run at all."""
     left = room - demand.fixed - demand.activations
-    if share == 1 and left >= demand.blocks * demand.block:
+    if share == 1 and left >= demand.blocks * demand.part(1):
         return demand.blocks
-    left -= SLOTS * demand.block
-    return max(-1, min(demand.blocks, left // math.ceil(demand.block / share)))
+    left -= SLOTS * demand.part(1)
+    return max(-1, min(demand.blocks, left // demand.part(share)))
 
 
 def needed_bytes(demand: Demand, share: int, resident: int) -> int:
     """Bytes of a GPU that runs the model with `resident` blocks (or shares of them) on it."""
-    passing = SLOTS * demand.block if share > 1 or resident < demand.blocks else 0
-    return demand.fixed + resident * math.ceil(demand.block / share) + passing + demand.activations
+    passing = SLOTS * demand.part(1) if share > 1 or resident < demand.blocks else 0
+    return demand.fixed + resident * demand.part(share) + passing + demand.activations
 
 
 def place_weights(
-    demand: Demand, room: Sequence[int], ranks: int, shard: str = "auto", offload: str = "auto", host_room: int = 2**62
+    demand: Demand,
+    room: Sequence[int],
+    ranks: int,
+    shard: str = "auto",
+    offload: str = "auto",
+    host_room: int = 2**62,
+    gpus: Sequence[int] = (),
 ) -> Placement:
     """Choose where the weights live: whole where they fit, else shared, else shared and partly in host memory.
 
     Args:
         demand: of the model on each rank.
-        room: bytes that each GPU has for it, by rank.
+        room: bytes that each GPU has for it.
         ranks: how many of them hold the same weights.
         shard, offload: "auto", "on" or "off" (see `ModelSpec`).
         host_room: bytes of host memory that all ranks together may take.
+        gpus: what a refusal calls the GPUs; 0, 1 ... without.
 
     Raises:
         PlacementError: it does not fit.
     """
     tightest = min(room)
     shares = [1] if shard == "off" or ranks == 1 else [ranks] if shard == "on" else [1, ranks]
-    why = _why(demand, room)
+    gpus, why = gpus or range(len(room)), _why(demand, room)
     if offload == "on":
-        return _in_host_memory(demand, room, shares[-1], 0, host_room, "offload is on")
+        return _in_host_memory(demand, room, shares[-1], 0, host_room, "offload is on", gpus)
     for share in shares:
         if fitting_blocks(demand, tightest, share) == demand.blocks:
             return Placement(
                 share, demand.blocks, _where(demand, share, 0, "shard_weights is on" if shard == "on" else why)
             )
     if offload == "off":
-        raise PlacementError(_refusal(demand, room, shares[-1], demand.blocks, shard, offload, ranks))
+        raise PlacementError(_refusal(demand, room, shares[-1], demand.blocks, shard, offload, ranks, gpus))
     resident = fitting_blocks(demand, tightest, shares[-1])
-    return _in_host_memory(demand, room, shares[-1], resident, host_room, why)
+    return _in_host_memory(demand, room, shares[-1], resident, host_room, why, gpus)
 
 
 def _in_host_memory(
-    demand: Demand, room: Sequence[int], share: int, resident: int, host_room: int, why: str
+    demand: Demand,
+    room: Sequence[int],
+    share: int,
+    resident: int,
+    host_room: int,
+    why: str,
+    gpus: Sequence[int],
 ) -> Placement:
     if fitting_blocks(demand, min(room), share) < 0:
-        raise PlacementError(_refusal(demand, room, share, 0, "on", "on", share))
+        raise PlacementError(_refusal(demand, room, share, 0, "on", "on", share, gpus))
     hosted = demand.blocks - resident
     needed = hosted * demand.block * len(room) // share
     if needed > host_room:
@@ -168,16 +188,24 @@ def _why(demand: Demand, room: Sequence[int]) -> str:
 
 
 def _refusal(
-    demand: Demand, room: Sequence[int], share: int, resident: int, shard: str, offload: str, ranks: int
+    demand: Demand,
+    room: Sequence[int],
+    share: int,
+    resident: int,
+    shard: str,
+    offload: str,
+    ranks: int,
+    gpus: Sequence[int],
 ) -> str:
-    needed, gpu = needed_bytes(demand, share, resident), min(range(len(room)), key=lambda rank: room[rank])
+    needed, least = needed_bytes(demand, share, resident), min(range(len(room)), key=lambda index: room[index])
     weights = needed - demand.activations
     ways = ["set offload to auto"] if offload == "off" else []
     ways += ["set shard_weights to auto"] if shard == "off" and ranks > 1 else []
     ways += ["use fewer frames or a smaller size", "raise gpu_memory_fraction", "use more GPUs"]
     return (
-        f"GPU {gpu} has {_gib(room[gpu])} for this model and needs {_gib(needed)} ({_gib(weights)} of weights, "
-        f"{_gib(demand.activations)} of activations): {_gib(needed - room[gpu])} are missing. "
+        f"GPU {gpus[least]} has {_gib(room[least])} for this model and needs {_gib(needed)} "
+        f"({_gib(weights)} of weights, {_gib(demand.activations)} of activations): "
+        f"{_gib(needed - room[least])} are missing. "
         f"{ways[0][0].upper()}{ways[0][1:]}, {', '.join(ways[1:-1])}, or {ways[-1]}."
     )
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
 from ..wanvideo.options import Options
+from .cost import Machine
 from .plan import ParallelPlan, PatchSplit
 
 PIPELINE_MODES = ("exact", "pipefusion")
@@ -31,6 +33,8 @@ class PoolSettings:
             computation.
         pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
             patches through the stages (see pipefusion.py).
+        auto: sizes of the plan that are 1, and degrees that are 0, are chosen for the model and its video (see
+            choice.py).
     """
 
     plan: ParallelPlan
@@ -39,6 +43,7 @@ class PoolSettings:
     usp_backend: str = "auto"
     overlap: bool = True
     pipeline_mode: str = "exact"
+    auto: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class ModelSpec:
         offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
+        fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
         vace: file of a VACE module beside the model, or "" (see `wanvideo.vace_module`).
     """
 
@@ -73,6 +79,7 @@ class ModelSpec:
     stamp: str = ""
     shard_weights: str = "auto"
     offload: str = "auto"
+    fp8_mode: str = "disabled"
     vace: str = ""
 
     @property
@@ -88,6 +95,7 @@ class ArenaRef:
     path: str
     nbytes: int
     serial: int  # a later arena can have the same path
+    pinned: bool = False  # worth pinning: it serves many requests
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,49 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class LoadVAE:
+    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+
+    id: int
+    key: str
+    dtype: str
+    arena: ArenaRef
+    weights: dict[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """How a video is decoded; the result is the same within rounding.
+
+    Args:
+        convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
+        piece_mib: MiB of the largest tensor of a piece; less where memory is short.
+        axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
+    """
+
+    convolution: str = "auto"
+    piece_mib: int = 512
+    axis: str = "auto"
+
+
+@dataclass(frozen=True)
+class DecodeVAE:
+    """Decode latents [B, C, T, h, w] in `arena` into `out` [B, frames, H, W, 3], float32 from 0 to 1, in `out_arena`.
+
+    `done` there has a word for each rank: how many frames it has written.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
 class Trim:
     """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
 
@@ -218,13 +269,28 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """Ask for every worker's `Surveyed`, which it measures the first time."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Divide:
+    """Share the GPUs out as `plan` says. Loaded models stay: they must be divided alike under both plans."""
+
+    id: int
+    plan: ParallelPlan
+
+
+@dataclass(frozen=True)
 class Cancel:
     """To the launcher: the client no longer waits for request `id`."""
 
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE
 
 
 @dataclass(frozen=True)
@@ -244,6 +310,7 @@ class ModelStatus:
     placement: str = ""  # where the weights live, and why
     device_bytes: int = 0  # weights on this worker's device
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
+    fp8: str = ""  # what runs in fp8, and how; empty: nothing
     overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
 
 
@@ -257,11 +324,43 @@ class HeldWeights:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What the memory of one worker's device is used for, in bytes: at the fullest moment of the last forward, or as it
+    is where none has been finished since the worker started, or since one failed.
+
+    Args:
+        weights: of all models, and the blocks that pass through (see residence.py).
+        activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
+        cache: keys and values kept between the steps of a run.
+        mailboxes: memory that other ranks write into (see mailbox.py).
+        unused: memory that torch's allocator keeps for later.
+        others: what is not torch's in this worker: CUDA itself, NCCL, and other processes such as ComfyUI.
+        total: all that the device has; on a CPU, that the host has.
+        measured: whether it is of a forward.
+    """
+
+    weights: int
+    activations: int
+    cache: int
+    mailboxes: int
+    unused: int
+    others: int
+    total: int
+    measured: bool = False
+
+    @property
+    def free(self) -> int:
+        used = self.weights + self.activations + self.cache + self.mailboxes + self.unused + self.others
+        return max(0, self.total - used)
+
+
+@dataclass(frozen=True)
 class WorkerStatus:
     """One worker's memory, in bytes. `peak_private` is host memory of its own while it loaded weights;
     pages of the checkpoint are the system's page cache, shared by all workers. `fused` says whether Triton's
     kernels are used (see wanvideo/pointwise.py); `link` how it reaches the other GPUs (see links.py);
-    `peak_allocated` the most that torch's allocator gave out on its GPU."""
+    `peak_allocated` the most that torch's allocator gave out on its GPU, `peak_reserved` the most it took for that;
+    `memory` what it is used for."""
 
     rank: int
     pid: int
@@ -273,6 +372,27 @@ class WorkerStatus:
     models: tuple[ModelStatus, ...]
     link: str = ""
     peak_allocated: int = 0
+    memory: MemoryUse | None = None
+    peak_reserved: int = 0
+    vae_bytes: int = 0  # weights of VAEs
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What a worker's device does (see survey.py), and what there is room for.
+
+    Args:
+        room: bytes that a model's weights and activations may take on its device, those of loaded models included.
+        host_room: bytes of host memory that is free for weights, of all workers together.
+        hosted: bytes that the loaded models of this worker take there.
+        link: how it reaches the others (see links.py).
+    """
+
+    machine: Machine
+    room: int
+    host_room: int
+    hosted: int
+    link: str
 
 
 @dataclass(frozen=True)
@@ -306,9 +426,34 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """How long a rank's device stood still for one kind of exchange in a forward (see stopwatch.py).
+
+    Args:
+        kind: of the exchange.
+        ranks: that take part in it; none where a rank needs no other.
+        microseconds: of each time, in their order, with commas between: as numbers, hundreds of them would take
+            milliseconds to read.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    microseconds: str
+
+    @staticmethod
+    def of(kind: str, ranks: tuple[int, ...], seconds: Iterable[float]) -> Stall:
+        return Stall(kind, ranks, ",".join(str(round(s * 1e6)) for s in seconds))
+
+    @property
+    def seconds(self) -> list[float]:
+        return [int(us) / 1e6 for us in self.microseconds.split(",") if us]
+
+
+@dataclass(frozen=True)
 class Reply:
     """A worker's answer. `error` is empty where all went well; `kind` is the error's class name; `patches` is
-    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model."""
+    the uuid of those merged into the model that was to be loaded; `weights` tells of every loaded model; `stalls`
+    where the device stood still in a forward."""
 
     id: int
     rank: int
@@ -320,6 +465,9 @@ class Reply:
     status: WorkerStatus | None = None
     exchange: Exchange | None = None
     weights: tuple[HeldWeights, ...] = ()
+    stalls: tuple[Stall, ...] = ()
+    surveyed: Surveyed | None = None
+    vaes: tuple[str, ...] = ()  # keys of the VAEs it has
 
 
 @dataclass(frozen=True)
@@ -346,7 +494,7 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, LoadVAE, DecodeVAE, Cancel),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ..wanvideo.attention import get_kernel
 from ..wanvideo.checkpoint import (
@@ -27,6 +28,7 @@ from ..wanvideo.checkpoint import (
     place,
 )
 from ..wanvideo.config import WanConfig
+from ..wanvideo.fp8_mode import use_fp8
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
@@ -43,10 +45,11 @@ from .memory import (
     needed_bytes,
     place_weights,
 )
+from .memory_use import host_memory
 from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .originals import Originals, as_in_file
 from .pipeline import Stage
-from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group
+from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group, release_cache, unit_of
 from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ class Models:
             CheckpointError, AttentionError, PlanError: the model cannot run like this.
             PlacementError: it does not fit.
         """
-        rooms, host_room = self._agree(spec)
+        rooms, free = self._agree(spec)
         if not rooms:
             return
         dtype = DTYPES[spec.compute_dtype]
@@ -114,15 +117,14 @@ class Models:
         join(source.config.num_heads)
         with torch.device("meta"):
             model = VariantModel(source.config, kernel, dtype, spec.slice_tokens)
+        use_fp8(model, spec.fp8_mode, self.device)
         model.span = self.stage.span(source.config.num_layers)
-        sizes = self._held_sizes(source, spec)
-        demand = demand_of(sizes, self._activations(spec, source.config, tokens))
-        ranks = len(self._equals()[0])
-        placement = place_weights(demand, rooms, ranks, spec.shard_weights, spec.offload, host_room)
-        group = self._share_group(placement.share)
+        demand, placement = self._place(source, spec, tokens, rooms, free)
+        group = self.share_groups[placement.share]
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
-        read = functools.partial(self._unplaced, source, spec)
+        release_cache(self.device)
+        read, sizes = functools.partial(self._unplaced, source, spec), self._held_sizes(source, spec, self.rank)
         residence = Residence(sizes, read, model.set_weight, self.device, self.slots, group)
         for name in sizes:
             if not residence.owns(name):
@@ -187,8 +189,7 @@ class Models:
         for loaded in self.loaded.values():
             loaded.residence.leave_slots()
         self.slots.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_cache(self.device)
 
     def step_out(self, request: StepOut) -> None:
         """Move weights to host memory, where this rank is asked to. Not collective."""
@@ -198,15 +199,25 @@ class Models:
         _step_out(loaded.residence, request.nbytes - self._drop_originals())
         self.give_back()
 
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """The groups of ranks that share blocks, which this rank is in."""
+        return [joined.group for joined in self.share_groups.values() if joined.group is not None]
+
     def held(self) -> tuple[HeldWeights, ...]:
         """Bytes of each model's weights on this worker's device."""
         held = []
         for spec, loaded in self.loaded.items():
-            share = math.ceil(loaded.demand.block / loaded.placement.share)
-            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * share)
+            part = max(map(loaded.residence.bytes_of, loaded.residence.blocks), default=0)
+            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * part)
             now = loaded.device_bytes + loaded.originals.nbytes
             held.append(HeldWeights(spec, now, max(now, whole)))
         return tuple(held)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all weights on this worker's device, the blocks that pass through included."""
+        weights = sum(loaded.device_bytes + loaded.originals.nbytes for loaded in self.loaded.values())
+        return weights + self.slots.nbytes
 
     # Where weights live.
 
@@ -217,12 +228,16 @@ class Models:
         """
         others = sum(m.residence.device_bytes for key, m in self.loaded.items() if key != spec)
         mine = self.loaded[spec].device_bytes if spec in self.loaded else 0
-        told = [int(spec in self.loaded), self._room() + others + mine, _host_room()]
+        told = [int(spec in self.loaded), self._room() + others + mine, host_room()]
         present, rooms, host_rooms = zip(*gather_rows(told, self.device, self.settings.plan.num_gpus), strict=True)
         if all(present):
             return [], 0
         self.loaded.pop(spec, None)
         return list(rooms), min(host_rooms)
+
+    def room(self) -> int:
+        """Bytes that a model may take on this rank's device if the others leave it."""
+        return self._room() + sum(loaded.device_bytes for loaded in self.loaded.values())
 
     def _room(self) -> int:
         """Bytes that this rank's tensors may take on its device beside the weights that are there."""
@@ -250,16 +265,25 @@ class Models:
         share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)
         return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
 
-    def _share_group(self, share: int) -> ShareGroup:
-        if share not in self.share_groups:
-            self.share_groups[share] = join_share_group(self._equals(), self.rank)
-        return self.share_groups[share]
+    def _place(
+        self, source: WeightSource, spec: ModelSpec, tokens: int, rooms: Sequence[int], free: int
+    ) -> tuple[Demand, Placement]:
+        """What this rank's part of a model asks for, and where it goes. A collective call.
 
-    def _equals(self) -> list[Sequence[int]]:
-        """Groups of ranks that can share their blocks: all, or each alone where a rank has a part of the model."""
-        plan = self.settings.plan
-        divided = plan.tensor_parallel * plan.pipeline_parallel > 1
-        return [[rank] for rank in range(plan.num_gpus)] if divided else [range(plan.num_gpus)]
+        Every rank does the arithmetic for all parts: so all refuse alike, and know whether somebody shares.
+        """
+        plan, placed = self.settings.plan, {}
+        activations = self._activations(spec, source.config, tokens)
+        for ranks in plan.replicas():
+            demand = demand_of(self._held_sizes(source, spec, ranks[0]), activations, unit_of(self.device))
+            there = [rooms[rank] for rank in ranks]
+            on_host = free * len(ranks) // plan.num_gpus
+            choices = spec.shard_weights, spec.offload
+            placed[ranks] = demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)
+        most = max(placement.share for _, placement in placed.values())
+        if most not in self.share_groups:
+            self.share_groups[most] = join_share_group(plan.replicas(), self.rank)
+        return next(mine for ranks, mine in placed.items() if self.rank in ranks)
 
     def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
         """How many blocks stay on this rank's device, which may have more room than the tightest."""
@@ -291,7 +315,7 @@ class Models:
         if spec in self.loaded:
             self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
 
-    def _make_way(self, spec: ModelSpec, nbytes: int) -> None:
+    def _make_way(self, spec: ModelSpec | None, nbytes: int) -> None:
         """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
         if nbytes > self._free():
             self._drop_originals()
@@ -301,6 +325,14 @@ class Models:
                 missing -= _step_out(loaded.residence, missing)
         if spec in self.loaded:
             self.loaded[spec] = self.loaded.pop(spec)  # now the one used last
+
+    def make_way(self, nbytes: int) -> None:
+        """Let models step out until this rank's device has `nbytes` of room. Not collective."""
+        self._make_way(None, nbytes)
+
+    def free_room(self) -> int:
+        """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
+        return self._room()
 
     def _note_peak(self) -> None:
         self.peak_private = max(self.peak_private, _private_bytes())
@@ -331,14 +363,16 @@ class Models:
             return place(weight, dtype, self.device, name), None
         return weight, held_dtype(weight.ndim, dtype)
 
-    def _held_sizes(self, source: WeightSource, spec: ModelSpec) -> dict[str, int]:
-        """Bytes of this worker's part of each weight that its stage has."""
-        shapes, layers = source.config.shapes(), source.config.num_layers
+    def _held_sizes(self, source: WeightSource, spec: ModelSpec, rank: int) -> dict[str, int]:
+        """Bytes of a rank's part of each weight that its stage has."""
+        plan, shapes, layers = self.settings.plan, source.config.shapes(), source.config.num_layers
+        at = plan.place(rank)
+        shard, stage = TensorShard(plan.tensor_parallel, at.tensor), Stage.of(at.stage, plan.pipeline_parallel)
         sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
         return {
-            name: sizes[name] * math.prod(self.shard.held_shape(name, shape)) // math.prod(shape)
+            name: sizes[name] * math.prod(shard.held_shape(name, shape)) // math.prod(shape)
             for name, shape in shapes.items()
-            if self.stage.holds(name, layers)
+            if stage.holds(name, layers)
         }
 
 
@@ -361,16 +395,15 @@ def _private_bytes() -> int:
     return 0
 
 
-def _host_room() -> int:
+def host_room() -> int:
     """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    available, total = host_memory()
     return available - total // 20
 
 
 def _step_out(residence: Residence, nbytes: float) -> int:
     """As `Residence.step_out`, where host memory has room."""
-    needed, room = residence.host_bytes_for(nbytes), _host_room()
+    needed, room = residence.host_bytes_for(nbytes), host_room()
     if needed > room:
         raise PlacementError(
             f"Weights of {needed / 2**30:.1f} GiB must step out to host memory, which has {max(0, room) / 2**30:.1f} "

@@ -19,9 +19,11 @@ from itertools import accumulate
 import torch
 
 from ..wanvideo.attention import AttentionKernel
+from .heads import gather_heads, scatter_heads
 from .mailbox import Mailbox
 from .plan import shares
 from .sequence import SequenceGroup
+from .stopwatch import ALL_TO_ALL, LATER_SLICES, standing
 
 SLICES = 2
 """Slices of a rank's heads. More hide more and make attention kernels smaller."""
@@ -84,6 +86,16 @@ class Layout:
         return tokens * self.batch * heads * self.head_dim * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """Some heads of all of a rank's tokens on their way: to whom, how many, to which byte, on which channel."""
+
+    rank: int
+    heads: int
+    offset: int
+    channel: int
+
+
 class OverlappedAttention:
     """Self-attention over the shards of an Ulysses group; all ranks of it call it for the same blocks in turn.
 
@@ -98,20 +110,26 @@ class OverlappedAttention:
         self.heads = tuple(shares(heads, group.degrees.ulysses))
         self._layout: Layout | None = None
         self._announced: set[str] = set()
+        self._packed: dict[str, torch.Tensor] = {}
 
     def announce(self, kind: str, x: torch.Tensor) -> None:
         """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
         self._prepare(x)
         self._announced.add(kind)
-        layout = self._layout
-        for part in range(SLICES if kind == "q" else 1):
-            for rank in self._this_one_last():
-                if kind != "q":
-                    offset = (layout.keys if kind == "k" else layout.values)(rank, self.place)
-                    self._send(rank, offset, x, (0, self.heads[rank]), _KEYS if kind == "k" else _VALUES)
-                elif part < len(layout.slices(rank)):
-                    offset = layout.queries(rank, part, self.place)
-                    self._send(rank, offset, x, layout.slices(rank)[part], _QUERIES + part)
+        parcels = self._parcels(kind)
+        n, batch, dim = self.lengths[self.place], *x.shape[::3]
+        outgoing = self._outgoing(kind, x).split([n * batch * dim * parcel.heads for parcel in parcels])
+        shapes = [(n, batch, parcel.heads, dim) for parcel in parcels]
+        parts = [
+            self.mailbox.own(parcel.offset, shape, x.dtype) if parcel.rank == self.place else part.view(shape)
+            for parcel, part, shape in zip(parcels, outgoing, shapes, strict=True)
+        ]
+        scatter_heads(x, parts)
+        ranks = len(self.lengths)  # first what is needed first, and not all ranks to the same one at a time
+        order = sorted(range(len(parcels)), key=lambda i: (parcels[i].channel, (parcels[i].rank - self.place) % ranks))
+        for i in order:
+            if parcels[i].rank != self.place:
+                self.mailbox.send(parcels[i].rank, parcels[i].offset, parts[i], parcels[i].channel)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape."""
@@ -120,13 +138,15 @@ class OverlappedAttention:
                 self.announce(kind, x)
         self._announced.clear()
         layout, place = self._layout, self.place
-        self._await(_KEYS)
-        self._await(_VALUES)
+        with standing(ALL_TO_ALL, self.mailbox.group):
+            self._await(_KEYS)
+            self._await(_VALUES)
         keys = self._sequence(layout.keys(place, 0), self.heads[place])
         values = self._sequence(layout.values(place, 0), self.heads[place])
         outputs = []
         for part, (start, count) in enumerate(layout.slices(place)):
-            self._await(_QUERIES + part)
+            with standing(LATER_SLICES if part else ALL_TO_ALL, self.mailbox.group):
+                self._await(_QUERIES + part)
             queries, heads = self._sequence(layout.queries(place, part, 0), count), slice(start, start + count)
             out = self.kernel(queries, keys[:, :, heads], values[:, :, heads])
             outputs.append(out.transpose(0, 1).contiguous())
@@ -136,22 +156,34 @@ class OverlappedAttention:
     def _prepare(self, x: torch.Tensor) -> None:
         layout = Layout(self.lengths, self.heads, len(x), x.shape[-1], x.dtype)
         if layout != self._layout:
-            self.mailbox.arrange(layout, layout.nbytes)
+            with standing(ALL_TO_ALL, self.mailbox.group):
+                self.mailbox.arrange(layout, layout.nbytes)
             self._layout = layout
+            self._packed.clear()
+
+    def _parcels(self, kind: str) -> list[Parcel]:
+        """What this rank sends of its queries, keys or values, in the order of the heads."""
+        layout, ranks = self._layout, range(len(self.lengths))
+        if kind == "k":
+            return [Parcel(r, self.heads[r], layout.keys(r, self.place), _KEYS) for r in ranks]
+        if kind == "v":
+            return [Parcel(r, self.heads[r], layout.values(r, self.place), _VALUES) for r in ranks]
+        return [
+            Parcel(r, count, layout.queries(r, part, self.place), _QUERIES + part)
+            for r in ranks
+            for part, (_, count) in enumerate(layout.slices(r))
+        ]
+
+    def _outgoing(self, kind: str, x: torch.Tensor) -> torch.Tensor:
+        """Where x lies while the copy engines fetch it; they have done so when its like of the next block comes."""
+        if kind not in self._packed:
+            self._packed[kind] = x.new_empty(x.numel())
+        return self._packed[kind]
 
     def _this_one_last(self) -> Iterator[int]:
         """The ranks in an order of its own for each of them, so that not all send to one at a time."""
         ranks = len(self.lengths)
         return ((self.place + i) % ranks for i in range(1, ranks + 1))
-
-    def _send(self, rank: int, offset: int, x: torch.Tensor, heads: tuple[int, int], channel: int) -> None:
-        """Some of the heads of `rank`, of all of x."""
-        first = sum(self.heads[:rank]) + heads[0]
-        part = x[:, :, first : first + heads[1]].transpose(0, 1)
-        if rank == self.place:
-            self.mailbox.own(offset, part.shape, x.dtype).copy_(part)
-        else:
-            self.mailbox.send(rank, offset, part.contiguous(), channel)
 
     def _send_output(self, part: int, output: torch.Tensor) -> None:
         """Output [tokens, B, some heads, head_dim] of all tokens to those who have them."""
@@ -162,18 +194,18 @@ class OverlappedAttention:
 
     def _output(self, q: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
         """What all ranks have computed for this rank's tokens, in the shape of q."""
-        layout, result = self._layout, torch.empty_like(q, memory_format=torch.contiguous_format)
-        for sender in self._this_one_last():
-            first = sum(self.heads[:sender])
-            for part, (start, count) in enumerate(layout.slices(sender)):
-                heads = result[:, :, first + start : first + start + count]
-                if sender == self.place:
-                    came = outputs[part].split(self.lengths)[sender]
-                else:
-                    self.mailbox.wait(sender, _OUTPUT + part)
-                    shape = (self.lengths[self.place], layout.batch, count, layout.head_dim)
-                    came = self.mailbox.own(layout.output(self.place, part, sender), shape, layout.dtype)
-                heads.copy_(came.transpose(0, 1))
+        layout, place, parts = self._layout, self.place, []
+        with standing(ALL_TO_ALL, self.mailbox.group):
+            for sender in range(len(self.lengths)):
+                for part, (_, count) in enumerate(layout.slices(sender)):
+                    if sender == place:
+                        parts.append(outputs[part].split(self.lengths)[place])
+                    else:
+                        self.mailbox.wait(sender, _OUTPUT + part)
+                        shape = (self.lengths[place], layout.batch, count, layout.head_dim)
+                        parts.append(self.mailbox.own(layout.output(place, part, sender), shape, layout.dtype))
+        result = torch.empty_like(q, memory_format=torch.contiguous_format)
+        gather_heads(parts, result)
         return result
 
     def _sequence(self, offset: int, heads: int) -> torch.Tensor:

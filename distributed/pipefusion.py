@@ -71,6 +71,11 @@ class PatchStream:
         self._kept: dict[Hashable, list[torch.Tensor]] = {}
         self._run = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        return sum(block.nbytes for blocks in self._kept.values() for block in blocks)
+
     def begin(self, step: Displaced) -> None:
         """Forget an earlier run."""
         if step.run != self._run:
@@ -106,7 +111,7 @@ class PatchStream:
             self._kept[lanes] = self._room(len(lanes), model, grid, group, heads)
         stretches = []
         for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
-            kept = KeptKeys(self._kept[lanes], start, model.kernel)
+            kept = KeptKeys(self._kept[lanes], start, model.self_kernel)
             own = group.shard(stop - start)
             attend = NativeAttention(group, kept, stop - start, heads) if group.degrees.ranks > 1 else kept
             stretches.append(Stretch(start + own[0], start + own[1], attend))

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from . import stopwatch
 from .plan import bounds, shares
 
 Batch = TypeVar("Batch")
@@ -30,6 +31,11 @@ class Stage:
     index: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, index: int, stages: int) -> Stage:
+        """A stage as arithmetic needs it, wherever its ranks are."""
+        return cls(index, tuple(range(stages)))
 
     @property
     def is_last(self) -> bool:
@@ -62,10 +68,12 @@ class Flow(Generic[Batch]):
     Args:
         stage: this rank's stage.
         batches: what goes through one after the other, such as slices of batch items.
-        blocks: those of the longest stage.
+        blocks: how many the longest stage has.
         shape: the residual stream's for a batch on this rank, [items, tokens, dim].
         check: called with the stage that decides, and with the block that comes next (None where this stage has none);
             raises to leave.
+        idle: further batches that only others have, which share this stage's weights: its blocks come up without work.
+        span: the blocks of this stage.
     """
 
     def __init__(
@@ -76,23 +84,31 @@ class Flow(Generic[Batch]):
         shape: Callable[[Batch], tuple[int, ...]],
         device: torch.device,
         check: Callable[[int, int | None], None],
+        idle: int = 0,
+        span: Sequence[int] = (),
     ):
         self.stage, self.batches, self.blocks = stage, batches, blocks
+        self.idle, self.span = idle, span
         self._shape, self._device, self._check = shape, device, check
         self._slot = self._checked = 0
         self._result: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor | None]]:
         stream = None
-        slots = len(self.batches) + len(self.stage.ranks) - 1 if self.batches else 0
+        passes = len(self.batches) + self.idle
+        slots = passes + len(self.stage.ranks) - 1 if passes else 0
         for slot in range(slots):
             self._slot, self._checked = slot, 0
             batch = self._batch(slot)
             if batch is not None:
                 yield batch, stream
-            while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
-                self.before_block(None)
-            stream = self._exchange()
+            elif 0 <= slot - self.stage.index < passes:
+                for block in self.span:
+                    self.before_block(block)
+            with stopwatch.standing(stopwatch.PIPELINE, self.stage.ranks):
+                while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
+                    self.before_block(None)
+                stream = self._exchange()
 
     def before_block(self, block: int | None) -> None:
         """Go on, or leave the request with all other stages."""

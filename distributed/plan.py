@@ -12,9 +12,10 @@ Ranks are numbered data x pipeline x sequence x tensor, the last one fastest: th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_GPUS = 8
 RING_COST = 0.2
@@ -99,6 +100,10 @@ class ParallelPlan:
             return self._groups(lambda at: (at.stage, at.tensor))
         return self._groups(lambda at: (at.data, at.stage, at.tensor))
 
+    def replicas(self) -> list[tuple[int, ...]]:
+        """The ranks that hold the same weights, for every part into which stages and tensor ranks divide a model."""
+        return self._groups(lambda at: (at.stage, at.tensor))
+
     def _groups(self, key: Callable[[Place], tuple[int, ...]]) -> list[tuple[int, ...]]:
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.num_gpus):
@@ -113,7 +118,7 @@ class ParallelPlan:
         """
         if not 1 <= self.num_gpus <= MAX_GPUS:
             raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 to {MAX_GPUS}.")
-        sizes = {name: getattr(self, name) for name in ("data_parallel", "pipeline_parallel", "tensor_parallel")}
+        sizes = self._sizes()
         for name, size in sizes.items():
             if size < 1 or self.num_gpus % size:
                 raise PlanError(
@@ -128,6 +133,38 @@ class ParallelPlan:
                 f"Make their product one of {_words(divisors(self.num_gpus))}."
             )
         self._check_sequence(self.sequence_ranks)
+
+    def holds_as(self, other: ParallelPlan) -> bool:
+        """Whether every rank has the same part of a model under both plans, in the same groups of ranks."""
+        sizes = ((plan.pipeline_parallel, plan.tensor_parallel) for plan in (self, other))
+        return len(set(sizes)) == 1 and all(self._part(rank) == other._part(rank) for rank in range(self.num_gpus))
+
+    def completions(self) -> list[ParallelPlan]:
+        """All plans that keep the sizes which are set here; those left at 1 (degrees: 0) are free.
+
+        Raises:
+            PlanError: there is none.
+        """
+        sizes = divisors(self.num_gpus)
+        free = ([size] if size != 1 else sizes for size in self._sizes().values())
+        plans = []
+        for data, pipeline, tensor in itertools.product(*free):
+            plan = replace(self, data_parallel=data, pipeline_parallel=pipeline, tensor_parallel=tensor)
+            try:
+                plan.validate()
+            except PlanError:
+                continue
+            plans.append(plan)
+        if not plans:
+            self.validate()
+        return plans
+
+    def _part(self, rank: int) -> tuple[int, int]:
+        place = self.place(rank)
+        return place.stage, place.tensor
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("data_parallel", "pipeline_parallel", "tensor_parallel")}
 
     def check_model(self, num_heads: int, num_layers: int) -> None:
         """Check that a model of so many attention heads and blocks can be divided like this.

@@ -9,7 +9,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +25,12 @@ from ..wanvideo.model import grid_of, unpatchify
 from ..wanvideo.vace_module import read_model
 from .arena import Arena, needed
 from .conditioning import SharedConditioning
-from .division import check_plan, most_held
+from .division import most_held
 from .memory import PlacementError
 from .messages import (
     Cancel,
     Displaced,
+    Divide,
     Exchange,
     Forward,
     HeldWeights,
@@ -45,14 +47,18 @@ from .messages import (
     Report,
     Request,
     StepOut,
+    Survey,
+    Surveyed,
     Trim,
     Unload,
     WorkerStatus,
     decode,
     encode,
 )
-from .plan import PlanError
+from .plan import ParallelPlan, PlanError
+from .planner import Kind, Planner
 from .processes import PoolProcesses
+from .stopwatch import RankTimes, rank_times
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
-_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError")
+_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
 _ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
 
 
@@ -98,7 +104,13 @@ _MIXED = "mixed"  # no set has this uuid: one rank failed to merge what the othe
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """What a status shows. `state` is "not started", "ready" or "ended"."""
+    """What a status shows.
+
+    Args:
+        state: "not started", "ready" or "ended".
+        times: where the seconds of the last forward went, by rank. Empty, and the seconds 0, where there was none yet,
+            or where the last one failed or was given up; `failed` tells which.
+    """
 
     state: str
     settings: PoolSettings
@@ -109,6 +121,9 @@ class PoolStatus:
     last_forward_seconds: float = 0.0
     last_hop_seconds: float = 0.0
     exchanges: tuple[Exchange, ...] = ()
+    times: tuple[RankTimes, ...] = ()
+    failed: bool = False
+    plan_reason: str = ""  # why this plan was chosen; "" where it was set
 
 
 def acquire(settings: PoolSettings) -> Pool:
@@ -121,7 +136,7 @@ def acquire(settings: PoolSettings) -> Pool:
         PlanError: the plan cannot work.
     """
     global _recent
-    settings.plan.validate()
+    Planner(settings).first_plan.validate()
     with _registry_lock:
         pool = _pools.get(settings)
         if pool is None:
@@ -133,6 +148,13 @@ def acquire(settings: PoolSettings) -> Pool:
 _pools: weakref.WeakValueDictionary[PoolSettings, Pool] = weakref.WeakValueDictionary()
 _recent: Pool | None = None
 _registry_lock = threading.Lock()
+
+
+def running() -> Pool | None:
+    """A pool whose workers run: the one asked for last, if it is one of them."""
+    with _registry_lock:
+        pools = [pool for pool in (_recent, *_pools.values()) if pool is not None and pool.alive]
+        return pools[0] if pools else None
 
 
 def file_stamp(path: str) -> str:
@@ -150,7 +172,9 @@ class Pool:
     """
 
     def __init__(self, settings: PoolSettings):
-        self.settings = _resolved(settings)
+        settings = _resolved(settings)
+        self._planner = Planner(settings)
+        self.settings = replace(settings, plan=self._planner.first_plan)
         self._lock = threading.RLock()
         self._processes: PoolProcesses | None = None
         self._finalizer: weakref.finalize | None = None
@@ -161,11 +185,18 @@ class Pool:
         self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
         self._arena: Arena | None = None
         self._conditioning = SharedConditioning()
+        self._lent: tuple[Arena, ...] = ()  # to a request that has not been seen to end
+        self._vaes: frozenset[str] = frozenset()
         self._next_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._untidy = False  # a request failed or was given up, and the workers have not been trimmed since
+        self._failed = False  # the last forward was
+        self._forget_forward()
+
+    def _forget_forward(self) -> None:
         self._seconds = self._hop = 0.0
         self._exchanges: tuple[Exchange, ...] = ()
+        self._times: tuple[RankTimes, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -192,21 +223,33 @@ class Pool:
         """What the last forward exchanged, by rank; empty unless it used stale keys and values."""
         return self._exchanges
 
+    def check(self, spec: ModelSpec) -> None:
+        """Check that the model can be divided as was asked for, as `forward` does. Starts nothing.
+
+        Raises:
+            CheckpointError, PlanError: it cannot.
+        """
+        self._planner.check(_config_of(spec), Kind(spec, 0, 1))
+
     def ensure_ready(
         self,
         spec: ModelSpec,
         poll: Poll | None = None,
         make_room: Callable[[int], None] | None = None,
         tokens: int = 0,
+        items: int = 1,
     ) -> None:
         """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there.
 
         `tokens` is the length of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
+        `items` is how many there are in a forward, which an automatic plan depends on.
         """
-        check_plan(_config_of(spec), spec, self.settings)
+        kind = Kind(spec, tokens, items)
+        self._planner.check(_config_of(spec), kind)
         with self._lock:
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room, tokens)
+            self._ensure_planned(kind, poll, make_room)
+            self._ensure_loaded(kind, poll, make_room)
 
     def forward(
         self,
@@ -244,22 +287,27 @@ class Pool:
             ValueError: an input has the wrong shape.
         """
         config = _config_of(spec)
-        check_plan(config, spec, self.settings)
+        self._planner.check(config, Kind(spec, 0, len(x)))
         frames = x.shape[2] if x.ndim == 5 else 0
         _check_inputs(config, x, context)
         check(config, x, conditioning)
         x, conditioning = extended(x, conditioning)
         _check_timestep(x, timestep)
+        kind = Kind(spec, grid_of(x).tokens, len(x))
         with self._lock:
+            self._forget_forward()
+            self._failed = True  # until it is done
             self._ensure_started(poll)
-            self._ensure_loaded(spec, poll, make_room, grid_of(x).tokens)
+            self._ensure_planned(kind, poll, make_room)
+            self._ensure_loaded(kind, poll, make_room)
             self._ensure_patched(spec, patches or NO_PATCHES, poll)
             started = time.perf_counter()
             grid = grid_of(x)
             self._drain(poll)
             self._tidy()
             inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
-            arena = self._arena_for(needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64)
+            size = needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64
+            arena = self._arena_for(size, pinned=x.is_cuda and self.settings.device == "cuda")
             refs = [arena.write(tensor) for tensor in inputs]
             out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
             shared = self._conditioning.share(conditioning, DTYPES[spec.compute_dtype])
@@ -268,10 +316,39 @@ class Pool:
             self._aside.discard(spec)
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             result = core(result, frames, conditioning.options)
-            self._seconds = max(reply.seconds for reply in replies.replies)
+            seconds = [reply.seconds for reply in replies.replies]
+            self._times = rank_times(seconds, [reply.stalls for reply in replies.replies])
+            self._seconds, self._failed = max(seconds), False
             self._hop = time.perf_counter() - started - self._seconds
             self._exchanges = tuple(reply.exchange for reply in replies.replies if reply.exchange)
             return result
+
+    @property
+    def vaes(self) -> frozenset[str]:
+        """Keys of the VAEs that every worker has, as they said last."""
+        return self._vaes if self.alive else frozenset()
+
+    @contextmanager
+    def session(self, poll: Poll | None = None) -> Iterator[None]:
+        """Start the workers, and let no other thread's request come between those that are made inside."""
+        with self._lock:
+            self._ensure_started(poll)
+            yield
+
+    def ask(self, request: Callable[[int], Request], arenas: tuple[Arena, ...] = (), poll: Poll | None = None) -> float:
+        """Let the workers answer what `request` makes of an id; returns the seconds of the slowest.
+
+        Args:
+            arenas: what they read and write meanwhile; closed once they no longer do. Views of them stay.
+            poll: as in `forward`, as are the errors.
+        """
+        with self.session(poll):
+            self._drain(poll)
+            self._close_lent()
+            self._lent = arenas
+            replies = self._call(request(self._new_id()), poll)
+            self._close_lent()
+            return max(reply.seconds for reply in replies.replies)
 
     def keep(self, spec: ModelSpec) -> None:
         """Say that one more user holds this model. Models that were never kept stay until `unload`."""
@@ -343,11 +420,14 @@ class Pool:
             if self._finalizer is not None:
                 self._finalizer()  # stops the processes, once
             self._processes = self._finalizer = None
+            self._forget_forward()
             self._loaded.clear()
             self._held.clear()
             self._aside.clear()
             self._abandoned = 0
+            self._vaes = frozenset()
             self._close_arena()
+            self._close_lent()
             self._conditioning.close()
 
     def status(self) -> PoolStatus:
@@ -369,6 +449,9 @@ class Pool:
                 self._seconds,
                 self._hop,
                 self._exchanges,
+                self._times,
+                self._failed,
+                self._planner.reason,
             )
 
     def _ensure_started(self, poll: Poll | None) -> None:
@@ -405,9 +488,37 @@ class Pool:
             return True
         return False
 
-    def _ensure_loaded(
-        self, spec: ModelSpec, poll: Poll | None, make_room: Callable[[int], None] | None, tokens: int
-    ) -> None:
+    def _ensure_planned(self, kind: Kind, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
+        """Let the workers run under the plan for this kind of forward."""
+        if self._planner.is_settled(kind, self.settings.plan):
+            return
+        config = _config_of(kind.spec)
+        if kind.spec not in self._loaded and make_room is not None and self.settings.device == "cuda":
+            make_room(most_held(config, kind.spec, self.settings.plan))  # before it is counted
+        surveyed, loaded = self.survey(poll), bool(self._loaded)
+        plan = self._planner.choose(config, kind, surveyed, self.settings.plan, loaded)
+        if plan != self.settings.plan:
+            self._divide(plan)
+
+    def survey(self, poll: Poll | None = None) -> tuple[Surveyed, ...]:
+        """What the workers' devices do, measured the first time, and have room for, by rank. Starts the workers."""
+        with self._lock:
+            self._ensure_started(poll)
+            self._drain(poll)
+            return tuple(reply.surveyed for reply in self._call(Survey(self._new_id()), poll).replies)
+
+    def _divide(self, plan: ParallelPlan) -> None:
+        if not plan.holds_as(self.settings.plan):
+            self._unload(set(self._loaded))
+        try:
+            self._call(Divide(self._new_id(), plan), None)
+        except PoolError:
+            self.close()  # the workers may be of two minds
+            raise
+        self.settings = replace(self.settings, plan=plan)
+
+    def _ensure_loaded(self, kind: Kind, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
+        spec = kind.spec
         if spec in self._loaded:
             if spec in self._aside and make_room is not None and self.settings.device == "cuda":
                 make_room(max(weights.whole - weights.now for weights in self._held[spec]))
@@ -418,7 +529,11 @@ class Pool:
         log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
         self._drain(poll)
         self._unload(self._dropped & self._loaded.keys())
-        replies = self._call(Load(self._new_id(), spec, tokens), poll)
+        try:
+            replies = self._call(Load(self._new_id(), spec, kind.tokens), poll)
+        except PlacementError as error:
+            ways_out = self._planner.ways_out(_config_of(spec), kind, self.survey(poll))
+            raise PlacementError(f"{error}{ways_out}") from None
         merged = {reply.patches for reply in replies.replies}
         self._loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
         log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
@@ -443,10 +558,10 @@ class Pool:
         self._loaded[spec] = patches.uuid
         self._close_arena()  # LoRAs are larger than latents
 
-    def _arena_for(self, nbytes: int) -> Arena:
-        if self._arena is None or self._arena.nbytes < nbytes:
+    def _arena_for(self, nbytes: int, pinned: bool = False) -> Arena:
+        if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
             self._close_arena()
-            self._arena = Arena(nbytes)
+            self._arena = Arena(nbytes, pinned)
         self._arena.reset()
         return self._arena
 
@@ -454,6 +569,11 @@ class Pool:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+
+    def _close_lent(self) -> None:
+        for arena in self._lent:
+            arena.close()
+        self._lent = ()
 
     def _new_id(self) -> int:
         self._next_id += 1
@@ -483,6 +603,7 @@ class Pool:
 
     def _note(self, message: Replies) -> None:
         self._untidy |= any(reply.error or reply.cancelled for reply in message.replies)
+        self._vaes = frozenset.intersection(*(frozenset(reply.vaes) for reply in message.replies))
         by_spec: dict[ModelSpec, list[HeldWeights]] = {}
         for reply in message.replies:
             for weights in reply.weights:
@@ -562,7 +683,8 @@ def _resolved(settings: PoolSettings) -> PoolSettings:
             "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
             "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
         )
-    return replace(settings, device=device, usp_backend=backend)
+    auto = settings.auto and backend == "native" and settings.pipeline_mode == "exact"  # what cost.py knows about
+    return replace(settings, device=device, usp_backend=backend, auto=auto)
 
 
 def _check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> None:

@@ -6,6 +6,10 @@ two buffers: while one block computes, the next is gathered from the ranks (as Z
 and 2304.11277) or copied from host memory, on a stream and in a process group of their own. Parameters are views
 into those buffers, so the model runs as it is, and its result is bit for bit that of whole weights.
 
+On a GPU a block is one allocation, in a segment of torch's allocator that nothing else shares (`release_cache`,
+`SEGMENT`). Blocks of any model that leave make room for any other's, and never lie among activations: what fits by
+its bytes fits.
+
 Order of collectives: a rank starts its gathers in the order of the blocks, from `before_block` alone, which ranks of a
 group reach alike (gate.py lets all of them leave before it at the same block). `passes` waits for what is under way, so
 a cancelled forward leaves nothing unmatched.
@@ -20,8 +24,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from . import stopwatch
 from .flat import HostBuffer, Layout, Weight, components, nbytes_of, on_meta, with_components
-from .memory import BLOCK_NAME, SLOTS
+from .memory import BLOCK_NAME, SEGMENT, SLOTS
 
 # torch 2.13 has another name for it and warns at the old one
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -64,6 +69,31 @@ def join_share_group(groups: Sequence[Sequence[int]], rank: int) -> ShareGroup:
     return mine
 
 
+def release_cache(device: torch.device) -> None:
+    """Give what torch's allocator keeps for later back to the device, before something is allocated that stays.
+
+    Else that could be cut from a segment which activations have left, and which then has no room for them.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def segment_bytes(nbytes: int, device: torch.device) -> int:
+    """Bytes that `long_lived` takes on the device."""
+    unit = unit_of(device)
+    return -(-nbytes // unit) * unit
+
+
+def unit_of(device: torch.device) -> int:
+    """What a block on the device is rounded up to."""
+    return 1 if device.type == "cpu" else SEGMENT
+
+
+def long_lived(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes on the device for a long time, in segments of torch's allocator that nothing else shares."""
+    return torch.empty(segment_bytes(nbytes, device), dtype=torch.uint8, device=device)[:nbytes]
+
+
 class Slots:
     """The two whole blocks on the device that all models of a worker pass through, one model at a time."""
 
@@ -75,13 +105,14 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
 
     def get(self, nbytes: int) -> tuple[torch.Tensor, ...]:
         """Buffers of at least `nbytes` bytes each."""
         if not self._buffers or len(self._buffers[0]) < nbytes:
             self._buffers = ()
-            self._buffers = tuple(torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(SLOTS))
+            release_cache(self.device)
+            self._buffers = tuple(long_lived(nbytes, self.device) for _ in range(SLOTS))
             self.serial += 1
         return self._buffers
 
@@ -92,11 +123,14 @@ class Slots:
 
 @dataclass
 class _Block:
-    """One block's bytes: as tensors of their own, or this rank's share (or all) on the device or in host memory."""
+    """One block's bytes: this rank's share, or all, on the device or in host memory.
+
+    On a CPU a block that was never moved has no `layout`: its weights are tensors of their own, or a mapped file's.
+    """
 
     names: list[str]
-    size: int = 0  # bytes of this rank's part
-    whole: dict[str, Weight] | None = None
+    size: int = 0  # bytes that this rank's part takes on the device
+    whole: dict[str, Weight] | None = None  # the weights, where all of them are on the device
     layout: Layout | None = None
     device: torch.Tensor | None = None
     host: HostBuffer | None = None
@@ -178,6 +212,7 @@ class Residence:
 
     def load(self, resident: int, progress: Callable[[], None] = lambda: None) -> None:
         """Read this rank's bytes of every block, the first time; `resident` of them go to the device."""
+        release_cache(self.device)
         hosted = set(self._to_host[: len(self._blocks) - resident])
         for index in self.blocks:
             self._read_block(index, index in hosted)
@@ -185,7 +220,7 @@ class Residence:
 
     def _read_block(self, index: int, to_host: bool) -> None:
         block = self._blocks[index]
-        if self.group.ranks == 1 and not to_host:
+        if self.group.ranks == 1 and not to_host and self.device.type == "cpu":
             block.whole = {name: self._moved(*self.read(name)) for name in block.names}
             block.size = sum(nbytes_of(weight) for weight in block.whole.values())
             self._bind(block.whole)
@@ -195,7 +230,7 @@ class Residence:
         self._lay_out(block, layout, to_host)
         for name, (weight, _) in weights.items():
             self._write(block, name, weight)
-        self._unbind(block)
+        self._point(block)
 
     def _moved(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
         moved = {key: tensor.to(self.device, dtype or tensor.dtype) for key, tensor in components(weight).items()}
@@ -219,7 +254,7 @@ class Residence:
     def _update_block(self, block: _Block, names: Sequence[str], weight_of: Callable[[str], Weight]) -> None:
         for name in names:
             weight = weight_of(name)
-            if block.whole is not None:
+            if block.layout is None:
                 self._replace(block, name, weight)
             elif block.layout.holds(name, weight):
                 self._write(block, name, weight)
@@ -228,30 +263,26 @@ class Residence:
                 return
 
     def _replace(self, block: _Block, name: str, weight: Weight) -> None:
-        block.host = None  # out of date
-        if block.layout is not None and block.layout.holds(name, weight):  # one run of bytes, which stays
-            for key, tensor in components(block.whole[name]).items():
-                tensor.copy_(components(weight)[key])
-            return
         block.size += nbytes_of(weight) - nbytes_of(block.whole[name])
-        block.whole[name], block.layout = weight, None
+        block.whole[name] = weight
         self.assign(name, weight)
 
     def _lay_out_anew(self, block: _Block, weight_of: Callable[[str], Weight]) -> None:
         to_host = block.device is None
         models = {name: on_meta(weight_of(name)) for name in block.names}
+        self._unbind(block)  # else the old bytes would stay beside the new ones
         self._lay_out(block, Layout.of(models, self.group.ranks), to_host)
         for name in block.names:
             self._write(block, name, weight_of(name))
-        self._unbind(block)
+        self._point(block)
 
     def _lay_out(self, block: _Block, layout: Layout, to_host: bool) -> None:
         nbytes = layout.nbytes // self.group.ranks
-        block.layout, block.device, block.host, block.size = layout, None, None, nbytes
+        block.layout, block.device, block.host, block.size = layout, None, None, segment_bytes(nbytes, self.device)
         if to_host:
             block.host = self._host_buffer(nbytes)
         else:
-            block.device = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            block.device = long_lived(nbytes, self.device)
 
     def _write(self, block: _Block, name: str, weight: Weight) -> None:
         start = block.layout.nbytes // self.group.ranks * self.group.index
@@ -292,20 +323,19 @@ class Residence:
 
     def step_in(self, count: int) -> None:
         """Bring blocks back from host memory until `count` are on the device."""
-        present = len(self.on_device)
-        for index in reversed(self._to_host):
-            if present >= count:
-                break
-            block = self._blocks[index]
-            if block.whole is None and block.device is None:
-                self._enter_device(block)
-                present += 1
+        present = set(self.on_device)
+        entering = [index for index in reversed(self._to_host) if index not in present][: max(0, count - len(present))]
+        if not entering:
+            return
+        release_cache(self.device)
+        for index in entering:
+            self._enter_device(self._blocks[index])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies in host memory may be dropped from now on
 
     def _leave_device(self, block: _Block) -> None:
         if block.host is None:
-            if block.whole is not None:
+            if block.layout is None:
                 block.layout = Layout.of({name: on_meta(weight) for name, weight in block.whole.items()}, shares=1)
                 block.host = self._host_buffer(block.layout.nbytes)
                 for name, weight in block.whole.items():
@@ -313,16 +343,20 @@ class Residence:
             else:
                 block.host = self._host_buffer(len(block.device))
                 block.host.bytes.copy_(block.device)
-            block.size = len(block.host.bytes)
-        block.whole = block.device = None
+            block.size = segment_bytes(len(block.host.bytes), self.device)
+        block.device = None
         self._unbind(block)
 
     def _enter_device(self, block: _Block) -> None:
-        block.device = torch.empty(len(block.host.bytes), dtype=torch.uint8, device=self.device)
+        block.device = long_lived(len(block.host.bytes), self.device)
         block.device.copy_(block.host.bytes, non_blocking=True)
-        if self.group.ranks == 1:
-            self._unbind(block)
-            block.whole, block.device = block.layout.views(block.device), None
+        self._point(block)
+
+    def _point(self, block: _Block) -> None:
+        """Let the parameters point at the block's weights if all are on the device, else nowhere."""
+        self._unbind(block)
+        if self.group.ranks == 1 and block.device is not None:
+            block.whole = block.layout.views(block.device)
             self._bind(block.whole)
 
     # A forward.
@@ -392,7 +426,7 @@ class Residence:
 
     def _unbind(self, block: _Block) -> None:
         """Let the block's parameters point nowhere, until its next turn."""
-        block.slot = None
+        block.whole = block.slot = None
         block.views.clear()
         self._bind(block.layout.models)
 
@@ -425,10 +459,11 @@ class Residence:
 
     def _await(self, turn: int) -> None:
         arrival = self._arrivals.pop(turn)
-        if isinstance(arrival, torch.cuda.Event):
-            torch.cuda.current_stream(self.device).wait_event(arrival)
-        elif arrival is not None:
-            arrival.wait()
+        with stopwatch.standing(stopwatch.WEIGHTS, self.group.group):
+            if isinstance(arrival, torch.cuda.Event):
+                torch.cuda.current_stream(self.device).wait_event(arrival)
+            elif arrival is not None:
+                arrival.wait()
 
 
 def _spread(indices: Sequence[int]) -> list[int]:

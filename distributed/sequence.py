@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..wanvideo.attention import AttentionKernel
+from . import stopwatch
 from .plan import SequenceDegrees, bounds, shares
 
 
@@ -89,6 +90,13 @@ def own_process_group(groups: Iterable[Sequence[int]], rank: int) -> dist.Proces
     return own
 
 
+def leave_groups(groups: Iterable[dist.ProcessGroup | None]) -> None:
+    """End process groups of this rank (their other ranks do the same)."""
+    for group in groups:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
 class NativeAttention:
     """Self-attention over the shards of `group`, on torch.distributed.
 
@@ -151,7 +159,8 @@ class NativeAttention:
 
     def _exchange(self, outgoing: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         arrived = outgoing.new_empty(sum(received))
-        dist.all_to_all_single(arrived, outgoing, received, sent, group=self.group.ulysses)
+        with stopwatch.standing(stopwatch.ALL_TO_ALL, self.group.ulysses):
+            dist.all_to_all_single(arrived, outgoing, received, sent, group=self.group.ulysses)
         return arrived
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -169,12 +178,14 @@ class NativeAttention:
                 comm.send_recv(held, incoming)
                 comm.commit()
                 if not self.overlap:
-                    comm.wait()
+                    with stopwatch.standing(stopwatch.RING, self.group.ring):
+                        comm.wait()
             out, lse = self.kernel.with_lse(q, held[0], held[1])
             merged = _Merge(out, lse) if merged is None else merged.add(out, lse)
             if not last:
                 if self.overlap:
-                    comm.wait()
+                    with stopwatch.standing(stopwatch.RING, self.group.ring):
+                        comm.wait()
                 held = incoming
         return merged.out.to(q.dtype)
 

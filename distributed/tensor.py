@@ -26,6 +26,7 @@ from torch import nn
 from ..wanvideo.lora import WeightPatch, narrow_patch
 from ..wanvideo.model import Attention, Block, WanModel
 from ..wanvideo.quantized import Weight
+from . import stopwatch
 from .plan import bounds
 
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
@@ -115,7 +116,8 @@ class TensorShard:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Add up x over the ranks, in place."""
         if x.numel():
-            dist.all_reduce(x, group=self.group)
+            with stopwatch.standing(stopwatch.SUMS, self.group):
+                dist.all_reduce(x, group=self.group)
         return x
 
     def _cut(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -140,10 +142,12 @@ class TensorShard:
         """Make the device wait for the sum of what `_start_sum` has seen."""
         work = self._travelling.pop(id(output), None)
         if work is not None:
-            work.wait()
+            with stopwatch.standing(stopwatch.SUMS, self.overlapped):
+                work.wait()
         return output
 
     def _gather_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(output) for _ in range(self.size)]
-        dist.all_gather(parts, output, group=self.group)
+        with stopwatch.standing(stopwatch.SUMS, self.group):
+            dist.all_gather(parts, output, group=self.group)
         return torch.cat(parts, dim=-1)

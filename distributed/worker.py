@@ -17,28 +17,35 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from ..wanvideo import pointwise
+from ..wanvideo import fp8_mode, pointwise
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
-from ..wanvideo.config import CheckpointError, WanConfig
+from ..wanvideo.config import CheckpointError
+from ..wanvideo.fp8 import Fp8Error
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, grid_of, pad_to_patch, patchify
-from . import xfuser_backend
+from ..wanvideo.vae_ops import VAEError
+from . import stopwatch, xfuser_backend
 from .arena import ArenaReader
+from .cost import Machine
 from .displaced import FillAttention, PatchParallel, StaleAttention, StaleError
 from .gate import Cancelled, Gate
 from .host_exchange import HostMemoryError
 from .links import link_kind
 from .mailbox import Mailbox, open_mailbox
 from .memory import PlacementError
+from .memory_use import MemoryMeter
 from .messages import (
     ArenaRef,
     ConditioningRef,
+    DecodeVAE,
     Displaced,
+    Divide,
     Exchange,
     Forward,
     Load,
+    LoadVAE,
     ModelSpec,
     ModelStatus,
     Patch,
@@ -49,6 +56,8 @@ from .messages import (
     Request,
     Start,
     StepOut,
+    Survey,
+    Surveyed,
     TensorRef,
     Trim,
     Unload,
@@ -56,15 +65,25 @@ from .messages import (
     decode,
     encode,
 )
-from .models import LoadedModel, Models
+from .models import LoadedModel, Models, host_room
 from .overlapped import OverlappedAttention
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
-from .plan import Place, PlanError, SequenceDegrees, bounds
+from .plan import ParallelPlan, Place, PlanError, SequenceDegrees, bounds
 from .residence import Residence
 from .schedule import EXACT
-from .sequence import MissingPackage, NativeAttention, SequenceGroup, join_group, own_process_group, place_in
+from .sequence import (
+    MissingPackage,
+    NativeAttention,
+    SequenceGroup,
+    join_group,
+    leave_groups,
+    own_process_group,
+    place_in,
+)
+from .survey import survey
 from .tensor import TensorShard
+from .vae import VAEs
 
 log = logging.getLogger(__name__)
 _BLOCKS_AHEAD = 2
@@ -73,12 +92,14 @@ _BLOCKS_AHEAD = 2
 _FOR_THE_USER = (
     AttentionError,
     CheckpointError,
+    Fp8Error,
     HostMemoryError,
     MissingPackage,
     PatchError,
     PlacementError,
     PlanError,
     StaleError,
+    VAEError,
     xfuser_backend.BackendError,
 )
 """Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
@@ -95,12 +116,15 @@ class Portion:
 
 
 class Worker:
-    """Executes requests; every method that the ranks run together makes the same collective calls on all."""
+    """Executes requests; every method that the ranks run together makes the same collective calls on all.
 
-    def __init__(self, rank: int, settings: PoolSettings, gate: Gate):
+    Args:
+        device: that of `settings` without; benchmarks/simulation.py has one that only counts.
+    """
+
+    def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
         self.rank, self.settings, self.gate = rank, settings, gate
-        self.device = torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu")
-        self.place = settings.plan.place(rank)
+        self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
@@ -111,7 +135,15 @@ class Worker:
         self.arena = ArenaReader()
         self.conditioning = ArenaReader()
         self.models = Models(rank, settings, self.device, self.shard, self.stage)
+        self.memory = MemoryMeter(self.device)
+        self.vaes = VAEs(rank, settings, self.device, gate, self.models)
         self.fused = pointwise.use_triton(self.device)
+        self.machine: Machine | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where this rank stands."""
+        return self.settings.plan.place(self.rank)
 
     def handle(self, request: Request) -> Reply:
         """Answer one request; errors of the request become part of the reply."""
@@ -126,7 +158,11 @@ class Worker:
                     case Patch():
                         self.models.patch(request, self.arena)
                     case Forward():
-                        reply = replace(reply, exchange=self.forward(request))
+                        reply = self._measured(request, reply)
+                    case LoadVAE():
+                        self.vaes.load(request)
+                    case DecodeVAE():
+                        self.vaes.decode(request)
                     case Trim():
                         self.trim()
                     case Unload():
@@ -135,6 +171,10 @@ class Worker:
                         self.models.step_out(request)
                     case Report():
                         reply = replace(reply, status=self.status())
+                    case Survey():
+                        reply = replace(reply, surveyed=self.survey())
+                    case Divide():
+                        self.divide(request.plan)
         except Cancelled:
             self.trim()  # the client will not wait to ask for it
             reply = replace(reply, cancelled=True)
@@ -147,7 +187,16 @@ class Worker:
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
             reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        return replace(reply, seconds=time.perf_counter() - started, weights=self.models.held())
+        seconds, held = time.perf_counter() - started, self.models.held()
+        return replace(reply, seconds=seconds, weights=held, vaes=self.vaes.keys)
+
+    def _measured(self, request: Forward, reply: Reply) -> Reply:
+        """Run a forward; the reply with what it exchanged and where its time went."""
+        self.memory.last = None
+        with stopwatch.measuring(self.device) as watch:
+            reply = replace(reply, exchange=self.forward(request), stalls=watch.stalls())
+        self.memory.end(*self._held_bytes())
+        return reply
 
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
@@ -162,7 +211,9 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        self.models.settle(request.spec, stop - start)
+        with stopwatch.standing(stopwatch.WEIGHTS):
+            self.models.settle(request.spec, stop - start)
+        self.memory.begin()
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer: VACE's blocks and left-out ones are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers
@@ -170,18 +221,18 @@ class Worker:
         if step is not None:
             approximate.begin(step)
         self.gate.begin(request.id)
+        batches = self._batches(request.spec, len(x), self.place.data)
         portions = [
-            portion
-            for items in self._batches(request.spec, len(x))
-            for portion in self._portions(items, step, loaded.model, grid, group)
+            portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
         ]
         residence = loaded.residence
         # ranks that gather weights from each other run the blocks equally often, and leave them together
         together = residence.group.ranks > ranks
-        passes = self._most_portions(request.spec, len(x)) if together else len(portions)
+        missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
+        idle = missing * len(portions) // len(batches)
         before_block = self._before_block(residence, len(x), together)
-        flow = self._flow(portions, loaded.model.config, before_block)
-        with residence.passes(passes):
+        flow = self._flow(portions, idle, loaded.model, before_block)
+        with residence.passes(len(portions) + idle):
             for portion, stream in flow:
                 items, part = portion.items, portion.part
                 try:
@@ -201,15 +252,14 @@ class Worker:
                 flow.pass_on(result)
                 if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
                     _write(out, items, part, result)
-            for _ in range(passes - len(portions)):
-                for block in residence.blocks:
-                    before_block(0, block)
         stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
         return self.patches.report(stale) if stale else None
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
         self.models.drop(specs)
+        self.memory.last = None  # it speaks of weights that are gone
+        self.vaes.drop()
         if not self.models.loaded:
             self.patches.close()
         self.models.give_back()
@@ -224,6 +274,36 @@ class Worker:
             mailbox.close()
         self.models.give_back()
 
+    def survey(self) -> Surveyed:
+        """What the machine does, measured the first time, and what there is room for (a collective call)."""
+        if self.machine is None:
+            self.machine = survey(self.device, self.settings.plan.num_gpus, self._link)
+            self.models.give_back()
+        hosted = sum(loaded.residence.host_bytes for loaded in self.models.loaded.values())
+        return Surveyed(self.machine, self.models.room(), host_room(), hosted, self._link)
+
+    def divide(self, plan: ParallelPlan) -> None:
+        """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""
+        for mailbox in self.mailboxes.values():
+            mailbox.close()
+        self.mailboxes.clear()
+        leave_groups(group for joined in self.groups.values() for group in (joined.ulysses, joined.ring))
+        self.groups.clear()
+        before, self.settings = self.settings.plan, replace(self.settings, plan=plan)
+        if plan.holds_as(before):
+            self.models.settings = self.settings
+        else:
+            self.unload(list(self.models.loaded))
+            leave_groups((self.shard.group, self.shard.overlapped, self.stage.group, *self.models.process_groups()))
+            self.shard, self.stage = self._join_divided()
+            self.models = self.vaes.models = Models(self.rank, self.settings, self.device, self.shard, self.stage)
+        for loaded in self.models.loaded.values():
+            self._join_groups(loaded.source.config.num_heads)
+
+    @property
+    def _link(self) -> str:
+        return link_kind(self.device, self.settings.plan.num_gpus)
+
     def status(self) -> WorkerStatus:
         used, total = _device_memory(self.device)
         return WorkerStatus(
@@ -235,9 +315,17 @@ class Worker:
             peak_private=self.models.peak_private,
             fused=self.fused,
             models=tuple(self._model_status(spec, loaded) for spec, loaded in self.models.loaded.items()),
-            link=link_kind(self.device, self.settings.plan.num_gpus),
-            peak_allocated=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            link=self._link,
+            peak_allocated=self.memory.peak_allocated,
+            memory=self.memory.last or self.memory.use(*self._held_bytes()),
+            peak_reserved=torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            vae_bytes=self.vaes.nbytes,
         )
+
+    def _held_bytes(self) -> tuple[int, int, int]:
+        """Bytes on the device of weights, of keys and values that are kept between steps, and of mailboxes."""
+        kept = self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
+        return self.models.device_bytes, kept, sum(mailbox.nbytes for mailbox in self.mailboxes.values())
 
     def _model_status(self, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
         plan = self.settings.plan
@@ -256,6 +344,7 @@ class Worker:
             placement=loaded.placement.reason,
             device_bytes=loaded.device_bytes,
             host_bytes=loaded.residence.host_bytes,
+            fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, self.device),
             overlapped=degrees in self.mailboxes,
         )
 
@@ -289,13 +378,13 @@ class Worker:
                     if mailbox is not None:
                         self.mailboxes[degrees] = mailbox
 
-    def _batches(self, spec: ModelSpec, batch: int) -> list[slice]:
-        """The batch items of this rank, as many in each slice as go through the model at once."""
+    def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
+        """The batch items of a data-parallel group, as many in each slice as go through the model at once."""
         plan = self.settings.plan
         if batch < plan.data_parallel:  # all groups work on each item together
             first, last = 0, batch
         else:
-            first, last = bounds(batch, plan.data_parallel, self.place.data)
+            first, last = bounds(batch, plan.data_parallel, data)
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
@@ -314,25 +403,31 @@ class Worker:
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
 
-    def _most_portions(self, spec: ModelSpec, batch: int) -> int:
-        """Slices of batch items on the rank that has most of them."""
-        return math.ceil(math.ceil(batch / self.settings.plan.data_parallel) / spec.max_batch)
+    def _most_batches(self, spec: ModelSpec, batch: int) -> int:
+        """Slices of batch items in the data-parallel group that has most of them."""
+        return max(len(self._batches(spec, batch, data)) for data in range(self.settings.plan.data_parallel))
 
     def _flow(
-        self, portions: Sequence[Portion], config: WanConfig, before_block: Callable[[int, int | None], None]
+        self,
+        portions: Sequence[Portion],
+        idle: int,
+        model: WanModel,
+        before_block: Callable[[int, int | None], None],
     ) -> Flow[Portion]:
         """The portions of this rank on their way through its stage."""
         return Flow(
             self.stage,
             portions,
-            self.stage.most_blocks(config.num_layers),
-            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, config.dim),
+            self.stage.most_blocks(model.config.num_layers),
+            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
             self.device,
             before_block,
+            idle,
+            model.span,
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
-        kernel, heads = model.kernel, model.config.num_heads // self.shard.size
+        kernel, heads = model.self_kernel, model.config.num_heads // self.shard.size
         if group.degrees.ranks == 1:
             return kernel
         if group.degrees in self.xfuser_groups:
@@ -358,7 +453,8 @@ class Worker:
                 launched[-1].record()
                 if len(launched) > _BLOCKS_AHEAD:
                     launched.popleft().synchronize()
-            self.gate.check(self.rank, leaders[stage])
+            with stopwatch.standing(stopwatch.GATE, sorted({self.rank, leaders[stage]})):
+                self.gate.check(self.rank, leaders[stage])
             if block is not None:
                 residence.before_block(block)
 

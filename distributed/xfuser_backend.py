@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ..wanvideo.attention import AttentionKernel
+from . import stopwatch
 from .plan import SequenceDegrees
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,11 @@ class XfuserGroup:
     ring: dist.ProcessGroup
     runtime: Any = field(repr=False)
 
+    @property
+    def ranks(self) -> range:
+        """The ranks of a sequence."""
+        return range(self.first_rank, self.first_rank + self.degrees.ranks)
+
     def put_in_place(self) -> None:
         """Make these the groups that xfuser's functions use from now on."""
         xfuser = _modules()
@@ -115,7 +121,8 @@ class XfuserAttention:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output."""
         self.group.put_in_place()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self._usp(q, k, v, backend=self._backend).transpose(1, 2)
+        with stopwatch.standing(stopwatch.USP, self.group.ranks):
+            return self._usp(q, k, v, backend=self._backend).transpose(1, 2)
 
 
 def join_group(degrees: SequenceDegrees, device: torch.device) -> XfuserGroup:
@@ -230,7 +237,7 @@ def _check_read_back(xfuser: _Modules, group: XfuserGroup) -> None:
     state = xfuser.parallel_state
     got = SequenceDegrees(state.get_ulysses_parallel_world_size(), state.get_ring_parallel_world_size())
     ranks = list(state.get_sp_group().ranks)
-    expected = list(range(group.first_rank, group.first_rank + group.degrees.ranks))
+    expected = list(group.ranks)
     if got != group.degrees or ranks != expected:
         raise BackendError(
             f"xfuser set up {got} over ranks {ranks} where {group.degrees} over {expected} was asked for. "
@@ -253,10 +260,11 @@ def _register(kernel: AttentionKernel) -> str:
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_unused: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if xfuser.parallel_state.get_ring_parallel_world_size() == 1:
-            return kernel(q, k, v).transpose(1, 2), None
-        out, lse = kernel.with_lse(q, k, v)
-        return out.transpose(1, 2), lse
+        with stopwatch.computing():
+            if xfuser.parallel_state.get_ring_parallel_world_size() == 1:
+                return kernel(q, k, v).transpose(1, 2), None
+            out, lse = kernel.with_lse(q, k, v)
+            return out.transpose(1, 2), lse
 
     xfuser.attention_functions[name] = attend
     return name

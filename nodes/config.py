@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..distributed.memory import CHOICES
 from ..distributed.messages import PIPELINE_MODES
-from .settings import DEVICES, SettingsError, USPConfig
+from .settings import DEVICES, PLANS, SettingsError, USPConfig
 
 CATEGORY = "WanVideoWrapper/XDitUSP"
 XDITUSPCONFIG = io.Custom("XDITUSPCONFIG")
@@ -23,8 +23,9 @@ class XDitUSPConfig(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "How many GPUs work on one Wan video together, and how. Connect it to XDit+USP WanVideo "
-                "Model Loader. GPUs that the other sizes leave over share the token sequence of the video. All "
-                "of it is exact (the result is that of one GPU within rounding), save pipeline_mode pipefusion."
+                "Model Loader. With parallel_plan auto, sizes left at 1 are chosen for the model, the video and the "
+                "GPUs; what the sizes leave over shares the token sequence of the video. All of it is exact (the "
+                "result is that of one GPU within rounding), save pipeline_mode pipefusion."
             ),
             inputs=[*_sizes(), *_precision(), *_memory(), *_communication(), *_later_inputs()],
             outputs=[
@@ -50,6 +51,7 @@ class XDitUSPConfig(io.ComfyNode):
         ulysses_degree: int | None = 0,
         ring_degree: int | None = 0,
         device: str | None = "auto",
+        parallel_plan: str | None = PLANS[0],
     ) -> bool | str:
         named = {
             "num_gpus": num_gpus,
@@ -61,6 +63,7 @@ class XDitUSPConfig(io.ComfyNode):
             "ulysses_degree": ulysses_degree,
             "ring_degree": ring_degree,
             "device": device,
+            "parallel_plan": parallel_plan,
         }
         if None in named.values():
             return True
@@ -304,6 +307,18 @@ def _later_inputs() -> list[io.Input]:
                 "Blocks (or shares of them) lie in host memory and are copied to the GPU while the one before "
                 "computes: the same result, slower over a slow bus. auto: as many as do not fit on the GPU. on: all "
                 "of them, for the smallest use of GPU memory. off: none."
+            ),
+        ),
+        io.Combo.Input(
+            "parallel_plan",
+            options=list(PLANS),
+            default=PLANS[0],
+            optional=True,
+            tooltip=(
+                "auto: sizes that are left at 1 (pipeline, tensor and data parallel) or 0 (Ulysses, ring) are chosen "
+                "with the first sampling step, so that the model fits and a step is expected to take the least time on "
+                "these GPUs and the links between them; a size that you set is kept. All of it is exact. The console "
+                "and XDit+USP Status say what was chosen and why. as_set: the sizes as they stand here."
             ),
         ),
     ]

@@ -62,7 +62,7 @@ class DistriFusionConfig:
         self._usp.validate()
 
     def pool_settings(self) -> PoolSettings:
-        """The pool that runs this model; that of an XDit+USP Config with the same sizes."""
+        """The pool that runs this model; that of an XDit+USP Config with the same sizes, as set."""
         return self._usp.pool_settings()
 
     def model_spec(self, path: str) -> ModelSpec:
@@ -88,4 +88,5 @@ class DistriFusionConfig:
             use_fp16=self.precision == "fp16",
             use_bf16=self.precision == "bf16",
             device=self.device,
+            parallel_plan="as_set",
         )

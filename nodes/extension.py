@@ -9,6 +9,7 @@ from .distrifusion_loader import OfficialDistriFusionModelLoader
 from .distrifusion_sampler import OfficialDistriFusionSampler
 from .distrifusion_status import OfficialDistriFusionStatus
 from .loader import XDitUSPWanVideoModelLoader
+from .parallel_vae import WanVideoParallelVAEDecode
 from .status import XDitUSPStatus
 from .tiny_text import TinyWanTextEncode
 from .vace_select import XDitUSPVACEModuleSelect
@@ -26,5 +27,6 @@ class WanParallelExtension(ComfyExtension):
             OfficialDistriFusionSampler,
             OfficialDistriFusionStatus,
             TinyWanTextEncode,
+            WanVideoParallelVAEDecode,
             XDitUSPVACEModuleSelect,
         ]

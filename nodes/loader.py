@@ -12,6 +12,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..distributed.pool import acquire, file_stamp
+from ..wanvideo import fp8_mode as fp8_modes
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import CheckpointError, read_header
 from ..wanvideo.vace_module import read_model
@@ -92,6 +93,18 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                         "Both files together are a VACE model. Leave it open with a whole VACE file."
                     ),
                 ),
+                io.Combo.Input(
+                    "fp8_mode",
+                    options=list(fp8_modes.MODES),
+                    default=fp8_modes.DISABLED,
+                    optional=True,
+                    tooltip=(
+                        "Lossy, and faster on Ada, Hopper and newer GPUs. linear: the matrix products of the blocks in "
+                        "fp8 (e4m3, a scale for each token and each output channel); weights of bf16 and fp16 files "
+                        "are rounded to fp8 while loading. linear+attention: self-attention in fp8 too, with "
+                        "FlashAttention-3 on Hopper. Use it with use_bf16."
+                    ),
+                ),
             ],
             outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
         )
@@ -120,16 +133,18 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         attention_mode: str = "auto",
         lora: Sequence[Mapping[str, Any]] | None = None,
         vace_model: object = None,
+        fp8_mode: str = fp8_modes.DISABLED,
     ) -> io.NodeOutput:
         _check_config(xdit_usp_config)
         header = read_model(model_path(model), vace := module_path(vace_model))
-        xdit_usp_config.plan.check_model(header.config.num_heads, header.config.num_layers)
-        spec = xdit_usp_config.model_spec(header.path, base_precision, attention_mode, vace)
+        weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
+        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, vace)
         pool = acquire(xdit_usp_config.pool_settings())
+        pool.check(spec)
         log.info(
             "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
             spec.name,
-            xdit_usp_config.plan.describe(header.config.num_heads),
+            _workers(xdit_usp_config, header.config.num_heads),
             held_as(header, spec.weight_dtype),
             spec.compute_dtype,
         )
@@ -137,6 +152,12 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         for entry in lora or ():
             patcher = _with_lora(patcher, entry)
         return io.NodeOutput(patcher)
+
+
+def _workers(config: USPConfig, num_heads: int) -> str:
+    if config.chooses_sizes and config.num_gpus > 1:
+        return f"{config.num_gpus} workers, whose sizes are chosen with the first sampling step"
+    return config.plan.describe(num_heads)
 
 
 def _check_config(config: object) -> None:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..distributed.patches import Patch, PatchLayout
+from . import drawing
+from .drawing import COLOURS, INK, MARGIN, font
 
-# Eight colours that are told apart with any kind of colour vision (Okabe and Ito, 2008); the last for black.
-_COLOURS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-    (150, 150, 150),
-)
 _TINT, _HATCH = 110, 150  # opacity, of 255
-_WIDTH, _TALLEST, _STRIP, _MARGIN = 960, 640, 190, 16  # pixels
-_BACK, _INK = (24, 26, 30), (235, 235, 235)
+_WIDTH, _TALLEST, _STRIP = 960, 640, 190  # pixels
 
 Box = tuple[float, float, float, float]
 
@@ -43,19 +32,19 @@ def draw_layout(layout: PatchLayout, caption: str, frame: torch.Tensor | None = 
     show_frame, show_strip = by_rows or not by_time, by_time
     parts = [(height, _frame)] * show_frame + [(_STRIP, _strip)] * show_strip
     legend = 34 * (1 + any(layout.border))
-    total = 3 * _MARGIN + 26 + legend + sum(part[0] + _MARGIN + 24 * show_strip for part in parts)
-    canvas = Image.new("RGB", (_WIDTH + 2 * _MARGIN, total), _BACK)
+    total = 3 * MARGIN + 26 + legend + sum(part[0] + MARGIN + 24 * show_strip for part in parts)
+    canvas = drawing.canvas(_WIDTH + 2 * MARGIN, total)
     pen = ImageDraw.Draw(canvas)
-    pen.text((_MARGIN, _MARGIN), caption, _INK, _font(20))
-    top = 2 * _MARGIN + 26
+    pen.text((MARGIN, MARGIN), caption, INK, font(20))
+    top = 2 * MARGIN + 26
     for part_height, part in parts:
         if show_strip:
-            pen.text((_MARGIN, top), _title(layout, part), _INK, _font(16))
+            pen.text((MARGIN, top), _title(layout, part), INK, font(16))
             top += 24
-        canvas.paste(part(layout, picture, part_height), (_MARGIN, top))
-        top += part_height + _MARGIN
+        canvas.paste(part(layout, picture, part_height), (MARGIN, top))
+        top += part_height + MARGIN
     _legend(canvas, layout, top)
-    return torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 255).unsqueeze(0)
+    return drawing.as_image(canvas)
 
 
 def _background(layout: PatchLayout, frame: torch.Tensor | None) -> Image.Image:
@@ -128,7 +117,7 @@ def _paint(base: Image.Image, boxes: dict[int, Box], fresh: list[Box], counts: l
     tint = Image.new("RGBA", base.size)
     pen = ImageDraw.Draw(tint)
     for rank, box in boxes.items():
-        pen.rectangle(box, (*_COLOURS[rank % len(_COLOURS)], _TINT))
+        pen.rectangle(box, (*COLOURS[rank % len(COLOURS)], _TINT))
     base = Image.alpha_composite(base, tint)
     base.paste((255, 255, 255), mask=_hatching(base.size, fresh))
     pen = ImageDraw.Draw(base)
@@ -159,7 +148,7 @@ def _label(pen: ImageDraw.ImageDraw, centre: tuple[float, float], text: str, box
         text = text.split("\n")[0].removeprefix("rank ").split(",")[0]
     size = 20 if box[2] - box[0] > 90 else 16
     pen.multiline_text(
-        centre, text, (255, 255, 255), _font(size), "mm", 2, "center", stroke_width=2, stroke_fill=(0, 0, 0)
+        centre, text, (255, 255, 255), font(size), "mm", 2, "center", stroke_width=2, stroke_fill=(0, 0, 0)
     )
 
 
@@ -167,24 +156,20 @@ def _legend(canvas: Image.Image, layout: PatchLayout, top: int) -> None:
     pen = ImageDraw.Draw(canvas)
     grid = layout.grid
     pen.text(
-        (_MARGIN, top + 4),
+        (MARGIN, top + 4),
         f"{grid.frames} latent frames of {grid.rows} x {grid.columns} tokens; each colour is one rank's patch",
-        _INK,
-        _font(16),
+        INK,
+        font(16),
     )
     if not any(layout.border):
         return
-    swatch = (_MARGIN, top + 36, _MARGIN + 48, top + 58)
+    swatch = (MARGIN, top + 36, MARGIN + 48, top + 58)
     pen.rectangle(swatch, (96, 96, 96))
     canvas.paste((255, 255, 255), mask=_hatching(canvas.size, [swatch]))
-    pen.text((_MARGIN + 60, top + 37), f"fresh in every step: {_border_words(layout.border)}", _INK, _font(16))
+    pen.text((MARGIN + 60, top + 37), f"fresh in every step: {_border_words(layout.border)}", INK, font(16))
 
 
 def _border_words(border: tuple[int, int]) -> str:
     one, more = ("latent frame", "row of tokens"), ("latent frames", "rows of tokens")
     words = [f"{n} {one[i] if n == 1 else more[i]}" for i, n in enumerate(border) if n]
     return " and ".join(words) + " on either side of a border"
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

@@ -171,13 +171,14 @@ class RemoteWan(torch.nn.Module):
     def _run(self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor) -> torch.Tensor:
         x, timestep = inputs[:2]
         poll = comfy.model_management.throw_exception_if_processing_interrupted
+        check(self.header.config, x, conditioning)
+        whole, _ = extended(x, conditioning)  # as the workers will cut it
         if self.patch_runs is not None:
-            check(self.header.config, x, conditioning)
-            x, _ = extended(x, conditioning)  # as the workers will cut it
+            x = whole
             self.patch_runs.check(x.shape, options)
         with LoadingText(self.spec, self.pool) as text:
             self.pool.ensure_ready(
-                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(x).tokens
+                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=grid_of(whole).tokens, items=len(x)
             )
         with self._patch_step(options, x, timestep) as displaced:
             return self.pool.forward(

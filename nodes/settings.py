@@ -14,6 +14,7 @@ TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
 FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
 WEIGHT_PRECISIONS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 DEVICES = ("auto", "cuda", "cpu")
+PLANS = ("auto", "as_set")
 ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
 
 
@@ -46,9 +47,11 @@ class USPConfig:
     pipeline_mode: str = "exact"
     shard_weights: str = "auto"
     offload: str = "auto"
+    parallel_plan: str = PLANS[0]
 
     @property
     def plan(self) -> ParallelPlan:
+        """The sizes as they stand here."""
         return ParallelPlan(
             num_gpus=self.num_gpus,
             data_parallel=self.data_parallel_size,
@@ -57,6 +60,12 @@ class USPConfig:
             ulysses_degree=self.ulysses_degree,
             ring_degree=self.ring_degree,
         )
+
+    @property
+    def chooses_sizes(self) -> bool:
+        """Whether sizes that are left at 1, and degrees at 0, are chosen for the model and its video."""
+        exact = self.pipeline_mode == "exact" or self.pipeline_parallel_size == 1
+        return self.parallel_plan == "auto" and exact and self.usp_backend != "xfuser"
 
     @property
     def runs_on_cuda(self) -> bool:
@@ -69,7 +78,10 @@ class USPConfig:
             SettingsError: the widgets contradict each other, or ask for GPUs that are not there.
         """
         try:
-            self.plan.validate()
+            if self.chooses_sizes:
+                self.plan.completions()
+            else:
+                self.plan.validate()
         except PlanError as error:
             raise SettingsError(str(error)) from None
         if self.use_fp16 and self.use_bf16:
@@ -110,10 +122,15 @@ class USPConfig:
             usp_backend=self.usp_backend,
             overlap=self.overlap_p2p_comm,
             pipeline_mode=self.pipeline_mode if self.pipeline_parallel_size > 1 else "exact",
+            auto=self.chooses_sizes,
         )
 
-    def model_spec(self, path: str, base_precision: str, attention_mode: str, vace: str = "") -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`, with the VACE module in the file `vace`.
+    def model_spec(
+        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", vace: str = ""
+    ) -> ModelSpec:
+        """How the workers load and run the checkpoint at `path` with the VACE module `vace`.
+
+        In an fp8 mode `base_precision` is that of the weights that fit to it (see `wanvideo.fp8_mode.weights_for`).
 
         Raises:
             SettingsError: the attention switches leave no kernel, or exclude the one that is named.
@@ -131,6 +148,7 @@ class USPConfig:
             stamp=file_stamp(path) + (f"+{file_stamp(vace)}" if vace else ""),
             shard_weights=self.shard_weights,
             offload=self.offload,
+            fp8_mode=fp8_mode,
             vace=vace,
         )
 

@@ -1,4 +1,4 @@
-"""XDit+USP Status: what the workers of a MODEL are doing, as text."""
+"""XDit+USP Status: what the workers of a MODEL are doing, as text and as a picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..distributed.pool import PoolStatus
 from ..wanvideo.checkpoint import held_as
 from .config import CATEGORY
 from .remote_model import RemoteModelPatcher
+from .status_figures import draw_status, forward_line, worker_lines
 
 
 class XDitUSPStatus(io.ComfyNode):
@@ -22,14 +23,21 @@ class XDitUSPStatus(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "What runs behind a MODEL of XDit+USP WanVideo Model Loader: plan, memory of each GPU, "
-                "precision, attention kernel, times. Runs with every prompt. To see the state after "
+                "precision, attention kernel, and where the time of the last step went: computing, exchanging "
+                "with other GPUs, waiting for them. Runs with every prompt. To see the state after "
                 "sampling, connect the latent of the sampler too."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From XDit+USP WanVideo Model Loader or any node behind it."),
                 io.AnyType.Input("after", optional=True, tooltip="Any output. The status is taken once it is there."),
             ],
-            outputs=[io.String.Output(display_name="status")],
+            outputs=[
+                io.String.Output(display_name="status"),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="For each GPU, where the time of the last step and the memory went, as stacked bars.",
+                ),
+            ],
             is_output_node=True,
         )
 
@@ -45,8 +53,9 @@ class XDitUSPStatus(io.ComfyNode):
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )
         remote = model.remote
-        text = report(remote.pool.status(), remote.spec, held_as(remote.header, remote.spec.weight_dtype))
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        status = remote.pool.status()
+        text = report(status, remote.spec, held_as(remote.header, remote.spec.weight_dtype))
+        return io.NodeOutput(text, draw_status(status, _plan(status)), ui=ui.PreviewText(text))
 
 
 def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
@@ -59,14 +68,14 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         )
     lines = [
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
-        f"last forward {status.last_forward_seconds:.3f} s, hop to the workers and back "
-        f"{status.last_hop_seconds * 1000:.1f} ms",
+        f"sizes: {f'chosen: {status.plan_reason}' if status.plan_reason else 'as set'}",
+        forward_line(status),
         *(
             line
             for model in status.workers[0].models
             for line in (_model(model, status.settings.pipeline_mode), f"  weights: {model.placement}")
         ),
-        *(_worker(worker) for worker in status.workers),
+        *(line for worker in status.workers for line in (_worker(worker), *worker_lines(status, worker))),
         f"torch {status.torch}, xfuser {status.xfuser or 'not installed'}, launcher pid {status.launcher_pid}",
     ]
     return "\n".join(lines)
@@ -74,13 +83,25 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
 
 def _model(model: ModelStatus, mode: str) -> str:
     patches = "with LoRA" if model.patches else "no LoRA"
-    divided = f"pipeline {model.pipeline} ({mode}) x " if model.pipeline > 1 else ""
-    divided += f"tensor {model.tensor} x " if model.tensor > 1 else ""
     exchange = ", exchange beside computation" if model.overlapped else ""
     return (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
-        f"{model.kernel}, {divided}Ulysses {model.ulysses} x ring {model.ring} ({model.backend}{exchange}), {patches}"
+        f"{model.kernel}, {_degrees(model, mode)} ({model.backend}{exchange}), {patches}"
+        f"{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
     )
+
+
+def _degrees(model: ModelStatus, mode: str) -> str:
+    divided = f"pipeline {model.pipeline} ({mode}) x " if model.pipeline > 1 else ""
+    divided += f"tensor {model.tensor} x " if model.tensor > 1 else ""
+    return f"{divided}Ulysses {model.ulysses} x ring {model.ring}"
+
+
+def _plan(status: PoolStatus) -> str:
+    """The degrees of the model that was used last, in words."""
+    models = status.workers[0].models if status.workers else ()
+    data = f"data parallel {status.settings.plan.data_parallel}"
+    return ", ".join([data, *(_degrees(model, status.settings.pipeline_mode) for model in models[-1:])])
 
 
 def _worker(worker: WorkerStatus) -> str:
@@ -88,6 +109,7 @@ def _worker(worker: WorkerStatus) -> str:
     return (
         f"rank {worker.rank}: {worker.device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
         f"weights {_size(here)} there and {_size(host)} in host memory, "
+        f"{f'VAE {_size(worker.vae_bytes)}, ' if worker.vae_bytes else ''}"
         f"peak host memory while loading {_gib(worker.peak_private)}, pid {worker.pid}"
     )
 

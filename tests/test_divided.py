@@ -107,6 +107,7 @@ def files(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory, path, files) -> worker_group.Outcome:
     jobs = [case.job(path) for case in CASES] + displaced_jobs(path) + streamed_jobs(path) + quantised_jobs(files)
+    jobs += shared_jobs(path)
     return worker_group.run(4, jobs, tmp_path_factory.mktemp("gloo"))
 
 
@@ -249,9 +250,60 @@ def quantised_jobs(files: list[str]) -> list[worker_group.Job]:
 
 @pytest.mark.parametrize("number", range(len(QUANTISED_PLANS) * len(QUANTISED)))
 def test_parts_of_quantised_weights_are_those_of_the_whole(outcome, files, number):
-    latent = outcome.latents[number - len(QUANTISED_PLANS) * len(QUANTISED)]
+    latent = outcome.latents[number - len(QUANTISED_PLANS) * len(QUANTISED) - len(shared_jobs(""))]
     model = WanModel.from_checkpoint(files[number % len(files)])
     assert tiny.relative_error(latent, model(*tiny.inputs(QUANTISED_CONFIG, batch=2))) <= 2e-6
+
+
+# Weights that the ranks with the same part share.
+
+SHARED = [
+    (plan, {"size": size, "batch": batch, "max_batch": 2}, mode)
+    for plan, size, batch, mode in (
+        (ParallelPlan(4, tensor_parallel=2), (3, 6, 10), 1, "exact"),
+        (ParallelPlan(4, pipeline_parallel=2), (2, 7, 5), 3, "exact"),
+        (ParallelPlan(4, tensor_parallel=2, data_parallel=2), (2, 7, 5), 3, "exact"),  # uneven work
+        (ParallelPlan(4, pipeline_parallel=2, data_parallel=2), (2, 7, 5), 7, "exact"),  # 2 slices, and 3 with fewer
+        (ParallelPlan(4, pipeline_parallel=2, data_parallel=2), (2, 7, 5), 1, "exact"),  # one group of all
+        (ParallelPlan(4, pipeline_parallel=2, data_parallel=2), (2, 14, 6), 3, "pipefusion"),
+    )
+]
+PLACES = [("off", "off"), ("on", "off"), ("on", "on")]
+
+
+def shared_jobs(path: str) -> list[worker_group.Job]:
+    """Each plan with its weights whole, shared, and shared in host memory."""
+    jobs = []
+    for plan, case, mode in SHARED:
+        for shard, offload in PLACES:
+            job = Case(plan, **case).job(path)
+            spec = replace(job.spec, shard_weights=shard, offload=offload)
+            for kind in (FILL, STALE) if mode == "pipefusion" else (None,):
+                lanes = tuple(str(item) for item in range(case["batch"]))
+                step = Displaced(kind, f"run {shard} {offload}", lanes, PatchSplit()) if kind else None
+                jobs.append(replace(job, spec=spec, displaced=step, pipeline_mode=mode))
+    return jobs
+
+
+def test_shared_weights_of_a_divided_model_give_the_same_bits(outcome):
+    jobs = shared_jobs("")
+    latents = outcome.latents[-len(jobs) :]
+    whole = {
+        (job.plan, job.pipeline_mode, job.displaced and job.displaced.kind, job.given.x.shape): latent
+        for job, latent in zip(jobs, latents, strict=True)
+        if job.spec.shard_weights == "off"
+    }
+    for job, latent in zip(jobs, latents, strict=True):
+        key = job.plan, job.pipeline_mode, job.displaced and job.displaced.kind, job.given.x.shape
+        assert torch.equal(latent, whole[key]), job
+
+
+def test_the_ranks_with_the_same_part_of_a_model_hold_a_share_of_it_each(outcome):
+    jobs = shared_jobs("")
+    held = outcome.held[-len(jobs) :]
+    for number in range(0, len(jobs) - 6, 3):
+        whole, shared, hosted = (max(rank) for rank in held[number : number + 3])
+        assert shared < 0.7 * whole and hosted < 0.5 * shared
 
 
 @pytest.mark.parametrize("frames, stages, patches", [(21, 2, 8), (21, 4, 16), (1, 4, 16), (1, 2, 8)])

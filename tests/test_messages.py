@@ -11,6 +11,7 @@ import pack
 import pytest
 import tiny
 from wan_parallel.distributed import messages
+from wan_parallel.distributed.cost import Machine
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.wanvideo.options import Options, RopeOptions
 
@@ -30,10 +31,15 @@ STATUS = messages.WorkerStatus(
     fused=True,
     models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
     link="NVLink",
+    memory=messages.MemoryUse(2**35, 2**30, 4, 3, 2, 1, 2**37, True),
 )
 WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
 EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
-REPLY = messages.Reply(7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS)
+SURVEYED = messages.Surveyed(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
+STALLS = (messages.Stall.of("ring", (0, 2), [0.25, 1e-6]), messages.Stall.of("weights", (), []))
+REPLY = messages.Reply(
+    7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS, STALLS, SURVEYED
+)
 DISPLACED = messages.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
 SAMPLES = [
     messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
@@ -67,6 +73,8 @@ SAMPLES = [
     messages.Unload(4, ()),
     messages.StepOut(4, SPEC, (0, 3), 1e30),
     messages.Report(5),
+    messages.Survey(5),
+    messages.Divide(5, ParallelPlan(4, 2, tensor_parallel=2)),
     messages.Cancel(6),
     READY,
     REPLY,

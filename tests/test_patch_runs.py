@@ -169,7 +169,7 @@ def test_the_widgets_reach_pool_model_and_patches(checkpoint):
 
 
 def test_an_exact_and_a_displaced_model_of_one_size_share_the_workers():
-    assert CPU.pool_settings() == USPConfig(device="cpu").pool_settings()
+    assert CPU.pool_settings() == USPConfig(device="cpu", parallel_plan="as_set").pool_settings()
 
 
 @pytest.mark.parametrize("mode", ["spatial", "temporal", "spatiotemporal"])

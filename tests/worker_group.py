@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,28 @@ import tiny
 import torch
 from wan_parallel.distributed.arena import Arena, needed
 from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.messages import Displaced, Forward, Load, ModelSpec, PoolSettings, Unload
+from wan_parallel.distributed.messages import (
+    Displaced,
+    Forward,
+    Load,
+    ModelSpec,
+    PoolSettings,
+    Reply,
+    Unload,
+    decode,
+    encode,
+)
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.worker import Worker
 from wan_parallel.wanvideo.model import grid_of, unpatchify
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A rank that sleeps for so many seconds before each of its blocks."""
+
+    rank: int = -1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,7 @@ class Job:
     displaced: Displaced | None = None
     pipeline_mode: str = "exact"
     overlap: bool = True
+    slow: Slow = Slow()
 
     @property
     def settings(self) -> PoolSettings:
@@ -36,23 +56,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of the jobs: a latent for each, and the bytes of weights that each rank held for it."""
+    """What came out of the jobs: a latent for each, the bytes of weights that each rank held for it, and what each rank
+    replied."""
 
     latents: list[torch.Tensor]
     held: list[list[int]]
+    replies: list[list[Reply]]
 
 
 def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
     gate, arena = GateMemory(), Arena(sum(_room(job) for job in jobs))
     requests = [_request(number, job, arena) for number, job in enumerate(jobs, 1)]
-    work = [(job.settings, request) for job, request in zip(jobs, requests, strict=True)]
+    work = [(job.settings, request, job.slow) for job, request in zip(jobs, requests, strict=True)]
     results = gloo_group.run(world_size, _work, folder, gate.path, work)
     latents = []
     for job, request in zip(jobs, requests, strict=True):
         x = job.given.x
         latents.append(unpatchify(arena.view(request.out).clone(), grid_of(x), tuple(x.shape[-3:])))
-    return Outcome(latents, [[int(rank["held"][i]) for rank in results] for i in range(len(jobs))])
+    held = [[int(rank["held"][i]) for rank in results] for i in range(len(jobs))]
+    replies = [[decode(rank[f"reply {i}"].numpy().tobytes()) for rank in results] for i in range(len(jobs))]
+    return Outcome(latents, held, replies)
 
 
 def _room(job: Job) -> int:
@@ -67,22 +91,31 @@ def _request(number: int, job: Job, arena: Arena) -> Forward:
     return Forward(number, job.spec, arena.ref, *refs, out, job.displaced)
 
 
-def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward]]) -> gloo_group.Results:
+def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:
     workers: dict[PoolSettings, Worker] = {}
-    held = []
-    for (settings, request), following in zip(work, [*work[1:], None], strict=True):
+    held, replies = [], {}
+    for (settings, request, slow), following in zip(work, [*work[1:], None], strict=True):
         if settings not in workers:
             workers[settings] = Worker(rank, settings, Gate(gate))
         worker = workers[settings]
         _handle(worker, Load(request.id, request.spec))
-        parameters = worker.models.loaded[request.spec].model.parameters()
-        held.append(sum(parameter.nbytes for parameter in parameters if not parameter.is_meta))
-        _handle(worker, request)
+        model = worker.models.loaded[request.spec].model
+        held.append(worker.models.loaded[request.spec].device_bytes)
+        hooks = [
+            block.register_forward_pre_hook(lambda *_inputs, seconds=slow.seconds: time.sleep(seconds))
+            for block in model.blocks
+            if rank == slow.rank
+        ]
+        reply = encode(_handle(worker, request))
+        replies[f"reply {len(held) - 1}"] = torch.frombuffer(bytearray(reply), dtype=torch.uint8)
+        for hook in hooks:
+            hook.remove()
         if following is None or following[0] != settings:  # a sampling run ends with its model
             _handle(worker, Unload(request.id, tuple(worker.models.loaded)))
-    return {"held": torch.tensor(held)}
+    return {"held": torch.tensor(held), **replies}
 
 
-def _handle(worker: Worker, request: Load | Forward | Unload) -> None:
+def _handle(worker: Worker, request: Load | Forward | Unload) -> Reply:
     reply = worker.handle(request)
     assert not reply.error, reply.error
+    return reply

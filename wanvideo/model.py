@@ -20,12 +20,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import pointwise
+from . import fp8, pointwise
 from .attention import AttentionKernel, get_kernel
 from .checkpoint import open_weights, place
 from .conditioning import NOTHING, Conditioning, core, extended
 from .config import WanConfig
-from .quantized import QuantizedWeight, Weight, as_tensor
+from .fp8 import Fp8Rows
+from .quantized import Fp8Weight, QuantizedWeight, Weight, as_tensor
 from .rope import rope_table
 
 PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
@@ -100,15 +101,23 @@ def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> 
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias in the dtype of x, whatever the weights are held in; `weight` may be a `QuantizedWeight`."""
+    """x @ weight.T + bias in the dtype of x, whatever the weights are held in; `weight` may be a `QuantizedWeight`.
+
+    With `fp8`, x is rounded to fp8 and multiplied by fp8 weights as they are; see fp8.py.
+    """
 
     def __init__(self, columns: int, rows: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
         self.ready: torch.Tensor | None = None  # the weight converted, while it is used several times
+        self.fp8 = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
+        if self.fp8 and isinstance(self.weight, Fp8Weight):
+            return fp8.product(x if isinstance(x, Fp8Rows) else fp8.to_rows(x), self.weight, self.bias)
+        if isinstance(x, Fp8Rows):  # shared with fp8 weights, which this file has not everywhere
+            x = x.dequantize()
         weight = as_tensor(self.weight if self.ready is None else self.ready, x.dtype)
         return F.linear(x, weight, self.bias.to(x.dtype))
 
@@ -137,8 +146,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return pointwise.norm(x, self.weight, self.bias, self.eps, dtype)
+    def forward(self, x: torch.Tensor, dtype: torch.dtype, to_fp8: bool = False) -> torch.Tensor | Fp8Rows:
+        norm = fp8.norm_rows if to_fp8 else pointwise.norm
+        return norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class PatchEmbedding(nn.Module):
@@ -176,11 +186,14 @@ class Attention(nn.Module):
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
+    def linears(self) -> list[Linear]:
+        return [module for module in self.children() if isinstance(module, Linear)]
+
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
     def self_attention(
-        self, x: torch.Tensor, rope: torch.Tensor, attend: SelfAttention, announce: Announce
+        self, x: torch.Tensor | Fp8Rows, rope: torch.Tensor, attend: SelfAttention, announce: Announce
     ) -> torch.Tensor:
         """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
         v = self.by_head(self.v(x))
@@ -206,7 +219,7 @@ class Attention(nn.Module):
         ]
 
     def cross_attention(
-        self, x: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], kernel: AttentionKernel
+        self, x: torch.Tensor | Fp8Rows, keys: list[tuple[torch.Tensor, torch.Tensor]], kernel: AttentionKernel
     ) -> torch.Tensor:
         """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained; the image is apart."""
         q = self.q(x)
@@ -232,12 +245,14 @@ class Block(nn.Module):
         at_once: slices of tokens that are worked on in turn. With 2, what one slice waits for can arrive while the
             other one is computed.
         arrived: called with the output of cross-attention or feed-forward before it is used; returns it complete.
+        fp8: whether the products are in fp8; set by `use_fp8`.
     """
 
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
         self.at_once = 1
         self.arrived: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+        self.fp8 = False
         self.dim, self.eps = config.dim, config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = Attention(config)
@@ -247,20 +262,28 @@ class Block(nn.Module):
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
 
+    def use_fp8(self) -> None:
+        """Multiply in fp8 where the weights are held in it; the norms and the activation then give fp8 rows."""
+        self.fp8 = True
+        up, _, down = self.ffn
+        self.ffn[1] = fp8.GeluRows()
+        for linear in (*self.self_attn.linears(), *self.cross_attn.linears(), up, down):
+            linear.fp8 = True
+
     def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
         """Change x [B, n, dim] (float32) in place and return it."""
         dtype = inputs.compute_dtype
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
-        y = modulate(x, self.eps, shift, scale, dtype)
+        y = modulate(x, self.eps, shift, scale, dtype, self.fp8)
         pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce), gate)
         keys = self.cross_attn.context_keys(inputs)
 
         def work(s: slice) -> Iterator[None]:
             part = x[:, s]
-            y = self.cross_attn.cross_attention(self.norm3(part, dtype), keys, inputs.kernel)
+            y = self.cross_attn.cross_attention(self.norm3(part, dtype, self.fp8), keys, inputs.kernel)
             yield
             pointwise.add_(part, self.arrived(y))
-            y = self.ffn(modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype))
+            y = self.ffn(modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype, self.fp8))
             yield
             pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
 
@@ -272,7 +295,7 @@ class Block(nn.Module):
         runs = list(slices(length, inputs.slice_tokens, self.at_once))
         linears = [m for m in (self.cross_attn.q, self.cross_attn.o, *self.ffn) if isinstance(m, Linear)]
         try:
-            for linear in linears if len(runs) > 1 else ():
+            for linear in linears if len(runs) > 1 and not self.fp8 else ():
                 linear.ready = as_tensor(linear.weight, inputs.compute_dtype)
             yield from runs
         finally:
@@ -332,9 +355,11 @@ class BlockInputs:
         return v if self.row_of_token is None else v[:, self.row_of_token]
 
 
-def modulate(x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`."""
-    return pointwise.norm(x, 1 + scale, shift, eps, dtype)
+def modulate(
+    x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, to_fp8: bool = False
+) -> torch.Tensor | Fp8Rows:
+    """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`, or as fp8 rows for products in `dtype`."""
+    return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, 1 + scale, shift, eps, dtype)
 
 
 def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
@@ -362,10 +387,11 @@ class WanModel(nn.Module):
     Attributes:
         span: the blocks to run, all by default. A pipeline stage has a part of them: it takes the residual
             stream where it lacks the first, and gives it where it lacks the last (see `transform`).
+        self_kernel: attention kernel of self-attention, the other one being for cross-attention.
 
     Args:
         config: dimensions.
-        kernel: attention kernel for cross-attention, and for self-attention on one device.
+        kernel: attention kernel.
         compute_dtype: dtype of matrix products and attention.
         slice_tokens: cross-attention and feed-forward take at most this many tokens at once, which bounds
             their activation memory; 0 takes all.
@@ -379,7 +405,7 @@ class WanModel(nn.Module):
         slice_tokens: int = 0,
     ):
         super().__init__()
-        self.config, self.kernel = config, kernel
+        self.config, self.kernel, self.self_kernel = config, kernel, kernel
         self.compute_dtype, self.slice_tokens = compute_dtype, slice_tokens
         self.span = range(config.num_layers)
         d = config.dim
@@ -492,7 +518,7 @@ class WanModel(nn.Module):
             context=text,
             image=self.image_context(conditioning, text),
             rope=rope_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options.rope)[part],
-            attend=attend or self.kernel,
+            attend=attend or self.self_kernel,
             announce=getattr(attend, "announce", _to_nobody),
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,

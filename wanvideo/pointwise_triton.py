@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8_triton import power_of_two
+
 
 @triton.jit
 def _norm_kernel(
-    x, scale, shift, out, n, d, eps,
+    x, scale, shift, out, row_scales, n, d, eps,
     x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TO_FP8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n, row % n
@@ -22,6 +24,10 @@ def _norm_kernel(
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / d + eps)
     result = normed * tl.load(scale + batch * scale_batch + token * scale_token + columns, mask=inside, other=0.0)
     result += tl.load(shift + batch * shift_batch + token * shift_token + columns, mask=inside, other=0.0)
+    if TO_FP8:
+        row_scale, inverse = power_of_two(tl.max(tl.abs(result), 0))
+        result *= inverse
+        tl.store(row_scales + row, row_scale)
     tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -62,12 +68,34 @@ def _add_kernel(x, y, gate, n, d, x_batch, x_token, gate_batch, gate_token, BLOC
 
 def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """See `pointwise.norm`."""
+    return _norm(x, scale, shift, eps, dtype, None)
+
+
+def norm_rows(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fp8.norm_rows`: numbers [B, n, d] in `dtype`, scales [B, n, 1]."""
+    row_scales = torch.empty((*x.shape[:2], 1), dtype=torch.float32, device=x.device)
+    return _norm(x, scale, shift, eps, dtype, row_scales), row_scales
+
+
+def _norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    row_scales: torch.Tensor | None,
+) -> torch.Tensor:
     batch, n, d = x.shape
     scale, shift = _rows(scale, x), _rows(shift, x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
         strides = *x.stride()[:2], *scale.stride()[:2], *shift.stride()[:2]
-        _norm_kernel[(batch * n,)](x, scale, shift, out, n, d, eps, *strides, **_launch(d))
+        to_fp8 = row_scales is not None
+        _norm_kernel[(batch * n,)](
+            x, scale, shift, out, row_scales if to_fp8 else x, n, d, eps, *strides, TO_FP8=to_fp8, **_launch(d)
+        )
     return out
 
 

@@ -21,7 +21,7 @@ def stock_model(name: str = "model", file: str = "tiny.safetensors") -> dict:
 
 def pool_model(name: str = "model", file: str = "tiny.safetensors", loader: dict | None = None, **config: Any) -> dict:
     """Config and loader; `config` overrides the config's widgets, `loader` the loader's inputs."""
-    widgets = {**CONFIG, "device": "cpu", **config}
+    widgets = {**CONFIG, "device": "cpu", "parallel_plan": "as_set", **config}
     inputs = {"model": file, "base_precision": "fp32", "xdit_usp_config": link(f"{name}_config"), **(loader or {})}
     return {
         f"{name}_config": node("XDitUSPConfig", **widgets),

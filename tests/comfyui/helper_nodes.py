@@ -45,11 +45,33 @@ class RandomLatent:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0}), "channels": ("INT", {"default": 16})}}
+        size = {"frames": ("INT", {"default": 2}), "rows": ("INT", {"default": 4}), "columns": ("INT", {"default": 4})}
+        return {
+            "required": {"seed": ("INT", {"default": 0}), "channels": ("INT", {"default": 16})},
+            "optional": {**size, "batch": ("INT", {"default": 1})},
+        }
 
-    def make(self, seed, channels):
+    def make(self, seed, channels, frames=2, rows=4, columns=4, batch=1):
         generator = torch.Generator().manual_seed(seed)
-        return ({"samples": torch.randn(1, channels, 2, 4, 4, generator=generator)},)
+        return ({"samples": torch.randn(batch, channels, frames, rows, columns, generator=generator)},)
+
+
+class SaveImageTensor:
+    """Write an IMAGE to `<output>/<name>.safetensors`, and where it lies."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"images": ("IMAGE",), "name": ("STRING", {"default": "images"})}}
+
+    def save(self, images, name):
+        path = os.path.join(folder_paths.get_output_directory(), f"{name}.safetensors")
+        save_file({"images": images.contiguous()}, path, {"device": str(images.device)})
+        return {}
 
 
 class SaveLatentTensor:
@@ -203,6 +225,7 @@ NODE_CLASS_MAPPINGS = {
     for cls in (
         RandomConditioning,
         RandomLatent,
+        SaveImageTensor,
         SaveLatentTensor,
         WanVideoLoraList,
         WantRoom,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy_server import ComfyServer
 from graphs import conditions, custom_sampler, ksampler, link, lora, node, pool_model, stage, stock_model, video
+from PIL import Image
 from tiny import relative_error
 
 EXACT = 1e-5  # relative error
@@ -126,6 +127,7 @@ def test_a_batch_of_videos(server):
         {"num_gpus": 2, "enable_activation_checkpointing": False, "max_batch_size": 1},
         {"num_gpus": 2, "pipeline_parallel_size": 2},
         {"num_gpus": 4, "pipeline_parallel_size": 2, "tensor_parallel_size": 2},
+        {"num_gpus": 4, "parallel_plan": "auto"},
     ],
     ids=str,
 )
@@ -214,6 +216,16 @@ def test_sixteen_bit_pairs_stay_close(server, widgets, base_precision, bound):
     assert 0 < error < bound
 
 
+@pytest.mark.parametrize("mode", ["linear", "linear+attention"])
+def test_fp8_mode_stays_near_and_says_so(server, mode):
+    native = sampled(server, plain(stock_model))
+    graph = {**plain(pool_model), **pool_model(loader={"fp8_mode": mode})}
+    assert 1e-3 < relative_error(sampled(server, graph), native) < 0.2
+    graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
+    outcome = server.run(graph)
+    assert "fp8 mode (lossy): products" in outcome.outputs["status"]["text"][0]
+
+
 def test_status_says_what_runs(server):
     graph = {**plain(pool_model, seed=22)}
     graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
@@ -224,6 +236,32 @@ def test_status_says_what_runs(server):
         assert "2 workers are ready on cpu" in text
         assert "tiny.safetensors: weights fp32, activations fp32, attention sdpa" in text
         assert "rank 1" in text and "hop" in text and "native" in text
+        assert text.count("last forward: compute") == text.count("after the last forward: weights") == 2
+
+
+def test_the_status_has_a_picture_before_and_after_sampling(server):
+    model = pool_model(num_gpus=1, gpu_memory_fraction=0.77)  # no other test starts this pool
+    before = {**model, "status": node("XDitUSPStatus", model=link("model"))}
+    sampling = plain(lambda: model, seed=23)
+    after = {**sampling, "status": node("XDitUSPStatus", model=link("model"), after=link("sampler"))}
+    sizes = {}
+    for name, graph in (("before", before), ("after", after)):
+        outcome = server.run({**graph, "picture": node("PreviewImage", images=link("status", 1))})
+        assert outcome.state == "success", outcome.message
+        (shown,) = outcome.outputs["picture"]["images"]
+        with Image.open(server.base / "temp" / shown["subfolder"] / shown["filename"]) as picture:
+            sizes[name] = picture.size
+    assert sizes["before"][0] == sizes["after"][0] == 1024
+    assert sizes["before"][1] < 150 < sizes["after"][1]
+
+
+def test_status_says_what_was_chosen_and_why(server):
+    graph = {**plain(pool_model), **pool_model(parallel_plan="auto")}
+    graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
+    text = server.run(graph).outputs["status"]["text"][0]
+    assert "sizes: chosen: 2 workers: data " in text and "for 2 items of" in text and "s expected" in text
+    as_set = server.run({**plain(pool_model), "status": graph["status"]}).outputs["status"]["text"][0]
+    assert "sizes: as set" in as_set
 
 
 def test_nodes_show_the_promised_inputs(server):
@@ -240,6 +278,7 @@ def test_nodes_show_the_promised_inputs(server):
         "pipeline_mode",
         "shard_weights",
         "offload",
+        "parallel_plan",
     ]
     required = info["input"]["required"]
     limits = {name: (options["min"], options["max"]) for name, (_, options) in required.items() if "min" in options}
@@ -259,7 +298,10 @@ def test_nodes_show_the_promised_inputs(server):
     assert info["display_name"] == "XDit+USP WanVideo Model Loader"
     assert info["output"] == ["XDITUSPWANVIDEOMODEL,MODEL"] and info["output_name"] == ["model"]
     assert info["input_order"]["required"] == ["model", "base_precision", "xdit_usp_config"]
-    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model"]
+    assert info["input_order"]["optional"] == ["attention_mode", "lora", "vace_model", "fp8_mode"]
+
+    info = server.get("/object_info/XDitUSPStatus")["XDitUSPStatus"]
+    assert info["output"] == ["STRING", "IMAGE"] and info["output_name"] == ["status", "picture"]
 
 
 @pytest.mark.parametrize(

@@ -98,16 +98,20 @@ def test_a_big_model_under_way_gives_the_same_bits_again_and_again(shared):
 
 @over("shared", [TWO], indirect=True, ids=str)
 def test_each_gpu_holds_its_share(shared):
-    shared.ensure_ready(BIG)  # starts the workers
+    spec = replace(BIG, shard_weights="on")
+    shared.ensure_ready(spec)  # starts the workers, and connects those that will share
     shared.unload()
     before = used(shared)
     shared.ensure_ready(BIG)
+    shared.trim()  # the random weights' way into the blocks took room as well
     whole = [after - was for after, was in zip(used(shared), before, strict=True)]
     shared.unload()
-    shared.ensure_ready(replace(BIG, shard_weights="on"))
+    shared.ensure_ready(spec)
+    shared.trim()
     half = [after - was for after, was in zip(used(shared), before, strict=True)]
     print(f"whole {[n / GIB for n in whole]}, shared {[n / GIB for n in half]} GiB")
-    assert all(part <= 0.6 * all_ for part, all_ in zip(half, whole, strict=True))
+    # half of the blocks, and the embeddings, which are 2 % of this model; segments of 2 MiB for each share
+    assert all(part <= 0.55 * all_ for part, all_ in zip(half, whole, strict=True))
 
 
 @over("shared", [Shared(1, cap=2.6)], indirect=True, ids=str)

@@ -1,0 +1,192 @@
+"""How long a forward is expected to take under a plan: arithmetic, bytes over the links, waiting. Numbers only.
+
+What counts is the ratio between plans, which have the same arithmetic: they differ in how evenly they share it out, in
+what they send, and in the weights that are not there when their turn comes. The constants are of 4 H200s, where the
+expectation is within 10 % of what was measured (see tests/test_cost.py); the rates of a machine are measured when its
+workers start (see survey.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from .plan import ParallelPlan, SequenceDegrees, attention_cost
+
+TEXT_TOKENS = 512
+ATTENTION_RATE = 0.89
+"""Of the rate of matrix products: FlashAttention-3 685, products 770 TFLOP/s."""
+_MEMORY_BYTES = 70
+"""Through memory for each token, channel and block outside products and attention (benchmarks/LOG.md, 4)."""
+_HOP_SECONDS = 6e-3
+"""From ComfyUI to the workers and back."""
+_HIDDEN_SUMS = 1 / 3
+"""Of the sums of tensor-parallel ranks, what travels during computation: half of two out of three (see tensor.py)."""
+_EXPOSED_HEADS = 1 / 4
+"""Of Ulysses' bytes, what is waited for though they travel beside the computation: of queries, keys, values and output,
+half of the first and half of the last (see overlapped.py)."""
+_GATHER_COST = 0.5
+"""What a gather of weights costs though it is hidden, as a share of its time: NCCL's kernels take multiprocessors from
+the computation beside it (benchmarks/LOG.md, 5)."""
+
+
+class Dimensions(Protocol):
+    """The fields of `WanConfig` that count here."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    vace_layers: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one worker's device does, and its ways to the others. The defaults are an H200's with NVLink.
+
+    Args:
+        products: FLOP/s of matrix products.
+        memory: bytes/s through the device's memory, read or written.
+        link: bytes/s that each worker sends while all send to all.
+        latency: seconds of an exchange apart from its bytes: its start, and the wait for the slowest rank.
+        host: bytes/s from host memory to each device while all of them copy.
+        peers: whether devices write into each other's memory, which hides Ulysses' exchange (see mailbox.py).
+    """
+
+    products: float = 770e12
+    memory: float = 4e12
+    link: float = 250e9
+    latency: float = 4e-4
+    host: float = 40e9
+    peers: bool = False
+
+    @property
+    def attention(self) -> float:
+        """FLOP/s of self-attention."""
+        return self.products * ATTENTION_RATE
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward.
+
+    Args:
+        tokens: of one item.
+        items: branches of cfg times videos.
+        itemsize: bytes of the compute dtype.
+        max_batch: items that go through the model at once.
+        overlap: see `PoolSettings`.
+    """
+
+    tokens: int
+    items: int = 1
+    itemsize: int = 2
+    max_batch: int = 1
+    overlap: bool = True
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where a rank's blocks lie: each has `nbytes`, of which it keeps 1/share; `hosted` blocks in host memory."""
+
+    nbytes: int = 0
+    share: int = 1
+    hosted: int = 0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Seconds of a forward, by what they go into; `idle` is that of stages without work."""
+
+    compute: float
+    exchange: float
+    weights: float
+    idle: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exchange + self.weights + self.idle + _HOP_SECONDS
+
+
+def expect(
+    config: Dimensions, plan: ParallelPlan, work: Work, machine: Machine, blocks: Blocks | None = None
+) -> Expected:
+    """The expected time of one forward on the busiest rank.
+
+    Raises:
+        PlanError: the heads cannot be shared out like this.
+    """
+    stages, groups = plan.pipeline_parallel, plan.data_parallel if work.items >= plan.data_parallel else 1
+    degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(work.items))
+    items = math.ceil(work.items / groups)
+    slices = math.ceil(items / min(work.max_batch, math.ceil(items / stages)))
+    layers = math.ceil(config.num_layers / stages) + config.vace_layers
+    compute = layers * _block_compute(config, degrees, plan.tensor_parallel, work, machine)
+    exchange = layers * _block_exchange(config, degrees, plan.tensor_parallel, work, machine)
+    waits = layers * _exchanges(degrees, plan.tensor_parallel) * machine.latency  # for each slice
+    passing = 0.0
+    if stages > 1:
+        stream = math.ceil(work.tokens / degrees.ranks) * config.dim * 4
+        passing = (slices + stages - 1) * (items / slices * stream / machine.link + machine.latency)
+    one_pass = compute * items / slices + exchange * items / slices + waits
+    weights = slices * _waiting_for_weights(blocks or Blocks(), layers, one_pass, machine)
+    return Expected(
+        compute=items * compute,
+        exchange=items * exchange + slices * waits + passing,
+        weights=weights,
+        idle=(stages - 1) * (one_pass + weights / slices),
+    )
+
+
+def block_flops(config: Dimensions, tokens: int, ranks: int = 1, tensor: int = 1) -> tuple[float, float]:
+    """Floating-point operations of one block for one item on a rank: of products, and of attention.
+
+    Every rank computes keys and values of the text itself.
+    """
+    d, own = config.dim, math.ceil(tokens / ranks)
+    products = 2 * own * (6 * d * d + 2 * d * config.ffn_dim) + 2 * TEXT_TOKENS * 2 * d * d
+    attention = 4 * tokens * tokens * d / ranks + 4 * own * TEXT_TOKENS * d
+    return products / tensor, attention / tensor
+
+
+def _block_compute(
+    config: Dimensions, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
+) -> float:
+    """Seconds of one item in one block; a ring's smaller pieces and uneven heads included."""
+    products, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
+    attention *= attention_cost(degrees, config.num_heads // tensor)
+    moved = _MEMORY_BYTES * math.ceil(work.tokens / degrees.ranks) * config.dim
+    moved *= (1 + 1 / tensor) / 2  # the residual stream is whole on each tensor-parallel rank
+    scale = work.itemsize / 2  # of float32 products, which are several times slower than 16 bit ones on most GPUs
+    return scale * (products / machine.products + attention / machine.attention) + moved / machine.memory
+
+
+def _block_exchange(
+    config: Dimensions, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
+) -> float:
+    """Seconds in which one item's bytes of one block travel and nothing is computed."""
+    own = math.ceil(work.tokens / degrees.ranks) * config.dim * work.itemsize
+    ulysses, ring = degrees.ulysses, degrees.ring
+    heads = 4 * own / tensor * (ulysses - 1) / ulysses / machine.link
+    if work.overlap and machine.peers and ring == 1:
+        heads *= _EXPOSED_HEADS
+    around = 2 * own / tensor * (ring - 1) / machine.link
+    if work.overlap:
+        _, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
+        around = max(0.0, around - attention / machine.attention * (ring - 1) / ring)
+    sums = 3 * own * 2 * (tensor - 1) / tensor / machine.link
+    return heads + around + sums * (1 - _HIDDEN_SUMS if work.overlap else 1)
+
+
+def _exchanges(degrees: SequenceDegrees, tensor: int) -> int:
+    """How often a block waits for other ranks: around attention, in a ring, for sums and for the norms' means."""
+    return 2 * (degrees.ulysses > 1) + (degrees.ring - 1) + 6 * (tensor > 1)
+
+
+def _waiting_for_weights(blocks: Blocks, layers: int, seconds: float, machine: Machine) -> float:
+    """Seconds of a pass of `seconds` through `layers` blocks in which their weights have not arrived, or cost it."""
+    gathers = layers * (blocks.nbytes * (blocks.share - 1) / blocks.share / machine.link)
+    gathers += layers * machine.latency if blocks.share > 1 else 0.0
+    copies = blocks.hosted * blocks.nbytes / blocks.share / machine.host
+    return max(0.0, gathers + copies - seconds) + _GATHER_COST * min(gathers, seconds)

@@ -1,0 +1,57 @@
+"""What a worker's device memory is used for, at the fullest moment of its last forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .messages import MemoryUse
+
+
+class MemoryMeter:
+    """Reads torch's allocator around a forward. On a CPU there is none: weights, caches and the host are told."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._cuda = device, device.type == "cuda"
+        self._peak = 0  # before the counters were set back
+        self.last: MemoryUse | None = None
+
+    @property
+    def peak_allocated(self) -> int:
+        """The most bytes that torch gave out since the worker started; 0 on a CPU."""
+        return max(self._peak, torch.cuda.max_memory_allocated(self._device)) if self._cuda else 0
+
+    def begin(self) -> None:
+        """Before a forward, once its weights are in place."""
+        if self._cuda:
+            self._peak = self.peak_allocated
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def end(self, weights: int, cache: int, mailboxes: int) -> None:
+        """After a forward, with the bytes on the device of what is not activations (see `MemoryUse`)."""
+        self.last = self.use(weights, cache, mailboxes, measured=True)
+
+    def use(self, weights: int, cache: int, mailboxes: int, measured: bool = False) -> MemoryUse:
+        """As it is now; `measured`: at the fullest moment since `begin`."""
+        if not self._cuda:
+            available, total = host_memory()
+            others = max(0, total - available - weights - cache - mailboxes)
+            return MemoryUse(weights, 0, cache, mailboxes, 0, others, total, measured)
+        free, total = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        others = max(0, total - free - reserved - mailboxes)  # torch's allocator has no part in these
+        if measured:
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            reserved = max(allocated, torch.cuda.max_memory_reserved(self._device))
+        else:
+            allocated = torch.cuda.memory_allocated(self._device)
+        activations = max(0, allocated - weights - cache)
+        return MemoryUse(weights, activations, cache, mailboxes, reserved - allocated, others, total, measured)
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of the host's memory that are available, and all of them."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available, total

@@ -1,0 +1,114 @@
+"""The plan of one pool over time: asks choice.py once for each kind of forward, and keeps to the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..wanvideo.config import WanConfig
+from .choice import Choice, Question, Room, better, choose, nearest_text, possible, reason
+from .cost import Machine
+from .division import check_plan
+from .messages import ModelSpec, PoolSettings, Surveyed
+from .plan import ParallelPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plan is chosen for; `tokens` 0 is 81 frames at 480p."""
+
+    spec: ModelSpec
+    tokens: int
+    items: int
+
+
+class Planner:
+    """What is known of a pool's machine, and the plans that were chosen on it.
+
+    Args:
+        settings: of the pool. Its plan is what the user asked for.
+    """
+
+    def __init__(self, settings: PoolSettings):
+        self.settings = settings
+        self.reason = ""
+        self._chosen: dict[Kind, Choice] = {}
+
+    @property
+    def first_plan(self) -> ParallelPlan:
+        """A plan to start the workers with.
+
+        Raises:
+            PlanError: the sizes asked for do not share out the GPUs.
+        """
+        asked = self.settings.plan
+        return asked.completions()[0] if self.settings.auto else asked
+
+    def check(self, config: WanConfig, kind: Kind) -> None:
+        """Check that the model can be run by what was asked for, memory aside.
+
+        Raises:
+            PlanError: it cannot. The text says why, and which sizes are nearest.
+        """
+        if not self.settings.auto:
+            check_plan(config, kind.spec, self.settings)
+        else:
+            possible(self._question(config, kind))
+
+    def is_settled(self, kind: Kind, current: ParallelPlan) -> bool:
+        """Whether forwards of this kind are to run under `current`."""
+        return not self.settings.auto or (kind in self._chosen and self._chosen[kind].plan == current)
+
+    def expected_seconds(self, kind: Kind) -> float:
+        """What a forward is expected to take under the plan chosen for it; 0 where none was."""
+        return self._chosen[kind].seconds if kind in self._chosen else 0.0
+
+    def choose(
+        self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed], current: ParallelPlan, loaded: bool
+    ) -> ParallelPlan:
+        """The plan for forwards of this kind.
+
+        Args:
+            surveyed: by all workers.
+            current: the plan under which they run now.
+            loaded: whether they hold weights.
+
+        Raises:
+            PlanError, PlacementError: nothing that was asked for can run.
+        """
+        question, machine = self._question(config, kind), slowest(surveyed)
+        choices = choose(question, machine, room_of(surveyed))
+        taken = better(choices, current, loaded)
+        self._chosen[kind] = taken
+        self.reason = reason(choices, taken, question, machine, surveyed[0].link)
+        log.info("Plan: %s.", self.reason)
+        return taken.plan
+
+    def ways_out(self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed]) -> str:
+        """The sizes nearest to those that were set and do not fit, as a sentence; nothing if there are none."""
+        return nearest_text(self._question(config, kind), slowest(surveyed), room_of(surveyed))
+
+    def _question(self, config: WanConfig, kind: Kind) -> Question:
+        return Question(self.settings.plan, self.settings, config, kind.spec, kind.tokens, kind.items)
+
+
+def slowest(surveyed: Sequence[Surveyed]) -> Machine:
+    """One machine for all workers: they wait for the slowest."""
+    machines = [worker.machine for worker in surveyed]
+    return Machine(
+        products=min(machine.products for machine in machines),
+        memory=min(machine.memory for machine in machines),
+        link=min(machine.link for machine in machines),
+        latency=max(machine.latency for machine in machines),
+        host=min(machine.host for machine in machines),
+        peers=all(machine.peers for machine in machines),
+    )
+
+
+def room_of(surveyed: Sequence[Surveyed]) -> Room:
+    """Bytes for a model, if all others make way."""
+    host = min(worker.host_room for worker in surveyed) + sum(worker.hosted for worker in surveyed)
+    return Room(tuple(worker.room for worker in surveyed), host)

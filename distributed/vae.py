@@ -1,0 +1,276 @@
+"""Wan's VAE on several ranks: each decodes a strip of every frame, exactly.
+
+Before each convolution neighbours exchange the row (or column) beside their common edge. The one attention takes keys
+and values of the whole frame, which all gather, at the coarsest resolution. The strips lie across the longer side
+of the video: they are shared more evenly then, and the edges are shorter.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from ..wanvideo.checkpoint import DTYPES
+from ..wanvideo.vae import Decoder, Frame, WholeFrame, working_bytes
+from ..wanvideo.vae_ops import VAEOps
+from .arena import ArenaReader
+from .gate import Gate
+from .memory import PlacementError
+from .messages import DecodeVAE, LoadVAE, PoolSettings, VAEOptions
+from .models import Models
+from .plan import bounds
+from .residence import gather_rows
+
+log = logging.getLogger(__name__)
+
+_SMALLEST_PIECE = 2**22
+_PIECES_ON_THE_WAY = 2
+"""Decoded pieces that may wait for their copy to the host: so far the host runs ahead of its GPU."""
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How the latent rows (axis 0) or columns (axis 1) of a frame are shared: those of rank i from start to stop."""
+
+    axis: int
+    parts: tuple[tuple[int, int], ...]
+    rows: int
+    columns: int
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """Latent rows and columns of the largest strip."""
+        longest = max(stop - start for start, stop in self.parts)
+        return (longest, self.columns) if self.axis == 0 else (self.rows, longest)
+
+    def of(self, rank: int, scale: int = 1) -> tuple[slice, slice]:
+        """Rows and columns of a rank, at `scale` times the latent's resolution."""
+        mine = slice(*(scale * edge for edge in self.parts[rank]))
+        return (mine, slice(None)) if self.axis == 0 else (slice(None), mine)
+
+
+def share_frame(rows: int, columns: int, ranks: int, axis: str = "auto") -> Strips:
+    """Cut a frame of the latent for as many of `ranks` as there are rows or columns."""
+    across = columns > rows if axis == "auto" else axis == "columns"
+    length = columns if across else rows
+    used = min(ranks, length)
+    return Strips(int(across), tuple(bounds(length, used, i) for i in range(used)), rows, columns)
+
+
+class Strip:
+    """A `wanvideo.vae.Frame` of which this rank decodes one strip. The ranks of the strips are the first ones."""
+
+    def __init__(self, rank: int, strips: Strips):
+        self.rank, self.strips, self.size = rank, strips, strips.most
+        self._last = len(strips.parts) - 1
+
+    def fill_border(self, frames: torch.Tensor) -> None:
+        """See `Frame`; every rank of the strips calls it."""
+        along, across = (1, 2) if self.strips.axis == 0 else (2, 1)
+        frames.select(across, 0).zero_()
+        frames.select(across, -1).zero_()
+        arriving, operations = [], []
+        for neighbour, own, edge in ((self.rank - 1, 1, 0), (self.rank + 1, -2, -1)):
+            border = frames.select(along, edge)
+            if 0 <= neighbour <= self._last:
+                sent = frames.select(along, own).contiguous()
+                received = torch.empty_like(sent)
+                arriving.append((border, received))
+                operations += [dist.P2POp(dist.isend, sent, neighbour), dist.P2POp(dist.irecv, received, neighbour)]
+            else:
+                border.zero_()
+        _run(operations)
+        for border, received in arriving:
+            border.copy_(received)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Frame`; every rank of the strips calls it."""
+        along, unit = (1, 2)[self.strips.axis], x.shape[1 + self.strips.axis]
+        scale = unit // (self.strips.parts[self.rank][1] - self.strips.parts[self.rank][0])
+        pieces, operations = [], []
+        for rank, (start, stop) in enumerate(self.strips.parts):
+            if rank == self.rank:
+                pieces.append(x)
+                continue
+            shape = list(x.shape)
+            shape[along] = scale * (stop - start)
+            pieces.append(x.new_empty(shape))
+            operations += [dist.P2POp(dist.isend, x, rank), dist.P2POp(dist.irecv, pieces[-1], rank)]
+        _run(operations)
+        return torch.cat(pieces, dim=along)
+
+
+def _run(operations: Sequence[dist.P2POp]) -> None:
+    if operations:
+        for work in dist.batch_isend_irecv(list(operations)):
+            work.wait()
+
+
+class VAEs:
+    """The VAEs that a worker has, and what it does with them."""
+
+    def __init__(self, rank: int, settings: PoolSettings, device: torch.device, gate: Gate, models: Models):
+        self.rank, self.ranks, self.device = rank, settings.plan.num_gpus, device
+        self.gate, self.models = gate, models
+        self.weights: dict[str, dict[str, torch.Tensor]] = {}
+        self._decoders: dict[tuple[str, str], Decoder] = {}
+        self._inputs, self._outputs = ArenaReader(), ArenaReader()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, the layers' own order of them not counted."""
+        return sum(tensor.nbytes for tensors in self.weights.values() for tensor in tensors.values())
+
+    def load(self, request: LoadVAE) -> None:
+        """Take a decoder's weights, in place of those of another VAE."""
+        self.drop()
+        dtype = DTYPES[request.dtype]
+        self.weights[request.key] = {
+            name: self._inputs.view(request.arena, ref).to(self.device, dtype, copy=True)
+            for name, ref in request.weights.items()
+        }
+        self._close()
+
+    def drop(self) -> None:
+        """Forget all VAEs."""
+        self.weights.clear()
+        self._decoders.clear()
+
+    def decode(self, request: DecodeVAE) -> None:
+        """As `_decode`; the memory of the client is let go in any case, as a video of its is as large as that."""
+        try:
+            self._decode(request)
+        finally:
+            self._close()
+
+    def _decode(self, request: DecodeVAE) -> None:
+        """Decode this rank's strip of each latent, and write its pixels where the client reads them.
+
+        Raises:
+            PlacementError: the strip does not fit into this device's memory (a collective decision).
+            Cancelled: the client has given up; all ranks leave before the same piece.
+        """
+        latent = self._inputs.view(request.arena, request.latent)
+        strips = share_frame(*latent.shape[-2:], self.ranks, request.options.axis)
+        piece_bytes = self._fitting_pieces(self.weights[request.key], strips, request.options.piece_mib * 2**20)
+        if self.rank >= len(strips.parts):
+            return
+        decoder = self._decoder(request.key, request.options)
+        frame: Frame = Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
+        rows, columns = strips.of(self.rank)
+        pixel_rows, pixel_columns = strips.of(self.rank, 8)
+        out = self._outputs.view(request.out_arena, request.out)[:, :, pixel_rows, pixel_columns]
+        done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
+        self.gate.begin(request.id)
+        with FrameWriter(self.device, out.flatten(0, 1), done) as writer:
+            for item in latent[..., rows, columns]:
+                for piece in decoder.decode(item.to(self.device), frame, piece_bytes, self._check):
+                    writer.put(piece)
+        self.models.give_back()
+
+    def _close(self) -> None:
+        self._inputs, self._outputs = ArenaReader(), ArenaReader()
+
+    def _check(self) -> None:
+        self.gate.check(self.rank, 0)
+
+    def _decoder(self, key: str, options: VAEOptions) -> Decoder:
+        name = key, options.convolution
+        if name not in self._decoders:
+            self._decoders.clear()
+            weights = self.weights[key]
+            ops = VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution)
+            self._decoders[name] = Decoder(weights, ops)
+        return self._decoders[name]
+
+    def _fitting_pieces(self, weights: dict[str, torch.Tensor], strips: Strips, wanted: int) -> int:
+        """The largest piece that fits on every rank; models step out where even the smallest does not."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        itemsize = next(iter(weights.values())).element_size()
+
+        def needed(piece: int) -> int:
+            return self.nbytes + working_bytes(shapes, strips.most, itemsize, piece)  # the layers' order of the weights
+
+        room = self._least_room()
+        if needed(_SMALLEST_PIECE) > room:
+            self.models.make_way(needed(min(wanted, 2**26)))
+            room = self._least_room()
+        while wanted > _SMALLEST_PIECE and needed(wanted) > room:
+            wanted //= 2
+        if needed(wanted) > room:
+            raise PlacementError(
+                f"Decoding needs {needed(wanted) / 2**30:.1f} GiB on each GPU, and the fullest has "
+                f"{max(0, room) / 2**30:.1f} GiB. Use a smaller size, more GPUs, or VAE Decode (Tiled), or raise "
+                "gpu_memory_fraction."
+            )
+        return wanted
+
+    def _least_room(self) -> int:
+        """Of all ranks, those without a strip included; a collective call."""
+        return min(row[0] for row in gather_rows([self.models.free_room()], self.device, self.ranks))
+
+
+class FrameWriter:
+    """Puts decoded pieces one behind the other into host memory, which a thread does while the GPU goes on.
+
+    Args:
+        out: float32 [frames, rows, columns, 3], in memory of another process.
+        done: one int64, set to the number of frames written.
+    """
+
+    def __init__(self, device: torch.device, out: torch.Tensor, done: torch.Tensor):
+        self.device, self.out, self.done, self._next = device, out, done, 0
+        self._queue: queue.Queue[tuple[torch.Tensor, torch.cuda.Event, int] | None] = queue.Queue(_PIECES_ON_THE_WAY)
+        self._thread = threading.Thread(target=self._copy, name="vae-frames", daemon=True)
+        self._failed: BaseException | None = None
+
+    def __enter__(self) -> FrameWriter:
+        if self.device.type == "cuda":
+            self._thread.start()
+        return self
+
+    def put(self, piece: torch.Tensor) -> None:
+        """Take the next frames [t, rows, columns, 3], from -1 to 1."""
+        pixels = piece.float().add_(1).div_(2).clamp_(0, 1)
+        first, self._next = self._next, self._next + len(piece)
+        if self.device.type != "cuda":
+            self._write(pixels, first)
+            return
+        staged = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+        staged.copy_(pixels, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+        self._queue.put((staged, copied, first))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self._queue.put(None)
+            self._thread.join()
+        if self._failed is not None and kind is None:
+            raise self._failed
+
+    def _copy(self) -> None:
+        while (work := self._queue.get()) is not None:
+            staged, copied, first = work
+            try:
+                copied.synchronize()
+                self._write(staged, first)
+            except RuntimeError as error:  # a failed GPU; `put` must not wait for a thread that has ended
+                self._failed = error
+
+    def _write(self, pixels: torch.Tensor, first: int) -> None:
+        self.out[first : first + len(pixels)] = pixels
+        self.done.fill_(first + len(pixels))

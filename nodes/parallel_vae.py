@@ -1,0 +1,163 @@
+"""WanVideo Parallel VAE Decode: a latent to frames by all workers of a pool, each a strip of every frame."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..distributed.pool import Pool, acquire, running
+from ..distributed.vae_client import VAEWeights, decode, is_decoders
+from ..wanvideo.vae import VAEError, check_vae, frames_of
+from .config import CATEGORY
+from .remote_model import RemoteModelPatcher
+from .settings import USPConfig
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+WORKERS = io.Custom("MODEL,XDITUSPCONFIG")
+
+
+class WanVideoParallelVAEDecode(io.ComfyNode):
+    """VAE Decode on the workers that sampled."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVideoParallelVAEDecode",
+            display_name="WanVideo Parallel VAE Decode",
+            category=CATEGORY,
+            description=(
+                "VAE Decode for Wan 2.1's VAE (also that of Wan 2.2 A14B) on all GPUs of XDit+USP Config: each decodes "
+                "a strip of every frame and asks its neighbours for the row beside it, so the result is that of one "
+                "GPU within rounding, without seams. Frames arrive piece by piece; no GPU ever holds the whole video."
+            ),
+            inputs=[
+                io.Latent.Input("samples", tooltip="The latent of a Wan video, from any sampler."),
+                io.Vae.Input("vae", tooltip="Wan 2.1's VAE, from Load VAE. Its weights go to the workers once."),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Of weights and activations. auto: the one that ComfyUI has chosen for this VAE.",
+                ),
+                WORKERS.Input(
+                    "workers",
+                    optional=True,
+                    tooltip=(
+                        "Whose workers decode: a MODEL of XDit+USP WanVideo Model Loader, or an XDit+USP Config, which "
+                        "starts them where they don't run. Left open: those that run, such as those that have sampled."
+                    ),
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The frames, as VAE Decode gives them.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, samples: Mapping[str, Any], vae: Any, precision: str = "auto", workers: object = None
+    ) -> io.NodeOutput:
+        weights, latent = vae_weights(vae), samples["samples"]
+        pool = find_pool(workers)
+        device = getattr(vae, "output_device", comfy.model_management.intermediate_device())
+        decoded = decode(
+            pool,
+            weights,
+            latent,
+            _DTYPES[vae.vae_dtype] if precision == "auto" else precision,
+            poll=comfy.model_management.throw_exception_if_processing_interrupted,
+            make_room=_make_room,
+            progress=_progress_bar(len(latent) * frames_of(latent.shape[2])),
+        )
+        log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
+        dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
+        return io.NodeOutput(decoded.frames.flatten(0, 1).to(device, dtype))
+
+
+def find_pool(workers: object) -> Pool:
+    """The pool of a MODEL or a config of ours, else one that runs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(workers, RemoteModelPatcher):
+        return workers.remote.pool
+    if isinstance(workers, USPConfig):
+        workers.validate()
+        return acquire(workers.pool_settings())
+    if workers is not None:
+        raise ValueError(
+            "The MODEL at workers does not run in workers of ours. Connect that of XDit+USP WanVideo Model Loader, an "
+            "XDit+USP Config, or nothing."
+        )
+    pool = running()
+    if pool is None:
+        raise ValueError(
+            "No workers run that could decode this video. Connect the MODEL of XDit+USP WanVideo Model Loader or an "
+            "XDit+USP Config to workers, which starts them."
+        )
+    return pool
+
+
+def vae_weights(vae: Any) -> VAEWeights:
+    """The decoder of a VAE of ComfyUI's, as workers take it.
+
+    Raises:
+        VAEError: it is not Wan 2.1's, or another node has patched it.
+    """
+    model = getattr(vae, "first_stage_model", None)
+    if model is None:
+        raise VAEError("This VAE holds no weights. Choose Wan 2.1's VAE in Load VAE.")
+    if getattr(vae.patcher, "patches", None):
+        raise VAEError("A node has patched the weights of this VAE, which workers cannot follow. Use VAE Decode.")
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_vae(shapes)
+    if model not in _keys:
+        _keys[model] = _content_key(state)
+    return VAEWeights(_keys[model], shapes, model.state_dict)
+
+
+_keys: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+"""Of VAEs seen before: the same file loaded twice is one VAE to the workers."""
+
+
+def _content_key(state: Mapping[str, torch.Tensor]) -> str:
+    content = hashlib.blake2b(digest_size=16)
+    for name in sorted(filter(is_decoders, state)):
+        content.update(name.encode())
+        content.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def _make_room(nbytes: int) -> None:
+    """Let ComfyUI's own models leave the GPU that it shares with a worker, as far as `nbytes` need it."""
+    management = comfy.model_management
+    device = management.get_torch_device()
+    if device.type == "cuda":
+        ours = [m for m in management.current_loaded_models if isinstance(m.model, RemoteModelPatcher)]
+        management.free_memory(nbytes, device, keep_loaded=ours)
+        management.soft_empty_cache()
+
+
+def _progress_bar(total: int) -> Callable[[int], None]:
+    """Shows how many of `total` frames are there."""
+    bar, shown = comfy.utils.ProgressBar(total), 0
+
+    def show(frames: int) -> None:
+        nonlocal shown
+        if frames > shown:
+            shown = frames
+            bar.update_absolute(frames)
+
+    return show

@@ -1,0 +1,122 @@
+"""What a forward is expected to take, beside what was measured on 4 H200s (benchmarks/results, benchmarks/LOG.md)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pack  # noqa: F401 (registers wan_parallel)
+import pytest
+from wan_parallel.distributed.cost import Blocks, Machine, Work, block_flops, expect
+from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.wanvideo.config import PRESETS
+
+P480, P720 = 21 * 30 * 52, 21 * 45 * 80
+NVLINK = Machine()
+HOST_LINK = replace(NVLINK, link=40e9)  # NCCL_P2P_DISABLE=1
+U4 = ParallelPlan(4)
+D2U2 = ParallelPlan(4, data_parallel=2)
+T4 = ParallelPlan(4, tensor_parallel=4)
+P4 = ParallelPlan(4, pipeline_parallel=4)
+BLOCK = 660 * 10**6
+
+
+def seconds(
+    plan: ParallelPlan, machine: Machine = NVLINK, items: int = 1, tokens: int = P480, size: str = "14b", **blocks: int
+) -> float:
+    return expect(PRESETS[size], plan, Work(tokens, items), machine, Blocks(**blocks)).seconds
+
+
+@pytest.mark.parametrize(
+    "plan, machine, tokens, size, measured",
+    [
+        (ParallelPlan(1), NVLINK, P480, "14b", 2.45),
+        (ParallelPlan(1), NVLINK, P720, "14b", 9.52),
+        (ParallelPlan(2), NVLINK, P480, "14b", 1.39),
+        (ParallelPlan(2), NVLINK, P720, "14b", 4.90),
+        (ParallelPlan(3), NVLINK, P480, "14b", 0.916),
+        (U4, NVLINK, P480, "14b", 0.706),
+        (U4, NVLINK, P720, "14b", 2.48),
+        (U4, HOST_LINK, P480, "14b", 0.906),
+        (U4, HOST_LINK, P720, "14b", 3.00),
+        (ParallelPlan(4, ulysses_degree=2), NVLINK, P480, "14b", 0.792),
+        (ParallelPlan(4, ulysses_degree=1), NVLINK, P480, "14b", 0.785),
+        (ParallelPlan(1), NVLINK, P480, "1.3b", 0.438),
+        (ParallelPlan(1), NVLINK, P720, "1.3b", 1.900),
+    ],
+)
+def test_the_expectation_is_near_what_was_measured(plan, machine, tokens, size, measured):
+    assert seconds(plan, machine, tokens=tokens, size=size) == pytest.approx(measured, rel=0.1)
+
+
+def test_ulysses_is_expected_to_beat_rings_as_it_does():
+    ring, mixed = ParallelPlan(4, ulysses_degree=1), ParallelPlan(4, ulysses_degree=2)
+    assert seconds(U4) < min(seconds(ring), seconds(mixed))
+
+
+@pytest.mark.parametrize("machine", [NVLINK, HOST_LINK], ids=["NVLink", "host"])
+def test_two_branches_on_two_halves_of_the_gpus_exchange_less(machine):
+    assert seconds(D2U2, machine, items=2) < seconds(U4, machine, items=2)
+
+
+def test_the_gain_of_two_halves_is_clear_where_links_are_slow():
+    assert seconds(D2U2, HOST_LINK, items=2) < 0.92 * seconds(U4, HOST_LINK, items=2)
+
+
+def test_one_item_takes_the_same_under_either_plan_as_all_gpus_share_it():
+    assert seconds(D2U2, items=1) == seconds(U4, items=1)
+
+
+def test_an_exchange_beside_the_computation_costs_less():
+    peers = replace(NVLINK, peers=True)
+    assert seconds(ParallelPlan(1)) / 4 < seconds(U4, peers) < seconds(U4)
+    assert seconds(U4, replace(HOST_LINK, peers=True)) < seconds(U4, HOST_LINK)
+    rings = ParallelPlan(4, ulysses_degree=2)
+    assert seconds(rings, peers) == seconds(rings)
+
+
+def test_three_items_are_better_shared_by_all_than_split_two_to_one():
+    assert seconds(U4, items=3) < seconds(D2U2, items=3)
+
+
+@pytest.mark.parametrize("machine", [NVLINK, HOST_LINK], ids=["NVLink", "host"])
+def test_dividing_the_weights_costs_time(machine):
+    for items in (1, 2):
+        assert seconds(U4, machine, items) < min(seconds(T4, machine, items), seconds(P4, machine, items))
+
+
+def test_sums_over_a_slow_link_cost_more_than_idle_stages():
+    assert seconds(T4, NVLINK, 2) < seconds(P4, NVLINK, 2)
+    slow = replace(NVLINK, link=20e9)
+    assert seconds(P4, slow, 2) < seconds(T4, slow, 2)
+
+
+@pytest.mark.parametrize("stages, items, share", [(2, 2, 2 / 3), (4, 2, 2 / 5), (2, 1, 1 / 2)])
+def test_stages_stand_idle_as_the_guide_says(stages, items, share):
+    expected = expect(PRESETS["14b"], ParallelPlan(stages, pipeline_parallel=stages), Work(P480, items), NVLINK)
+    assert expected.compute / (expected.compute + expected.idle) == pytest.approx(share, rel=0.01)
+
+
+def test_weights_that_arrive_in_time_cost_little_and_late_ones_their_delay():
+    shared, hosted = {"nbytes": BLOCK, "share": 4}, {"nbytes": BLOCK, "hosted": 40}
+    assert seconds(U4) < seconds(U4, **shared) < 1.1 * seconds(U4)
+    assert seconds(U4, tokens=P720, **hosted) == pytest.approx(seconds(U4, tokens=P720), rel=0.02)
+    slow_bus = replace(NVLINK, host=10e9)
+    assert seconds(U4, slow_bus, **hosted) == pytest.approx(40 * BLOCK / 10e9, rel=0.1)
+    assert seconds(U4, slow_bus, **hosted, share=4) < seconds(U4, slow_bus, **hosted)
+
+
+def test_the_arithmetic_is_that_of_the_benchmarks():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    try:
+        from flops import forward_flops
+    finally:
+        sys.path.pop(0)
+    for config in PRESETS.values():
+        for tokens in (P480, P720):
+            counted = config.num_layers * sum(block_flops(config, tokens))
+            assert counted == forward_flops(config, tokens)
+            assert sum(block_flops(config, tokens, ranks=2, tensor=2)) == pytest.approx(
+                counted / config.num_layers / 4, rel=0.02
+            )

@@ -1,0 +1,153 @@
+"""A pool whose plan is chosen: which one it takes, that results stay right while it changes, and what it says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from wan_parallel.distributed.cost import Machine
+from wan_parallel.distributed.messages import PoolSettings, Surveyed
+from wan_parallel.distributed.plan import ParallelPlan, PlanError
+from wan_parallel.distributed.planner import Kind, Planner, room_of, slowest
+from wan_parallel.distributed.pool import ModelSpec, PatchSet, Pool, WorkerDied
+from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.lora import LowRank
+from wan_parallel.wanvideo.model import WanModel
+
+FIVE_LAYERS = WanConfig(dim=512, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64)
+
+
+class Script(Planner):
+    """Names the plans that a test says, for whatever is asked."""
+
+    plan: ParallelPlan
+
+    def is_settled(self, kind: Kind, current: ParallelPlan) -> bool:
+        return current == self.plan
+
+    def choose(self, *_asked: object) -> ParallelPlan:
+        return self.plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ModelSpec:
+    path = tmp_path_factory.mktemp("plan") / "five-layers.safetensors"
+    return ModelSpec(tiny.write_checkpoint(path, FIVE_LAYERS), "fp32", "fp32")
+
+
+@pytest.fixture(scope="module")
+def whole(model) -> WanModel:
+    return WanModel.from_checkpoint(model.path)
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Pool]:
+    """Four workers, whose plan a test sets with `pool._planner.plan`."""
+    pool = Pool(PoolSettings(ParallelPlan(4), device="cpu", auto=True))
+    pool._planner = Script(pool.settings)
+    yield pool
+    pool.close()
+
+
+def test_two_items_go_to_two_groups_and_the_result_is_exact(model, whole, caplog):
+    pool = Pool(PoolSettings(ParallelPlan(2), device="cpu", auto=True))
+    given, single = tiny.inputs(FIVE_LAYERS, batch=2), tiny.inputs(FIVE_LAYERS)
+    try:
+        with caplog.at_level(logging.INFO):
+            out = pool.forward(model, *given)
+        assert pool.settings.plan == ParallelPlan(2, data_parallel=2)
+        assert tiny.relative_error(out, whole(*given)) <= 2e-6
+        said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Plan: ")]
+        assert len(said) == 1 and "data 2 x Ulysses 1 x ring 1, for 2 items of 36 tokens" in said[0]
+        status, pids = pool.status(), pool.worker_pids
+        assert status.plan_reason in said[0] and status.settings.plan.data_parallel == 2
+        for other in (single, given):
+            assert tiny.relative_error(pool.forward(model, *other), whole(*other)) <= 2e-6
+        assert pool.worker_pids == pids
+    finally:
+        pool.close()
+
+
+def test_workers_go_from_plan_to_plan(scripted, model, whole):
+    given, expected = tiny.inputs(FIVE_LAYERS, batch=3), whole(*tiny.inputs(FIVE_LAYERS, batch=3))
+    plans = (
+        {},
+        {"data_parallel": 2},
+        {"tensor_parallel": 2, "data_parallel": 2},
+        {"pipeline_parallel": 2, "tensor_parallel": 2},
+        {"pipeline_parallel": 2, "data_parallel": 2},
+        {"ulysses_degree": 2},
+    )
+    pids = None
+    for sizes in plans:
+        scripted._planner.plan = ParallelPlan(4, **sizes)
+        assert tiny.relative_error(scripted.forward(model, *given), expected) <= 2e-6, sizes
+        assert scripted.settings.plan == scripted._planner.plan
+        assert pids in (None, scripted.worker_pids)
+        pids = scripted.worker_pids
+        for worker in scripted.status().workers:
+            held = worker.models[0]
+            assert (held.pipeline, held.tensor) == tuple(
+                getattr(scripted.settings.plan, name) for name in ("pipeline_parallel", "tensor_parallel")
+            )
+
+
+def test_shares_and_loras_outlive_a_change_that_moves_no_weights(scripted, model):
+    given = tiny.inputs(FIVE_LAYERS, batch=2)
+    low_rank = LowRank(torch.full((512, 4), 0.1), torch.full((4, 512), 0.1), 0.5)
+    patches = PatchSet("some", lambda: {"blocks.3.self_attn.v.weight": [low_rank]})
+    for shard in ("on", "off"):
+        spec, results, held = replace(model, shard_weights=shard, offload="off"), [], set()
+        for sizes in ({}, {"data_parallel": 2}, {"data_parallel": 4}, {}):
+            scripted._planner.plan = ParallelPlan(4, **sizes)
+            results.append(scripted.forward(spec, *given, patches=patches))
+            held.add(scripted.held(spec, range(4)))
+        assert torch.equal(results[0], results[-1])
+        assert all(tiny.relative_error(out, results[0]) <= 2e-6 for out in results)
+        assert len(held) == 1
+        scripted.unload(spec)
+
+
+def test_a_pool_that_died_comes_back_under_its_plan(scripted, model, whole):
+    given = tiny.inputs(FIVE_LAYERS, batch=2)
+    scripted._planner.plan = plan = ParallelPlan(4, data_parallel=2, tensor_parallel=2)
+    scripted.forward(model, *given)
+    killed = []
+
+    def kill() -> None:
+        if not killed:
+            killed.append(os.kill(scripted.worker_pids[1], signal.SIGKILL))
+
+    with pytest.raises(WorkerDied):
+        scripted.forward(model, *tiny.inputs(FIVE_LAYERS, (4, 40, 40), batch=2), poll=kill)
+    assert tiny.relative_error(scripted.forward(model, *given), whole(*given)) <= 2e-6
+    assert scripted.settings.plan == plan
+
+
+def test_what_was_asked_for_and_cannot_work_is_refused_before_anything_starts(model):
+    pool = Pool(PoolSettings(ParallelPlan(8, tensor_parallel=8), device="cpu", auto=True))
+    for attempt in (pool.check, pool.ensure_ready, lambda spec: pool.forward(spec, *tiny.inputs(FIVE_LAYERS))):
+        with pytest.raises(PlanError, match=r"does not divide the 4 heads .* The nearest sizes that work are"):
+            attempt(model)
+    assert not pool.alive
+
+
+def test_xfuser_and_pipefusion_run_as_set():
+    for settings in (
+        PoolSettings(ParallelPlan(2), device="cpu", usp_backend="xfuser", auto=True),
+        PoolSettings(ParallelPlan(2, pipeline_parallel=2), device="cpu", pipeline_mode="pipefusion", auto=True),
+    ):
+        assert not Pool(settings).settings.auto
+
+
+def test_all_wait_for_the_slowest_worker_and_host_memory_is_shared():
+    fast, slow = Machine(2e14, 2e12, 2e11, 1e-4, 2e10, True), Machine(1e14, 3e12, 1e11, 2e-4, 1e10)
+    surveyed = (Surveyed(fast, 10, 100, 7, "NVLink"), Surveyed(slow, 20, 90, 3, "NVLink"))
+    assert slowest(surveyed) == Machine(1e14, 2e12, 1e11, 2e-4, 1e10)
+    assert room_of(surveyed).devices == (10, 20) and room_of(surveyed).host == 100

@@ -1,0 +1,139 @@
+"""Decoding through a pool of real workers: frames, memory, Cancel, and what happens when a worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from wan_parallel.distributed.messages import ModelSpec, PoolSettings, VAEOptions
+from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.pool import Pool, WorkerDied, acquire, running
+from wan_parallel.distributed.vae_client import VAEWeights, decode
+from wan_parallel.wanvideo.vae import Decoder, WholeFrame, decoder_shapes, random_weights
+from wan_parallel.wanvideo.vae_ops import VAEOps
+
+DIM = 8
+WEIGHTS = random_weights(DIM)
+VAE = VAEWeights("a", decoder_shapes(DIM), lambda: WEIGHTS)
+LATENT = torch.randn(2, 16, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+LONG = torch.randn(1, 16, 40, 8, 8, generator=torch.Generator().manual_seed(0))
+ONE_FRAME = VAEOptions(piece_mib=0)
+
+
+class GivenUp(BaseException):
+    """As ComfyUI's interrupt, no Exception."""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = acquire(PoolSettings(ParallelPlan(2), device="cpu"))
+    yield pool
+    pool.close()
+
+
+def expected(latent: torch.Tensor) -> torch.Tensor:
+    decoder = Decoder(WEIGHTS, VAEOps(torch.device("cpu"), torch.float32))
+    with torch.inference_mode():
+        videos = [torch.cat(list(decoder.decode(z, WholeFrame(tuple(z.shape[-2:]))))) for z in latent]
+    return ((torch.stack(videos) + 1) / 2).clamp(0, 1)
+
+
+def test_two_workers_decode_what_one_process_does(pool):
+    seen: list[int] = []
+    frames = decode(pool, VAE, LATENT, "fp32", ONE_FRAME, progress=seen.append).frames
+    assert frames.shape == (2, 9, 32, 40, 3) and frames.dtype == torch.float32
+    assert tiny.relative_error(frames, expected(LATENT)) <= 1e-5
+    assert seen == sorted(seen) and all(0 <= count <= 18 for count in seen)
+
+
+def test_weights_travel_once_and_another_vae_takes_their_place(pool):
+    sent: list[str] = []
+
+    def vae(key: str) -> VAEWeights:
+        return VAEWeights(key, VAE.shapes, lambda: sent.append(key) or WEIGHTS)
+
+    for key in ("b", "b", "c", "c"):
+        decode(pool, vae(key), LATENT[:1, :, :1], "fp32")
+    assert sent == ["b", "c"]
+    assert [worker.vae_bytes for worker in pool.status().workers] == [sum(t.nbytes for t in WEIGHTS.values())] * 2
+
+
+def test_unloading_the_models_drops_the_vae(pool, tmp_path):
+    tiny.write_checkpoint(tmp_path / "tiny.safetensors", tiny.TINY)
+    spec = ModelSpec(str(tmp_path / "tiny.safetensors"), "fp32", "fp32")
+    decode(pool, VAE, LATENT[:1, :, :1], "fp32")
+    pool.ensure_ready(spec)
+    assert pool.vaes
+    pool.unload(spec)
+    assert not pool.vaes
+    assert [worker.vae_bytes for worker in pool.status().workers] == [0, 0]
+    decode(pool, VAE, LATENT[:1, :, :1], "fp32")
+
+
+def test_more_workers_than_rows_decode_with_as_many_as_there_are(pool):
+    latent = LATENT[:1, :, :, :1, :1]
+    frames = decode(pool, VAE, latent, "fp32").frames
+    assert tiny.relative_error(frames, expected(latent)) <= 1e-5
+
+
+def test_bf16_is_near(pool):
+    frames = decode(pool, VAE, LATENT[:1], "bf16").frames
+    assert 1e-5 < tiny.relative_error(frames, expected(LATENT[:1])) < 2e-2
+
+
+def test_cancel_ends_a_decode_between_pieces_and_the_pool_goes_on(pool):
+    decode(pool, VAE, LATENT[:1, :, :1], "fp32")
+    begin = time.monotonic()
+
+    def poll() -> None:
+        if time.monotonic() > begin + 0.3:
+            raise GivenUp
+
+    with pytest.raises(GivenUp):
+        decode(pool, VAE, LONG, "fp32", ONE_FRAME, poll=poll)
+    assert time.monotonic() - begin < 3
+    workers = pool.worker_pids
+    frames = decode(pool, VAE, LATENT[:1], "fp32").frames
+    assert tiny.relative_error(frames, expected(LATENT[:1])) <= 1e-5
+    assert pool.worker_pids == workers
+    assert time.monotonic() - begin < 30  # not after all of the long video
+
+
+def test_a_killed_worker_fails_the_decode_and_the_pool_comes_back(pool):
+    decode(pool, VAE, LATENT[:1, :, :1], "fp32")
+    killed: list[float] = []
+
+    def poll() -> None:
+        if not killed:
+            os.kill(pool.worker_pids[1], signal.SIGKILL)
+            killed.append(time.monotonic())
+
+    with pytest.raises(WorkerDied):
+        decode(pool, VAE, LONG, "fp32", ONE_FRAME, poll=poll)
+    assert time.monotonic() - killed[0] < 5
+    assert not pool.vaes
+    frames = decode(pool, VAE, LATENT[:1], "fp32").frames  # new workers get the weights again
+    assert tiny.relative_error(frames, expected(LATENT[:1])) <= 1e-5
+
+
+def test_the_pool_that_runs_is_found(pool):
+    decode(pool, VAE, LATENT[:1, :, :1], "fp32")
+    assert running() is pool
+
+
+def test_the_benchmark_runs():
+    program = Path(__file__).parents[1] / "benchmarks" / "vae_decode.py"
+    command = [sys.executable, str(program), "--res", "2x2x3", "--gpus", "2", "--device", "cpu", "--dim", str(DIM)]
+    command += ["--precision", "fp32", "--iters", "1"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    row = json.loads(lines[0])
+    assert row["finite"] and row["error"] <= 1e-5 and row["s"] > 0 and row["gpus"] == 2
