@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 
 from ..wanvideo.options import Options
 from .cost import Machine
@@ -64,6 +65,7 @@ class ModelSpec:
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
         fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
+        vace: file of a VACE module beside the model, or "" (see `wanvideo.vace_module`).
     """
 
     path: str
@@ -78,6 +80,12 @@ class ModelSpec:
     shard_weights: str = "auto"
     offload: str = "auto"
     fp8_mode: str = "disabled"
+    vace: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file, or both, as a user knows them."""
+        return " + ".join(Path(path).name for path in (self.path, self.vace) if path)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from .loader import XDitUSPWanVideoModelLoader
 from .parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
 from .status import XDitUSPStatus
 from .tiny_text import TinyWanTextEncode
+from .vace_select import XDitUSPVACEModuleSelect
 
 
 class WanParallelExtension(ComfyExtension):
@@ -28,4 +29,5 @@ class WanParallelExtension(ComfyExtension):
             TinyWanTextEncode,
             WanVideoParallelVAEDecode,
             WanVideoParallelVAEEncode,
+            XDitUSPVACEModuleSelect,
         ]
