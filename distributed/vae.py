@@ -254,7 +254,7 @@ class VAEs:
 
     def _least_room(self) -> int:
         """Of all ranks, those without a strip included; a collective call."""
-        return min(row[0] for row in gather_rows([self.models.room()], self.device, self.ranks))
+        return min(row[0] for row in gather_rows([self.models.free_room()], self.device, self.ranks))
 
 
 class FrameWriter:
