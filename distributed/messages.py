@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 
 from ..wanvideo.options import Options
 from .cost import Machine
@@ -64,6 +65,7 @@ class ModelSpec:
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
         fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
+        vace: file of a VACE module beside the model, or "" (see `wanvideo.vace_module`).
     """
 
     path: str
@@ -78,6 +80,12 @@ class ModelSpec:
     shard_weights: str = "auto"
     offload: str = "auto"
     fp8_mode: str = "disabled"
+    vace: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file, or both, as a user knows them."""
+        return " + ".join(Path(path).name for path in (self.path, self.vace) if path)
 
 
 @dataclass(frozen=True)
@@ -184,9 +192,13 @@ class Forward:
 
 @dataclass(frozen=True)
 class LoadVAE:
-    """Take the weights of a VAE's decoder, in `dtype`; the workers know it by `key` from then on."""
+    """Take the weights of a VAE's decoder or encoder, in `dtype`; the workers know them by `key` from then on.
+
+    Those of another `vae` are dropped.
+    """
 
     id: int
+    vae: str
     key: str
     dtype: str
     arena: ArenaRef
@@ -219,6 +231,23 @@ class DecodeVAE:
     key: str
     arena: ArenaRef
     latent: TensorRef
+    out_arena: ArenaRef
+    out: TensorRef
+    done: TensorRef
+    options: VAEOptions = VAEOptions()
+
+
+@dataclass(frozen=True)
+class EncodeVAE:
+    """Encode frames [T, H, W, 3] from 0 to 1 in `arena` into the mean of the latent, `out` [C, t, h, w], float32.
+
+    `done` counts latent frames, as `DecodeVAE.done` does frames.
+    """
+
+    id: int
+    key: str
+    arena: ArenaRef
+    frames: TensorRef
     out_arena: ArenaRef
     out: TensorRef
     done: TensorRef
@@ -282,7 +311,7 @@ class Cancel:
     id: int
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE
+Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE | EncodeVAE
 
 
 @dataclass(frozen=True)
@@ -486,7 +515,8 @@ class PoolFailed:
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, LoadVAE, DecodeVAE, Cancel),
+        *(Start, Load, Patch, Forward, Unload, StepOut, Trim, Report, Survey, Divide, Cancel),
+        *(LoadVAE, DecodeVAE, EncodeVAE),
         *(Ready, Reply, PoolReady, Replies, PoolFailed),
     )
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from .memory import (
 )
 from .memory_use import host_memory
 from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
+from .originals import Originals, as_in_file
 from .pipeline import Stage
 from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group, release_cache, unit_of
 from .tensor import TensorShard
@@ -66,6 +67,7 @@ class LoadedModel:
     placement: Placement
     demand: Demand
     resident: int  # blocks that belong on the device, as they fitted last
+    originals: Originals
     reserve: int = 0  # bytes that activations took beyond their estimate, learned by running out of memory
     patched: set[str] = field(default_factory=set)
     uuid: str = ""
@@ -111,7 +113,7 @@ class Models:
             return
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device)
+        source = open_weights(spec.path, self.device, spec.vace)
         join(source.config.num_heads)
         with torch.device("meta"):
             model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)
@@ -129,29 +131,53 @@ class Models:
                 model.set_weight(name, self._weight(source, spec, name))
         residence.load(resident, self._note_peak)
         self.shard.apply(model)
-        self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident)
+        originals = Originals(functools.partial(self._spare, spec))
+        self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident, originals)
         if self.rank == 0:
-            log.info("Weights of %s: %s.", Path(spec.path).name, placement.reason)
+            log.info("Weights of %s: %s.", spec.name, placement.reason)
 
     def patch(self, request: Patch, arena: ArenaReader) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
         loaded = self.loaded[request.spec]
         shapes, num_layers = loaded.source.config.shapes(), loaded.source.config.num_layers
+        patched = functools.partial(self._patched, loaded, request, arena, shapes)
         try:
             held = [
                 name
                 for name in sorted(loaded.patched | request.weights.keys())
                 if name not in shapes or self.stage.holds(name, num_layers)
             ]
-            loaded.residence.update(held, functools.partial(self._patched, loaded.source, request, arena))
+            loaded.residence.update(held, patched)
         except BaseException:
             del self.loaded[request.spec]  # half patched: the next forward reads it again
             raise
         loaded.patched, loaded.uuid = set(request.weights), request.uuid
 
-    def _patched(self, source: WeightSource, request: Patch, arena: ArenaReader, name: str) -> Weight:
+    def _patched(
+        self, loaded: LoadedModel, request: Patch, arena: ArenaReader, shapes: Mapping[str, tuple[int, ...]], name: str
+    ) -> Weight:
         patches = [_weight_patch(arena, request.arena, ref) for ref in request.weights.get(name, ())]
-        return self._weight(source, request.spec, name, patches)
+        weight = self._original(loaded, name)
+        patches = self.shard.take_patches(name, shapes.get(name, ()), patches)
+        if patches:
+            return self._finished(request.spec, name, change(weight.to(self.device), patches))
+        loaded.originals.release(name)
+        return self._finished(request.spec, name, weight)
+
+    def _original(self, loaded: LoadedModel, name: str) -> Weight:
+        """This worker's part of a weight with the numbers of the file: from the device if they are there."""
+        kept = loaded.originals.get(name)
+        if kept is not None:
+            return kept
+        held, overwritten = loaded.residence.whole(name)
+        if held is not None and name not in loaded.patched and as_in_file(held, loaded.source, name):
+            loaded.originals.keep(name, held, copy=overwritten)
+            return held
+        weight = self.shard.take(name, loaded.source.tensor(name))
+        if held is not None:
+            weight = weight.to(self.device)
+            loaded.originals.keep(name, weight, copy=False)
+        return weight
 
     def drop(self, specs: Iterable[ModelSpec]) -> None:
         """Forget these models."""
@@ -170,7 +196,7 @@ class Models:
         loaded = self.loaded.get(request.spec)
         if loaded is None or self.rank not in request.ranks:
             return
-        _step_out(loaded.residence, request.nbytes)
+        _step_out(loaded.residence, request.nbytes - self._drop_originals())
         self.give_back()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
@@ -183,13 +209,15 @@ class Models:
         for spec, loaded in self.loaded.items():
             part = max(map(loaded.residence.bytes_of, loaded.residence.blocks), default=0)
             whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * part)
-            held.append(HeldWeights(spec, loaded.device_bytes, whole))
+            now = loaded.device_bytes + loaded.originals.nbytes
+            held.append(HeldWeights(spec, now, max(now, whole)))
         return tuple(held)
 
     @property
     def device_bytes(self) -> int:
         """Bytes of all weights on this worker's device, the blocks that pass through included."""
-        return sum(loaded.device_bytes for loaded in self.loaded.values()) + self.slots.nbytes
+        weights = sum(loaded.device_bytes + loaded.originals.nbytes for loaded in self.loaded.values())
+        return weights + self.slots.nbytes
 
     # Where weights live.
 
@@ -215,6 +243,19 @@ class Models:
         return self._room() + here, host_room(), host
 
     def _room(self) -> int:
+        """Bytes that this rank's tensors may take on its device beside the weights that are there."""
+        return self._free() + sum(loaded.originals.nbytes for loaded in self.loaded.values())
+
+    def _spare(self, spec: ModelSpec) -> int:
+        """Bytes that neither weights nor the activations of this model need."""
+        loaded = self.loaded[spec]
+        return self._free() - loaded.demand.activations - loaded.reserve
+
+    def _drop_originals(self) -> int:
+        """Free the originals of all models; returns their bytes."""
+        return sum(loaded.originals.drop() for loaded in self.loaded.values())
+
+    def _free(self) -> int:
         """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
         if self.device.type != "cuda":
             return 2**50
@@ -277,11 +318,14 @@ class Models:
 
     def learn(self, spec: ModelSpec) -> None:
         """After a forward that ran out of memory: the next one leaves more of it to the activations."""
+        self._drop_originals()
         if spec in self.loaded:
             self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
 
     def _make_way(self, spec: ModelSpec | None, nbytes: int) -> None:
         """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
+        if nbytes > self._free():
+            self._drop_originals()
         missing = nbytes - self._room()
         for other, loaded in self.loaded.items():
             if other != spec and missing > 0 and loaded.residence.device_bytes:
@@ -300,13 +344,12 @@ class Models:
     def _note_peak(self) -> None:
         self.peak_private = max(self.peak_private, _private_bytes())
 
-    def _weight(self, source: WeightSource, spec: ModelSpec, name: str, patches: Sequence[WeightPatch] = ()) -> Weight:
-        """This worker's part of a weight, with `patches` of the whole merged."""
-        whole = source.tensor(name)
-        weight = self.shard.take(name, whole)
-        patches = self.shard.take_patches(name, tuple(whole.shape), patches)
-        if patches:
-            weight = change(weight.to(self.device), patches)
+    def _weight(self, source: WeightSource, spec: ModelSpec, name: str) -> Weight:
+        """This worker's part of a weight, as the model holds it."""
+        return self._finished(spec, name, self.shard.take(name, source.tensor(name)))
+
+    def _finished(self, spec: ModelSpec, name: str, weight: Weight) -> Weight:
+        """A part of a weight, changed or not, as the model holds it."""
         weight = place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
         if isinstance(weight, QuantizedWeight):
             return weight

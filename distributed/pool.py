@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, random_config
 from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
-from ..wanvideo.config import CheckpointError, WanConfig, read_header
+from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.files import model_files
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
 from ..wanvideo.model import grid_of, sequence_of, unpatchify
+from ..wanvideo.vace_module import read_model
 from .arena import Arena, needed
 from .conditioning import SharedConditioning
 from .division import most_held
@@ -522,7 +522,7 @@ class Pool:
         if spec in self._loaded:
             return
         started = time.perf_counter()
-        log.info("Loading %s on %d workers.", Path(spec.path).name, self.settings.plan.num_gpus)
+        log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
         self._drain(poll)
         self._unload(self._dropped & self._loaded.keys())
         try:
@@ -532,7 +532,7 @@ class Pool:
             raise PlacementError(f"{error}{ways_out}") from None
         merged = {reply.patches for reply in replies.replies}
         self._loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
-        log.info("%s is loaded after %.1f s.", Path(spec.path).name, time.perf_counter() - started)
+        log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
 
     def _make_room_for(self, spec: ModelSpec, make_room: Callable[[int], None] | None) -> None:
         """Have room made for what is to be loaded, or to come back from host memory."""
@@ -655,21 +655,21 @@ class Pool:
         raise WorkerDied(f"{reason} Queue the prompt again: it starts a new pool.")
 
 
-def model_config(path: str) -> WanConfig:
-    """Dimensions of a checkpoint or of random weights, from the header alone.
+def model_config(path: str, vace: str = "") -> WanConfig:
+    """Dimensions of a checkpoint (`vace`: a VACE module beside it) or of random weights, from the headers alone.
 
     Raises:
-        CheckpointError: see `read_header`.
+        CheckpointError: see `read_model`.
     """
     if path.startswith(RANDOM_PREFIX):
         return random_config(path.removeprefix(RANDOM_PREFIX))
-    return read_header(path).config
+    return read_model(path, vace).config
 
 
 @functools.lru_cache(maxsize=16)
 def _config_of(spec: ModelSpec) -> WanConfig:
     """Read once for each spec: its `stamp` changes with the file."""
-    return model_config(spec.path)
+    return model_config(spec.path, spec.vace)
 
 
 def _resolved(settings: PoolSettings) -> PoolSettings:

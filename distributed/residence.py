@@ -199,6 +199,15 @@ class Residence:
         """Whether a weight belongs to a block."""
         return BLOCK_NAME.match(name) is not None
 
+    def whole(self, name: str) -> tuple[Weight | None, bool]:
+        """A block's weight if it is whole on the device and stays there, and whether a later one will be written into
+        its very memory."""
+        match = BLOCK_NAME.match(name)
+        block = self._blocks.get(int(match[1])) if match else None
+        if block is None or block.whole is None:
+            return None, False
+        return block.whole[name], block.layout is not None
+
     # Filling.
 
     def load(self, resident: int, progress: Callable[[], None] = lambda: None) -> None:

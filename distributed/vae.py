@@ -10,26 +10,30 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..wanvideo.checkpoint import DTYPES
-from ..wanvideo.vae import Decoder, Frame, WholeFrame, working_bytes
+from ..wanvideo.vae import SCALE, Decoder, Frame, WholeFrame, working_bytes
+from ..wanvideo.vae_encoder import Encoder, encoding_bytes
 from ..wanvideo.vae_ops import VAEOps
 from .arena import ArenaReader
 from .gate import Gate
 from .memory import PlacementError
-from .messages import DecodeVAE, LoadVAE, PoolSettings, VAEOptions
+from .messages import DecodeVAE, EncodeVAE, LoadVAE, PoolSettings, VAEOptions
 from .models import Models
 from .plan import bounds
 from .residence import gather_rows
 
 log = logging.getLogger(__name__)
 
+_Coder = TypeVar("_Coder", Decoder, Encoder)
+_Expected = Callable[[dict[str, tuple[int, ...]], tuple[int, int], int, int], int]
 _SMALLEST_PIECE = 2**22
 _PIECES_ON_THE_WAY = 2
 """Decoded pieces that may wait for their copy to the host: so far the host runs ahead of its GPU."""
@@ -114,13 +118,14 @@ def _run(operations: Sequence[dist.P2POp]) -> None:
 
 
 class VAEs:
-    """The VAEs that a worker has, and what it does with them."""
+    """The VAE that a worker has, and what it does with it."""
 
     def __init__(self, rank: int, settings: PoolSettings, device: torch.device, gate: Gate, models: Models):
         self.rank, self.ranks, self.device = rank, settings.plan.num_gpus, device
         self.gate, self.models = gate, models
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
-        self._decoders: dict[tuple[str, str], Decoder] = {}
+        self._vae = ""
+        self._coders: dict[tuple[str, str], Decoder | Encoder] = {}
         self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     @property
@@ -133,9 +138,10 @@ class VAEs:
         return sum(tensor.nbytes for tensors in self.weights.values() for tensor in tensors.values())
 
     def load(self, request: LoadVAE) -> None:
-        """Take a decoder's weights, in place of those of another VAE."""
-        self.drop()
-        dtype = DTYPES[request.dtype]
+        """Take the weights of a decoder or encoder, in place of those of another VAE."""
+        if request.vae != self._vae:
+            self.drop()
+        self._vae, dtype = request.vae, DTYPES[request.dtype]
         self.weights[request.key] = {
             name: self._inputs.view(request.arena, ref).to(self.device, dtype, copy=True)
             for name, ref in request.weights.items()
@@ -143,33 +149,38 @@ class VAEs:
         self._close()
 
     def drop(self) -> None:
-        """Forget all VAEs."""
+        """Forget the VAE."""
         self.weights.clear()
-        self._decoders.clear()
+        self._coders.clear()
 
     def decode(self, request: DecodeVAE) -> None:
-        """As `_decode`; the memory of the client is let go in any case, as a video of its is as large as that."""
-        try:
-            self._decode(request)
-        finally:
-            self._close()
-
-    def _decode(self, request: DecodeVAE) -> None:
         """Decode this rank's strip of each latent, and write its pixels where the client reads them.
 
         Raises:
             PlacementError: the strip does not fit into this device's memory (a collective decision).
             Cancelled: the client has given up; all ranks leave before the same piece.
         """
+        try:
+            self._decode(request)
+        finally:
+            self._close()
+
+    def encode(self, request: EncodeVAE) -> None:
+        """Encode this rank's strip of a video, and write its latent where the client reads it. Raises as `decode`."""
+        try:
+            self._encode(request)
+        finally:
+            self._close()
+
+    def _decode(self, request: DecodeVAE) -> None:
         latent = self._inputs.view(request.arena, request.latent)
         strips = share_frame(*latent.shape[-2:], self.ranks, request.options.axis)
-        piece_bytes = self._fitting_pieces(self.weights[request.key], strips, request.options.piece_mib * 2**20)
+        piece_bytes = self._fitting_pieces(request.key, working_bytes, strips, request.options)
         if self.rank >= len(strips.parts):
             return
-        decoder = self._decoder(request.key, request.options)
-        frame: Frame = Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
+        decoder, frame = self._coder(request.key, Decoder, request.options), self._frame(strips)
         rows, columns = strips.of(self.rank)
-        pixel_rows, pixel_columns = strips.of(self.rank, 8)
+        pixel_rows, pixel_columns = strips.of(self.rank, SCALE)
         out = self._outputs.view(request.out_arena, request.out)[:, :, pixel_rows, pixel_columns]
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
         self.gate.begin(request.id)
@@ -179,28 +190,53 @@ class VAEs:
                     writer.put(piece)
         self.models.give_back()
 
+    def _encode(self, request: EncodeVAE) -> None:
+        frames = self._inputs.view(request.arena, request.frames)
+        out = self._outputs.view(request.out_arena, request.out)
+        done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
+        strips = share_frame(*out.shape[-2:], self.ranks, request.options.axis)
+        piece_bytes = self._fitting_pieces(request.key, encoding_bytes, strips, request.options)
+        if self.rank >= len(strips.parts):
+            return
+        encoder, frame = self._coder(request.key, Encoder, request.options), self._frame(strips)
+        rows, columns = strips.of(self.rank)
+        pixel_rows, pixel_columns = strips.of(self.rank, SCALE)
+        first = 0
+        self.gate.begin(request.id)
+        for piece in encoder.encode(frames[:, pixel_rows, pixel_columns], frame, piece_bytes, self._check):
+            out[:, first : first + len(piece), rows, columns] = piece.permute(3, 0, 1, 2).float().cpu()
+            first += len(piece)
+            done.fill_(first)
+        self.models.give_back()
+
     def _close(self) -> None:
+        """Let go of the client's memory: a video is as large as that."""
         self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     def _check(self) -> None:
         self.gate.check(self.rank, 0)
 
-    def _decoder(self, key: str, options: VAEOptions) -> Decoder:
+    def _frame(self, strips: Strips) -> Frame:
+        return Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
+
+    def _coder(self, key: str, kind: type[_Coder], options: VAEOptions) -> _Coder:
         name = key, options.convolution
-        if name not in self._decoders:
-            self._decoders.clear()
+        if name not in self._coders:
+            for other in [other for other in self._coders if other[0] == key]:
+                del self._coders[other]
             weights = self.weights[key]
             ops = VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution)
-            self._decoders[name] = Decoder(weights, ops)
-        return self._decoders[name]
+            self._coders[name] = kind(weights, ops)
+        return self._coders[name]
 
-    def _fitting_pieces(self, weights: dict[str, torch.Tensor], strips: Strips, wanted: int) -> int:
+    def _fitting_pieces(self, key: str, expected: _Expected, strips: Strips, options: VAEOptions) -> int:
         """The largest piece that fits on every rank; models step out where even the smallest does not."""
+        weights, wanted = self.weights[key], options.piece_mib * 2**20
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         itemsize = next(iter(weights.values())).element_size()
 
         def needed(piece: int) -> int:
-            return self.nbytes + working_bytes(shapes, strips.most, itemsize, piece)  # the layers' order of the weights
+            return self.nbytes + expected(shapes, strips.most, itemsize, piece)  # the layers' order of the weights
 
         room = self._least_room()
         if needed(_SMALLEST_PIECE) > room:
@@ -210,15 +246,15 @@ class VAEs:
             wanted //= 2
         if needed(wanted) > room:
             raise PlacementError(
-                f"Decoding needs {needed(wanted) / 2**30:.1f} GiB on each GPU, and the fullest has "
-                f"{max(0, room) / 2**30:.1f} GiB. Use a smaller size, more GPUs, or VAE Decode (Tiled), or raise "
+                f"The VAE needs {needed(wanted) / 2**30:.1f} GiB on each GPU, and the fullest has "
+                f"{max(0, room) / 2**30:.1f} GiB. Use a smaller size, more GPUs, or ComfyUI's tiled nodes, or raise "
                 "gpu_memory_fraction."
             )
         return wanted
 
     def _least_room(self) -> int:
         """Of all ranks, those without a strip included; a collective call."""
-        return min(row[0] for row in gather_rows([self.models.free_room()], self.device, self.ranks))
+        return min(row[0] for row in gather_rows([self.models.room()], self.device, self.ranks))
 
 
 class FrameWriter:
@@ -231,46 +267,42 @@ class FrameWriter:
 
     def __init__(self, device: torch.device, out: torch.Tensor, done: torch.Tensor):
         self.device, self.out, self.done, self._next = device, out, done, 0
-        self._queue: queue.Queue[tuple[torch.Tensor, torch.cuda.Event, int] | None] = queue.Queue(_PIECES_ON_THE_WAY)
+        self._queue: queue.Queue[tuple[torch.Tensor, torch.cuda.Event | None, int] | None]
+        self._queue = queue.Queue(_PIECES_ON_THE_WAY)
         self._thread = threading.Thread(target=self._copy, name="vae-frames", daemon=True)
         self._failed: BaseException | None = None
 
     def __enter__(self) -> FrameWriter:
-        if self.device.type == "cuda":
-            self._thread.start()
+        self._thread.start()
         return self
 
     def put(self, piece: torch.Tensor) -> None:
         """Take the next frames [t, rows, columns, 3], from -1 to 1."""
-        pixels = piece.float().add_(1).div_(2).clamp_(0, 1)
-        first, self._next = self._next, self._next + len(piece)
-        if self.device.type != "cuda":
-            self._write(pixels, first)
-            return
-        staged = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-        staged.copy_(pixels, non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)
-        copied.record()
-        self._queue.put((staged, copied, first))
+        pixels, copied = piece.float().add_(1).div_(2).clamp_(0, 1), None
+        if self.device.type == "cuda":
+            staged = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+            pixels = staged.copy_(pixels, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record()
+        self._queue.put((pixels, copied, self._next))
+        self._next += len(piece)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.device.type == "cuda":
-            self._queue.put(None)
-            self._thread.join()
+        self._queue.put(None)
+        self._thread.join()
         if self._failed is not None and kind is None:
             raise self._failed
 
+    @torch.inference_mode()  # which counts in its own thread alone, and `out` was made under it
     def _copy(self) -> None:
         while (work := self._queue.get()) is not None:
-            staged, copied, first = work
+            pixels, copied, first = work
             try:
-                copied.synchronize()
-                self._write(staged, first)
+                if copied is not None:
+                    copied.synchronize()
+                self.out[first : first + len(pixels)] = pixels
+                self.done.fill_(first + len(pixels))
             except RuntimeError as error:  # a failed GPU; `put` must not wait for a thread that has ended
                 self._failed = error
-
-    def _write(self, pixels: torch.Tensor, first: int) -> None:
-        self.out[first : first + len(pixels)] = pixels
-        self.done.fill_(first + len(pixels))

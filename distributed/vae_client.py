@@ -1,8 +1,9 @@
-"""The client's side of decoding with the workers' VAE: sends weights once, the latent, and gets frames."""
+"""The client's side of decoding and encoding with the workers' VAE: sends weights once, and gets frames or latents."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,10 +11,12 @@ import torch
 
 from ..wanvideo.checkpoint import DTYPES
 from ..wanvideo.vae import SCALE, check_latent, frames_of, working_bytes
+from ..wanvideo.vae_encoder import check_encoder, encoding_bytes, latent_frames
+from ..wanvideo.vae_ops import VAEError
 from .arena import Arena, needed
-from .messages import DecodeVAE, LoadVAE, VAEOptions
+from .messages import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from .pool import Poll, Pool
-from .vae import share_frame
+from .vae import Strips, share_frame
 
 log = logging.getLogger(__name__)
 
@@ -65,48 +68,120 @@ def decode(
     """
     options = options or VAEOptions()
     check_latent(vae.shapes, tuple(latent.shape))
-    workers = pool.settings.plan.num_gpus
-    strips = share_frame(*latent.shape[-2:], workers, options.axis)
-    if len(strips.parts) < workers:
-        log.info("The latent has %d rows or columns to share: so many workers decode it.", len(strips.parts))
+    batch, _, frames, rows, columns = latent.shape
+    shape = batch, frames_of(frames), SCALE * rows, SCALE * columns, 3
+    work = _Work(pool, vae, dtype, options, (rows, columns), poll, progress)
     with pool.session(poll):
-        if make_room is not None and pool.settings.device == "cuda":
-            itemsize = DTYPES[dtype].itemsize
-            make_room(working_bytes(vae.shapes, strips.most, itemsize, options.piece_mib * 2**20))
-        key = f"{vae.key}-{dtype}"
-        if key not in pool.vaes:
-            _send(pool, vae, key, dtype, poll)
-        source = Arena(latent.numel() * 4)
-        given = source.write(latent.detach().float())
-        batch, _, frames, rows, columns = latent.shape
-        shape = batch, frames_of(frames), SCALE * rows, SCALE * columns, 3
-        result = Arena(4 * torch.Size(shape).numel() + 8 * workers + 64)
-        done, out = result.allocate(torch.int64, (workers,)), result.allocate(torch.float32, shape)
-        counts, decoded = result.view(done)[: len(strips.parts)], result.view(out)
-
-        def watch() -> None:
-            if poll is not None:
-                poll()
-            if progress is not None:
-                progress(int(counts.min()))
-
-        seconds = pool.ask(
-            lambda number: DecodeVAE(number, key, source.ref, given, result.ref, out, done, options),
-            (source, result),
-            watch,
-        )
+        work.prepare("decoder", working_bytes, make_room)
+        decoded, seconds = work.run(DecodeVAE, "decoder", latent, shape)
     return Decoded(decoded, seconds)
 
 
-def _send(pool: Pool, vae: VAEWeights, key: str, dtype: str, poll: Poll | None) -> None:
-    """Give the workers the weights of the decoder, in place of any that they have."""
-    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in vae.tensors().items() if is_decoders(name)}
-    arena = Arena(needed(tensors.values()))
-    refs = {name: arena.write(tensor) for name, tensor in tensors.items()}
-    pool.ask(lambda number: LoadVAE(number, key, dtype, arena.ref, refs), (arena,), poll)
-    log.info("The VAE's decoder (%.0f MiB, %s) is on the workers.", arena.nbytes / 2**20, dtype)
+def encode(
+    pool: Pool,
+    vae: VAEWeights,
+    frames: torch.Tensor,
+    dtype: str,
+    options: VAEOptions | None = None,
+    poll: Poll | None = None,
+    make_room: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> torch.Tensor:
+    """Encode a video on all workers, each a strip of every frame. Arguments and errors as of `decode`.
+
+    Args:
+        frames: [T, 8 * h, 8 * w, 3] from 0 to 1, any float dtype and device.
+        progress: called with the number of latent frames that are there.
+
+    Returns:
+        The mean of the latent, float32 [1, C, t, h, w].
+    """
+    options = options or VAEOptions()
+    check_encoder(vae.shapes)
+    count, height, width, channels = frames.shape
+    if channels != 3 or height % SCALE or width % SCALE or not frames.numel():
+        raise VAEError(
+            f"The images have the shape {list(frames.shape)}, but this VAE encodes [frames, height, width, 3] with "
+            f"multiples of {SCALE} pixels. Scale or crop them."
+        )
+    size = height // SCALE, width // SCALE
+    shape = vae.shapes["conv1.weight"][0] // 2, latent_frames(count), *size
+    work = _Work(pool, vae, dtype, options, size, poll, progress)
+    with pool.session(poll):
+        work.prepare("encoder", encoding_bytes, make_room)
+        latent, _ = work.run(EncodeVAE, "encoder", frames, shape)
+    return latent.unsqueeze(0)
 
 
-def is_decoders(name: str) -> bool:
-    """Whether a weight of the VAE takes part in decoding."""
-    return name.startswith(("decoder.", "conv2."))
+@dataclass(frozen=True)
+class _Work:
+    """One decode or encode of a frame of `size` latent rows and columns."""
+
+    pool: Pool
+    vae: VAEWeights
+    dtype: str
+    options: VAEOptions
+    size: tuple[int, int]
+    poll: Poll | None
+    progress: Callable[[int], object] | None
+
+    @property
+    def strips(self) -> Strips:
+        return share_frame(*self.size, self.pool.settings.plan.num_gpus, self.options.axis)
+
+    @property
+    def name(self) -> str:
+        return f"{self.vae.key}-{self.dtype}"
+
+    def prepare(self, part: str, expected: Callable[..., int], make_room: Callable[[int], object] | None) -> None:
+        """Make room on the GPU that we share, and send the weights of a part that the workers don't have."""
+        workers, used = self.pool.settings.plan.num_gpus, len(self.strips.parts)
+        if used < workers:
+            log.info("The latent has %d rows or columns to share: so many workers take part.", used)
+        if make_room is not None and self.pool.settings.device == "cuda":
+            itemsize = DTYPES[self.dtype].itemsize
+            make_room(expected(self.vae.shapes, self.strips.most, itemsize, self.options.piece_mib * 2**20))
+        key = f"{self.name}-{part}"
+        if key in self.pool.vaes:
+            return
+        dtype = DTYPES[self.dtype]
+        tensors = {name: t.to(dtype) for name, t in self.vae.tensors().items() if name.startswith(PARTS[part])}
+        arena = Arena(needed(tensors.values()))
+        refs = {name: arena.write(tensor) for name, tensor in tensors.items()}
+        self.pool.ask(
+            lambda number: LoadVAE(number, self.name, key, self.dtype, arena.ref, refs), (arena,), self.poll
+        )
+        log.info("The VAE's %s (%.0f MiB, %s) is on the workers.", part, arena.nbytes / 2**20, self.dtype)
+
+    def run(
+        self, kind: type[DecodeVAE] | type[EncodeVAE], part: str, given: torch.Tensor, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, float]:
+        """Send the input, and wait for a result of `shape`; with the seconds of the slowest worker.
+
+        The result lies where the workers have written it: a video is not copied again.
+        """
+        workers = self.pool.settings.plan.num_gpus
+        source = Arena(given.numel() * 4)
+        sent = source.write(given.detach().float())
+        result = Arena(4 * math.prod(shape) + 8 * workers + 64)
+        done, out = result.allocate(torch.int64, (workers,)), result.allocate(torch.float32, shape)
+        counts, tensor = result.view(done)[: len(self.strips.parts)], result.view(out)
+
+        def watch() -> None:
+            if self.poll is not None:
+                self.poll()
+            if self.progress is not None:
+                self.progress(int(counts.min()))
+
+        seconds = self.pool.ask(
+            lambda number: kind(
+                number, f"{self.name}-{part}", source.ref, sent, result.ref, out, done, self.options
+            ),
+            (source, result),
+            watch,
+        )
+        return tensor, seconds
+
+
+PARTS = {"decoder": ("decoder.", "conv2."), "encoder": ("encoder.", "conv1.")}
+"""How the names of the weights of each half begin."""

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,6 +41,7 @@ from .messages import (
     DecodeVAE,
     Displaced,
     Divide,
+    EncodeVAE,
     Exchange,
     Forward,
     Load,
@@ -161,6 +161,8 @@ class Worker:
                         self.vaes.load(request)
                     case DecodeVAE():
                         self.vaes.decode(request)
+                    case EncodeVAE():
+                        self.vaes.encode(request)
                     case Trim():
                         self.trim()
                     case Unload():
@@ -339,7 +341,7 @@ class Worker:
         plan = self.settings.plan
         degrees = plan.sequence_degrees(loaded.model.config.num_heads)
         return ModelStatus(
-            name=Path(spec.path).name,
+            name=spec.name,
             weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
             compute_dtype=spec.compute_dtype,
             kernel=loaded.model.kernel.name,

@@ -9,9 +9,10 @@ from .distrifusion_loader import OfficialDistriFusionModelLoader
 from .distrifusion_sampler import OfficialDistriFusionSampler
 from .distrifusion_status import OfficialDistriFusionStatus
 from .loader import XDitUSPWanVideoModelLoader
-from .parallel_vae import WanVideoParallelVAEDecode
+from .parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
 from .status import XDitUSPStatus
 from .tiny_text import TinyWanTextEncode
+from .vace_select import XDitUSPVACEModuleSelect
 
 
 class WanParallelExtension(ComfyExtension):
@@ -27,4 +28,6 @@ class WanParallelExtension(ComfyExtension):
             OfficialDistriFusionStatus,
             TinyWanTextEncode,
             WanVideoParallelVAEDecode,
+            WanVideoParallelVAEEncode,
+            XDitUSPVACEModuleSelect,
         ]

@@ -15,10 +15,13 @@ from ..distributed.pool import acquire, file_stamp
 from ..wanvideo import fp8_mode as fp8_modes
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import CheckpointError, read_header
+from ..wanvideo.vace_module import read_model
 from .config import CATEGORY, XDITUSPCONFIG
+from .lora_names import with_native_names
 from .model_files import model_names, model_path
 from .remote_model import RemoteModelPatcher, build_model
 from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
+from .vace_select import VACEPATH, module_path
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +85,13 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                         "well put LoraLoaderModelOnly behind this node."
                     ),
                 ),
-                io.Custom("VACEPATH").Input(
+                VACEPATH.Input(
                     "vace_model",
                     optional=True,
-                    tooltip="A VACE module beside its model comes later: leave it open, and choose a whole VACE file.",
+                    tooltip=(
+                        "A VACE module for a text-to-video model of the same size, from XDit+USP VACE Module Select. "
+                        "Both files together are a VACE model. Leave it open with a whole VACE file."
+                    ),
                 ),
                 io.Combo.Input(
                     "fp8_mode",
@@ -130,15 +136,15 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         vace_model: object = None,
         fp8_mode: str = fp8_modes.DISABLED,
     ) -> io.NodeOutput:
-        _check_inputs(xdit_usp_config, vace_model)
-        header = read_header(model_path(model))
+        _check_config(xdit_usp_config)
+        header = read_model(model_path(model), vace := module_path(vace_model))
         weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
-        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode)
+        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, vace)
         pool = acquire(xdit_usp_config.pool_settings())
         pool.check(spec)
         log.info(
             "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
-            model,
+            spec.name,
             _workers(xdit_usp_config, header.config.num_heads),
             held_as(header, spec.weight_dtype),
             spec.compute_dtype,
@@ -155,24 +161,19 @@ def _workers(config: USPConfig, num_heads: int) -> str:
     return config.plan.describe(num_heads)
 
 
-def _check_inputs(config: object, vace_model: object) -> None:
+def _check_config(config: object) -> None:
     if not isinstance(config, USPConfig):
         raise ValueError(
             "xdit_usp_config does not hold the settings of an XDit+USP Config node. Connect that node to it."
         )
     config.validate()
-    if vace_model is not None:
-        raise ValueError(
-            "A VACE module beside its model comes in a later version. Disconnect vace_model, and choose a file "
-            "that has both, such as wan2.1_vace_14B_fp16.safetensors, as model."
-        )
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
-    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it.
+    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it, with more names known.
 
     Raises:
-        ValueError: the entry asks for what that loader cannot do, or names no file.
+        ValueError: the entry asks for what that loader cannot do, names no file, or one for another model.
     """
     path, strength = entry.get("path"), entry.get("strength", 1.0)
     name = entry.get("name") or os.path.basename(str(path))
@@ -190,4 +191,5 @@ def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteM
     if strength == 0:
         return patcher
     weights = comfy.utils.load_torch_file(path, safe_load=True)
+    weights = with_native_names(name, weights, patcher.remote.header.tensors)
     return comfy.sd.load_lora_for_models(patcher, None, weights, float(strength), 0.0)[0]

@@ -1,4 +1,4 @@
-"""WanVideo Parallel VAE Decode: a latent to frames by all workers of a pool, each a strip of every frame."""
+"""WanVideo Parallel VAE Decode and Encode: by all workers of a pool, each a strip of every frame."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch
 from comfy_api.latest import io
 
 from ..distributed.pool import Pool, acquire, running
-from ..distributed.vae_client import VAEWeights, decode, is_decoders
-from ..wanvideo.vae import VAEError, check_vae, frames_of
+from ..distributed.vae_client import PARTS, VAEWeights, decode, encode
+from ..wanvideo.vae import check_vae, frames_of
+from ..wanvideo.vae_encoder import latent_frames
+from ..wanvideo.vae_ops import VAEError
 from .config import CATEGORY
 from .remote_model import RemoteModelPatcher
 from .settings import USPConfig
@@ -44,21 +46,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a Wan video, from any sampler."),
                 io.Vae.Input("vae", tooltip="Wan 2.1's VAE, from Load VAE. Its weights go to the workers once."),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default="auto",
-                    optional=True,
-                    tooltip="Of weights and activations. auto: the one that ComfyUI has chosen for this VAE.",
-                ),
-                WORKERS.Input(
-                    "workers",
-                    optional=True,
-                    tooltip=(
-                        "Whose workers decode: a MODEL of XDit+USP WanVideo Model Loader, or an XDit+USP Config, which "
-                        "starts them where they don't run. Left open: those that run, such as those that have sampled."
-                    ),
-                ),
+                *_more_inputs(),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The frames, as VAE Decode gives them.")],
         )
@@ -69,7 +57,6 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         weights, latent = vae_weights(vae), samples["samples"]
         pool = find_pool(workers)
-        device = getattr(vae, "output_device", comfy.model_management.intermediate_device())
         decoded = decode(
             pool,
             weights,
@@ -80,8 +67,72 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
             progress=_progress_bar(len(latent) * frames_of(latent.shape[2])),
         )
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
-        dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
-        return io.NodeOutput(decoded.frames.flatten(0, 1).to(device, dtype))
+        return io.NodeOutput(_as_comfyui_has_it(decoded.frames.flatten(0, 1), vae))
+
+
+class WanVideoParallelVAEEncode(io.ComfyNode):
+    """VAE Encode on the workers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVideoParallelVAEEncode",
+            display_name="WanVideo Parallel VAE Encode",
+            category=CATEGORY,
+            description=(
+                "VAE Encode for Wan 2.1's VAE (also that of Wan 2.2 A14B) on all GPUs of XDit+USP Config: each encodes "
+                "a strip of every frame, with the result of one GPU within rounding. For video to video."
+            ),
+            inputs=[
+                io.Image.Input("pixels", tooltip="The frames of a video. Edges beyond a multiple of 8 are cropped."),
+                io.Vae.Input("vae", tooltip="Wan 2.1's VAE, from Load VAE. Its weights go to the workers once."),
+                *_more_inputs(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The latent, as VAE Encode gives it.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, pixels: torch.Tensor, vae: Any, precision: str = "auto", workers: object = None
+    ) -> io.NodeOutput:
+        weights, frames = vae_weights(vae), vae.vae_encode_crop_pixels(pixels)[..., :3]
+        latent = encode(
+            find_pool(workers),
+            weights,
+            frames,
+            _DTYPES[vae.vae_dtype] if precision == "auto" else precision,
+            poll=comfy.model_management.throw_exception_if_processing_interrupted,
+            make_room=_make_room,
+            progress=_progress_bar(latent_frames(len(frames))),
+        )
+        return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
+
+
+def _more_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "precision",
+            options=list(PRECISIONS),
+            default="auto",
+            optional=True,
+            tooltip="Of weights and activations. auto: the one that ComfyUI has chosen for this VAE.",
+        ),
+        WORKERS.Input(
+            "workers",
+            optional=True,
+            tooltip=(
+                "Whose workers do it: a MODEL of XDit+USP WanVideo Model Loader, or an XDit+USP Config, which starts "
+                "them where they don't run. Left open: those that run, such as those that have sampled."
+            ),
+        ),
+    ]
+
+
+def _as_comfyui_has_it(result: torch.Tensor, vae: Any) -> torch.Tensor:
+    """On the device and in the dtype that this VAE's own results have."""
+    device = getattr(vae, "output_device", comfy.model_management.intermediate_device())
+    dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
+    return result.to(device, dtype)
 
 
 def find_pool(workers: object) -> Pool:
@@ -110,7 +161,7 @@ def find_pool(workers: object) -> Pool:
 
 
 def vae_weights(vae: Any) -> VAEWeights:
-    """The decoder of a VAE of ComfyUI's, as workers take it.
+    """A VAE of ComfyUI's, as workers take it.
 
     Raises:
         VAEError: it is not Wan 2.1's, or another node has patched it.
@@ -134,7 +185,8 @@ _keys: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictiona
 
 def _content_key(state: Mapping[str, torch.Tensor]) -> str:
     content = hashlib.blake2b(digest_size=16)
-    for name in sorted(filter(is_decoders, state)):
+    ours = tuple(beginning for part in PARTS.values() for beginning in part)
+    for name in sorted(name for name in state if name.startswith(ours)):
         content.update(name.encode())
         content.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return content.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from types import TracebackType
 
 from comfy_execution.utils import get_executing_context
@@ -17,7 +16,7 @@ class LoadingText:
     """Says what is being loaded once `show` is called, and how long it took at the end; else nothing."""
 
     def __init__(self, spec: ModelSpec, pool: Pool):
-        self._name, self._workers = Path(spec.path).name, pool.settings.plan.num_gpus
+        self._name, self._workers = spec.name, pool.settings.plan.num_gpus
         self._starting = not pool.alive
         self._shown = False
 

@@ -35,7 +35,7 @@ from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
 from .progress import LoadingText
 from .stream_runs import StreamRuns
-from .weight_patches import for_workers, refuse_foreign
+from .weight_patches import check_fit, for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
 
@@ -368,7 +368,7 @@ class RemoteModelPatcher(ModelPatcher):
             self.remote.patches = None
             return
         spec = self.remote.spec
-        build = functools.partial(for_workers, dict(self.patches), spec.path, spec.weight_dtype)
+        build = functools.partial(for_workers, dict(self.patches), spec)
         self.remote.patches = PatchSet(str(self.patches_uuid), build)
 
     def add_patches(
@@ -376,6 +376,8 @@ class RemoteModelPatcher(ModelPatcher):
     ) -> list[Any]:
         for patch in patches.values():
             refuse_foreign(patch)
+        if strength_patch:
+            check_fit(patches, self.remote.header.tensors)
         return super().add_patches(patches, strength_patch, strength_model)
 
     # What cannot be honoured.

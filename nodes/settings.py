@@ -126,10 +126,11 @@ class USPConfig:
         )
 
     def model_spec(
-        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled"
+        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", vace: str = ""
     ) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`; in an fp8 mode `base_precision` is that of the weights
-        that fit to it (see `wanvideo.fp8_mode.weights_for`).
+        """How the workers load and run the checkpoint at `path` with the VACE module `vace`.
+
+        In an fp8 mode `base_precision` is that of the weights that fit to it (see `wanvideo.fp8_mode.weights_for`).
 
         Raises:
             SettingsError: the attention switches leave no kernel, or exclude the one that is named.
@@ -144,10 +145,11 @@ class USPConfig:
             allow_sdpa=self.use_sdpa,
             slice_tokens=self.max_sequence_length if self.enable_activation_checkpointing else 0,
             max_batch=self.max_batch_size,
-            stamp=file_stamp(path),
+            stamp=file_stamp(path) + (f"+{file_stamp(vace)}" if vace else ""),
             shard_weights=self.shard_weights,
             offload=self.offload,
             fp8_mode=fp8_mode,
+            vace=vace,
         )
 
     def compute_dtype(self, base_precision: str) -> str:

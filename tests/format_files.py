@@ -20,7 +20,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def block_matrices(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    return [name for name, weight in weights.items() if weight.ndim == 2 and name.startswith("blocks.")]
+    blocks = ("blocks.", "vace_blocks.")
+    return [name for name, weight in weights.items() if weight.ndim == 2 and name.startswith(blocks)]
 
 
 def note(**fields: object) -> torch.Tensor:
@@ -158,11 +159,13 @@ def random_blocks(name: str, shape: tuple[int, int], seed: int) -> numpy.ndarray
     return raw.reshape(shape[0], -1)
 
 
-def write_gguf(path: Path, kind: str, config: WanConfig = tiny.TINY) -> tuple[str, Tensors]:
+def write_gguf(
+    path: Path, kind: str, config: WanConfig = tiny.TINY, weights: Tensors | None = None
+) -> tuple[str, Tensors]:
     """A file as ComfyUI-GGUF's converter makes it, and the float32 weights that it stands for."""
     writer = gguf.GGUFWriter(None, "wan")
     quantised, meant = gguf.GGMLQuantizationType[kind], {}
-    for seed, (name, weight) in enumerate(tiny.random_weights(config).items()):
+    for seed, (name, weight) in enumerate((weights or tiny.random_weights(config)).items()):
         data = weight.numpy()
         if name not in block_matrices({name: weight}):
             half = weight.ndim == 2

@@ -17,9 +17,10 @@ import torch
 from wan_parallel.distributed.messages import ModelSpec, PoolSettings, VAEOptions
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import Pool, WorkerDied, acquire, running
-from wan_parallel.distributed.vae_client import VAEWeights, decode
+from wan_parallel.distributed.vae_client import VAEWeights, decode, encode
 from wan_parallel.wanvideo.vae import Decoder, WholeFrame, decoder_shapes, random_weights
-from wan_parallel.wanvideo.vae_ops import VAEOps
+from wan_parallel.wanvideo.vae_encoder import Encoder
+from wan_parallel.wanvideo.vae_ops import VAEError, VAEOps
 
 DIM = 8
 WEIGHTS = random_weights(DIM)
@@ -83,6 +84,30 @@ def test_more_workers_than_rows_decode_with_as_many_as_there_are(pool):
     latent = LATENT[:1, :, :, :1, :1]
     frames = decode(pool, VAE, latent, "fp32").frames
     assert tiny.relative_error(frames, expected(latent)) <= 1e-5
+
+
+def test_two_workers_encode_what_one_process_does(pool):
+    from vae_reference import native_names, tiny_vae
+
+    weights = native_names(tiny_vae(dim=DIM).state_dict())
+    vae = VAEWeights("d", {name: tuple(tensor.shape) for name, tensor in weights.items()}, lambda: weights)
+    video = torch.rand(6, 32, 24, 3, generator=torch.Generator().manual_seed(2))
+    encoder, seen = Encoder(weights, VAEOps(torch.device("cpu"), torch.float32)), []
+    with torch.inference_mode():
+        expected = torch.cat(list(encoder.encode(video, WholeFrame((4, 3)))))
+    decode(pool, vae, LATENT[:1, :, :1], "fp32")
+    ours = encode(pool, vae, video, "fp32", VAEOptions(piece_mib=0), progress=seen.append)
+    assert ours.shape == (1, 16, 2, 4, 3)
+    assert tiny.relative_error(ours[0].permute(1, 2, 3, 0), expected) <= 1e-5
+    assert pool.vaes == {"d-fp32-decoder", "d-fp32-encoder"}
+
+
+def test_images_that_are_no_whole_number_of_latent_pixels_are_refused(pool):
+    shapes = {"conv1.weight": (32, 32, 1, 1, 1), "encoder.conv1.weight": (8, 3, 3, 3, 3)}
+    vae = VAEWeights("e", {**shapes, "encoder.head.2.weight": (32, 32, 3, 3, 3)}, dict)
+    with pytest.raises(VAEError) as refusal:
+        encode(pool, vae, torch.rand(5, 30, 24, 3), "fp32")
+    assert tiny.sentences(str(refusal.value)) >= 2
 
 
 def test_bf16_is_near(pool):

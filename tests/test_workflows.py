@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pack  # noqa: F401 (registers wan_parallel)
 import pytest
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.settings import ATTENTION_MODES, USPConfig
+
+_SPEC = importlib.util.spec_from_file_location(
+    "example_workflows", Path(__file__).parents[1] / "tools" / "example_workflows.py"
+)
+example_workflows = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = example_workflows  # dataclasses look there
+_SPEC.loader.exec_module(example_workflows)
 
 WORKFLOWS = sorted((Path(__file__).parents[1] / "example_workflows").glob("*.json"))
 
@@ -18,14 +28,23 @@ STOCK_WIDGETS = {
     "CLIPTextEncode": 1,
     "CreateVideo": 1,
     "EmptyHunyuanLatentVideo": 4,
+    "GetVideoComponents": 0,
     "KSampler": 7,  # with control_after_generate, which the browser adds behind the seed
+    "KSamplerAdvanced": 10,
+    "LoadImage": 2,  # with the upload button
+    "LoadVideo": 2,
+    "LoraLoaderModelOnly": 2,
     "ModelSamplingSD3": 1,
     "Note": 1,
     "PreviewAny": 0,  # the browser adds the text
     "PreviewImage": 0,
     "SaveVideo": 3,
     "VAEDecode": 0,
+    "TrimVideoLatent": 1,
     "VAELoader": 1,
+    "Wan22ImageToVideoLatent": 4,
+    "WanImageToVideo": 4,
+    "WanVaceToVideo": 5,
 }
 OUR_WIDGETS = {
     "XDitUSPConfig": len(fields(USPConfig)),
@@ -41,9 +60,15 @@ PRECISION = {
     "tiny_wan_demo": "fp32",
     "official_distrifusion_example": "bf16",
     "tiny_distrifusion_demo": "fp32",
+    "wan22_a14b_t2v_example": "bf16",
+    "wan22_a14b_i2v_4steps_example": "bf16",
+    "wan22_5b_i2v_example": "fp16",
+    "wan21_vace_control_example": "fp16",
 }
 TRAILS = (
     ["KSampler", "ModelSamplingSD3", "XDitUSPWanVideoModelLoader", "XDitUSPConfig"],
+    ["KSamplerAdvanced", "ModelSamplingSD3", "XDitUSPWanVideoModelLoader", "XDitUSPConfig"],
+    ["KSamplerAdvanced", "ModelSamplingSD3", "LoraLoaderModelOnly", "XDitUSPWanVideoModelLoader", "XDitUSPConfig"],
     ["OfficialDistriFusionSampler", "ModelSamplingSD3", "OfficialDistriFusionModelLoader"],
 )
 
@@ -127,9 +152,32 @@ def test_it_has_a_thumbnail_for_the_template_browser(path: Path) -> None:
 def test_the_model_goes_through_our_loader_to_a_sampler(path: Path) -> None:
     nodes, links = read(path)
     sources = {(target, slot): nodes[source] for _, source, _, target, slot, _ in links}
-    sampler = next(node for node in nodes.values() if node["type"] in ("KSampler", "OfficialDistriFusionSampler"))
-    trail = [sampler["type"]]
-    while (node := sources.get((sampler["id"], 0))) is not None:
-        trail.append(node["type"])
-        sampler = node
-    assert trail in TRAILS
+    samplers = [node for node in nodes.values() if node["type"] in {trail[0] for trail in TRAILS}]
+    assert samplers
+    for node in samplers:
+        trail = [node["type"]]
+        while (node := sources.get((node["id"], 0))) is not None:
+            trail.append(node["type"])
+        assert trail in TRAILS
+
+
+def test_groups_frame_nodes(path: Path) -> None:
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    for group in workflow["groups"]:
+        x, y, width, height = group["bounding"]
+        assert any(x < node["pos"][0] < x + width and y < node["pos"][1] < y + height for node in workflow["nodes"])
+
+
+def test_nodes_do_not_cover_each_other(path: Path) -> None:
+    nodes, _ = read(path)
+    boxes = [(*node["pos"], *node["size"], node["type"]) for node in nodes.values()]
+    for i, (x, y, width, height, kind) in enumerate(boxes):
+        for left, top, wide, high, other in boxes[i + 1 :]:
+            apart = x + width <= left or left + wide <= x or y + height <= top or top + high <= y
+            assert apart, (kind, other)
+
+
+def test_written_ones_are_what_their_tool_writes(path: Path) -> None:
+    written = {make().name: make().json() for make in example_workflows.EXAMPLES}
+    if path.stem in written:  # run tools/example_workflows.py again
+        assert path.read_text(encoding="utf-8") == written[path.stem]

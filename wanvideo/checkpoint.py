@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from .config import PRESETS, Header, WanConfig, read_header
+from .config import PRESETS, Header, WanConfig
 from .contents import CheckpointError, TensorInfo
 from .files import is_gguf
 from .formats import format_name, is_quantized, weight_of
 from .gguf_file import gguf_tensor, map_file
 from .lora import WeightPatch, merge
 from .quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
+from .vace_module import read_model
 
 RANDOM_PREFIX = "random:"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,10 +34,13 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """A model's file or files, each opened once and memory-mapped: processes that read it share its pages."""
+    """A model's file or files, each opened once and memory-mapped: processes that read it share its pages.
 
-    def __init__(self, path: str):
-        self.header = read_header(path)
+    `vace` is the file of a VACE module beside it.
+    """
+
+    def __init__(self, path: str, vace: str = ""):
+        self.header = read_model(path, vace)
         self.config = self.header.config
         self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
         self._mapped = functools.cache(map_file)
@@ -81,15 +85,15 @@ class RandomWeights:
         return weight * 0.02
 
 
-def open_weights(path: str, device: torch.device | str = "cpu") -> WeightSource:
-    """Open a checkpoint file, or random weights for a path such as `random:14b`.
+def open_weights(path: str, device: torch.device | str = "cpu", vace: str = "") -> WeightSource:
+    """Open a checkpoint file (`vace`: a VACE module beside it), or random weights for a path such as `random:14b`.
 
     Raises:
-        CheckpointError: see `read_header`.
+        CheckpointError: see `read_model`.
     """
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
-    return Checkpoint(path)
+    return Checkpoint(path, vace)
 
 
 def held_as(header: Header | None, weight_dtype: str) -> str:
@@ -107,7 +111,7 @@ def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dty
     return sizes | {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
 
 
-def held_sizes_of(path: str, weight_dtype: torch.dtype) -> dict[str, int]:
+def held_sizes_of(path: str, weight_dtype: torch.dtype, vace: str = "") -> dict[str, int]:
     """`held_sizes` of a checkpoint or of random weights.
 
     Raises:
@@ -115,7 +119,7 @@ def held_sizes_of(path: str, weight_dtype: torch.dtype) -> dict[str, int]:
     """
     if path.startswith(RANDOM_PREFIX):
         return held_sizes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
-    header = read_header(path)
+    header = read_model(path, vace)
     return held_sizes(header.config, header, weight_dtype)
 
 

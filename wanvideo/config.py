@@ -253,7 +253,10 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
     if any("lora_" in key or key.endswith((".diff", ".diff_b")) for key in raw):
         raise CheckpointError(f"{name} is a LoRA. Load it with LoraLoaderModelOnly behind the model loader.")
     if any(key.endswith("vace_blocks.0.after_proj.weight") for key in raw):
-        raise CheckpointError(f"{name} is a VACE module without its Wan model. {_LATER}")
+        raise CheckpointError(
+            f"{name} is a VACE module without its Wan model. Choose a text-to-video model of the same size here, and "
+            "the module in XDit+USP VACE Module Select, which plugs into vace_model."
+        )
     raise CheckpointError(
         f"{name} is not a Wan video model: it has no head.modulation and self-attention blocks. "
         "Choose a Wan 2.1 or 2.2 file."

@@ -51,6 +51,8 @@ _BLOCK |= {
     for theirs, ours in _ATTENTION.items()
     for projection, short in _PROJECTION.items()
 }
+_TO_MODEL = {ours: theirs for theirs, ours in _MODEL.items()}
+_TO_BLOCK = {ours: theirs for theirs, ours in _BLOCK.items()}
 _IN_BLOCK = re.compile(r"((?:vace_)?blocks\.\d+\.)(.*)")
 
 
@@ -58,6 +60,12 @@ def original_name(name: str) -> str:
     """The original name of a tensor that diffusers calls `name`; a name without another one stays."""
     block = _IN_BLOCK.fullmatch(name)
     return block[1] + _renamed(block[2], _BLOCK) if block else _renamed(name, _MODEL)
+
+
+def diffusers_name(name: str) -> str:
+    """The name that diffusers has for a tensor with the original `name`."""
+    block = _IN_BLOCK.fullmatch(name)
+    return block[1] + _renamed(block[2], _TO_BLOCK) if block else _renamed(name, _TO_MODEL)
 
 
 def has_diffusers_names(names: Iterable[str], prefix: str) -> bool:

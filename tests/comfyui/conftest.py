@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import format_files
 import loras
 import pytest
 import tiny
+import torch
 from comfy_server import ComfyServer
 from wan_parallel.wanvideo.config import WanConfig
 
@@ -76,6 +78,14 @@ def server(start_comfyui: Callable[..., ComfyServer]) -> ComfyServer:
     return start_comfyui()
 
 
+@pytest.fixture
+def gguf_server(server) -> ComfyServer:
+    """A ComfyUI that has the gguf package."""
+    if subprocess.run([server.python, "-c", "import gguf"], capture_output=True).returncode:
+        pytest.skip("ComfyUI's Python has no gguf package")
+    return server
+
+
 def _write_models(folder: Path) -> None:
     models, lora_files = folder / "diffusion_models", folder / "loras"
     models.mkdir(parents=True)
@@ -86,12 +96,33 @@ def _write_models(folder: Path) -> None:
     tiny.write_checkpoint(models / "wan22-5b.safetensors", FIVE_B)
     for name, config in VARIANTS.items():
         tiny.write_checkpoint(models / f"{name}.safetensors", config)
+    _write_vace_modules(models)
     loras.write_lora(lora_files / "plain.safetensors", TINY)
     loras.write_lora(lora_files / "i2v.safetensors", VARIANTS["i2v-2.1"])
     loras.write_lora(lora_files / "vace.safetensors", VARIANTS["vace"])
     loras.write_odd_lora(lora_files / "odd.safetensors", TINY)
+    for names in loras.STOCK_NAMES | loras.OTHER_NAMES:
+        loras.write_named(lora_files / f"{names}.safetensors", TINY, names)
+    for kind in loras.ADAPTERS:
+        loras.write_adapter(lora_files / f"{kind}.safetensors", TINY, kind)
+    loras.write_distilled(lora_files / "distilled.safetensors", TINY)
+    loras.write_lora(lora_files / "four-heads.safetensors", FOUR_HEADS)
+    loras.write_lora(lora_files / "deeper.safetensors", replace(TINY, num_layers=3), seed=6)
+    tiny.write_weights(lora_files / "other-model.safetensors", {"lora_unet_down_0.lora_up.weight": torch.ones(4, 2)})
     _write_formats(models)
     _write_wrong_files(models)
+
+
+def _write_vace_modules(models: Path) -> None:
+    """The VACE model in two files, and a module for another size."""
+    weights = tiny.random_weights(VARIANTS["vace"])
+    parts: dict[bool, dict] = {False: {}, True: {}}
+    for name, weight in weights.items():
+        parts[name.startswith("vace_")][name] = weight
+    tiny.write_weights(models / "vace-base.safetensors", parts[False])
+    tiny.write_weights(models / "vace-module.safetensors", parts[True])
+    wide = tiny.layout(replace(VARIANTS["vace"], dim=512, num_heads=4))
+    tiny.write_layout(models / "wide-module.safetensors", {k: v for k, v in wide.items() if k.startswith("vace_")})
 
 
 def _write_formats(models: Path) -> None:

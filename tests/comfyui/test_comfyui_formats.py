@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 import torch
 from comfy_server import ComfyServer, QueueRefused
@@ -53,14 +51,6 @@ def test_gguf_files_and_diffusers_folders_are_listed_beside_what_comfyui_lists(s
 def test_a_folder_of_diffusers_gives_the_same_as_the_file_of_the_authors(server):
     folder = sampled(server, pool_model(file="Tiny-Diffusers/transformer"))
     assert relative_error(folder, sampled(server, stock_model())) <= EXACT
-
-
-@pytest.fixture
-def gguf_server(server) -> ComfyServer:
-    """A ComfyUI that has the gguf package."""
-    if subprocess.run([server.python, "-c", "import gguf"], capture_output=True).returncode:
-        pytest.skip("ComfyUI's Python has no gguf package")
-    return server
 
 
 def test_a_gguf_file_gives_what_its_blocks_mean(gguf_server):

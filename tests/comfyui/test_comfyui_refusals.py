@@ -32,6 +32,7 @@ def error_text(server: ComfyServer, graph: dict) -> str:
         ("corrupt.safetensors", "is corrupt"),
         ("pickle.pt", "is a pickle file"),
         ("lora.safetensors", "is a LoRA"),
+        ("wide-module.safetensors", "is a VACE module without its Wan model"),
         ("absent.safetensors", "does not exist"),
     ],
 )
@@ -70,7 +71,9 @@ def test_configs_that_cannot_work_are_refused_when_queued(server, config, text):
 @pytest.mark.parametrize(
     "loader, config, text",
     [
-        ({"vace_model": link("anything")}, {}, "A VACE module beside its model comes in a later version"),
+        ({"vace_model": link("anything")}, {}, "vace_model does not name one VACE module"),
+        ({"vace_model": link("wide")}, {}, "wide-module.safetensors is made for a model of width 512"),
+        ({"model": "vace.safetensors", "vace_model": link("wide")}, {}, "vace.safetensors has VACE blocks already"),
         ({"attention_mode": "sdpa"}, {"use_sdpa": False}, "use_sdpa is off"),
         ({"attention_mode": "flash_attn_3"}, {"use_flash_attention": False}, "use_flash_attention is off"),
         ({}, {"use_sdpa": False, "use_flash_attention": False}, "leaves no attention kernel"),
@@ -83,10 +86,24 @@ def test_configs_that_cannot_work_are_refused_when_queued(server, config, text):
 def test_loader_inputs_that_cannot_be_honoured(server, loader, config, text):
     extra = {
         "anything": node("AnyThing"),
+        "wide": node("XDitUSPVACEModuleSelect", vace_model="wide-module.safetensors"),
         "limited": node("WanVideoLoraList", name="plain.safetensors", strength=1.0, blocks="blocks.0."),
         "missing": node("WanVideoLoraList", name="absent.safetensors", strength=1.0, blocks=""),
     }
     assert text in error_text(server, {**extra, **pool_model(loader=loader, **config)})
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("tiny.safetensors", "tiny.safetensors is no VACE module"),
+        ("vace.safetensors", "vace.safetensors is a whole VACE model"),
+        ("lora.safetensors", "lora.safetensors is no VACE module"),
+    ],
+)
+def test_a_file_that_is_no_vace_module_is_refused_when_queued(server, file, text):
+    select = {"module": node("XDitUSPVACEModuleSelect", vace_model=file)}
+    assert text in refused_text(server, {**select, **pool_model(loader={"vace_model": link("module")})})
 
 
 def test_an_attention_kernel_that_is_not_there(server):
@@ -121,6 +138,14 @@ def test_lora_hook_on_one_conditioning(server):
     }
     message = error_text(server, {**hooks, **ksampler(positive=link("hooked"))})
     assert "Create Hook LoRA" in message and "LoraLoaderModelOnly" in message
+
+
+def test_normalized_attention_guidance(server):
+    if not server.get("/object_info/NAGuidance"):
+        pytest.skip("This ComfyUI has no NAGuidance")
+    guided = node("NAGuidance", model=link("model"), nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)
+    message = error_text(server, {"nag": guided, **ksampler(model="nag")})
+    assert "attn1_output_patch" in message and "NAGuidance" in message
 
 
 def test_compute_dtype_node(server):

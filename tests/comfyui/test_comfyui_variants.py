@@ -115,6 +115,30 @@ def test_vace(server, inputs):
     assert_same(server, graph("vace", "WanVaceToVideo", **inputs))
 
 
+def with_module(base: str, module: str) -> dict:
+    select = {"module": node("XDitUSPVACEModuleSelect", vace_model=f"{module}.safetensors")}
+    return {**pool_model(file=f"{base}.safetensors", loader={"vace_model": link("module")}), **select}
+
+
+@pytest.mark.parametrize("inputs", VACE.values(), ids=VACE)
+def test_a_vace_module_beside_its_model_is_the_vace_model(server, inputs):
+    native = sampled(server, graph("vace", "WanVaceToVideo", **inputs)(stock_model))
+    pool = sampled(
+        server, graph("vace", "WanVaceToVideo", **inputs)(lambda file: with_module("vace-base", "vace-module"))
+    )
+    assert relative_error(pool, native) <= EXACT
+
+
+def test_a_lora_reaches_the_weights_of_the_module(server):
+    def changed(loader):
+        nodes = graph("vace", "WanVaceToVideo", **VACE["control"])(loader)
+        return {**nodes, **lora("model", "vace.safetensors", 0.8), **sampler(model="lora")}
+
+    native = sampled(server, changed(stock_model))
+    pool = sampled(server, changed(lambda file: with_module("vace-base", "vace-module")))
+    assert relative_error(pool, native) <= EXACT
+
+
 def test_two_vace_contexts_on_four_workers(server):
     def two(loader):
         first = conditioned("WanVaceToVideo", "first", strength=0.6, control_video="control")
