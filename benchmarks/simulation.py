@@ -43,6 +43,7 @@ from wan_parallel.distributed.messages import (  # noqa: E402
 )
 from wan_parallel.wanvideo import pointwise  # noqa: E402
 from wan_parallel.wanvideo.attention import AttentionKernel  # noqa: E402
+from wan_parallel.wanvideo.build import model_class  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
 
 META = torch.device("meta")
@@ -181,7 +182,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         return SimpleNamespace(bytes=torch.empty(nbytes, dtype=torch.uint8, device=META))
 
     replaced = [
-        mock.patch.object(models, "VariantModel", uncounted(models.VariantModel)),
+        mock.patch.object(models, "model_class", lambda config: uncounted(model_class(config))),
         mock.patch.object(residence, "on_meta", uncounted(residence.on_meta)),
         mock.patch.object(residence, "HostBuffer", uncounted(host_bytes)),
         mock.patch.object(pointwise, "norm", lambda x, scale, shift, eps, dtype: torch.empty_like(x, dtype=dtype)),
