@@ -38,6 +38,13 @@ TITLES = {
     "fun-camera": "Fun-Camera 2.1",
     "fun-camera-2.2": "Fun-Camera 2.2",
     "vace": "VACE, one file",
+    "animate": "Animate 2.2",
+    "s2v": "S2V 2.2",
+    "humo": "HuMo 1.7B",
+    "humo-17b": "HuMo 17B",
+    "dancer": "WanDancer",
+    "scail": "SCAIL",
+    "scail-2": "SCAIL-2",
     MODULE: "VACE, model and module",
 }
 """How the table calls a variant; others go by their name."""
