@@ -87,6 +87,8 @@ def convrot(weights: Tensors) -> tuple[Tensors, Tensors]:
     matrix = torch.kron(torch.kron(four, four), torch.kron(four, four)) / 16
     stored, meant = dict(weights), dict(weights)
     for name in block_matrices(weights):
+        if weights[name].shape[1] % 256:
+            continue  # as published: only what divides into its groups is turned
         turned = (weights[name].unflatten(1, (-1, 256)) @ matrix.T).flatten(1)
         scale = turned.abs().amax(dim=1, keepdim=True) / 127
         stored[name] = (turned / scale).round().to(torch.int8)
@@ -167,7 +169,8 @@ def write_gguf(
     quantised, meant = gguf.GGMLQuantizationType[kind], {}
     for seed, (name, weight) in enumerate((weights or tiny.random_weights(config)).items()):
         data = weight.numpy()
-        if name not in block_matrices({name: weight}):
+        fits = weight.shape[-1] % BLOCKS[kind].numbers == 0  # a row is whole blocks, or stays in 16 bit
+        if not fits or name not in block_matrices({name: weight}):
             half = weight.ndim == 2
             writer.add_tensor(name, data.astype(numpy.float16 if half else numpy.float32))
             meant[name] = weight.half().float() if half else weight

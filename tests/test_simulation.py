@@ -16,7 +16,13 @@ from simulation import CUBLAS_BYTES, Simulated, simulate
 
 GIB = 2**30
 P480 = (21, 60, 104)
-logging.getLogger("wan_parallel").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    """Not a line for each placement."""
+    with caplog.at_level(logging.WARNING, logger="wan_parallel"):
+        yield
 
 
 def worker(size: str, gpus: int, cap: float, overlap: bool = True, **options: object) -> Simulated:

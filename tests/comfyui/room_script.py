@@ -40,7 +40,7 @@ class PlayedPool:
     def drop(self, spec):
         self.calls.append("drop")
 
-    def ensure_ready(self, spec, poll, make_room, tokens):
+    def ensure_ready(self, spec, poll, make_room, tokens, items):
         make_room(1000)
 
     def forward(self, spec, x, *inputs, **options):
