@@ -169,7 +169,7 @@ def write_gguf(
     quantised, meant = gguf.GGMLQuantizationType[kind], {}
     for seed, (name, weight) in enumerate((weights or tiny.random_weights(config)).items()):
         data = weight.numpy()
-        fits = weight.shape[-1] % BLOCKS[kind].numbers == 0  # a row is whole blocks, or stays in 16 bit
+        fits = weight.shape[-1] % gguf.GGML_QUANT_SIZES[quantised][0] == 0  # a row is whole blocks, or stays in 16 bit
         if not fits or name not in block_matrices({name: weight}):
             half = weight.ndim == 2
             writer.add_tensor(name, data.astype(numpy.float16 if half else numpy.float32))
