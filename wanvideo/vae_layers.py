@@ -242,10 +242,7 @@ class Group:
             y = layer(y, run)
         if not self.grows:
             return y.add_(average_neighbours(x, y.shape[-1], self.frames, self.pixels))
-        if self.pixels == 1:
-            return y
-        copies = copy_to_neighbours(x, y.shape[-1], self.frames, self.pixels)
-        return y.add_(copies[-len(y) :])  # the first frame of a video is not doubled
+        return y if self.pixels == 1 else add_to_neighbours(y, x, self.frames, self.pixels)
 
 
 Layer = Callable[[torch.Tensor, Pass], torch.Tensor]
@@ -263,24 +260,43 @@ def make_layer(name: str, weights: Weights) -> Layer:
     return Group(name, inner, weights) if inner else Residual(name, weights)
 
 
-def copy_to_neighbours(x: torch.Tensor, channels: int, frames: int, pixels: int) -> torch.Tensor:
-    """Each number of x [T, H, W, C] as often as it takes to fill [frames * T, pixels * H, pixels * W, channels].
+def add_to_neighbours(y: torch.Tensor, x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:
+    """Add each pixel of x [T, H, W, C] to those of y [frames * T, pixels * H, pixels * W, O] that lie at its place.
 
-    The copies of a channel lie next to each other in the order: output channel, frame, row, column.
+    Channels of x beyond those of y belong to different pixels there. The first frame of a video may be missing in y.
     """
-    copies = channels * frames * pixels**2 // x.shape[-1]
-    y = x.repeat_interleave(copies, dim=-1).unflatten(-1, (channels, frames, pixels, pixels))
-    return y.permute(0, 4, 1, 5, 2, 6, 3).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+    parts = _different(x.shape[-1] // y.shape[-1], frames, pixels)
+    x = x.unflatten(-1, (-1, *parts)).permute(0, 4, 1, 5, 2, 6, 3)
+    missing = frames * len(x) - len(y)
+    if missing:
+        _neighbours(y[:1], 1, pixels).add_(x[:1, -1:])
+    _neighbours(y[missing:], frames, pixels).add_(x[missing:])
+    return y
 
 
 def average_neighbours(x: torch.Tensor, channels: int, frames: int, pixels: int) -> torch.Tensor:
-    """Means of x [frames * T, pixels * H, pixels * W, C] in [T, H, W, channels], the reverse of `copy_to_neighbours`.
+    """Means of x [frames * T, pixels * H, pixels * W, C] in [T, H, W, channels].
 
-    A frame of zeros goes before a first one that has no other beside it.
+    Channels beyond those of x are the means of different pixels. A frame of zeros goes before a first one of a video.
     """
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % frames, 0))
-    x = x.unflatten(2, (-1, pixels)).unflatten(1, (-1, pixels)).unflatten(0, (-1, frames))
-    return x.permute(0, 2, 4, 6, 1, 3, 5).flatten(3).unflatten(-1, (channels, -1)).mean(dim=-1)
+    x = _neighbours(F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % frames, 0)), frames, pixels)
+    parts = _different(channels // x.shape[-1], frames, pixels)
+    x = x.mean([dim for dim, part in zip((1, 3, 5), parts, strict=True) if part == 1], keepdim=True)
+    return x.permute(0, 2, 4, 6, 1, 3, 5).flatten(3)
+
+
+def _neighbours(x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:
+    """A view of x as [T, frames, H, pixels, W, pixels, C]."""
+    return x.unflatten(2, (-1, pixels)).unflatten(1, (-1, pixels)).unflatten(0, (-1, frames))
+
+
+def _different(times: int, frames: int, pixels: int) -> tuple[int, int, int]:
+    """How many neighbours in time, rows and columns differ, where there are so many times the channels for them."""
+    parts = []
+    for count in (frames, pixels, pixels):
+        parts.append(min(count, times))
+        times //= parts[-1]
+    return tuple(parts)
 
 
 def pixels_to_channels(x: torch.Tensor, patch: int) -> torch.Tensor:
