@@ -46,7 +46,7 @@ log = logging.getLogger("vae_decode")
 HERE = Path(__file__).resolve().parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEERS = ("diffusers", "distvae")
-CHECKED = (3, 24, 32)
+CHECKED = {"2.1": (3, 24, 32), "2.2": (3, 12, 16)}
 """Latent frames, rows and columns of the small video whose error is measured."""
 
 
@@ -116,7 +116,7 @@ def _our_row(pool: Pool, name: str, res: str, variant: VAEOptions, options: argp
     )
     if options.no_check:
         return row
-    small = torch.randn(1, RELEASED[name].latent, *CHECKED, generator=torch.Generator().manual_seed(1))
+    small = torch.randn(1, RELEASED[name].latent, *CHECKED[name], generator=torch.Generator().manual_seed(1))
     error, on_one = _errors(pool, vae, small, variant, options.precision)
     return replace(row, error=error, error_1gpu=on_one)
 

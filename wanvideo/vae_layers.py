@@ -279,7 +279,9 @@ def average_neighbours(x: torch.Tensor, channels: int, frames: int, pixels: int)
 
     Channels beyond those of x are the means of different pixels. A frame of zeros goes before a first one of a video.
     """
-    x = _neighbours(F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % frames, 0)), frames, pixels)
+    if len(x) % frames:
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % frames, 0))
+    x = _neighbours(x, frames, pixels)
     parts = _different(channels // x.shape[-1], frames, pixels)
     x = x.mean([dim for dim, part in zip((1, 3, 5), parts, strict=True) if part == 1], keepdim=True)
     return x.permute(0, 2, 4, 6, 1, 3, 5).flatten(3)
