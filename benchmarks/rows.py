@@ -91,7 +91,7 @@ class Row(Line):
 
 @dataclass(frozen=True)
 class VAERow(Line):
-    """One decode of a video by Wan 2.1's VAE, at batch 1, from a latent to frames in host memory (peers: on the GPU).
+    """One decode of a video by Wan's VAE, at batch 1, from a latent to frames in host memory (peers: on the GPU).
 
     s: median wall time in seconds, as the caller sees it. hop_s: the part of it in which no worker computed.
     allocated_gib: the most that torch's allocator gave out on any GPU. error: distance of a small video's frames from
@@ -110,6 +110,7 @@ class VAERow(Line):
     date: str
     finite: bool
     what: str = "vae decode"
+    vae: str = "2.1"
     convolution: str | None = None
     piece_mib: int | None = None
     axis: str | None = None

@@ -1,4 +1,4 @@
-"""Time the convolutions of Wan 2.1's VAE decoder one by one on this machine's first GPU, each way they can be computed.
+"""Time the convolutions of Wan's VAEs one by one on this machine's first GPU, each way they can be computed.
 
     python3 benchmarks/vae_convolutions.py --strips 4
 
@@ -24,7 +24,8 @@ load_pack()
 from wan_parallel.wanvideo import vae_ops, vae_triton  # noqa: E402
 from wan_parallel.wanvideo.vae_triton import Tile  # noqa: E402
 
-# Layer: input and output channels, kernel, frames of a piece, output rows and columns of a 720p video
+# Layer: input and output channels, kernel, frames of a piece, output rows and columns of a 720p video. Wan 2.1's
+# decoder, then Wan 2.2's (5b) and its encoder's finest layers.
 LAYERS = {
     "first": (16, 384, (3, 3, 3), 21, 90, 160),
     "stage0": (384, 384, (3, 3, 3), 21, 90, 160),
@@ -38,6 +39,16 @@ LAYERS = {
     "up3": (192, 96, (1, 3, 3), 4, 720, 1280),
     "stage3": (96, 96, (3, 3, 3), 4, 720, 1280),
     "head": (96, 3, (3, 3, 3), 4, 720, 1280),
+    "5b-stage0": (1024, 1024, (3, 3, 3), 31, 44, 80),
+    "5b-stage1": (1024, 1024, (3, 3, 3), 16, 88, 160),
+    "5b-up2": (1024, 1024, (1, 3, 3), 4, 176, 320),
+    "5b-stage2": (512, 512, (3, 3, 3), 4, 176, 320),
+    "5b-up3": (512, 512, (1, 3, 3), 2, 352, 640),
+    "5b-stage3-first": (512, 256, (3, 3, 3), 2, 352, 640),
+    "5b-stage3": (256, 256, (3, 3, 3), 2, 352, 640),
+    "5b-head": (256, 12, (3, 3, 3), 2, 352, 640),
+    "5b-encode0": (160, 160, (3, 3, 3), 4, 352, 640),
+    "5b-encode1": (320, 320, (3, 3, 3), 4, 176, 320),
 }
 # By output channels: positions, channels in two parts, inputs, warps, stages
 TILES = {
@@ -55,13 +66,14 @@ TILES = {
         *((128, 128, 0, 32, 8, 4), (128, 128, 0, 32, 4, 4), (256, 128, 0, 32, 8, 3), (64, 64, 32, 32, 4, 5)),
         *((128, 64, 32, 64, 4, 3), (256, 64, 32, 64, 8, 3), (128, 128, 0, 64, 8, 3)),
     ),
+    160: ((128, 128, 32, 32, 8, 4), (128, 128, 32, 32, 4, 4), (128, 128, 0, 32, 8, 4), (256, 128, 32, 32, 8, 3)),
     16: ((128, 16, 0, 32, 4, 4), (256, 16, 0, 32, 4, 4), (256, 16, 0, 32, 8, 4), (128, 16, 0, 32, 4, 6)),
 }
 
 
 def tiles(inputs: int, channels: int) -> Iterator[Tile]:
     """Tiles worth a try for a layer with so many inputs in a row and so many output channels."""
-    kind = 128 if channels % 128 == 0 else channels if channels in TILES else 16
+    kind = 128 if channels % 128 == 0 else 160 if channels % 160 == 0 else channels if channels in TILES else 16
     for fields in TILES[kind]:
         tile = Tile(*fields)
         if inputs % tile.inputs == 0 and channels % (tile.channels + tile.more_channels) in (0, channels):
