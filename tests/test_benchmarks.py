@@ -59,7 +59,7 @@ def test_dit_step(run, toy, tmp_path):
     assert [row["res"] for row in rows] == ["2x4x4", "3x4x6"]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     for row in rows:
-        assert row["finite"] and not row["lossy"] and row["ulysses"] == 2 and 0 < row["s"] and 0 < row["first_s"]
+        assert row["finite"] and not row["lossy"] and row["ulysses"] == 2 and row["s"] > 0 and row["first_s"] > 0
         assert 0 < row["hop_s"] < row["s"]
 
 
@@ -123,6 +123,16 @@ def test_displaced_steps(run, toy):
     rows = run("displaced_steps", *toy, "--res", "3x8x8", "--gpus", 2, "--steps", 3, "--variants", *variants)
     assert [(row["variant"], row["kinds"]) for row in rows] == [("exact", "eee"), ("spatial,size=16,warmup=1", "fss")]
     assert all(row["finite"] for row in rows) and rows[1]["rel_to_exact"] > 0
+
+
+def test_formats(run):
+    formats = ("fp8 e4m3", "fp8_scaled, newer", "GGUF Q4_K")
+    options = ("--size", "tiny", "--res", "2x4x4", "--iters", 1, "--precision", "fp32")
+    rows = run("formats", *ON_CPU, *options, "--formats", *formats)
+    assert tuple(row["format"] for row in rows) == formats
+    for row in rows:
+        assert row["finite"] and row["error"] < 1e-6 and row["error_16_bit"] == 0 and row["s"] > 0
+        assert 0 < row["weights_gib"] <= row["file_gib"] * 1.2
 
 
 @needs_tiny_wan
