@@ -4,7 +4,7 @@
 
 Writes a file of random weights in each format, as the tools that people use write them (tests/format_files.py), and
 one of the numbers that it stands for, in fp32; both are removed again. Prints a JSON line for each format, and a table
-in Markdown. Needs `pip install gguf`. Blocks of GGUF's K formats are random digits, as its package cannot make them from
+in Markdown. Needs `pip install gguf`. Blocks of the K formats are random digits, as its package cannot make them from
 numbers: these files hold other weights than the rest.
 """
 

@@ -131,8 +131,8 @@ def test_formats(run):
     rows = run("formats", *ON_CPU, *options, "--formats", *formats)
     assert tuple(row["format"] for row in rows) == formats
     for row in rows:
-        assert row["finite"] and row["error"] < 1e-6 and row["error_16_bit"] == 0 and row["s"] > 0
-        assert 0 < row["weights_gib"] <= row["file_gib"] * 1.2
+        assert row["finite"] and row["error"] < 1e-5 and row["error_16_bit"] == 0 and row["s"] > 0
+        assert 0 < row["of_16_bit"] < 2 and row["weights_gib"] > 0
 
 
 @needs_tiny_wan
@@ -155,3 +155,41 @@ def test_quality(monkeypatch, capsys, tmp_path):
 def test_every_program_has_a_test():
     programs = {path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")}
     assert not [name for name in programs - ELSEWHERE if f"test_{name}" not in globals()]
+
+
+# Pictures of what has been measured.
+
+
+@pytest.fixture(scope="module")
+def plot() -> ModuleType:
+    return program("plot")
+
+
+def test_pictures_show_medians_of_lines_that_are_committed(plot):
+    source = plot.Source.read(plot.SHOWN)
+    assert len(source.rows) == 20 and str(source) == "h200.jsonl, lines 7-26"
+    series = plot.by_label(plot.cases(plot.forwards(source.rows))["14b", "720p"])
+    assert next(iter(series)) == "WanParallel, FlashAttention-3" and len(series) == 3
+    for name, seconds in series.items():
+        rows = [row for row in source.rows if (row["size"], row["res"]) == ("14b", "720p") and plot.label(row) == name]
+        assert seconds == {row["gpus"]: row["s"] for row in rows} and sorted(seconds) == [1, 2, 4]
+        assert plot.efficiency(seconds)[4] == pytest.approx(seconds[1] / seconds[4] / 4)
+
+
+def test_several_lines_of_one_kind_are_their_median_and_other_ways_to_run_are_kept_apart(plot):
+    row = {"lib": "wanparallel", "attention": "sdpa", "compiled": False, "lossy": False, "gpus": 2, "s": 1.0}
+    rows = [row, row | {"s": 2.0}, row | {"s": 9.0}, row | {"s": 0.5, "fp8": "products", "lossy": True}]
+    assert plot.by_label(rows) == {"WanParallel, SDPA": {2: 2.0}, "WanParallel, SDPA, fp8 products, lossy": {2: 0.5}}
+    assert plot.efficiency({2: 1.0}) == {}
+
+
+def test_lines_that_a_file_has_not_are_refused(plot):
+    with pytest.raises(ValueError, match=r"has no lines 7-999\. Write such as .*:1-"):
+        plot.Source.read(plot.SHOWN.replace("7-26", "7-999"))
+
+
+def test_plot(plot, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr(sys, "argv", ["plot", "--size", "14b", "--out", str(tmp_path)])
+    assert plot.main() == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"forward.png", "efficiency.png"}
