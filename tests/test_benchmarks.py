@@ -19,8 +19,8 @@ sys.path.append(str(FOLDER))
 Run = Callable[..., list[dict]]
 ON_CPU = ("--device", "cpu")
 
-ELSEWHERE = {"strategies", "peers", "vae_peers", "video_peers"}
-"""The first has a file of its own, the others are run by the programs that they are peers of; peers.py needs a GPU."""
+ELSEWHERE = {"strategies", "vae_decode", "peers", "vae_peers", "video_peers"}
+"""Tested in test_strategies.py and test_vae_pool.py, or as peers of others; peers.py needs a GPU."""
 
 needs_tiny_wan = pytest.mark.skipif(
     not (T2V_FILE.is_file() and VAE_FILE.is_file()), reason=f"{T2V_FILE.name} is not in example_workflows/models"
@@ -84,11 +84,13 @@ def test_video(run, toy):
         assert 0 < row["latents_s"] < row["own_s"] and 0 < row["own_share"] < 1
 
 
-def test_vae_decode(run):
-    options = ("--res", "2x2x3", "--gpus", 1, "--dim", 8, "--precision", "fp32", "--iters", 1, "--no-check")
-    rows = run("vae_decode", *ON_CPU, *options, "--peers", "diffusers", "--no-ours")
-    assert [row["lib"] for row in rows] == ["diffusers"]  # ours is in test_vae_pool.py
-    assert all(row["finite"] and row["s"] > 0 for row in rows)
+def test_the_peers_of_vae_decode(run, monkeypatch):
+    port = program("dit_step").free_port()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    options = ("--lib", "diffusers", "--res", "2x2x3", "--dim", 8, "--precision", "fp32", "--iters", 1)
+    (row,) = run("vae_peers", *ON_CPU, *options)
+    assert row["lib"] == "diffusers" and row["finite"] and row["s"] > 0
 
 
 def test_vae_convolutions(run):
