@@ -103,8 +103,8 @@ def _caches(empty: bool) -> Iterator[None]:
 
 def _ours(options: argparse.Namespace) -> None:
     pool, spec = dit_step.pool_of(options), dit_step.spec_of(options)
-    tensors = random_weights("2.1", "decoder", options.vae_dim)
-    bench = Bench(pool, spec, VAEWeights("random", vae_shapes("2.1", "decoder", options.vae_dim), lambda: tensors), options)
+    tensors, shapes = (make("2.1", "decoder", options.vae_dim) for make in (random_weights, vae_shapes))
+    bench = Bench(pool, spec, VAEWeights("random", shapes, lambda: tensors), options)
     try:
         for res in options.res.split(","):
             publish(bench.first_row(res), options.out)
