@@ -71,6 +71,7 @@ def test_weights_travel_once_and_another_vae_takes_their_place(pool):
 
 
 def test_unloading_the_models_drops_the_vae(pool, tmp_path):
+    pool.unload()  # what an earlier test left there would be unloaded to make room, and the VAE with it
     tiny.write_checkpoint(tmp_path / "tiny.safetensors", tiny.TINY)
     spec = ModelSpec(str(tmp_path / "tiny.safetensors"), "fp32", "fp32")
     decode(pool, VAE, LATENT[:1, :, :1], "fp32")
