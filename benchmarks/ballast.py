@@ -9,6 +9,7 @@ holds all, it prints the bytes that the first GPU has in all.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import torch
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, required=True)
     parser.add_argument("--gpus", type=int, default=1)
     options = parser.parse_args()
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch would take more than it is asked for
     held = [hold(torch.device("cuda", index), int(options.gib * GIB)) for index in range(options.gpus)]
     sys.stdout.write(f"{torch.cuda.mem_get_info(0)[1]}\n")  # the whole of the first
     sys.stdout.flush()

@@ -3,7 +3,8 @@
     python3 benchmarks/headless.py COMFYUI_DIR SETTINGS [options of ComfyUI's main.py]
 
 Started by prompts.py. Reads one JSON object a line from stdin, {"id": ..., "graph": ...}, and answers each with one on
-stdout. What ComfyUI prints goes to stderr. Nothing needs ComfyUI's web packages but what its modules import.
+stdout. What ComfyUI prints goes to stderr. The executor has its classic cache, and a later ComfyUI has
+the memory manager that it has without comfy-aimdo.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -89,7 +91,7 @@ class Headless:
         if settings["text"]:
             _use_text_dims(comfy.sd, settings["text"])
         asyncio.run(self._load_nodes(comfyui))
-        self.executor = execution.PromptExecutor(Listener())
+        self.executor = _executor(execution)
         self.device = comfy.model_management.get_torch_device()
 
     async def _load_nodes(self, comfyui: str) -> None:
@@ -149,6 +151,14 @@ class Headless:
             }
             for worker in (pool.status().workers if pool else ())
         ]
+
+
+def _executor(execution: types.ModuleType) -> Any:
+    """With the classic cache, which keeps what a loader has made while graphs use it."""
+    options = {"cache_type": execution.CacheType.CLASSIC}
+    if "cache_args" in inspect.signature(execution.PromptExecutor).parameters:  # later ComfyUI
+        options["cache_args"] = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+    return execution.PromptExecutor(Listener(), **options)
 
 
 seen: dict[str, object] = {}

@@ -97,9 +97,9 @@ def text_layout(text: TextDims, dtype: str) -> tuple[Layout, dict[str, bytes]]:
         shapes[f"{attention}SelfAttention.relative_attention_bias.weight"] = 32, text.num_heads
         shapes |= {f"{part}layer_norm.weight": (_TEXT_DIM,) for part in (attention, forward)}
     shapes["encoder.final_layer_norm.weight"] = (_TEXT_DIM,)
-    # by which ComfyUI knows the encoder: in a smaller one it belongs to no layer
-    shapes.setdefault("encoder.block.23.layer.1.DenseReluDense.wi_1.weight", (1, _TEXT_DIM))
     layout: Layout = {name: ("BF16", shape) for name, shape in shapes.items()}
+    # by which ComfyUI knows the encoder: in a smaller one it belongs to no layer
+    layout.setdefault("encoder.block.23.layer.1.DenseReluDense.wi_1.weight", ("F8_E4M3", (10240, _TEXT_DIM)))
     return _scaled(layout, layers, (0,)) if dtype == "fp8_scaled" else (layout, {})
 
 
