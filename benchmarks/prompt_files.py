@@ -63,12 +63,12 @@ def write_files(folder: Path, config: WanConfig, text: TextDims, dtype: str, tex
     )
     expert, scales = expert_layout(config, dtype)
     for seed, path in enumerate(files.experts):
-        _write_once(path, expert, scales, seed)
+        write_once(path, expert, scales, seed)
     encoder, values = text_layout(text, text_dtype)
     tokenizer = sentencepiece_model()
     encoder["spiece_model"] = "U8", (len(tokenizer),)
-    _write_once(files.text, encoder, {**values, "spiece_model": tokenizer}, 2)
-    _write_once(files.vae, {name: ("BF16", shape) for name, shape in vae_shapes().items()}, {}, 3)
+    write_once(files.text, encoder, {**values, "spiece_model": tokenizer}, 2)
+    write_once(files.vae, {name: ("BF16", shape) for name, shape in vae_shapes().items()}, {}, 3)
     return files
 
 
@@ -174,7 +174,7 @@ def sentencepiece_model() -> bytes:
     return written.getvalue()
 
 
-def _write_once(path: Path, layout: Layout, values: Mapping[str, bytes], seed: int) -> None:
+def write_once(path: Path, layout: Layout, values: Mapping[str, bytes], seed: int) -> None:
     """A safetensors file; `values` has the bytes of tensors that are not random."""
     if path.exists():
         return

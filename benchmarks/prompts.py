@@ -50,7 +50,7 @@ FRACTION = 0.9  # of the card, for a worker: the node's default
 NEGATIVE = "blurred, distorted, text, watermark"
 SUBJECTS = ("a red fox", "an old sailor", "two dancers", "a steam engine", "a paper boat")
 PLACES = ("over fresh snow", "in heavy rain at night")
-TINY = WanConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=4), TextDims(2, 4, 512, 512)
+TINY = WanConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=4), TextDims(1, 2, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,12 @@ def graph(files: ModelFiles, prompt: str, fraction: float, options: argparse.Nam
     width, height, frames = (int(size) for size in options.res.split("x"))
     half, device = options.steps // 2, "cpu" if options.cpu else "cuda"
     config = {**CONFIG, "num_gpus": options.gpus, "gpu_memory_fraction": fraction, "device": device}
+    config["use_bf16"] = not options.cpu  # some CPUs have no fast bf16
+    precision = "fp32" if options.cpu else "bf16"
     nodes = {"config": _node("XDitUSPConfig", **config)}
     for name, path in zip(("high", "low"), files.experts, strict=True):
         nodes[f"{name} file"] = _node(
-            "XDitUSPWanVideoModelLoader", model=path.name, base_precision="bf16", xdit_usp_config=["config", 0]
+            "XDitUSPWanVideoModelLoader", model=path.name, base_precision=precision, xdit_usp_config=["config", 0]
         )
         nodes[name] = _node("ModelSamplingSD3", model=[f"{name} file", 0], shift=8.0)
     shared = {
@@ -237,7 +239,6 @@ CONFIG = {
     "tensor_parallel_size": 1,
     "data_parallel_size": 1,
     "use_fp16": False,
-    "use_bf16": True,
     "enable_activation_checkpointing": True,
     "enable_gradient_checkpointing": False,
     "max_batch_size": 1,
