@@ -132,7 +132,7 @@ def _simulated(row: MemoryRow, options: argparse.Namespace) -> MemoryRow:
         except PlacementError as error:
             return replace(row, refusal=str(error))
         settings = replace(settings, plan=plan)
-        row = replace(row, plan=_describe(plan, row.size), reason=why)
+        row = replace(row, plan=_describe(plan, row.size), reason=why.replace("; measured ", "; assumed "))
     found = simulate(settings, *asked)
     if found.refusal:
         return replace(row, refusal=found.refusal)
