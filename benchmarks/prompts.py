@@ -12,9 +12,10 @@ ComfyUI, the worker and CUDA's own memory of both share what is left; gpu_memory
 sees the whole card's size in its device's properties, by which it only chooses reserves.
 
 What is read is counted in three ways, by process: fetched from storage (read_bytes in /proc/PID/io; the files are
-dropped from the page cache before each prompt), read by system calls (rchar), and touched in mapped files (Referenced
-in smaps, set back before each prompt). The first would miss pages that a mapping keeps in the cache; the last has them.
-A worker on the CPU computes with the pages of the mapped file, so there the last does not count.
+dropped from the page cache before each prompt but the first, and with --cold before that too), read by system calls
+(rchar), and touched in mapped files (Referenced in smaps, set back before each prompt). The first would miss pages that
+a mapping keeps in the cache; the last has them. On the CPU a worker computes with the pages of the mapped file: there
+the last does not count.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _run(
     )
     reads, moved, good = Reads(files, comfyui.pid, counts_touches=not options.cpu), (0, 0), True
     for number, prompt in enumerate(prompts(options.prompts)):
-        before = reads.begin()
+        before = reads.begin(drop=number > 0 or options.cold)
         answer = comfyui.ask(f"prompt-{number}", graph(files, prompt, fraction, options))
         reads.workers = tuple(worker["pid"] for worker in answer["workers"])
         again = reads.again(before) if number else None
@@ -322,21 +323,26 @@ class Reads:
     def pids(self) -> tuple[int, ...]:
         return (self.comfyui, *self.workers)
 
-    def begin(self) -> dict[int, tuple[int, int]] | None:
-        """Before a prompt: let the files leave the page cache, and touches of mapped ones count from now."""
-        for path in self.files.all:
+    def begin(self, drop: bool = True) -> dict[int, tuple[int, int]] | None:
+        """Before a prompt: touches of mapped files count from now. `drop`: let the files leave the page cache."""
+        for path in self.files.all if drop else ():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        for pid in self.pids:
-            _forget_touches(pid)
+        try:
+            for pid in self.pids if self.counts_touches else ():
+                Path(f"/proc/{pid}/clear_refs").write_text("3")  # of mapped files
+                Path(f"/proc/{pid}/smaps").read_bytes()
+        except OSError as error:
+            self.counts_touches = False
+            log.warning("What is touched of mapped files is not counted, as this system does not tell: %s.", error)
         return _io(self.pids)
 
     def again(self, before: Mapping[int, tuple[int, int]] | None) -> int | None:
         """Bytes since `begin`, of each process by the way that shows most; None where the system does not tell."""
         after = _io(self.pids)
-        touched = [self._touched(pid) for pid in self.pids] if self.counts_touches else [0]
-        if before is None or after is None or None in touched:
+        if before is None or after is None:
             return None
+        touched = [self._touched(pid) for pid in self.pids] if self.counts_touches else []
         grown = [max(b - a for a, b in zip(before[pid], after[pid], strict=True)) for pid in self.pids if pid in before]
         new = [max(after[pid]) for pid in self.pids if pid not in before]  # a worker that was started again
         return max(sum(grown) + sum(new), sum(touched))
@@ -354,21 +360,11 @@ class Reads:
             "calls_c_gib": _gib(counted[self.comfyui][1]),
         }
 
-    def _touched(self, pid: int) -> int | None:
+    def _touched(self, pid: int) -> int:
         """Bytes of mapped model files that the process has used since `begin`."""
-        try:
-            text = Path(f"/proc/{pid}/smaps").read_text()
-        except OSError:
-            return None
+        text = Path(f"/proc/{pid}/smaps").read_text()
         names = "|".join(re.escape(str(path.resolve())) for path in self.files.all)
         return sum(int(kib) * 1024 for kib in re.findall(rf" (?:{names})\n(?:.*\n)*?Referenced: +(\d+) kB", text))
-
-
-def _forget_touches(pid: int) -> None:
-    try:
-        Path(f"/proc/{pid}/clear_refs").write_text("3")  # of mapped files
-    except OSError as error:
-        log.warning("What process %d touches cannot be counted from here: %s.", pid, error)
 
 
 def _io(pids: Sequence[int]) -> dict[int, tuple[int, int]] | None:
@@ -400,6 +396,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--memory-gib", type=float, help="of each GPU, in place of all")
     parser.add_argument("--cpu", action="store_true", help="everything on the CPU")
+    parser.add_argument("--cold", action="store_true", help="the first prompt reads the files from the disk, too")
     parser.add_argument("--folder", type=Path, help="where the files are written, on a disk")
     parser.add_argument("--keep", action="store_true", help="write into --folder itself, once, and leave them there")
     parser.add_argument("--out", type=Path, help="append the rows to this file too")
