@@ -108,7 +108,7 @@ def _scaled(layout: Layout, layers: Iterable[str], marker: tuple[int]) -> tuple[
     values = {}
     for layer in sorted(layers):
         layout[f"{layer}weight"] = "F8_E4M3", layout[f"{layer}weight"][1]
-        layout[f"{layer}scale_weight"] = "F32", (1,)
+        layout[f"{layer}scale_weight"] = "F32", ()
         values[f"{layer}scale_weight"] = struct.pack("<f", SCALE)
     layout["scaled_fp8"] = "F8_E4M3", marker
     return layout, values
