@@ -213,6 +213,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(residence, "on_meta", uncounted(residence.on_meta)),
         mock.patch.object(residence, "HostBuffer", uncounted(host_bytes)),
         mock.patch.object(pointwise, "norm", lambda x, scale, shift, eps, dtype: torch.empty_like(x, dtype=dtype)),
+        mock.patch.object(pointwise, "add_norm", lambda x, _y, _gate, *rest: torch.empty_like(x, dtype=rest[-1])),
         mock.patch.object(pointwise, "rms_norm", lambda x, *_rest: torch.empty_like(x)),
         mock.patch.object(pointwise, "add_", lambda x, *_rest: x),
         mock.patch.object(models, "get_kernel", lambda *_asked: AttentionKernel("simulated", _attention)),
