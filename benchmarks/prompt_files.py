@@ -10,13 +10,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.vae import decoder_shapes
+from wan_parallel.wanvideo.vae_random import vae_shapes
 
 EXPERTS = ("high_noise", "low_noise")
 DTYPES = ("fp8_scaled", "bf16")
@@ -68,7 +68,8 @@ def write_files(folder: Path, config: WanConfig, text: TextDims, dtype: str, tex
     tokenizer = sentencepiece_model()
     encoder["spiece_model"] = "U8", (len(tokenizer),)
     write_once(files.text, encoder, {**values, "spiece_model": tokenizer}, 2)
-    write_once(files.vae, {name: ("BF16", shape) for name, shape in vae_shapes().items()}, {}, 3)
+    vae = {**vae_shapes("2.1", "encoder"), **vae_shapes("2.1", "decoder")}
+    write_once(files.vae, {name: ("BF16", shape) for name, shape in vae.items()}, {}, 3)
     return files
 
 
@@ -112,46 +113,6 @@ def _scaled(layout: Layout, layers: Iterable[str], marker: tuple[int]) -> tuple[
         values[f"{layer}scale_weight"] = struct.pack("<f", SCALE)
     layout["scaled_fp8"] = "F8_E4M3", marker
     return layout, values
-
-
-def vae_shapes(dim: int = 96, z_dim: int = 16) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of Wan 2.1's VAE, under their names in its file."""
-    return {**dict(_encoder_shapes(dim, z_dim)), **decoder_shapes(dim, z_dim)}
-
-
-def _encoder_shapes(dim: int, z_dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    def conv(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", shape
-        yield f"{name}.bias", shape[:1]
-
-    def residual(name: str, before: int, after: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.residual.0.gamma", (before, 1, 1, 1)
-        yield from conv(f"{name}.residual.2", after, before, 3, 3, 3)
-        yield f"{name}.residual.3.gamma", (after, 1, 1, 1)
-        yield from conv(f"{name}.residual.6", after, after, 3, 3, 3)
-        if before != after:
-            yield from conv(f"{name}.shortcut", after, before, 1, 1, 1)
-
-    top, before, number = 4 * dim, dim, 0
-    yield from conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1)
-    yield from conv("encoder.conv1", dim, 3, 3, 3, 3)
-    for level, width in enumerate((dim, 2 * dim, top, top)):
-        for _ in range(2):
-            yield from residual(f"encoder.downsamples.{number}", before, width)
-            before, number = width, number + 1
-        if level < 3:
-            name = f"encoder.downsamples.{number}"
-            yield from conv(f"{name}.resample.1", width, width, 3, 3)
-            if level:
-                yield from conv(f"{name}.time_conv", width, width, 3, 1, 1)
-            number += 1
-    yield from residual("encoder.middle.0", top, top)
-    yield "encoder.middle.1.norm.gamma", (top, 1, 1)
-    yield from conv("encoder.middle.1.to_qkv", 3 * top, top, 1, 1)
-    yield from conv("encoder.middle.1.proj", top, top, 1, 1)
-    yield from residual("encoder.middle.2", top, top)
-    yield "encoder.head.0.gamma", (top, 1, 1, 1)
-    yield from conv("encoder.head.2", 2 * z_dim, top, 3, 3, 3)
 
 
 def sentencepiece_model() -> bytes:

@@ -11,20 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from vae_reference import native_names, tiny_vae
 from wan_parallel.wanvideo.config import read_header
 from wan_parallel.wanvideo.model import WanModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from prompt_files import (
-    DTYPES,
-    ModelFiles,
-    TextDims,
-    expert_layout,
-    text_layout,
-    vae_shapes,
-    write_once,
-)
+from prompt_files import DTYPES, ModelFiles, TextDims, expert_layout, text_layout, write_once
 from prompts import Reads, prompts
 
 CONFIG = replace(tiny.TINY, num_layers=3)
@@ -51,11 +42,6 @@ def test_the_text_encoder_has_the_size_of_umt5_xxl():
 
     assert nbytes("fp8_scaled") == pytest.approx(6.73e9, rel=0.01)
     assert nbytes("bf16") == pytest.approx(11.36e9, rel=0.01)
-
-
-def test_the_vae_has_the_names_and_shapes_of_wans():
-    expected = native_names(tiny_vae(dim=8).state_dict())
-    assert vae_shapes(8) == {name: tuple(tensor.shape) for name, tensor in expected.items()}
 
 
 def test_prompts_differ():
