@@ -358,6 +358,8 @@ class Worker:
             host_bytes=loaded.residence.host_bytes,
             fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, self.device),
             overlapped=degrees in self.mailboxes,
+            moved_in=loaded.residence.moved_in,
+            moved_out=loaded.residence.moved_out,
         )
 
     def _join_divided(self) -> tuple[TensorShard, Stage]:
