@@ -193,9 +193,8 @@ def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     [..., tokens]; in the dtype of x."""
     pairs = torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1]
     angles = places.float().unsqueeze(-1) / _BASE**pairs
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[
-        ..., None, :
-    ]
+    turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
