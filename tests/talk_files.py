@@ -10,7 +10,8 @@ from wan_parallel.wanvideo.audio_shapes import linear, norm
 from wan_parallel.wanvideo.config import WanConfig
 
 LAYERS, FEATURES = 13, 768  # of the audio encoder: its outputs, of which the first is left out, and their width
-_BLOCKS, _TOKENS, _HIDDEN = 40, 32, 8  # which ComfyUI takes for granted, but for the last
+BLOCKS = 40  # which ComfyUI takes for granted, as the next number
+_TOKENS, _HIDDEN = 32, 8
 _WINDOW = (LAYERS - 1) * FEATURES
 
 
@@ -19,10 +20,12 @@ def is_talk(name: str) -> bool:
     return ".audio_cross_attn." in name or ".norm_x." in name
 
 
-def write_patch(path: Path, config: WanConfig, seed: int = 3, dtype: torch.dtype = torch.float16) -> str:
+def write_patch(
+    path: Path, config: WanConfig, seed: int = 0, dtype: torch.dtype = torch.float16, blocks: int = BLOCKS
+) -> str:
     """A file for a model of `config`: random numbers for its blocks, and zeros for those that it lacks."""
     weights = {name: weight for name, weight in tiny.random_weights(config, seed).items() if is_talk(name)}
-    shapes = config.talk.shapes(config.dim, _BLOCKS)
+    shapes = config.talk.shapes(config.dim, blocks)
     tensors = {name: weights[name] if name in weights else torch.zeros(shape) for name, shape in shapes.items()}
     projection = linear("proj1", 5 * _WINDOW, _HIDDEN) | linear("proj1_vf", 8 * _WINDOW, _HIDDEN)
     projection |= linear("proj2", _HIDDEN, _HIDDEN) | linear("proj3", _HIDDEN, _TOKENS * config.talk.width)
