@@ -10,13 +10,11 @@ import pytest
 import talk_files
 import tiny
 import torch
-from safetensors.torch import load_file
 from wan_parallel.distributed.messages import Displaced, ModelSpec
 from wan_parallel.distributed.plan import PatchSplit
 from wan_parallel.distributed.schedule import FILL, STALE
 from wan_parallel.nodes.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.talk import file_of, has_places, loaded_elsewhere, talk_in, without_talk
-from wan_parallel.wanvideo.attention import get_kernel
 from wan_parallel.wanvideo.conditioning import NOTHING, check
 from wan_parallel.wanvideo.config import CheckpointError
 from wan_parallel.wanvideo.model import Grid
@@ -41,12 +39,7 @@ def files(tmp_path_factory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def model(files) -> VariantModel:
     """The model that both are, in this process."""
-    with torch.device("meta"):
-        model = VariantModel(CONFIG, get_kernel("auto", torch.device("cpu"), torch.float32))
-    weights = {**load_file(files[0]), **load_file(files[1])}
-    for name in CONFIG.shapes():
-        model.set_weight(name, weights[name])
-    return model.eval()
+    return VariantModel.from_checkpoint(files[0], module=files[1])
 
 
 def given(speakers: int = 2, batch: int = 1, size: tuple[int, int, int] = (3, 6, 8)) -> tuple:

@@ -11,6 +11,7 @@ import talk_files
 import tiny
 from comfy_server import ComfyServer
 from graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
+from test_comfyui_distrifusion import patch_model
 from test_comfyui_results import EXACT, Loader
 
 CONFIG = replace(
@@ -49,7 +50,9 @@ def talk(server: ComfyServer) -> Iterator[ComfyServer]:
         path.unlink()
 
 
-def graph(model: str = "model", patch: str = "layers", cfg: float = 1.0, **inputs: str | float) -> Callable:
+def graph(
+    model: str = "model", patch: str = "layers", cfg: float = 1.0, steps: int = 2, **inputs: str | float
+) -> Callable[[Loader], dict]:
     linked = {name: link(value) if value in INPUTS else value for name, value in inputs.items()}
     wan = node(
         "WanInfiniteTalkToVideo",
@@ -72,7 +75,7 @@ def graph(model: str = "model", patch: str = "layers", cfg: float = 1.0, **input
     return lambda loader: {
         **loader(file="speaking.safetensors"),
         **{**conditions(negative_tokens=100), **INPUTS, **layers, "wan": wan},
-        **ksampler(model="wan", steps=2, cfg=cfg, **places),
+        **ksampler(model="wan", steps=steps, cfg=cfg, **places),
     }
 
 
@@ -132,6 +135,24 @@ def test_without_speech_the_model_is_the_one_without_layers(talk):
     talk.sample(graph()(pool_model), link("sampler"))
     out = talk.sample(plain, link("sampler"))
     assert tiny.relative_error(out, talk.sample(expected, link("sampler"))) <= EXACT
+
+
+def by_patches(file: str) -> dict:
+    return patch_model(model=file, base_precision="fp32", warmup_steps=1)
+
+
+def through_stages(file: str) -> dict:
+    return pool_model(file=file, pipeline_parallel_size=2, pipeline_mode="pipefusion")
+
+
+@pytest.mark.parametrize("loader", [by_patches, through_stages])
+def test_with_two_speakers_what_approximates_is_exact(talk, loader):
+    for more, exact in ((TWO, True), ({}, False)):
+        build = graph(steps=6, **more)
+        error = tiny.relative_error(
+            talk.sample(build(loader), link("sampler")), talk.sample(build(pool_model), link("sampler"))
+        )
+        assert (error <= EXACT) == exact and error < 1.0
 
 
 def refusal(server: ComfyServer, nodes: dict) -> str:
