@@ -65,7 +65,7 @@ class ModelSpec:
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
         fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
-        vace: file of a VACE module beside the model, or "" (see `wanvideo.vace_module`).
+        vace: file of a VACE module, or of InfiniteTalk's layers, beside the model, or "" (see `wanvideo.vace_module`).
     """
 
     path: str

@@ -661,7 +661,7 @@ class Pool:
 
 
 def model_config(path: str, vace: str = "") -> WanConfig:
-    """Dimensions of a checkpoint (`vace`: a VACE module beside it) or of random weights, from the headers alone.
+    """Dimensions of a checkpoint (`vace`: a module beside it) or of random weights, from the headers alone.
 
     Raises:
         CheckpointError: see `read_model`.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..wanvideo.attention import AttentionKernel
+from ..wanvideo.talk import OverSequence
 from . import stopwatch
 from .plan import SequenceDegrees, bounds, shares
 
@@ -95,6 +97,19 @@ def leave_groups(groups: Iterable[dist.ProcessGroup | None]) -> None:
     for group in groups:
         if group is not None:
             dist.destroy_process_group(group)
+
+
+def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
+    """Sums and maxima over all ranks of a sequence, whose process groups are an Ulysses group and a ring."""
+
+    def reduce(op: dist.ReduceOp, x: torch.Tensor) -> torch.Tensor:
+        for group in groups:
+            if group is not None:
+                with stopwatch.standing(stopwatch.SUMS, group):
+                    dist.all_reduce(x, op, group)
+        return x
+
+    return OverSequence(partial(reduce, dist.ReduceOp.SUM), partial(reduce, dist.ReduceOp.MAX))
 
 
 class NativeAttention:

@@ -26,6 +26,7 @@ from torch import nn
 from ..wanvideo.lora import WeightPatch, narrow_patch
 from ..wanvideo.model import Attention, Block, WanModel
 from ..wanvideo.quantized import Weight
+from ..wanvideo.talk import TalkBlock
 from . import stopwatch
 from .plan import bounds
 
@@ -101,6 +102,8 @@ class TensorShard:
         for name, module in model.named_modules():
             if isinstance(module, Attention):
                 module.mean_squares = self.mean_squares
+            if isinstance(module, TalkBlock):
+                module.over_heads = self.sum
             if isinstance(module, Block) and self.overlapped is not None:
                 module.at_once, module.arrived = 2, self._arrived
             how = split_of(f"{name}.weight")

@@ -25,6 +25,7 @@ from ..wanvideo.config import CheckpointError
 from ..wanvideo.fp8 import Fp8Error
 from ..wanvideo.lora import PatchError
 from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, pad_to_patch, patchify, sequence_of
+from ..wanvideo.talk import OverSequence
 from ..wanvideo.vae_ops import VAEError
 from . import stopwatch, xfuser_backend
 from .arena import ArenaReader
@@ -78,6 +79,7 @@ from .sequence import (
     SequenceGroup,
     join_group,
     leave_groups,
+    over_sequence,
     own_process_group,
     place_in,
 )
@@ -213,9 +215,11 @@ class Worker:
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
         approximate = self.stream or (self.patches if ranks > 1 else None)
-        # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones and a
-        # tail are computed exactly
+        # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones, a
+        # tail and the places of speakers are computed exactly
         usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers and not grid.tail
+        if conditioning.speakers is not None:
+            usual, loaded.model.over_sequence = False, self._over_sequence(group)
         step = request.displaced if approximate and usual else None
         if step is not None:
             approximate.begin(step)
@@ -469,6 +473,10 @@ class Worker:
         if group.degrees in self.mailboxes:
             return OverlappedAttention(group, kernel, grid.tokens, heads, self.mailboxes[group.degrees])
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
+
+    def _over_sequence(self, group: SequenceGroup) -> OverSequence | None:
+        joined = self.xfuser_groups.get(group.degrees, group)
+        return over_sequence(joined.ulysses, joined.ring) if group.degrees.ranks > 1 else None
 
     def _before_block(
         self, residence: Residence, batch: int, together: bool

@@ -1,14 +1,15 @@
-"""The models that the loader offers: what ComfyUI lists, and also GGUF files and folders of shards."""
+"""The models that the loader offers: what ComfyUI lists, and also GGUF files and folders of shards; model patches."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import folder_paths
 
 from ..wanvideo.files import is_gguf, is_index, is_shard
 
-MODEL_FOLDER = "diffusion_models"
+MODEL_FOLDER, PATCH_FOLDER = "diffusion_models", "model_patches"
 
 _found: dict[str, tuple[list[str], dict[str, float]]] = {}
 """For each folder of models: the files below it, and when its subfolders were last changed."""
@@ -34,6 +35,14 @@ def model_path(name: str) -> str:
         if inside != "." and os.path.isdir(folder):
             return folder
     return os.path.join(MODEL_FOLDER, name)
+
+
+def patch_files() -> Iterator[str]:
+    """The files that ModelPatchLoader offers; looks for them when asked for the first."""
+    for name in folder_paths.get_filename_list(PATCH_FOLDER):
+        path = folder_paths.get_full_path(PATCH_FOLDER, name)
+        if path is not None:
+            yield path
 
 
 def _is_index_of_model(file: str) -> bool:

@@ -19,6 +19,7 @@ from ..distributed.pool import Pool
 from ..distributed.schedule import STALE, PatchSettings, Schedule, StepInfo
 from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.model import Grid, grid_of
+from .talk import has_places
 
 SYNC_FREQUENCY = "wan_parallel_sync_frequency"
 """Where OfficialDistriFusionSampler leaves its setting among the transformer options."""
@@ -221,6 +222,8 @@ def _why_exact(
         return "VACE's blocks attend to tokens of their own, for which there are no buffers"
     if config.sound:
         return "S2V's reference lies behind the video, in no patch of it"
+    if has_places(options):
+        return "who of two speakers a token belongs to is told by keys of the first frame, which are in other patches"
     if options.get("patches_replace", {}).get("dit"):
         return "a node leaves blocks out of some forwards (SkipLayerGuidanceDiT)"
     if options.get("context_window") is not None:

@@ -79,9 +79,6 @@ def _an(variant: str) -> str:
     return f"{'an' if variant.startswith((*'aeiouA', 'S2')) else 'a'} {variant}"
 
 
-_TALK = ("MultiTalkCrossAttnPatch", "MultiTalkGetAttnMapPatch")  # ComfyUI's classes
-
-
 def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     """Refuse what ComfyUI's own Wan model would run inside the blocks; blocks that are left out are none of it.
 
@@ -91,11 +88,6 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     replaced = sorted(name for name, blocks in options.get("patches_replace", {}).items() if blocks and name != "dit")
     if replaced:
         refuse_replacement(replaced)
-    if any(type(patch).__name__ in _TALK for patches in options.get("patches", {}).values() for patch in patches):
-        refuse(
-            "WanInfiniteTalkToVideo adds the layers of an InfiniteTalk model (attn1_patch, attn2_patch)",
-            f"InfiniteTalk comes in a later version: use HuMo for speech, {_STOCK}.",
-        )
     patched = sorted(name for name, patches in options.get("patches", {}).items() if patches)
     if patched:
         refuse(

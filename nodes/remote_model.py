@@ -13,6 +13,7 @@ import types
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_base
@@ -25,13 +26,15 @@ from comfy_execution.utils import get_executing_context
 
 from ..distributed.memory import PlacementError
 from ..distributed.messages import Displaced, ModelSpec
-from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError
+from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError, file_stamp
 from ..distributed.schedule import PatchSettings
 from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import CheckpointError, Header
 from ..wanvideo.model import sequence_of
-from . import refusals
+from ..wanvideo.vace_module import read_model
+from . import refusals, talk
 from .conditioning import check_start_image, from_comfyui, latent_node
+from .model_files import patch_files
 from .patch_runs import PatchRuns
 from .progress import LoadingText
 from .stream_runs import StreamRuns
@@ -86,7 +89,8 @@ class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
     `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward. `patch_runs` is
-    there where it runs by displaced patches.
+    there where it runs by displaced patches. `header` and `spec` are of the model as the workers have it, which may
+    have taken in InfiniteTalk's layers.
     """
 
     dtype = torch.float32
@@ -94,7 +98,7 @@ class RemoteWan(torch.nn.Module):
 
     def __init__(self, header: Header, spec: ModelSpec, pool: Pool, tensors: Mapping[str, torch.Tensor]):
         super().__init__()
-        self.header, self.spec, self.pool = header, spec, pool
+        self.header, self.spec, self.pool, self._plain = header, spec, pool, spec
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.patches: PatchSet | None = None
         self.patch_runs: PatchRuns | None = None
@@ -102,8 +106,7 @@ class RemoteWan(torch.nn.Module):
         if pool.settings.pipeline_mode == "pipefusion":
             self.stream_runs = StreamRuns(header.config, spec, pool, header)
         _pools.add(pool)
-        pool.keep(spec)
-        weakref.finalize(self, pool.drop, spec).atexit = False
+        self._let_go = self._keep(spec)
         self._tensors = dict(tensors)
         # no module: ComfyUI would try to move its weight to a device
         self.patch_embedding = types.SimpleNamespace(weight=tensors["patch_embedding.weight"])
@@ -156,8 +159,38 @@ class RemoteWan(torch.nn.Module):
         **inputs: Any,
     ) -> torch.Tensor:
         given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs}
-        conditioning = from_comfyui(self.header.config, transformer_options, given)
+        heard = talk.talk_in(transformer_options)
+        if heard is not None:
+            self._take_in(talk.file_of(heard.model_patch, patch_files()))
+        conditioning = from_comfyui(self.header.config, talk.without_talk(transformer_options), given)
+        if heard is not None:
+            conditioning = heard.joined(conditioning, len(x))
         return self._on_workers(transformer_options, conditioning, x, timestep, context)
+
+    def _take_in(self, module: str) -> None:
+        """Run with the layers of InfiniteTalk in the file `module` from now on; what hears nothing passes them by.
+
+        Raises:
+            CheckpointError: they are for another model.
+        """
+        plain = self._plain
+        if plain.vace:
+            refusals.refuse("InfiniteTalk and a VACE module belong to one model", "Disconnect vace_model.")
+        spec = replace(plain, vace=module, stamp=f"{plain.stamp}+{file_stamp(module)}")
+        if spec == self.spec:
+            return
+        self.header, self.spec = read_model(plain.path, module), spec
+        if self.runs is not None:
+            self.runs.header, self.runs.config, self.runs.spec = self.header, self.header.config, spec
+        let_go, self._let_go = self._let_go, self._keep(spec)
+        let_go()
+
+    def _keep(self, spec: ModelSpec) -> weakref.finalize:
+        """Hold a model on the workers; lets it go with this object, or when what is returned is called."""
+        self.pool.keep(spec)
+        finalizer = weakref.finalize(self, self.pool.drop, spec)
+        finalizer.atexit = False
+        return finalizer
 
     def _on_workers(
         self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor
@@ -325,6 +358,10 @@ class RemoteModelPatcher(ModelPatcher):
             else:
                 self._unload_workers()
         return model
+
+    def model_patches_models(self) -> list[ModelPatcher]:
+        """What ComfyUI loads beside this model."""
+        return talk.loaded_elsewhere(self.model_options["transformer_options"], super().model_patches_models())
 
     def _held(self) -> tuple[int, int]:
         return self.remote.pool.held(self.remote.spec, self._shared_ranks())

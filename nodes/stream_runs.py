@@ -16,6 +16,7 @@ from ..distributed.schedule import PatchSettings, Schedule
 from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.model import grid_of
 from .patch_runs import lane_names
+from .talk import has_places
 
 _SETTINGS = PatchSettings()
 
@@ -84,7 +85,7 @@ class StreamRuns:
         sigmas = options.get("sample_sigmas")
         long_enough = sigmas is None or len(sigmas) - 1 > _SETTINGS.warmup_steps
         same_items = lane_names(options, batch) is not None and options.get("context_window") is None
-        return long_enough and same_items
+        return long_enough and same_items and not has_places(options)  # which are computed exactly (see talk.py)
 
     def _keep(self, step: Displaced, size: tuple[int, ...], make_room: Callable[[int], object]) -> None:
         if step.run != self._run:

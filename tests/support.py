@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import format_files
+import talk_files
 import tiny
 import torch
 from wan_parallel.distributed.messages import ModelSpec
@@ -20,12 +21,13 @@ Tensors = dict[str, torch.Tensor]
 Written = tuple[str, Tensors]
 """A file, and the float32 weights that it stands for."""
 
-MODULE = "vace module"
+MODULE, TALK = "vace module", "infinitetalk"
 VARIANTS: dict[str, WanConfig] = {
     "t2v": tiny.TINY,
     "5b": replace(tiny.TINY, in_dim=48, out_dim=48),
     **tiny.VARIANTS,
     MODULE: tiny.VACE,
+    TALK: tiny.TALK,
 }
 TITLES = {
     "t2v": "text-to-video 2.1, each expert of 2.2",
@@ -46,6 +48,7 @@ TITLES = {
     "scail": "SCAIL",
     "scail-2": "SCAIL-2",
     MODULE: "VACE, model and module",
+    TALK: "InfiniteTalk, model and layers (bf16)",
 }
 """How the table calls a variant; others go by their name."""
 
@@ -115,6 +118,8 @@ DIFFUSERS = ("t2v", "5b", "i2v-2.2", "i2v-2.1", "flf2v", "vace")
 
 def formats_of(variant: str) -> list[str]:
     """The formats in which a variant is published, or could be."""
+    if variant == TALK:  # wide, so that it takes long
+        return ["bf16", "scaled fp8", "GGUF Q8_0"]
     return [name for name in FORMATS if name != "diffusers" or variant in DIFFUSERS]
 
 
@@ -128,11 +133,15 @@ def cells() -> Iterator[tuple[str, str]]:
     return ((variant, strategy) for strategy in STRATEGIES for variant in VARIANTS)
 
 
-def write(folder: Path, variant: str, kind: str) -> tuple[ModelSpec, str]:
-    """The model of a variant in the format `kind`, and a file of what it stands for in float32."""
+def write(folder: Path, variant: str, kind: str) -> tuple[ModelSpec, ModelSpec]:
+    """The model of a variant in the format `kind`, and what it stands for in float32."""
     weights, make = tiny.random_weights(VARIANTS[variant]), FORMATS[kind]
     folder.mkdir(parents=True)
-    vace = ""
+    vace = vace_meant = ""
+    if variant == TALK:
+        layers = {name: weights.pop(name) for name in list(weights) if talk_files.is_talk(name)}
+        vace, meant_layers = _plain(folder / "layers", layers | talk_files.MARKER)
+        vace_meant = tiny.write_weights(folder / "meant-layers.safetensors", meant_layers)
     if variant == MODULE:
         module = {name: weight for name, weight in weights.items() if name.startswith("vace_")}
         vace, meant_module = make(folder / "module", module)
@@ -140,7 +149,8 @@ def write(folder: Path, variant: str, kind: str) -> tuple[ModelSpec, str]:
         meant = {**meant, **meant_module}
     else:
         path, meant = make(folder / "model", weights)
-    return ModelSpec(path, "fp32", "fp32", vace=vace), tiny.write_weights(folder / "meant.safetensors", meant)
+    meant_path = tiny.write_weights(folder / "meant.safetensors", meant)
+    return ModelSpec(path, "fp32", "fp32", vace=vace), ModelSpec(meant_path, "fp32", "fp32", vace=vace_meant)
 
 
 def table() -> str:

@@ -134,15 +134,6 @@ def test_the_rate_of_a_dance_tells_whether_it_is_coarse(fps, coarse):
     assert from_comfyui(tiny.DANCER, {}, {"fps": fps}).options.fps == coarse
 
 
-def test_infinitetalk_is_refused_by_its_name():
-    class MultiTalkCrossAttnPatch:
-        """By the name of ComfyUI's class."""
-
-    with pytest.raises(NotOnWorkers, match="InfiniteTalk comes in a later version") as refusal:
-        refuse_transformer_options({"patches": {"attn2_patch": [MultiTalkCrossAttnPatch()]}})
-    assert sentences(str(refusal.value)) == 2
-
-
 def test_clip_tokens_are_left_out_where_wan_22_has_no_use_for_them():
     assert from_comfyui(tiny.I2V, {}, {"clip_fea": object()}).image is None
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pack  # noqa: F401 (registers wan_parallel)
 import torch
 from safetensors.torch import load_file, save_file
-from wan_parallel.wanvideo.audio_shapes import DancerMusic, HumoAudio
+from wan_parallel.wanvideo.audio_shapes import DancerMusic, HumoAudio, TalkAudio
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.options import Options, RopeOptions, Segment
@@ -41,6 +41,8 @@ HUMO = replace(TINY, humo=HumoAudio(features=8 * 5 * 12, hidden=16, width=48, to
 HUMO_17B = replace(HUMO, in_dim=36)
 SCAIL = replace(I2V_CLIP, in_dim=20, pose_dim=20)
 SCAIL_2 = replace(SCAIL, mask_dim=28)
+# InfiniteTalk has 40 heads whatever the width, and tensor-parallel ranks want an even number of the model's own.
+TALK = replace(I2V_CLIP, dim=1280, num_heads=10, ffn_dim=128, freq_dim=64, talk=TalkAudio(width=48))
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -101,12 +103,15 @@ def conditioning(
     hears = config.sound
     if hears:
         audio = hears.layers, hears.features, 4 * frames + 3
+    elif config.talk:
+        audio = frames, 6, config.talk.width
     else:
         audio = (frames, config.humo.features) if config.humo else (20, config.music.features if config.music else 0)
     return Conditioning(
         tail=normal(config.pose_dim, segment.tokens, 4 * (config.pose_dim + config.mask_dim)),
         mask=normal(config.mask_dim, config.mask_dim, frames, height, width),
-        audio=normal(bool(config.humo or config.music) or hears, *audio),
+        audio=normal(bool(config.humo or config.music or config.talk) or hears, *audio),
+        speakers=_speakers(config, x, generator) if config.talk else None,
         image_ref=normal(bool(config.music), image_tokens, config.image_dim),
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
         camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
@@ -119,6 +124,12 @@ def conditioning(
         so_far=normal(hears and min(height, width) >= 8, config.in_dim, 6, height, width),
         options=Options(vace_strengths=strengths, tail=(segment,) if config.pose_dim else ()),
     )
+
+
+def _speakers(config: WanConfig, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random masks of two speakers."""
+    tokens = math.ceil(x.shape[-2] / 2) * math.ceil(x.shape[-1] / 2)
+    return torch.randint(0, 2, (1, 2, tokens), generator=generator).float().expand(len(x), -1, -1)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -134,7 +145,7 @@ def sentences(text: str) -> int:
 _NORMS = (
     *(f"norm_{part}.weight" for part in ("q", "k", "k_img")),
     *("q_norm.weight", "k_norm.weight", "norm3.weight", "proj.0.weight", "proj.4.weight"),
-    *("norm1.weight", "norm2.weight", "norm1_audio.weight", "audio_proj_glob_norm.layer.weight"),
+    *("norm1.weight", "norm2.weight", "norm_x.weight", "norm1_audio.weight", "audio_proj_glob_norm.layer.weight"),
 )
 
 

@@ -104,6 +104,28 @@ class DancerMusic:
         )
 
 
+@dataclass(frozen=True)
+class TalkAudio:
+    """InfiniteTalk's attention to speech in every block.
+
+    Args:
+        width: of an audio token.
+        heads: of that attention, which no tensor tells: the released files have 40, and so has ComfyUI.
+    """
+
+    width: int
+    heads: int = 40
+
+    def shapes(self, dim: int, layers: int) -> dict[str, Shape]:
+        found: dict[str, Shape] = {}
+        for i in range(layers):
+            found |= norm(f"blocks.{i}.norm_x", dim)
+            found |= linear(f"blocks.{i}.audio_cross_attn.q_linear", dim, dim)
+            found |= linear(f"blocks.{i}.audio_cross_attn.kv_linear", self.width, 2 * dim)
+            found |= linear(f"blocks.{i}.audio_cross_attn.proj", dim, dim)
+        return found
+
+
 def _count(size: Sizes, name: str) -> int:
     number = 0
     while size(name.format(number), 0):

@@ -36,7 +36,7 @@ class WeightSource(Protocol):
 class Checkpoint:
     """A model's file or files, each opened once and memory-mapped: processes that read it share its pages.
 
-    `vace` is the file of a VACE module beside it.
+    `vace` is the file of a module beside it, VACE's or InfiniteTalk's.
     """
 
     def __init__(self, path: str, vace: str = ""):
@@ -86,7 +86,7 @@ class RandomWeights:
 
 
 def open_weights(path: str, device: torch.device | str = "cpu", vace: str = "") -> WeightSource:
-    """Open a checkpoint file (`vace`: a VACE module beside it), or random weights for a path such as `random:14b`.
+    """Open a checkpoint file (`vace`: a module beside it), or random weights for a path such as `random:14b`.
 
     Raises:
         CheckpointError: see `read_model`.

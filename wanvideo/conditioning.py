@@ -17,7 +17,7 @@ Computed = TypeVar("Computed")
 
 READ = (
     *("image", "camera", "vace", "tail", "mask", "audio", "image_ref"),
-    *("pose", "face", "control", "subject", "so_far"),
+    *("pose", "face", "control", "subject", "so_far", "speakers"),
 )
 """Inputs that the transformer reads, on every rank."""
 
@@ -40,7 +40,8 @@ class Conditioning:
         tail: tokens of further grids behind those of the video (see `tail_of`), [B, tokens, channels*4].
         mask: what is embedded beside the reference frames and the video, [B, mask_dim, frames + T, H, W].
         audio: features of what is heard: audio around each latent frame [B, frames, ...] (HuMo), of each layer, four
-            frames for a latent one [B, layers, features, frames] (S2V), or of music [B, moments, features] (WanDancer).
+            frames for a latent one [B, layers, features, frames] (S2V), of music [B, moments, features] (WanDancer), or
+            of the speech in each latent frame [B, frames, tokens, width] (InfiniteTalk).
         image_ref: CLIP tokens of a reference image beside the start image (WanDancer).
         extra_frames: frames behind the latent that are not part of the result, [B, in_dim, frames, H, W].
         pose: latent of Animate's pose video, [B, pose_dim, frames, H, W], whose first frame is of the video's second.
@@ -48,6 +49,8 @@ class Conditioning:
         control: latent of S2V's control video, [B, control_dim, T, H, W].
         subject: latent of S2V's reference image, whose tokens lie behind the video, [B, in_dim, frames, H, W].
         so_far: latent of the video that S2V goes on with, [B, in_dim, frames, H, W]; its tokens lie behind the subject.
+        speakers: masks of two speakers, and perhaps of nobody, over the tokens of the first frame (InfiniteTalk),
+            [B, 2 or 3, rows * columns]; None where one alone speaks.
         options: plain data.
         kept: what `once` has computed, for whoever gives the same conditioning again; without, it computes anew.
     """
@@ -62,6 +65,7 @@ class Conditioning:
     control: torch.Tensor | None = None
     subject: torch.Tensor | None = None
     so_far: torch.Tensor | None = None
+    speakers: torch.Tensor | None = None
     tail: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     audio: torch.Tensor | None = None
@@ -150,6 +154,9 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
     audio = (batch, None, config.music.features) if config.music else (batch, *_humo_audio(conditioning))
     if hears:
         audio = (batch, hears.layers, hears.features, None)
+    if config.talk:
+        audio = (batch, frames, None, config.talk.width)
+    frame_tokens = -(-height // 2) * -(-width // 2)
     contexts = len(conditioning.options.vace_strengths)
     reference = (batch, config.reference_dim, height, width)
     if config.pose_dim:
@@ -163,7 +170,7 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         "vace": (config.vace_layers, (batch, contexts, config.vace_dim, frames, height, width)),
         "reference": (config.reference_dim or config.pose_dim, reference),
         "tail": (config.tail_channels, (batch, conditioning.options.tail_tokens, None)),
-        "audio": (config.music or config.humo or hears, audio),
+        "audio": (config.music or config.humo or hears or config.talk, audio),
         "image_ref": (config.music, (batch, None, config.music.image_dim if config.music else None)),
         "mask": (config.mask_dim, (batch, config.mask_dim, None, height, width)),
         "extra_frames": (1, (batch, config.in_dim, None, height, width)),
@@ -172,6 +179,7 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         "control": (hears, (batch, hears.control_dim if hears else 0, frames, height, width)),
         "subject": (hears, (batch, config.in_dim, None, height, width)),
         "so_far": (hears, (batch, config.in_dim, None, height, width)),
+        "speakers": (config.talk, (batch, None, frame_tokens)),
     }
     for name, (there, shape) in expected.items():
         tensor = getattr(conditioning, name)
@@ -212,6 +220,22 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         )
     if config.sound:
         _check_sound(x, conditioning)
+    if config.talk and conditioning.audio is not None:
+        _check_talk(conditioning)
+
+
+def _check_talk(conditioning: Conditioning) -> None:
+    if conditioning.extra_frames is not None or conditioning.tail is not None:
+        raise ValueError(
+            "InfiniteTalk cannot be joined with subject images or further videos (WanPhantomSubjectToVideo, "
+            "BerniniConditioning). Remove one of them."
+        )
+    masks = 2 if conditioning.speakers is None else conditioning.speakers.shape[1]
+    if masks not in (2, 3):
+        raise ValueError(
+            f"WanInfiniteTalkToVideo was given {masks} masks, but two speakers need 2, or 3 with one of nobody. "
+            "Connect one mask to mask_1 and one to mask_2."
+        )
 
 
 def _check_sound(x: torch.Tensor, conditioning: Conditioning) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .audio_shapes import DancerMusic, HumoAudio
+from .audio_shapes import DancerMusic, HumoAudio, TalkAudio
 from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
@@ -50,6 +50,7 @@ class WanConfig:
         mask_dim: channels of the masks that tell the persons of a video and its pose apart (SCAIL-2).
         humo: HuMo's audio path.
         music: WanDancer's music path.
+        talk: InfiniteTalk's layers, which come in a file of their own (see talk_module.py).
     """
 
     dim: int
@@ -73,6 +74,7 @@ class WanConfig:
     mask_dim: int = 0
     humo: HumoAudio | None = None
     music: DancerMusic | None = None
+    talk: TalkAudio | None = None
 
     @property
     def head_dim(self) -> int:
@@ -179,6 +181,8 @@ class WanConfig:
             shapes |= self.humo.shapes(d, self.num_layers)
         if self.music:
             shapes |= self.music.shapes(d, self.in_dim, self.out_dim)
+        if self.talk:
+            shapes |= self.talk.shapes(d, self.num_layers)
         if self.vace_layers:
             shapes["vace_patch_embedding.weight"] = (d, self.vace_dim, 1, 2, 2)
             shapes["vace_patch_embedding.bias"] = (d,)

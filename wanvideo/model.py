@@ -480,8 +480,9 @@ class WanModel(nn.Module):
         device: torch.device | str = "cpu",
         attention: str | AttentionKernel = "auto",
         slice_tokens: int = 0,
+        module: str = "",
     ) -> WanModel:
-        """Build the model of a checkpoint (see `open_weights`) on `device`, tensor by tensor.
+        """Build the model of a checkpoint and of the `module` beside it (see `open_weights`), tensor by tensor.
 
         Raises:
             CheckpointError: the file is no Wan DiT that can run.
@@ -489,7 +490,7 @@ class WanModel(nn.Module):
         """
         device = torch.device(device)
         pointwise.use_triton(device)
-        source = open_weights(path, device)
+        source = open_weights(path, device, module)
         if isinstance(attention, str):
             attention = get_kernel(attention, device, compute_dtype)
         with torch.device("meta"):

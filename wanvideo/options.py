@@ -58,7 +58,7 @@ class Options:
         reference_rope: positions of the reference frames, where these are not the first of the video.
         tail: what the tokens of `Conditioning.tail` are.
         fps: frames a second of a video that is made coarse first (WanDancer); 0 for one that is not.
-        audio_scale: how strongly the music of WanDancer is added.
+        audio_scale: how strongly the music of WanDancer, or the speech of InfiniteTalk, is added.
     """
 
     reference_frames: int = 0

@@ -15,18 +15,21 @@ from .config import PREFIXES, PRESETS, Header, WanConfig, read_header
 from .contents import CheckpointError, TensorInfo, listed
 from .files import read_contents
 from .formats import logical_tensors
+from .talk_module import is_talk, with_talk
 
 _MARKER = "vace_blocks.0.after_proj.weight"
 _PARTS = ("vace_blocks.", "vace_patch_embedding.")
 
 
 def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
-    """`read_header` of a model; with the file of a VACE module, of the VACE model that both are together.
+    """`read_header` of a model; with the file of a VACE module or of InfiniteTalk's layers, of what both are together.
 
     Raises:
-        CheckpointError: see `read_header`, `read_module` and `with_module`.
+        CheckpointError: see `read_header`, `read_module`, `with_module` and `with_talk`.
     """
     header = read_header(path)
+    if module and is_talk(read_contents(module)):
+        return with_talk(header, module)
     return with_module(header, module, read_module(module)) if module else header
 
 

@@ -9,6 +9,7 @@
 | tail | SCAIL, Bernini | tokens of further videos behind those of the video (see tail.py) |
 | mask | SCAIL-2 | added to the token embedding |
 | audio | HuMo, WanDancer | heard by each token (see humo.py), or added behind some blocks (see dancer.py) |
+| audio, speakers | InfiniteTalk | heard by each token, whose place says who speaks (see talk.py) |
 
 Animate and S2V have files of their own (animate.py, s2v.py; see build.py).
 
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import dancer, humo
+from . import dancer, humo, talk
 from .conditioning import CAMERA_PIXELS, Conditioning
 from .config import WanConfig
 from .model import (
@@ -129,7 +130,13 @@ class VaceBlock(Block):
 
 
 class VariantModel(WanModel):
-    """A Wan DiT with whatever modules its configuration names; without any, the text-to-video model."""
+    """A Wan DiT with whatever modules its configuration names; without any, the text-to-video model.
+
+    Attributes:
+        over_sequence: how to ask the ranks that have the other tokens; None where there are none.
+    """
+
+    over_sequence: talk.OverSequence | None = None
 
     def __init__(self, config: WanConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
@@ -145,6 +152,9 @@ class VariantModel(WanModel):
         if config.humo:
             self.audio_proj = humo.AudioProjection(config.humo)
             self.blocks = nn.ModuleList(humo.HumoBlock(config) for _ in range(config.num_layers))
+        if config.talk:
+            blocks = (talk.TalkBlock(config, bool(config.image_dim)) for _ in range(config.num_layers))
+            self.blocks = nn.ModuleList(blocks)
         if config.music:
             self.img_emb_refimage = ImageEmbedding(
                 replace(config, image_dim=config.music.image_dim, image_positions=0)
@@ -192,7 +202,13 @@ class VariantModel(WanModel):
     def head_for(self, conditioning: Conditioning) -> Head:
         return self.head_global if conditioning.options.fps else self.head
 
-    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> humo.Heard | None:
+    def heard(
+        self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device
+    ) -> humo.Heard | talk.Speech | None:
+        if self.config.talk and conditioning.audio is not None:
+            audio, speakers = conditioning.audio.to(device, self.compute_dtype), conditioning.speakers
+            speakers = None if speakers is None else speakers.to(device, self.compute_dtype)
+            return talk.Speech(audio, speakers, conditioning.options.audio_scale, grid, part, self.over_sequence)
         if not self.config.humo or conditioning.audio is None:
             return None
         audio = self.audio_proj(conditioning.audio.to(device), self.compute_dtype)

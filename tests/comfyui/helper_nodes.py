@@ -3,6 +3,7 @@
 They make conditioning without a text encoder and save a latent bit by bit.
 """
 
+import copy
 import os
 from unittest import mock
 
@@ -305,29 +306,40 @@ class RandomMusic:
         return ({"audio_feature": features, "fps": fps, "audio_inject_scale": 0.9},)
 
 
-class SilentTalk:
-    """MODEL_PATCH of InfiniteTalk without its layers: what a node needs to patch a model with them."""
+class RandomMask:
+    """MASK of random zeros and ones, each of 16 x 16 pixels."""
 
-    RETURN_TYPES = ("MODEL_PATCH",)
+    RETURN_TYPES = ("MASK",)
     FUNCTION = "make"
     CATEGORY = "tests"
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {}}
+        sizes = {"width": 64, "height": 48, "seed": 0}
+        return {"required": {name: ("INT", {"default": value}) for name, value in sizes.items()}}
 
-    def make(self):
-        model = torch.nn.Linear(1, 1)
-        model.audio_proj = _SilentProjection()
-        device = management.unet_offload_device()
-        return (comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), device),)
+    def make(self, width, height, seed):
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.randint(0, 2, (1, height // 16, width // 16), generator=generator).float()
+        return (bits.repeat_interleave(16, 1).repeat_interleave(16, 2),)
 
 
-class _SilentProjection(torch.nn.Module):
-    seq_len = 5
+class ChangedPatch:
+    """A MODEL_PATCH with one of its numbers changed."""
 
-    def forward(self, first, latter):
-        return torch.zeros(len(first), first.shape[1] + latter.shape[1], 32, 768)
+    RETURN_TYPES = ("MODEL_PATCH",)
+    FUNCTION = "change"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model_patch": ("MODEL_PATCH",)}}
+
+    def change(self, model_patch):
+        changed = copy.copy(model_patch)
+        changed.model = copy.deepcopy(model_patch.model)
+        changed.model.blocks[0].norm_x.bias.data[0] += 1
+        return (changed,)
 
 
 class RandomTracks:
@@ -367,6 +379,7 @@ NODE_CLASS_MAPPINGS = {
         RandomAudioFeatures,
         RandomMusic,
         RandomTracks,
-        SilentTalk,
+        RandomMask,
+        ChangedPatch,
     )
 }

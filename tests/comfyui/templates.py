@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import talk_files
 import tiny
 from comfy_server import ComfyServer
 from flat_workflow import BYPASSED, MUTED, FlatWorkflow, active
@@ -23,7 +24,9 @@ from workflow_api import AFTER_SEED, widgets
 
 SMALL = {"width": 64, "height": 64, "length": 9}
 MOST_STEPS = 6  # of a single sampler; two that share a schedule keep theirs
+TALK_SMALL = {**SMALL, "length": 17}  # more than what a video that goes on takes over from the one before
 FACE_SMALL, FACE_STEPS = {**SMALL, "length": 1}, 1  # ComfyUI takes 5 s for one face on a CPU, in every step
+_SMALL = {"animate": FACE_SMALL, "infinitetalk": TALK_SMALL}  # by a part of the template's name
 
 _T2V = replace(tiny.TINY, text_dim=4096)
 _CLIP = {"image_dim": 1280}
@@ -49,11 +52,10 @@ _VARIANTS = (
     ("ati", replace(_T2V, in_dim=36, **_CLIP)),
     ("wanmove", replace(_T2V, in_dim=36, **_CLIP)),
     ("flf2v", replace(_T2V, in_dim=36, image_positions=514, **_CLIP)),
+    ("i2v-14b-480p_fp8_e4m3fn_scaled_kj", replace(tiny.TALK, text_dim=4096, freq_dim=256, talk=None, **_CLIP)),
     ("i2v", replace(_T2V, in_dim=36, **_CLIP)),
     ("t2v", _T2V),
 )
-LATER_PATCHES = {"infinitetalk": "InfiniteTalk"}
-"""Model patches that are refused by name when sampling begins."""
 
 
 def config_of(file: str) -> WanConfig:
@@ -87,7 +89,7 @@ class Template:
 
     def graph(self, server: ComfyServer, loader: Callable[..., dict]) -> tuple[dict, list[list]]:
         """The graph in API format with models from `loader`, and the latents that are decoded in the end."""
-        walk = _Walk(self.flat, server, loader, "animate" in self.name)
+        walk = _Walk(self.flat, server, loader, self.name)
         decoders = [n for n in self.flat.nodes.values() if n["type"].startswith("VAEDecode") and active(n)]
         latents = [walk.value(_input(n, "samples")["link"]) for n in decoders]
         return walk.graph, [latent for i, latent in enumerate(latents) if latent and latent not in latents[:i]]
@@ -96,9 +98,11 @@ class Template:
 class _Walk:
     """Translates the nodes that are reached from the latents."""
 
-    def __init__(self, flat: FlatWorkflow, server: ComfyServer, loader: Callable[..., dict], face: bool):
+    def __init__(self, flat: FlatWorkflow, server: ComfyServer, loader: Callable[..., dict], name: str):
         self.flat, self.server, self.loader = flat, server, loader
-        self.small, self.most_steps = (FACE_SMALL, FACE_STEPS) if face else (SMALL, MOST_STEPS)
+        self.small = next((small for part, small in _SMALL.items() if part in name), SMALL)
+        self.most_steps = FACE_STEPS if self.small is FACE_SMALL else MOST_STEPS
+        self.features = _TALK_FEATURES if self.small is TALK_SMALL else _FEATURES
         self.graph: dict[str, dict] = {}
 
     def value(self, link: str | None) -> object:
@@ -145,7 +149,7 @@ class _Walk:
         if kind == "UNETLoader":
             self.graph |= self.loader(name, file=values[0])
             return [name, 0]
-        new = _replacement(entry, slot, seed, self.small)
+        new = _replacement(entry, slot, seed, self.small, self.features)
         if new is None:
             return None
         self.graph[f"{name}-{slot}"] = new
@@ -177,7 +181,7 @@ class _Walk:
         return {**inputs, **small}
 
 
-def _replacement(entry: dict, slot: int, seed: int, small: dict) -> dict | None:
+def _replacement(entry: dict, slot: int, seed: int, small: dict, features: dict) -> dict | None:
     """What stands for a node that needs files or large models."""
     kind, size = entry["type"], {"width": small["width"], "height": small["height"]}
     video = node("RandomImages", count=small["length"], seed=seed, **size)
@@ -189,7 +193,7 @@ def _replacement(entry: dict, slot: int, seed: int, small: dict) -> dict | None:
         "LoadImage": (node("RandomImages", count=1, seed=seed, **size), node("SolidMask", value=0.3, **size)),
         "GetVideoComponents": (video, audio, node("PrimitiveFloat", value=16.0)),
         "GetImageSize": tuple(node("PrimitiveInt", value=value) for value in (*size.values(), 1)),
-        "Painter": (node("RandomImages", count=1, seed=seed, **size), node("SolidMask", value=0.7, **size)),
+        "Painter": (node("RandomImages", count=1, seed=seed, **size), node("RandomMask", seed=entry["id"], **size)),
     }
     if kind in by_slot:
         return by_slot[kind][slot]
@@ -199,10 +203,9 @@ def _replacement(entry: dict, slot: int, seed: int, small: dict) -> dict | None:
         "CLIPVisionEncode": node("RandomClipVision", seed=zlib.crc32(entry["id"].encode())),
         "Canny": video,  # needs a package that ComfyUI can do without
         "LoadAudio": audio,
-        "AudioEncoderEncode": node("RandomAudioFeatures", seed=zlib.crc32(entry["id"].encode()), **_FEATURES),
+        "AudioEncoderEncode": node("RandomAudioFeatures", seed=zlib.crc32(entry["id"].encode()), **features),
         # as with a long piece of music: first a coarse video of the whole, then its parts at the full rate
         "WanDancerEncodeAudio": node("RandomMusic", seed=seed, fps=30.0 if _linked(entry, "video_frames") else 6.0),
-        "ModelPatchLoader": node("SilentTalk"),
         "SAM3_Detect": node("SolidMask", value=0.3, **size),
         "SAM3_VideoTrack": node("RandomTracks", count=small["length"], seed=seed, **size),
         "DWPreprocessor": video,  # of other packs, as are the next two
@@ -212,6 +215,7 @@ def _replacement(entry: dict, slot: int, seed: int, small: dict) -> dict | None:
 
 
 _FEATURES = {"layers": 25, "width": 1024, "count": 50}
+_TALK_FEATURES = {"layers": talk_files.LAYERS, "width": talk_files.FEATURES, "count": 50}
 
 
 def _linked(entry: dict, name: str) -> bool:
