@@ -10,7 +10,6 @@ from unittest import mock
 import comfy.clip_vision
 import comfy.ldm.wan.vae2_2
 import comfy.model_management as management
-import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
