@@ -39,7 +39,7 @@ def kept_bytes(config: WanConfig, settings: PoolSettings, compute_dtype: str, to
     """Bytes of the keys and values that the fullest rank keeps of `batch` items that one forward takes together."""
     plan = settings.plan
     degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
-    blocks = Stage.of(0, plan.pipeline_parallel).most_blocks(config.num_layers)
+    blocks = Stage.of(0, plan.pipeline_parallel).most_blocks(config)
     heads = math.ceil(config.num_heads // plan.tensor_parallel / degrees.ulysses)
     items = math.ceil(batch / plan.data_parallel) if batch >= plan.data_parallel else batch
     return 2 * items * tokens * heads * config.head_dim * DTYPES[compute_dtype].itemsize * blocks

@@ -214,7 +214,8 @@ class Worker:
         approximate = self.stream or (self.patches if ranks > 1 else None)
         # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones and a
         # tail are computed exactly
-        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers and not grid.tail
+        layers = loaded.model.config.num_layers
+        usual = loaded.model.self_attentions(conditioning, range(layers)) == layers and not grid.tail
         step = request.displaced if approximate and usual else None
         if step is not None:
             approximate.begin(step)
@@ -232,7 +233,7 @@ class Worker:
         missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
         idle = missing * len(portions) // len(batches)
         before_block = self._before_block(residence, len(x), together)
-        flow = self._flow(portions, idle, loaded.model, before_block)
+        flow = self._flow(portions, idle, loaded.model, conditioning, before_block)
         with residence.passes(len(portions) + idle):
             for portion, stream in flow:
                 items, part = portion.items, portion.part
@@ -441,18 +442,21 @@ class Worker:
         portions: Sequence[Portion],
         idle: int,
         model: WanModel,
+        conditioning: Conditioning,
         before_block: Callable[[int, int | None], None],
     ) -> Flow[Portion]:
         """The portions of this rank on their way through its stage."""
+        carried = model.carried(model.span.start, conditioning)
+        streams = (1 + carried,) if carried else ()
         return Flow(
             self.stage,
             portions,
-            self.stage.most_blocks(model.config.num_layers),
-            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
+            self.stage.most_blocks(model.config),
+            lambda portion: (*streams, portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
             self.device,
             before_block,
             idle,
-            model.span,
+            model.config.in_turn(model.span),
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:

@@ -342,7 +342,15 @@ def test_the_shares_of_a_layout_make_the_whole(shares):
 def test_a_weight_that_changes_its_kind_changes_its_block(resident):
     weights, model = weights_of(0), {}
     device = torch.device("cpu")
-    residence = Residence(weights, lambda name: (weights[name], None), model.__setitem__, device, Slots(device))
+    residence = Residence(
+        weights,
+        lambda name: (weights[name], None),
+        model.__setitem__,
+        device,
+        Slots(device),
+        number_of=FIVE_LAYERS.block_number,
+        order=[0],
+    )
     residence.load(resident)
     merged = torch.randn(9, 11)
     changed = {**weights, "blocks.0.b.weight": merged}
