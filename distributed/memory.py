@@ -29,7 +29,7 @@ REFERENCE_TOKENS = 21 * 30 * 52
 # is 40 bytes x 5120 (benchmarks/results/h200.jsonl).
 _FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
 _TIMED_BYTES = 24  # six float32 vectors of modulation a token, where tokens have times of their own
-CONTROL_BYTES = 4  # a control stream of VACE beside the video's residual stream, float32
+_CONTROL_BYTES = 4  # a control stream of VACE beside the video's residual stream, float32
 _WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
 
 
@@ -98,15 +98,22 @@ class Placement:
 
 
 def activation_bytes(
-    config: WanConfig, tokens: int, batch: int, itemsize: int, slice_tokens: int, workspace: int = _WORKSPACE
+    config: WanConfig,
+    tokens: int,
+    batch: int,
+    itemsize: int,
+    slice_tokens: int,
+    workspace: int = _WORKSPACE,
+    contexts: int = 1,
 ) -> int:
-    """Expected activation memory of one rank that runs `batch` items of `tokens` tokens each, VACE with one context.
+    """Expected activation memory of one rank that runs `batch` items of `tokens` tokens each.
 
     Args:
         itemsize: bytes of the compute dtype.
         slice_tokens: as in `WanModel`; 0 takes all tokens through the feed-forward at once.
+        contexts: of a VACE model.
     """
-    more = (_TIMED_BYTES if config.sound else 0) + (CONTROL_BYTES if config.vace_layers else 0)
+    more = (_TIMED_BYTES if config.sound else 0) + (contexts * _CONTROL_BYTES if config.vace_layers else 0)
     stream = tokens * config.dim * (_FLOAT32_BYTES + more + _COMPUTE_VALUES * itemsize)
     hidden = min(tokens, slice_tokens or tokens) * config.ffn_dim * 2 * itemsize
     return batch * (stream + hidden) + workspace

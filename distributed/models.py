@@ -303,18 +303,21 @@ class Models:
             return placement.resident
         return max(0, fitting_blocks(demand, room, placement.share))
 
-    def settle(self, spec: ModelSpec, tokens: int, more: int = 0) -> None:
+    def settle(self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0) -> None:
         """Before a forward of `tokens` tokens on this rank: weights that stepped out come back as far as they fit.
 
         Args:
             more: bytes that the forward takes beside its activations.
+            contexts: of VACE.
         """
         loaded = self.loaded[spec]
         if spec.offload == "on":
             return
         residence, share = loaded.residence, loaded.placement.share
         itemsize = DTYPES[spec.compute_dtype].itemsize
-        activations = activation_bytes(loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens)
+        activations = activation_bytes(
+            loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens, contexts=contexts
+        )
         demand = replace(loaded.demand, activations=activations + loaded.reserve + more)
         self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
         loaded.resident = demand.blocks

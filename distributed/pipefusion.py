@@ -6,6 +6,9 @@ tokens for its own blocks. To a patch they are fresh where an earlier patch or i
 the step before where a later one will. That is an approximation, good while two successive steps look alike, so the
 first steps of a run, and some later ones, are exact and leave their keys and values behind.
 
+With VACE a patch goes through the stages with its part of the control streams, whose self-attention in VACE's blocks
+has kept keys and values like that of the video.
+
 Patches are whole frames where there are enough, and rows of tokens else: width splits are known to tear.
 """
 
@@ -89,12 +92,18 @@ class PatchStream:
         self._kept.clear()
 
     def missing_bytes(
-        self, batches: Sequence[tuple[str, ...]], model: WanModel, grid: Grid, group: SequenceGroup, heads: int
+        self,
+        batches: Sequence[tuple[str, ...]],
+        model: WanModel,
+        grid: Grid,
+        group: SequenceGroup,
+        heads: int,
+        attentions: int,
     ) -> int:
         """Bytes that `stretches` will allocate for these batch items, named as there."""
-        new = (len(lanes) for lanes in batches if lanes not in self._kept)
+        new = (len(lanes) for lanes in batches if not self._has(lanes, attentions))
         return sum(math.prod(self._shape(n, model, grid, group, heads)) for n in new) * (
-            len(model.span) * model.compute_dtype.itemsize
+            attentions * model.compute_dtype.itemsize
         )
 
     def stretches(
@@ -105,21 +114,24 @@ class PatchStream:
         grid: Grid,
         group: SequenceGroup,
         heads: int,
+        attentions: int,
     ) -> list[Stretch]:
         """How some batch items go through this stage in a forward that is stale, or that fills in for one.
 
         Args:
             lanes: the items' names over the steps of the run.
             heads: of this rank's part of the model, over the whole sequence group.
+            attentions: how often an item's tokens go through self-attention in this stage: once a block, in one of VACE
+                once for each context.
 
         Raises:
             StaleError: there is nothing from the step before.
         """
         stale = step.kind == STALE
-        if lanes not in self._kept:
+        if not self._has(lanes, attentions):
             if stale:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
-            self._kept[lanes] = self._room(len(lanes), model, grid, group, heads)
+            self._kept[lanes] = self._room(len(lanes), model, grid, group, heads, attentions)
         stretches = []
         for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
             kept = KeptKeys(self._kept[lanes], start, model.self_kernel)
@@ -128,14 +140,19 @@ class PatchStream:
             stretches.append(Stretch(start + own[0], start + own[1], attend))
         return stretches
 
-    def _room(self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> list[torch.Tensor]:
-        """Keys and values for each block of this stage."""
+    def _has(self, lanes: tuple[str, ...], attentions: int) -> bool:
+        return len(self._kept.get(lanes, ())) == attentions
+
+    def _room(
+        self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int, attentions: int
+    ) -> list[torch.Tensor]:
+        """Keys and values for each self-attention of this stage."""
         shape = self._shape(batch, model, grid, group, heads)
         release_cache(self.device)
-        return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in model.span]
+        return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in range(attentions)]
 
     @staticmethod
     def _shape(batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> tuple[int, ...]:
-        """[2, B, tokens, heads, head_dim] of a block."""
+        """[2, B, tokens, heads, head_dim] of a self-attention."""
         own = shares(heads, group.degrees.ulysses)[group.ulysses_index]
         return 2, batch, grid.tokens, own, model.config.head_dim

@@ -212,20 +212,19 @@ class Worker:
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
         approximate = self.stream or (self.patches if ranks > 1 else None)
-        # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones and a
-        # tail are computed exactly
-        layers = loaded.model.config.num_layers
-        usual = loaded.model.self_attentions(conditioning, range(layers)) == layers and not grid.tail
-        step = request.displaced if approximate and usual else None
+        step = request.displaced if approximate and self._usual(loaded.model, conditioning, grid) else None
         if step is not None:
             approximate.begin(step)
         self.gate.begin(request.id)
         batches = self._batches(request.spec, len(x), self.place.data)
         with stopwatch.standing(stopwatch.WEIGHTS):
-            self.models.settle(request.spec, stop - start, self._to_keep(step, batches, loaded.model, grid, group))
+            kept = self._to_keep(step, batches, loaded.model, grid, group, conditioning)
+            self.models.settle(request.spec, stop - start, kept, len(conditioning.options.vace_strengths))
         self.memory.begin()
         portions = [
-            portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
+            portion
+            for items in batches
+            for portion in self._portions(items, step, loaded.model, grid, group, conditioning)
         ]
         residence = loaded.residence
         # ranks that gather weights from each other run the blocks equally often, and leave them together
@@ -409,8 +408,22 @@ class Worker:
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
+    def _usual(self, model: WanModel, conditioning: Conditioning, grid: Grid) -> bool:
+        """Whether keys and values can be kept: for all layers, and for one grid. VACE's streams have none in displaced
+        patches; left-out blocks and a tail are computed exactly everywhere."""
+        layers = range(model.config.num_layers)
+        whole = replace(conditioning, options=replace(conditioning.options, skip_blocks=()))
+        usual = model.self_attentions(whole, layers) if self.stream else len(layers)
+        return model.self_attentions(conditioning, layers) == usual and not grid.tail
+
     def _portions(
-        self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
+        self,
+        items: slice,
+        step: Displaced | None,
+        model: WanModel,
+        grid: Grid,
+        group: SequenceGroup,
+        conditioning: Conditioning,
     ) -> list[Portion]:
         """What this rank does for some batch items: its tokens, and how they see the others."""
         attend, start, stop = self._attention(group, model, grid), *group.shard(grid.tokens)
@@ -418,20 +431,28 @@ class Worker:
             return [Portion(items, slice(start, stop), stop - start, attend)]
         if self.stream is not None:
             heads = model.config.num_heads // self.shard.size
-            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads)
+            attentions = model.self_attentions(conditioning, model.span)
+            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads, attentions)
             return [Portion(items, slice(s.start, s.stop), s.stop - s.start, s.attend) for s in stretches]
         attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
 
     def _to_keep(
-        self, step: Displaced | None, batches: Sequence[slice], model: WanModel, grid: Grid, group: SequenceGroup
+        self,
+        step: Displaced | None,
+        batches: Sequence[slice],
+        model: WanModel,
+        grid: Grid,
+        group: SequenceGroup,
+        conditioning: Conditioning,
     ) -> int:
         """Bytes of keys and values that this forward will keep anew."""
         if self.stream is None or step is None or step.kind == EXACT:
             return 0
-        lanes = [step.lanes[items] for items in batches]
-        return self.stream.missing_bytes(lanes, model, grid, group, model.config.num_heads // self.shard.size)
+        lanes, heads = [step.lanes[items] for items in batches], model.config.num_heads // self.shard.size
+        attentions = model.self_attentions(conditioning, model.span)
+        return self.stream.missing_bytes(lanes, model, grid, group, heads, attentions)
 
     def _most_batches(self, spec: ModelSpec, batch: int) -> int:
         """Slices of batch items in the data-parallel group that has most of them."""

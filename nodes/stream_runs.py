@@ -17,6 +17,9 @@ from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.model import grid_of
 from .patch_runs import lane_names
 
+CONTEXTS = "wan_parallel_vace_contexts"
+"""Key of ComfyUI's transformer options, set here: how many control videos a forward of VACE is given."""
+
 _SETTINGS = PatchSettings()
 
 
@@ -38,13 +41,13 @@ class StreamRuns:
 
         Args:
             size: of the latent [B, C, T, H, W], with the branches of cfg in B.
-            options: ComfyUI's transformer options.
+            options: ComfyUI's transformer options, and `CONTEXTS`.
 
         Raises:
             TooLarge: its keys and values do not fit.
         """
         if self._takes_part(size[0], options):
-            self._check(size, self._bytes(size))
+            self._check(size, self._bytes(size, options.get(CONTEXTS, 0)))
 
     @contextmanager
     def step(
@@ -59,7 +62,7 @@ class StreamRuns:
 
         Args:
             x: latent [B, C, T, H, W].
-            options: ComfyUI's transformer options.
+            options: ComfyUI's transformer options, and `CONTEXTS`.
             patches: another one for every other set of LoRAs.
             make_room: called with the bytes a GPU will need, once for each branch of a run, on GPUs.
 
@@ -71,9 +74,10 @@ class StreamRuns:
                 self._schedule.restart()
                 yield None
             else:
-                lanes = lane_names(options, len(x))
+                contexts = options.get(CONTEXTS, 0)  # a branch with others is another one: they change what is kept
+                lanes = tuple(f"{lane}:{contexts}" for lane in lane_names(options, len(x)))
                 displaced = self._schedule.plan(_SETTINGS, (self.pool.launcher_pid, patches), lanes, x, timestep)
-                self._keep(displaced, tuple(x.shape), make_room)
+                self._keep(displaced, tuple(x.shape), contexts, make_room)
                 yield displaced
         except BaseException:  # a Cancel is no Exception: whatever it was, what is kept is not the last step's
             self._schedule.restart()
@@ -86,19 +90,21 @@ class StreamRuns:
         same_items = lane_names(options, batch) is not None and options.get("context_window") is None
         return long_enough and same_items
 
-    def _keep(self, step: Displaced, size: tuple[int, ...], make_room: Callable[[int], object]) -> None:
+    def _keep(
+        self, step: Displaced, size: tuple[int, ...], contexts: int, make_room: Callable[[int], object]
+    ) -> None:
         if step.run != self._run:
             self._run, self._kept = step.run, {}
         if step.lanes in self._kept:
             return
-        self._kept[step.lanes] = self._bytes(size)
+        self._kept[step.lanes] = self._bytes(size, contexts)
         self._check(size, sum(self._kept.values()))
         if self.pool.settings.device == "cuda":
             make_room(self._kept[step.lanes])
 
-    def _bytes(self, size: tuple[int, ...]) -> int:
+    def _bytes(self, size: tuple[int, ...], contexts: int) -> int:
         tokens = grid_of(torch.empty(size, device="meta")).tokens
-        return kept_bytes(self.config, self.pool.settings, self.spec.compute_dtype, tokens, size[0])
+        return kept_bytes(self.config, self.pool.settings, self.spec.compute_dtype, tokens, size[0], contexts)
 
     def _check(self, size: tuple[int, ...], kept: int) -> None:
         settings = self.pool.settings
