@@ -15,7 +15,7 @@ Patches are whole frames where there are enough, and rows of tokens else: width 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +62,30 @@ class KeptKeys:
         self._blocks, self._start, self._kernel = iter(blocks), start, kernel
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.attend(q, [(0, k, v)])
+
+    def attend(self, q: torch.Tensor, pieces: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """The same where keys and values come in pieces, each with its place among the tokens from `start` on."""
         keys, values = next(self._blocks)
-        keys[:, self._start : self._start + k.shape[1]] = k
-        values[:, self._start : self._start + k.shape[1]] = v
+        for place, k, v in pieces:
+            tokens = slice(self._start + place, self._start + place + k.shape[1])
+            keys[:, tokens], values[:, tokens] = k, v
         return self._kernel(q, keys, values)
+
+
+class GatheredAttention(NativeAttention):
+    """Self-attention of a patch that several ranks share, its kernel being `KeptKeys`.
+
+    In a ring every rank keeps the keys and values of all tokens: those of the patch pass by and are written down, and
+    each rank has the others already.
+    """
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.group.degrees.ring == 1:
+            return self.kernel(q, k, v)
+        passing = self._passing(k, v, self.overlap)
+        ulysses = self.group.degrees.ulysses
+        return self.kernel.attend(q, ((sum(self.lengths[: at * ulysses]), k, v) for at, k, v in passing))
 
 
 class PatchStream:
@@ -136,7 +156,7 @@ class PatchStream:
         for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
             kept = KeptKeys(self._kept[lanes], start, model.self_kernel)
             own = group.shard(stop - start)
-            attend = NativeAttention(group, kept, stop - start, heads) if group.degrees.ranks > 1 else kept
+            attend = GatheredAttention(group, kept, stop - start, heads) if group.degrees.ranks > 1 else kept
             stretches.append(Stretch(start + own[0], start + own[1], attend))
         return stretches
 

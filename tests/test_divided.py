@@ -165,6 +165,7 @@ STREAMED = [
     ParallelPlan(4, pipeline_parallel=4),
     ParallelPlan(4, pipeline_parallel=2, tensor_parallel=2),
     ParallelPlan(4, pipeline_parallel=2, ulysses_degree=2),
+    ParallelPlan(4, pipeline_parallel=2, ring_degree=2),
     ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
 ]
 STREAMED_SIZES = [(9, 8, 6), (2, 14, 6)]  # patches of whole frames for two stages, and of rows of tokens

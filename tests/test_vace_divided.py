@@ -141,7 +141,7 @@ def test_each_rank_holds_its_part_and_no_more(outcome, number):
 
 # PipeFusion.
 
-STREAMED = [PLANS[0], PLANS[3]]
+STREAMED = [PLANS[0], PLANS[3], PLANS[4]]
 STEPS = (FILL, STALE, STALE)
 
 
