@@ -35,7 +35,7 @@ PATCHES_PER_STAGE = 4
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens [start, stop) of a video that go through the blocks together, and their self-attention."""
+    """Tokens [start, stop) of a sequence that go through the blocks together, and their self-attention."""
 
     start: int
     stop: int
@@ -43,13 +43,20 @@ class Stretch:
 
 
 def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
-    """Start and stop of each patch, in tokens; fewer than wanted where a video has fewer rows."""
+    """Start and stop of each patch in the order in which they go, in tokens; fewer than wanted where a video has fewer
+    rows.
+
+    What lies behind the video goes first, in runs no longer than the video's patches, so that these see it fresh.
+    """
     wanted, unit = PATCHES_PER_STAGE * stages, grid.rows * grid.columns
     if grid.frames < wanted:
         unit = grid.columns
-    units = grid.tokens // unit
+    units = grid.video_tokens // unit
     edges = [bounds(units, min(wanted, units), i) for i in range(min(wanted, units))]
-    return [(start * unit, stop * unit) for start, stop in edges]
+    video = [(start * unit, stop * unit) for start, stop in edges]
+    runs = math.ceil(grid.tail / (video[0][1] - video[0][0]))
+    behind = (bounds(grid.tail, runs, i) for i in range(runs))
+    return [*((grid.video_tokens + start, grid.video_tokens + stop) for start, stop in behind), *video]
 
 
 class KeptKeys:

@@ -409,12 +409,12 @@ class Worker:
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
     def _usual(self, model: WanModel, conditioning: Conditioning, grid: Grid) -> bool:
-        """Whether keys and values can be kept: for all layers, and for one grid. VACE's streams have none in displaced
-        patches; left-out blocks and a tail are computed exactly everywhere."""
+        """Whether keys and values can be kept: of all blocks, and in displaced patches of the video's own tokens alone,
+        not of VACE's streams or of what lies behind the video."""
         layers = range(model.config.num_layers)
-        whole = replace(conditioning, options=replace(conditioning.options, skip_blocks=()))
-        usual = model.self_attentions(whole, layers) if self.stream else len(layers)
-        return model.self_attentions(conditioning, layers) == usual and not grid.tail
+        if set(conditioning.options.skip_blocks) & set(layers):
+            return False
+        return bool(self.stream) or (model.self_attentions(conditioning, layers) == len(layers) and not grid.tail)
 
     def _portions(
         self,

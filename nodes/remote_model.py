@@ -34,7 +34,7 @@ from . import refusals
 from .conditioning import check_start_image, from_comfyui, latent_node
 from .patch_runs import PatchRuns
 from .progress import LoadingText
-from .stream_runs import CONTEXTS, StreamRuns
+from .stream_runs import BESIDE, Beside, StreamRuns
 from .weight_patches import check_fit, for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
@@ -172,10 +172,10 @@ class RemoteWan(torch.nn.Module):
 
     def _run(self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor) -> torch.Tensor:
         x, timestep = inputs[:2]
-        options = {**options, CONTEXTS: len(conditioning.options.vace_strengths)}
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         check(self.header.config, x, conditioning)
         whole, left = extended(x, conditioning)  # as the workers will cut it
+        options = {**options, BESIDE: Beside(len(left.options.vace_strengths), left.options.tail_tokens)}
         if self.runs is not None:
             x = whole
             self.runs.check(x.shape, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,18 @@ from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.model import grid_of
 from .patch_runs import lane_names
 
-CONTEXTS = "wan_parallel_vace_contexts"
-"""Key of ComfyUI's transformer options, set here: how many control videos a forward of VACE is given."""
+BESIDE = "wan_parallel_beside"
+"""Key of ComfyUI's transformer options, set by the model: `Beside`."""
 
 _SETTINGS = PatchSettings()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a forward keeps keys and values of beside a video: VACE's control videos, and tokens behind the video."""
+
+    contexts: int = 0
+    tail: int = 0
 
 
 class StreamRuns:
@@ -41,13 +50,14 @@ class StreamRuns:
 
         Args:
             size: of the latent [B, C, T, H, W], with the branches of cfg in B.
-            options: ComfyUI's transformer options, and `CONTEXTS`.
+            options: ComfyUI's transformer options, and `BESIDE`.
 
         Raises:
             TooLarge: its keys and values do not fit.
         """
         if self._takes_part(size[0], options):
-            self._check(size, self._bytes(size, options.get(CONTEXTS, 0)))
+            beside = options.get(BESIDE, Beside())
+            self._check(size, beside, self._bytes(size, beside))
 
     @contextmanager
     def step(
@@ -62,7 +72,7 @@ class StreamRuns:
 
         Args:
             x: latent [B, C, T, H, W].
-            options: ComfyUI's transformer options, and `CONTEXTS`.
+            options: ComfyUI's transformer options, and `BESIDE`.
             patches: another one for every other set of LoRAs.
             make_room: called with the bytes a GPU will need, once for each branch of a run, on GPUs.
 
@@ -74,10 +84,11 @@ class StreamRuns:
                 self._schedule.restart()
                 yield None
             else:
-                contexts = options.get(CONTEXTS, 0)  # a branch with others is another one: they change what is kept
-                lanes = tuple(f"{lane}:{contexts}" for lane in lane_names(options, len(x)))
+                beside = options.get(BESIDE, Beside())
+                # a branch that has something else beside it is another one: other sizes are kept
+                lanes = tuple(f"{lane}:{beside.contexts}:{beside.tail}" for lane in lane_names(options, len(x)))
                 displaced = self._schedule.plan(_SETTINGS, (self.pool.launcher_pid, patches), lanes, x, timestep)
-                self._keep(displaced, tuple(x.shape), contexts, make_room)
+                self._keep(displaced, tuple(x.shape), beside, make_room)
                 yield displaced
         except BaseException:  # a Cancel is no Exception: whatever it was, what is kept is not the last step's
             self._schedule.restart()
@@ -91,23 +102,26 @@ class StreamRuns:
         return long_enough and same_items
 
     def _keep(
-        self, step: Displaced, size: tuple[int, ...], contexts: int, make_room: Callable[[int], object]
+        self, step: Displaced, size: tuple[int, ...], beside: Beside, make_room: Callable[[int], object]
     ) -> None:
         if step.run != self._run:
             self._run, self._kept = step.run, {}
         if step.lanes in self._kept:
             return
-        self._kept[step.lanes] = self._bytes(size, contexts)
-        self._check(size, sum(self._kept.values()))
+        self._kept[step.lanes] = self._bytes(size, beside)
+        self._check(size, beside, sum(self._kept.values()))
         if self.pool.settings.device == "cuda":
             make_room(self._kept[step.lanes])
 
-    def _bytes(self, size: tuple[int, ...], contexts: int) -> int:
-        tokens = grid_of(torch.empty(size, device="meta")).tokens
-        return kept_bytes(self.config, self.pool.settings, self.spec.compute_dtype, tokens, size[0], contexts)
+    def _bytes(self, size: tuple[int, ...], beside: Beside) -> int:
+        settings, tokens = self.pool.settings, _tokens(size, beside)
+        return kept_bytes(self.config, settings, self.spec.compute_dtype, tokens, size[0], beside.contexts)
 
-    def _check(self, size: tuple[int, ...], kept: int) -> None:
-        settings = self.pool.settings
+    def _check(self, size: tuple[int, ...], beside: Beside, kept: int) -> None:
+        settings, tokens = self.pool.settings, _tokens(size, beside)
         if settings.plan.pipeline_parallel > 1:
-            tokens = grid_of(torch.empty(size, device="meta")).tokens
             check_stream(stream_memory(self.config, settings, self.spec, tokens, kept, self.header), settings)
+
+
+def _tokens(size: tuple[int, ...], beside: Beside) -> int:
+    return grid_of(torch.empty(size, device="meta")).tokens + beside.tail

@@ -16,7 +16,7 @@ from wan_parallel.distributed.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.pipeline import Stage
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.sequence import place_in
-from wan_parallel.nodes.stream_runs import CONTEXTS, StreamRuns
+from wan_parallel.nodes.stream_runs import BESIDE, Beside, StreamRuns
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.model import Grid
 
@@ -118,16 +118,16 @@ def test_the_second_branch_is_counted_with_the_first():
         step("negative", 900.0)
 
 
-def test_a_branch_with_other_control_videos_begins_anew_and_takes_more():
+def test_a_branch_with_other_videos_beside_it_begins_anew_and_takes_more():
     latent, settings = torch.ones(1, 16, 3, 8, 8), streaming(ParallelPlan(2, pipeline_parallel=2))
     runs = StreamRuns(tiny.VACE, ModelSpec("x", "fp32", "fp32"), SimpleNamespace(settings=settings, launcher_pid=0))
 
-    def step(number: int, contexts: int) -> str:
-        options = {"uuids": ["a"], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21), CONTEXTS: contexts}
+    def step(number: int, *beside: int) -> str:
+        options = {"uuids": ["a"], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21), BESIDE: Beside(*beside)}
         with runs.step(latent * (1 + number / 100), torch.tensor([900.0 - number]), options, "") as displaced:
             return displaced.kind
 
     assert [step(number, 1) for number in range(6)] == ["exact", "exact", "exact", "fill", "stale", "stale"]
-    assert step(6, 2) == "exact"
-    one, two = runs._kept.values()
-    assert (one, two) == tuple(kept_bytes(tiny.VACE, settings, "fp32", 48, 1, contexts) for contexts in (1, 2))
+    assert step(6, 2) == step(7, 2, 10) == "exact"
+    kept = [kept_bytes(tiny.VACE, settings, "fp32", *size) for size in ((48, 1, 1), (48, 1, 2), (58, 1, 2))]
+    assert list(runs._kept.values()) == kept
