@@ -1,4 +1,4 @@
-"""PipeFusion of variants that have more than a video's tokens: VACE's control streams, tokens behind the video."""
+"""PipeFusion of the variants: VACE's control streams, tokens behind the video, what a part of the tokens hears."""
 
 from __future__ import annotations
 
@@ -53,8 +53,13 @@ class Run:
 
 RUNS = [
     *(Run(tiny.VACE, plan) for plan in (STAGES, ULYSSES, RING)),
-    *(Run(tiny.S2V, plan) for plan in (STAGES, ULYSSES, TENSOR)),
-    *(Run(BERNINI, plan) for plan in (ULYSSES, RING)),
+    *(Run(tiny.S2V, plan) for plan in (STAGES, TENSOR)),
+    Run(BERNINI, ULYSSES),
+    Run(replace(tiny.ANIMATE, num_layers=5), ULYSSES),
+    Run(tiny.HUMO_17B, TENSOR),
+    Run(tiny.SCAIL_2, RING),
+    Run(replace(tiny.DANCER, num_layers=5), ULYSSES),
+    Run(tiny.FUN_CAMERA, TENSOR),
 ]
 
 
@@ -88,12 +93,12 @@ def test_patches_see_fresh_keys_behind_them_and_stale_ones_ahead(outcome, paths,
         grid = sequence_of(x, conditioning.options)
         kept = kept or KeptInOneProcess(model.kernel, grid.tokens)
         edges = cut(grid, run.plan.pipeline_parallel) if kind == STALE else [(0, grid.tokens)]
-        tokens, out = patchify(x), torch.zeros(2, grid.tokens, 64)
+        tokens, out = patchify(x), torch.zeros(2, grid.tokens, 4 * run.config.out_dim)
         for part in (slice(*pair) for pair in edges):
             out[:, part] = model.transform(
                 tokens[:, part], grid, part, timestep, context, kept.of(part), conditioning=conditioning
             )
-        expected = unpatchify(out[:, : grid.video_tokens], grid, SIZE)
+        expected = unpatchify(out[:, : grid.video_tokens], grid, tuple(x.shape[-3:]))
         assert tiny.relative_error(outcome.latents[number * len(STEPS) + step], expected) <= 2e-6
     exact = model(x, timestep, context, conditioning)
     assert 1e-4 < tiny.relative_error(expected, exact) < 0.2

@@ -26,6 +26,7 @@ from wan_parallel.distributed.messages import (
     encode,
 )
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.pool import model_config
 from wan_parallel.distributed.worker import Worker
 from wan_parallel.wanvideo.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.model import grid_of, unpatchify
@@ -92,7 +93,8 @@ def _room(job: Job) -> int:
 def _request(number: int, job: Job, arena: Arena, further: SharedConditioning) -> Forward:
     x = job.given.x
     refs = [arena.write(tensor) for tensor in job.given]
-    out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, x.shape[1] * 4))
+    channels = model_config(job.spec.path, job.spec.vace).out_dim
+    out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, channels * 4))
     arena.view(out).fill_(float("nan"))  # each number must be written
     conditioning = further.share(job.conditioning, torch.float32)
     return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning)
