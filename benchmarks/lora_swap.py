@@ -35,6 +35,8 @@ from wan_parallel.distributed.pool import PatchSet, Pool, acquire  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
 from wan_parallel.wanvideo.lora import LowRank  # noqa: E402
 
+log = logging.getLogger("lora_swap")
+
 _FILE_DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
 
 
@@ -79,6 +81,7 @@ def _times(pool: Pool, spec: ModelSpec, config: WanConfig, options: argparse.Nam
         began = time.perf_counter()
         out = pool.forward(spec, *given, patches)
         assert out.isfinite().all()
+        log.info("%s: %.3f s", patches.uuid if patches else "no LoRA", time.perf_counter() - began)
         return time.perf_counter() - began
 
     pool.ensure_ready(small := ModelSpec("random:1.3b", "bf16", "bf16"))  # so that loading is timed without the start

@@ -30,7 +30,7 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed import models, residence, worker  # noqa: E402
-from wan_parallel.distributed.mailbox import Mailbox  # noqa: E402
+from wan_parallel.distributed.mailbox import Letter, Mailbox  # noqa: E402
 from wan_parallel.distributed.memory import PlacementError  # noqa: E402
 from wan_parallel.distributed.messages import (  # noqa: E402
     ArenaRef,
@@ -228,7 +228,7 @@ class SimulatedMailbox(Mailbox):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
-    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None: ...
+    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None: ...
 
     def _await(self, flag: int, value: int) -> None: ...
 

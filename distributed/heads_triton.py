@@ -62,4 +62,4 @@ def _table(
     rows = [
         (address + i * head_dim * itemsize, count * head_dim) for address, count in places for i in range(count)
     ]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    return torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)  # the host goes on at once

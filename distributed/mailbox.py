@@ -13,7 +13,8 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -31,11 +32,21 @@ _FLAG_BYTES = 4096
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
 
 
+@dataclass(frozen=True)
+class Letter:
+    """A contiguous tensor for the memory of `rank`, from byte `offset` on, and the channel whose flag tells of it."""
+
+    rank: int
+    offset: int
+    tensor: torch.Tensor
+    channel: int
+
+
 class Mailbox(ABC):
     """The memory of the ranks of `group`, as one of them sees it.
 
     What `send` writes, the receiver's `wait` for that sender and channel makes available to the work that its device
-    does next; the nth `wait` is for the nth `send`. Nothing is acknowledged: whoever sends must know by other means
+    does next; the nth `wait` is for the nth letter. Nothing is acknowledged: whoever sends must know by other means
     that what lies there has been read.
     """
 
@@ -71,15 +82,21 @@ class Mailbox(ABC):
         """A part of this rank's memory, from byte `offset` on."""
         return self._part(self.place, offset, shape, dtype)
 
-    def send(self, rank: int, offset: int, tensor: torch.Tensor, channel: int) -> None:
-        """Write a contiguous tensor, once it is computed, into the memory of `rank` from byte `offset` on."""
-        self._sent[rank][channel] += 1
-        self._write(rank, offset, tensor, self.place * CHANNELS + channel, self._sent[rank][channel])
+    def send(self, letters: Sequence[Letter]) -> None:
+        """Write into the memory of other ranks what this one's device has computed by then, in this order."""
+        for letter in letters:
+            self._sent[letter.rank][letter.channel] += 1
+        self._write(letters, [self._sent[letter.rank][letter.channel] for letter in letters])
 
-    def wait(self, rank: int, channel: int) -> None:
-        """Let the device go on once the next tensor of `rank` on this channel is there."""
-        self._awaited[rank][channel] += 1
-        self._await(rank * CHANNELS + channel, self._awaited[rank][channel])
+    def wait(self, senders: Iterable[int], channel: int) -> None:
+        """Let the device go on once the next letter of each of `senders` on this channel is there."""
+        for rank in senders:
+            self._awaited[rank][channel] += 1
+            self._await(rank * CHANNELS + channel, self._awaited[rank][channel])
+
+    def _flag(self, letter: Letter) -> int:
+        """Which of the receiver's flags is raised for it."""
+        return self.place * CHANNELS + letter.channel
 
     @abstractmethod
     def _make(self, nbytes: int) -> None: ...
@@ -91,7 +108,7 @@ class Mailbox(ABC):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
 
     @abstractmethod
-    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None: ...
+    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None: ...
 
     @abstractmethod
     def _await(self, flag: int, value: int) -> None: ...
@@ -111,9 +128,10 @@ class HostMailbox(Mailbox):
         length = prod(shape) * dtype.itemsize
         return self._segment.data[rank][offset : offset + length].view(dtype).view(*shape)
 
-    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None:
-        self._part(rank, offset, tensor.shape, tensor.dtype).copy_(tensor)
-        self._segment.words[rank][flag] = value
+    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
+        for letter, value in zip(letters, values, strict=True):
+            self._part(letter.rank, letter.offset, letter.tensor.shape, letter.tensor.dtype).copy_(letter.tensor)
+            self._segment.words[letter.rank][self._flag(letter)] = value
 
     def _await(self, flag: int, value: int) -> None:
         words = self._segment.words[self.place]
@@ -134,7 +152,7 @@ class PeerMailbox(Mailbox):
         super().__init__(group, device)
         self._stream = torch.cuda.Stream(device)
         try:
-            self._flags = StreamMemory()
+            self._driver = StreamMemory()
             self.arrange(None, _FLAG_BYTES)
             self._try_out()
         except (ImportError, AttributeError, RuntimeError, StreamMemoryError) as error:
@@ -143,10 +161,8 @@ class PeerMailbox(Mailbox):
     def _try_out(self) -> None:
         """Send every rank this one's number, and look at what has come."""
         mine = torch.full((1,), self.place, dtype=torch.int64, device=self.device)
-        for rank in range(self.ranks):
-            self.send(rank, 8 * self.place, mine, 0)
-        for rank in range(self.ranks):
-            self.wait(rank, 0)
+        self.send([Letter(rank, 8 * self.place, mine, 0) for rank in range(self.ranks)])
+        self.wait(range(self.ranks), 0)
         got = self.own(0, (self.ranks,), torch.int64).tolist()
         if got != list(range(self.ranks)):
             raise StreamMemoryError(f"what the ranks wrote did not arrive ({got})")
@@ -157,6 +173,7 @@ class PeerMailbox(Mailbox):
         self._memory = symmetric.empty(_FLAG_BYTES + nbytes, dtype=torch.uint8, device=self.device)
         self._memory[:_FLAG_BYTES].zero_()
         self._peers = symmetric.rendezvous(self._memory, self.group.group_name)
+        self._addresses = list(self._peers.buffer_ptrs)
         torch.cuda.synchronize(self.device)
 
     def _drop(self) -> None:
@@ -166,17 +183,19 @@ class PeerMailbox(Mailbox):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._peers.get_buffer(rank, tuple(shape), dtype, (_FLAG_BYTES + offset) // dtype.itemsize)
 
-    def _write(self, rank: int, offset: int, tensor: torch.Tensor, flag: int, value: int) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
+    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
+        stream, raw = self._stream, self._stream.cuda_stream
+        stream.wait_stream(torch.cuda.current_stream(self.device.index))
+        for letter, value in zip(letters, values, strict=True):
+            there, tensor = self._addresses[letter.rank], letter.tensor
             if tensor.numel():
-                self._part(rank, offset, tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._stream)
-            self._flags.write(self._stream, self._peers.buffer_ptrs[rank] + 4 * flag, value)
+                self._driver.copy(raw, there + _FLAG_BYTES + letter.offset, tensor.data_ptr(), tensor.nbytes)
+                tensor.record_stream(stream)
+            self._driver.write(raw, there + 4 * self._flag(letter), value)
 
     def _await(self, flag: int, value: int) -> None:
-        address = self._peers.buffer_ptrs[self.place] + 4 * flag
-        self._flags.wait(torch.cuda.current_stream(self.device), address, value)
+        stream = torch.cuda.current_stream(self.device.index).cuda_stream
+        self._driver.wait(stream, self._addresses[self.place] + 4 * flag, value)
 
 
 def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | None:

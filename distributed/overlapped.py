@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import torch
 
 from ..wanvideo.attention import AttentionKernel
 from .heads import gather_heads, scatter_heads
-from .mailbox import Mailbox
+from .mailbox import Letter, Mailbox
 from .plan import shares
 from .sequence import SequenceGroup
 from .stopwatch import ALL_TO_ALL, LATER_SLICES, standing
@@ -61,6 +62,10 @@ class Layout:
         """The same for the values."""
         return self._sequence(rank) + self.keys(rank, sender)
 
+    def own(self, rank: int) -> int:
+        """Elements of the queries, keys or values of the tokens of `rank`."""
+        return self.lengths[rank] * self.batch * sum(self.heads) * self.head_dim
+
     def queries(self, rank: int, part: int, sender: int) -> int:
         """The same for the queries of one slice of the heads of `rank`."""
         start, count = self.slices(rank)[part]
@@ -87,13 +92,35 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """Some heads of all of a rank's tokens on their way: to whom, how many, to which byte, on which channel."""
+class Outgoing:
+    """The way of queries, keys or values, the same in every block.
 
-    rank: int
-    heads: int
-    offset: int
-    channel: int
+    Args:
+        parts: where the heads go, in their order: those of this rank into its own mailbox, all others to where the
+            copy engines fetch them. They have done so when their like of the next block comes.
+        letters: what then leaves.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    letters: tuple[Letter, ...]
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Where in this rank's mailbox lies what all ranks send it.
+
+    Args:
+        keys, values: [B, tokens of all, own heads, head_dim].
+        queries: the same for each slice of the own heads.
+        outputs: [own tokens, B, some heads, head_dim], in the order of the heads.
+        own_outputs: those of them that this rank computes, by slice.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+    own_outputs: tuple[torch.Tensor, ...]
 
 
 class OverlappedAttention:
@@ -108,28 +135,18 @@ class OverlappedAttention:
         self.kernel, self.mailbox, self.place = kernel, mailbox, group.ulysses_index
         self.lengths = tuple(shares(tokens, group.degrees.ulysses))
         self.heads = tuple(shares(heads, group.degrees.ulysses))
+        ranks = len(self.lengths)  # in an order of its own for each of them, so that not all send to one at a time
+        self.others = [(self.place + i) % ranks for i in range(1, ranks)]
         self._layout: Layout | None = None
         self._announced: set[str] = set()
-        self._packed: dict[str, torch.Tensor] = {}
 
     def announce(self, kind: str, x: torch.Tensor) -> None:
         """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
         self._prepare(x)
         self._announced.add(kind)
-        parcels = self._parcels(kind)
-        n, batch, dim = self.lengths[self.place], *x.shape[::3]
-        outgoing = self._outgoing(kind, x).split([n * batch * dim * parcel.heads for parcel in parcels])
-        shapes = [(n, batch, parcel.heads, dim) for parcel in parcels]
-        parts = [
-            self.mailbox.own(parcel.offset, shape, x.dtype) if parcel.rank == self.place else part.view(shape)
-            for parcel, part, shape in zip(parcels, outgoing, shapes, strict=True)
-        ]
-        scatter_heads(x, parts)
-        ranks = len(self.lengths)  # first what is needed first, and not all ranks to the same one at a time
-        order = sorted(range(len(parcels)), key=lambda i: (parcels[i].channel, (parcels[i].rank - self.place) % ranks))
-        for i in order:
-            if parcels[i].rank != self.place:
-                self.mailbox.send(parcels[i].rank, parcels[i].offset, parts[i], parcels[i].channel)
+        outgoing = self._outgoing[kind]
+        scatter_heads(x, outgoing.parts)
+        self.mailbox.send(outgoing.letters)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape."""
@@ -137,83 +154,92 @@ class OverlappedAttention:
             if kind not in self._announced:
                 self.announce(kind, x)
         self._announced.clear()
-        layout, place = self._layout, self.place
-        with standing(ALL_TO_ALL, self.mailbox.group):
-            self._await(_KEYS)
-            self._await(_VALUES)
-        keys = self._sequence(layout.keys(place, 0), self.heads[place])
-        values = self._sequence(layout.values(place, 0), self.heads[place])
-        outputs = []
-        for part, (start, count) in enumerate(layout.slices(place)):
-            with standing(LATER_SLICES if part else ALL_TO_ALL, self.mailbox.group):
-                self._await(_QUERIES + part)
-            queries, heads = self._sequence(layout.queries(place, part, 0), count), slice(start, start + count)
-            out = self.kernel(queries, keys[:, :, heads], values[:, :, heads])
-            outputs.append(out.transpose(0, 1).contiguous())
-            self._send_output(part, outputs[-1])
-        return self._output(q, outputs)
+        arrivals, group = self._arrivals, self.mailbox.group
+        with standing(ALL_TO_ALL, group):
+            for channel in (_KEYS, _VALUES, _QUERIES):
+                self.mailbox.wait(self.others, channel)
+        for part, (start, count) in enumerate(self._layout.slices(self.place)):
+            if part:
+                with standing(LATER_SLICES, group):
+                    self.mailbox.wait(self.others, _QUERIES + part)
+            heads = slice(start, start + count)
+            out = self.kernel(arrivals.queries[part], arrivals.keys[:, :, heads], arrivals.values[:, :, heads])
+            self._send_output(part, out.transpose(0, 1).contiguous())
+        return self._output(torch.empty_like(q, memory_format=torch.contiguous_format))
 
     def _prepare(self, x: torch.Tensor) -> None:
         layout = Layout(self.lengths, self.heads, len(x), x.shape[-1], x.dtype)
-        if layout != self._layout:
-            with standing(ALL_TO_ALL, self.mailbox.group):
-                self.mailbox.arrange(layout, layout.nbytes)
-            self._layout = layout
-            self._packed.clear()
+        if layout == self._layout:
+            return
+        with standing(ALL_TO_ALL, self.mailbox.group):
+            self.mailbox.arrange(layout, layout.nbytes)
+        self._layout = layout
+        self._arrivals = self._all_arrivals(layout)
+        self._outgoing = {kind: self._way_of(kind, layout, x.device) for kind in "vkq"}
 
-    def _parcels(self, kind: str) -> list[Parcel]:
-        """What this rank sends of its queries, keys or values, in the order of the heads."""
-        layout, ranks = self._layout, range(len(self.lengths))
-        if kind == "k":
-            return [Parcel(r, self.heads[r], layout.keys(r, self.place), _KEYS) for r in ranks]
-        if kind == "v":
-            return [Parcel(r, self.heads[r], layout.values(r, self.place), _VALUES) for r in ranks]
-        return [
-            Parcel(r, count, layout.queries(r, part, self.place), _QUERIES + part)
-            for r in ranks
-            for part, (_, count) in enumerate(layout.slices(r))
-        ]
+    def _way_of(self, kind: str, layout: Layout, device: torch.device) -> Outgoing:
+        parts, letters, me = [], [], self.place
+        packed = torch.empty(layout.own(me), dtype=layout.dtype, device=device)
+        for rank, heads, offset, channel in self._parcels(kind, layout):
+            shape = (self.lengths[me], layout.batch, heads, layout.head_dim)
+            if rank == me:
+                parts.append(self.mailbox.own(offset, shape, layout.dtype))
+                continue
+            part, packed = packed[: prod(shape)], packed[prod(shape) :]
+            parts.append(part.view(shape))
+            letters.append(Letter(rank, offset, parts[-1], channel))
+        letters.sort(key=lambda letter: (letter.channel, self.others.index(letter.rank)))  # first what is needed first
+        return Outgoing(tuple(parts), tuple(letters))
 
-    def _outgoing(self, kind: str, x: torch.Tensor) -> torch.Tensor:
-        """Where x lies while the copy engines fetch it; they have done so when its like of the next block comes."""
-        if kind not in self._packed:
-            self._packed[kind] = x.new_empty(x.numel())
-        return self._packed[kind]
+    def _parcels(self, kind: str, layout: Layout) -> Iterator[tuple[int, int, int, int]]:
+        """Of this rank's queries, keys or values, in the order of the heads: to whom, how many heads, to which byte,
+        on which channel."""
+        for rank, heads in enumerate(self.heads):
+            if kind == "k":
+                yield rank, heads, layout.keys(rank, self.place), _KEYS
+            elif kind == "v":
+                yield rank, heads, layout.values(rank, self.place), _VALUES
+            else:
+                for part, (_, count) in enumerate(layout.slices(rank)):
+                    yield rank, count, layout.queries(rank, part, self.place), _QUERIES + part
 
-    def _this_one_last(self) -> Iterator[int]:
-        """The ranks in an order of its own for each of them, so that not all send to one at a time."""
-        ranks = len(self.lengths)
-        return ((self.place + i) % ranks for i in range(1, ranks + 1))
+    def _all_arrivals(self, layout: Layout) -> Arrivals:
+        me, n = self.place, self.lengths[self.place]
+
+        def sequence(offset: int, heads: int) -> torch.Tensor:
+            shape = (sum(self.lengths), layout.batch, heads, layout.head_dim)
+            return self.mailbox.own(offset, shape, layout.dtype).transpose(0, 1)
+
+        outputs = {
+            (sender, part): self.mailbox.own(
+                layout.output(me, part, sender), (n, layout.batch, count, layout.head_dim), layout.dtype
+            )
+            for sender in range(len(self.lengths))
+            for part, (_, count) in enumerate(layout.slices(sender))
+        }
+        return Arrivals(
+            sequence(layout.keys(me, 0), self.heads[me]),
+            sequence(layout.values(me, 0), self.heads[me]),
+            tuple(
+                sequence(layout.queries(me, part, 0), count) for part, (_, count) in enumerate(layout.slices(me))
+            ),
+            tuple(outputs.values()),
+            tuple(output for (sender, _), output in outputs.items() if sender == me),
+        )
 
     def _send_output(self, part: int, output: torch.Tensor) -> None:
         """Output [tokens, B, some heads, head_dim] of all tokens to those who have them."""
-        rows = output.split(self.lengths)
-        for rank in self._this_one_last():
-            if rank != self.place:
-                self.mailbox.send(rank, self._layout.output(rank, part, self.place), rows[rank], _OUTPUT + part)
+        layout, rows = self._layout, output.split(self.lengths)
+        self.mailbox.send(
+            [Letter(r, layout.output(r, part, self.place), rows[r], _OUTPUT + part) for r in self.others]
+        )
+        self._arrivals.own_outputs[part].copy_(rows[self.place])
 
-    def _output(self, q: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """What all ranks have computed for this rank's tokens, in the shape of q."""
-        layout, place, parts = self._layout, self.place, []
+    def _output(self, result: torch.Tensor) -> torch.Tensor:
+        """Into `result` [B, n, heads, head_dim], what all ranks have computed for this rank's tokens."""
         with standing(ALL_TO_ALL, self.mailbox.group):
-            for sender in range(len(self.lengths)):
-                for part, (_, count) in enumerate(layout.slices(sender)):
-                    if sender == place:
-                        parts.append(outputs[part].split(self.lengths)[place])
-                    else:
-                        self.mailbox.wait(sender, _OUTPUT + part)
-                        shape = (self.lengths[place], layout.batch, count, layout.head_dim)
-                        parts.append(self.mailbox.own(layout.output(place, part, sender), shape, layout.dtype))
-        result = torch.empty_like(q, memory_format=torch.contiguous_format)
-        gather_heads(parts, result)
+            for part in range(SLICES):
+                senders = [rank for rank in self.others if part < len(self._layout.slices(rank))]
+                self.mailbox.wait(senders, _OUTPUT + part)
+        gather_heads(self._arrivals.outputs, result)
         return result
-
-    def _sequence(self, offset: int, heads: int) -> torch.Tensor:
-        """[B, tokens, heads, head_dim] out of this rank's memory."""
-        shape = (sum(self.lengths), self._layout.batch, heads, self._layout.head_dim)
-        return self.mailbox.own(offset, shape, self._layout.dtype).transpose(0, 1)
-
-    def _await(self, channel: int) -> None:
-        for rank in self._this_one_last():
-            if rank != self.place:
-                self.mailbox.wait(rank, channel)

@@ -222,6 +222,9 @@ for smooth in (False, True):
     close(scale, fp8.power_of_two(v.abs().amax((1, 3)) + taken.abs().amax(-1)))
     if smooth:
         close(mean, taken)
+        close(fp8_triton.sum_heads(v) / v.shape[1], taken)
+        out = packed[:, :, 1].transpose(0, 1).clone()
+        close(fp8_triton.add_mean_(out.clone(), mean), out + mean[:, None])
 """
 
 

@@ -14,6 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def to_heads(x: Tensor, smooth: bool = False, unbiased: bool = False) -> Fp8Head
             16-bit numbers lie halfway between two of e4m3 one time in 16, and all of these go the same way once a
             mean is off. Next to the output of attention over many tokens, which is close to the mean, that is much.
     """
-    if (kernels := fp8.fused(x.device)) and x.stride(-1) == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0:
+    kernels = _fused(x)
+    if kernels:
         data, scale, mean = kernels.to_heads(x, smooth)
     else:
         values = x.float()
@@ -57,9 +59,23 @@ def to_heads(x: Tensor, smooth: bool = False, unbiased: bool = False) -> Fp8Head
         if smooth:
             values = values - mean[:, None]
         data = (values / scale[:, None, :, None]).to(fp8.FP8)
-    if unbiased:  # by torch: summed up in the kernel that rounds them, half of the sums were NaN with Triton 3.6
-        mean = mean - data.bfloat16().sum(1, dtype=torch.float32) * (scale / x.shape[1])[..., None]
+    if unbiased:  # in a pass of its own: in the kernel that rounds them, half of the sums were NaN with Triton 3.6
+        sums = kernels.sum_heads(data) if kernels else data.bfloat16().sum(1, dtype=torch.float32)
+        mean = mean - sums * (scale / x.shape[1])[..., None]
     return Fp8Heads(data, scale, mean)
+
+
+def add_mean_(out: Tensor, mean: Tensor) -> Tensor:
+    """Add mean [B, H, D] in float32 to every token of out [B, n, H, D], in place."""
+    if kernels := _fused(out):
+        return kernels.add_mean_(out, mean)
+    return out.add_(mean[:, None].to(out.dtype))  # of two dtypes it would be twice as slow
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """The kernels for heads such as those of x, where there are any."""
+    fits = x.stride(-1) == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0
+    return fp8.fused(x.device) if fits else None
 
 
 def _rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Fp8Heads, Fp8Heads, Fp8Heads]:
@@ -75,8 +91,7 @@ def load_flash_attn_3(module: str) -> Callable[[Tensor, Tensor, Tensor, bool], t
         scales = {"q_descale": q8.scale, "k_descale": k8.scale, "v_descale": v8.scale}
         result = func(q8.data, k8.data, v8.data, **scales, **({"return_attn_probs": True} if want_lse else {}))
         out, lse = result[:2] if isinstance(result, tuple) else (result, None)
-        out = out.add_(v8.mean[:, None].to(out.dtype)).to(q.dtype)  # of two dtypes it would be twice as slow
-        return out, lse + _taken_off(q, k8.mean) if want_lse else None
+        return add_mean_(out, v8.mean).to(q.dtype), lse + _taken_off(q, k8.mean) if want_lse else None
 
     return forward
 

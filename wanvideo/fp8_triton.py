@@ -135,6 +135,18 @@ def _heads_kernel(
         tl.store(at, (values * reciprocal).to(out.dtype.element_ty), mask=token < n)
 
 
+@triton.jit
+def _add_mean_kernel(x, mean, n, x_batch, x_token, x_head, STEPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, D)
+    middle = tl.load(mean + (batch * tl.num_programs(1) + head) * D + columns)[None, :]
+    for step in range(STEPS):
+        token = ((chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        at = x + batch * x_batch + token * x_token + head * x_head + columns[None, :]
+        values = tl.load(at, mask=token < n, other=0.0).to(tl.float32) + middle
+        tl.store(at, values.to(x.dtype.element_ty), mask=token < n)
+
+
 def to_rows(x: torch.Tensor, gelu: bool = False, dtype: torch.dtype = _FP8) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fp8.to_rows` and `fp8.gelu_rows`: numbers [..., d] in `dtype`, scales [..., 1]."""
     x, d = x.contiguous(), x.shape[-1]
@@ -157,6 +169,28 @@ def norm_rows(
     return out, scales
 
 
+def sum_heads(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the tokens of x [B, n, H, D] of any dtype, float32 [B, H, D]; D a power of 2."""
+    return _extents(x)[1].sum(1)
+
+
+def add_mean_(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Add mean [B, H, D], float32 and contiguous, to every token of x [B, n, H, D] in place; D a power of 2."""
+    batch, n, heads, d = x.shape
+    grid = triton.cdiv(n, _ROWS * _STEPS), heads, batch
+    _add_mean_kernel[grid](x, mean, n, *x.stride()[:3], _STEPS, _ROWS, d, num_warps=4)
+    return x
+
+
+def _extents(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greatest magnitudes and sums over each _CHUNK tokens of x [B, n, H, D], float32 [B, chunks, H, D]."""
+    batch, n, heads, d = x.shape
+    chunks = triton.cdiv(n, _CHUNK)
+    largest, sums = torch.empty(2, batch, chunks, heads, d, device=x.device).unbind(0)
+    _extent_kernel[(chunks, heads, batch)](x, largest, sums, n, *x.stride()[:3], _CHUNK, _ROWS, d, num_warps=8)
+    return largest, sums
+
+
 def _room(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     return out, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
@@ -174,9 +208,8 @@ def to_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See `fp8_attention.to_heads`: numbers in `dtype`, scales, mean. Any strides but the last; D a power of 2."""
     batch, n, heads, d = x.shape
-    chunks, strides = triton.cdiv(n, _CHUNK), x.stride()[:3]
-    largest, sums = torch.empty(2, batch, chunks, heads, d, device=x.device).unbind(0)
-    _extent_kernel[(chunks, heads, batch)](x, largest, sums, n, *strides, _CHUNK, _ROWS, d, num_warps=8)
+    strides, (largest, sums) = x.stride()[:3], _extents(x)
+    chunks = sums.shape[1]
     mean = torch.empty(batch, heads, d, device=x.device)
     scale, inverse = torch.empty(2, batch, heads, device=x.device).unbind(0)
     _finish_kernel[(heads, batch)](largest, sums, mean, scale, inverse, n, chunks, smooth, 16, d)

@@ -103,6 +103,14 @@ def test_heads_are_rounded_as_in_plain_torch(smooth, unbiased, plain):
         torch.testing.assert_close(fused.mean, reference.mean, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_the_mean_comes_back_as_in_plain_torch(dtype, plain):
+    out, mean = normal(2, 3001, 5, 128, dtype=dtype), normal(2, 5, 128, dtype=torch.float32)
+    fused = fp8_attention.add_mean_(out.clone(), mean)
+    exact = out.float() + mean[:, None]
+    assert tiny.relative_error(fused, exact) <= tiny.relative_error(plain(fp8_attention.add_mean_, out, mean), exact)
+
+
 # Products.
 
 
