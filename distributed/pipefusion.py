@@ -101,15 +101,21 @@ class PatchStream:
     def __init__(self, stages: int, device: torch.device):
         self.stages, self.device = stages, device
         self._kept: dict[Hashable, list[torch.Tensor]] = {}
-        self._run = ""
+        self._run, self._attentions = "", 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that are kept."""
         return sum(block.nbytes for blocks in self._kept.values() for block in blocks)
 
-    def begin(self, step: Displaced) -> None:
-        """Forget an earlier run."""
+    def begin(self, step: Displaced, attentions: int) -> None:
+        """Forget an earlier run.
+
+        Args:
+            attentions: how often an item's tokens go through self-attention in this stage: once a block, in one of VACE
+                once for each context.
+        """
+        self._attentions = attentions
         if step.run != self._run:
             self.clear()
             self._run = step.run
@@ -119,18 +125,12 @@ class PatchStream:
         self._kept.clear()
 
     def missing_bytes(
-        self,
-        batches: Sequence[tuple[str, ...]],
-        model: WanModel,
-        grid: Grid,
-        group: SequenceGroup,
-        heads: int,
-        attentions: int,
+        self, batches: Sequence[tuple[str, ...]], model: WanModel, grid: Grid, group: SequenceGroup, heads: int
     ) -> int:
         """Bytes that `stretches` will allocate for these batch items, named as there."""
-        new = (len(lanes) for lanes in batches if not self._has(lanes, attentions))
+        new = (len(lanes) for lanes in batches if not self._has(lanes))
         return sum(math.prod(self._shape(n, model, grid, group, heads)) for n in new) * (
-            attentions * model.compute_dtype.itemsize
+            self._attentions * model.compute_dtype.itemsize
         )
 
     def stretches(
@@ -141,24 +141,21 @@ class PatchStream:
         grid: Grid,
         group: SequenceGroup,
         heads: int,
-        attentions: int,
     ) -> list[Stretch]:
         """How some batch items go through this stage in a forward that is stale, or that fills in for one.
 
         Args:
             lanes: the items' names over the steps of the run.
             heads: of this rank's part of the model, over the whole sequence group.
-            attentions: how often an item's tokens go through self-attention in this stage: once a block, in one of VACE
-                once for each context.
 
         Raises:
             StaleError: there is nothing from the step before.
         """
         stale = step.kind == STALE
-        if not self._has(lanes, attentions):
+        if not self._has(lanes):
             if stale:
                 raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
-            self._kept[lanes] = self._room(len(lanes), model, grid, group, heads, attentions)
+            self._kept[lanes] = self._room(len(lanes), model, grid, group, heads)
         stretches = []
         for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
             kept = KeptKeys(self._kept[lanes], start, model.self_kernel)
@@ -167,16 +164,14 @@ class PatchStream:
             stretches.append(Stretch(start + own[0], start + own[1], attend))
         return stretches
 
-    def _has(self, lanes: tuple[str, ...], attentions: int) -> bool:
-        return len(self._kept.get(lanes, ())) == attentions
+    def _has(self, lanes: tuple[str, ...]) -> bool:
+        return len(self._kept.get(lanes, ())) == self._attentions
 
-    def _room(
-        self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int, attentions: int
-    ) -> list[torch.Tensor]:
+    def _room(self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> list[torch.Tensor]:
         """Keys and values for each self-attention of this stage."""
         shape = self._shape(batch, model, grid, group, heads)
         release_cache(self.device)
-        return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in range(attentions)]
+        return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in range(self._attentions)]
 
     @staticmethod
     def _shape(batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> tuple[int, ...]:

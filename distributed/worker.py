@@ -211,20 +211,15 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        approximate = self.stream or (self.patches if ranks > 1 else None)
-        step = request.displaced if approximate and self._usual(loaded.model, conditioning, grid) else None
-        if step is not None:
-            approximate.begin(step)
+        step = self._begin(request.displaced, loaded.model, conditioning, grid, ranks)
         self.gate.begin(request.id)
         batches = self._batches(request.spec, len(x), self.place.data)
         with stopwatch.standing(stopwatch.WEIGHTS):
-            kept = self._to_keep(step, batches, loaded.model, grid, group, conditioning)
+            kept = self._to_keep(step, batches, loaded.model, grid, group)
             self.models.settle(request.spec, stop - start, kept, len(conditioning.options.vace_strengths))
         self.memory.begin()
         portions = [
-            portion
-            for items in batches
-            for portion in self._portions(items, step, loaded.model, grid, group, conditioning)
+            portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
         ]
         residence = loaded.residence
         # ranks that gather weights from each other run the blocks equally often, and leave them together
@@ -408,22 +403,27 @@ class Worker:
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
-    def _usual(self, model: WanModel, conditioning: Conditioning, grid: Grid) -> bool:
-        """Whether keys and values can be kept: of all blocks, and in displaced patches of the video's own tokens alone,
-        not of VACE's streams or of what lies behind the video."""
+    def _begin(
+        self, step: Displaced | None, model: WanModel, conditioning: Conditioning, grid: Grid, ranks: int
+    ) -> Displaced | None:
+        """Begin an approximate step; None where it is computed exactly.
+
+        Keys and values are kept of all blocks or none. Displaced patches have none of VACE's streams, nor of what lies
+        behind the video.
+        """
         layers = range(model.config.num_layers)
-        if set(conditioning.options.skip_blocks) & set(layers):
-            return False
-        return bool(self.stream) or (model.self_attentions(conditioning, layers) == len(layers) and not grid.tail)
+        if step is None or set(conditioning.options.skip_blocks) & set(layers):
+            return None
+        if self.stream is not None:
+            self.stream.begin(step, model.self_attentions(conditioning, model.span))
+            return step
+        if ranks == 1 or grid.tail or model.self_attentions(conditioning, layers) > len(layers):
+            return None
+        self.patches.begin(step)
+        return step
 
     def _portions(
-        self,
-        items: slice,
-        step: Displaced | None,
-        model: WanModel,
-        grid: Grid,
-        group: SequenceGroup,
-        conditioning: Conditioning,
+        self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
     ) -> list[Portion]:
         """What this rank does for some batch items: its tokens, and how they see the others."""
         attend, start, stop = self._attention(group, model, grid), *group.shard(grid.tokens)
@@ -431,28 +431,20 @@ class Worker:
             return [Portion(items, slice(start, stop), stop - start, attend)]
         if self.stream is not None:
             heads = model.config.num_heads // self.shard.size
-            attentions = model.self_attentions(conditioning, model.span)
-            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads, attentions)
+            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads)
             return [Portion(items, slice(s.start, s.stop), s.stop - s.start, s.attend) for s in stretches]
         attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
         part = attend.part
         return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
 
     def _to_keep(
-        self,
-        step: Displaced | None,
-        batches: Sequence[slice],
-        model: WanModel,
-        grid: Grid,
-        group: SequenceGroup,
-        conditioning: Conditioning,
+        self, step: Displaced | None, batches: Sequence[slice], model: WanModel, grid: Grid, group: SequenceGroup
     ) -> int:
         """Bytes of keys and values that this forward will keep anew."""
         if self.stream is None or step is None or step.kind == EXACT:
             return 0
-        lanes, heads = [step.lanes[items] for items in batches], model.config.num_heads // self.shard.size
-        attentions = model.self_attentions(conditioning, model.span)
-        return self.stream.missing_bytes(lanes, model, grid, group, heads, attentions)
+        lanes = [step.lanes[items] for items in batches]
+        return self.stream.missing_bytes(lanes, model, grid, group, model.config.num_heads // self.shard.size)
 
     def _most_batches(self, spec: ModelSpec, batch: int) -> int:
         """Slices of batch items in the data-parallel group that has most of them."""

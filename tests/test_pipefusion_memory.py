@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 from tiny import sentences
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings
+from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
 from wan_parallel.distributed.patch_memory import TooLarge, host_memory
 from wan_parallel.distributed.pipefusion import PatchStream
 from wan_parallel.distributed.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.pipeline import Stage
-from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.schedule import FILL
 from wan_parallel.distributed.sequence import place_in
 from wan_parallel.nodes.stream_runs import BESIDE, Beside, StreamRuns
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
@@ -48,14 +49,14 @@ def test_the_figure_is_what_the_first_rank_allocates(plan, batch, config, contex
     attentions = len(span) + contexts * len(config.vace_behind(span))
     items = -(-batch // plan.data_parallel) if batch >= plan.data_parallel else batch
     stream, heads = PatchStream(plan.pipeline_parallel, torch.device("cpu")), config.num_heads // plan.tensor_parallel
-    room = stream._room(items, model, grid, group, heads, attentions)
+    names = tuple(map(str, range(items)))
+    stream.begin(Displaced(FILL, "run", names, PatchSplit()), attentions)
+    room = stream._room(items, model, grid, group, heads)
     allocated = sum(tensor.nbytes for tensor in room)
     assert kept_bytes(config, streaming(plan), "bf16", grid.tokens, batch, contexts) == allocated
-    names = tuple(map(str, range(items)))
-    assert stream.missing_bytes([names], model, grid, group, heads, attentions) == allocated
+    assert stream.missing_bytes([names], model, grid, group, heads) == allocated
     stream._kept[names] = room
-    assert stream.missing_bytes([names], model, grid, group, heads, attentions) == 0
-    assert stream.missing_bytes([names], model, grid, group, heads, attentions + 1) > 0  # one more context
+    assert stream.missing_bytes([names], model, grid, group, heads) == 0
 
 
 @pytest.mark.parametrize("stages, tensor", [(2, 1), (4, 1), (2, 2)])
