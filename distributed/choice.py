@@ -207,7 +207,7 @@ def _fitting(
         except PlacementError as error:
             refusals.append(error)
             continue
-        blocks = Blocks(demand.block, placement.share, demand.blocks - placement.resident)
+        blocks = Blocks(demand.usual_block, placement.share, demand.blocks - placement.resident)
         expected = expect(question.config, plan, question.work, machine, blocks)
         choices.append(Choice(plan, expected, placement, demand))
     return choices, refusals

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from .plan import ParallelPlan, SequenceDegrees, attention_cost
+from .plan import ParallelPlan, SequenceDegrees, attention_cost, bounds
 
 TEXT_TOKENS = 512
 ATTENTION_RATE = 0.89
@@ -39,6 +39,9 @@ class Dimensions(Protocol):
     num_heads: int
     num_layers: int
     vace_layers: int
+
+    def in_turn(self, blocks: range) -> list[int]:
+        """The numbers of these blocks and of the VACE blocks behind them."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,15 @@ def expect(
     degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(work.items))
     items = math.ceil(work.items / groups)
     slices = math.ceil(items / min(work.max_batch, math.ceil(items / stages)))
-    layers = math.ceil(config.num_layers / stages) + config.vace_layers
+    spans = (range(*bounds(config.num_layers, stages, stage)) for stage in range(stages))
+    layers = max(len(config.in_turn(span)) for span in spans)  # VACE with one context
     compute = layers * _block_compute(config, degrees, plan.tensor_parallel, work, machine)
     exchange = layers * _block_exchange(config, degrees, plan.tensor_parallel, work, machine)
     waits = layers * _exchanges(degrees, plan.tensor_parallel) * machine.latency  # for each slice
     passing = 0.0
     if stages > 1:
-        stream = math.ceil(work.tokens / degrees.ranks) * config.dim * 4
+        streams = 2 if config.vace_layers else 1
+        stream = streams * math.ceil(work.tokens / degrees.ranks) * config.dim * 4
         passing = (slices + stages - 1) * (items / slices * stream / machine.link + machine.latency)
     one_pass = compute * items / slices + exchange * items / slices + waits
     weights = slices * _waiting_for_weights(blocks or Blocks(), layers, one_pass, machine)

@@ -9,7 +9,7 @@ from ..wanvideo.checkpoint import WEIGHT_DTYPES, held_sizes_of
 from ..wanvideo.config import WanConfig
 from .messages import ModelSpec, PoolSettings
 from .pipeline import Stage
-from .plan import ParallelPlan, PlanError
+from .plan import ParallelPlan
 from .tensor import TensorShard
 
 
@@ -21,19 +21,6 @@ def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> No
     """
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
-    if config.vace_layers and plan.pipeline_parallel > 1:
-        raise PlanError(
-            f"pipeline_parallel_size is {plan.pipeline_parallel}, but VACE's blocks run beside those of the video, and "
-            "stages do not pass that on yet. Set it to 1; tensor_parallel_size divides the weights of VACE too."
-        )
-    if settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1:
-        for batch in (1, plan.data_parallel):
-            degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
-            if degrees.ring > 1:
-                raise PlanError(
-                    f"{degrees} share each token sequence, but PipeFusion keeps keys and values that a ring does not "
-                    "have in one place. Set pipeline_mode to exact, or sizes that leave no ring."
-                )
 
 
 def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
@@ -58,4 +45,4 @@ def parts_of(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) ->
         name: size * math.prod(shard.held_shape(name, shapes[name])) // math.prod(shapes[name])
         for name, size in sizes.items()
     }
-    return [{name: n for name, n in parts.items() if stage.holds(name, config.num_layers)} for stage in stages]
+    return [{name: n for name, n in parts.items() if stage.holds(name, config)} for stage in stages]

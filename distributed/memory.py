@@ -7,16 +7,14 @@ each other their room first (see `Worker.load`) and then all ask `place_weights`
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..wanvideo.config import WanConfig
+from ..wanvideo.config import BLOCK_NAME, WanConfig
 
 SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
 
-BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
 SEGMENT = 2**21
 """Bytes that torch's GPU allocator rounds a large allocation up to: a block, or a share of one, is one of these."""
 ALIGN = 256
@@ -31,6 +29,7 @@ REFERENCE_TOKENS = 21 * 30 * 52
 # is 40 bytes x 5120 (benchmarks/results/h200.jsonl).
 _FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
 _TIMED_BYTES = 24  # six float32 vectors of modulation a token, where tokens have times of their own
+_CONTROL_BYTES = 4  # a control stream of VACE beside the video's residual stream, float32
 _WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
 
 
@@ -47,14 +46,29 @@ class Demand:
     blocks: int  # how many
     activations: int
     unit: int = 1  # what a part of a block is rounded up to
+    sizes: tuple[int, ...] = ()  # of each block, where they differ
 
     @property
     def whole(self) -> int:
-        return self.fixed + self.blocks * self.block
+        return self.fixed + (sum(self.sizes) or self.blocks * self.block)
+
+    @property
+    def usual_block(self) -> int:
+        """Bytes of a block on average."""
+        return (self.whole - self.fixed) // max(1, self.blocks)
 
     def part(self, share: int) -> int:
-        """Bytes of 1/share of a block."""
-        return -(-math.ceil(self.block / share) // self.unit) * self.unit
+        """Bytes of 1/share of the largest block."""
+        return self._part(self.block, share)
+
+    def parts(self, share: int, count: int) -> int:
+        """Bytes of 1/share of each of `count` blocks, whichever they are."""
+        if self.sizes and count == self.blocks:
+            return sum(self._part(size, share) for size in self.sizes)
+        return count * self.part(share)
+
+    def _part(self, nbytes: int, share: int) -> int:
+        return -(-math.ceil(nbytes / share) // self.unit) * self.unit
 
 
 def demand_of(sizes: Mapping[str, int], activations: int, unit: int = 1) -> Demand:
@@ -62,10 +76,10 @@ def demand_of(sizes: Mapping[str, int], activations: int, unit: int = 1) -> Dema
     fixed, blocks = 0, {}
     for name, nbytes in sizes.items():
         if match := BLOCK_NAME.match(name):
-            blocks[match[1]] = blocks.get(match[1], 0) + -(-nbytes // ALIGN) * ALIGN
+            blocks[match[0]] = blocks.get(match[0], 0) + -(-nbytes // ALIGN) * ALIGN
         else:
             fixed += nbytes
-    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations, unit)
+    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations, unit, tuple(blocks.values()))
 
 
 @dataclass(frozen=True)
@@ -84,16 +98,23 @@ class Placement:
 
 
 def activation_bytes(
-    config: WanConfig, tokens: int, batch: int, itemsize: int, slice_tokens: int, workspace: int = _WORKSPACE
+    config: WanConfig,
+    tokens: int,
+    batch: int,
+    itemsize: int,
+    slice_tokens: int,
+    workspace: int = _WORKSPACE,
+    contexts: int = 1,
 ) -> int:
     """Expected activation memory of one rank that runs `batch` items of `tokens` tokens each.
 
     Args:
         itemsize: bytes of the compute dtype.
         slice_tokens: as in `WanModel`; 0 takes all tokens through the feed-forward at once.
+        contexts: of a VACE model.
     """
-    timed = _TIMED_BYTES if config.sound else 0
-    stream = tokens * config.dim * (_FLOAT32_BYTES + timed + _COMPUTE_VALUES * itemsize)
+    more = (_TIMED_BYTES if config.sound else 0) + (contexts * _CONTROL_BYTES if config.vace_layers else 0)
+    stream = tokens * config.dim * (_FLOAT32_BYTES + more + _COMPUTE_VALUES * itemsize)
     hidden = min(tokens, slice_tokens or tokens) * config.ffn_dim * 2 * itemsize
     return batch * (stream + hidden) + workspace
 
@@ -101,16 +122,18 @@ def activation_bytes(
 def fitting_blocks(demand: Demand, room: int, share: int) -> int:
     """How many blocks (or shares of them) can stay on a GPU of `room` bytes; -1 where it cannot run at all."""
     left = room - demand.fixed - demand.activations
-    if share == 1 and left >= demand.blocks * demand.part(1):
+    if share == 1 and left >= demand.parts(1, demand.blocks):
         return demand.blocks
     left -= SLOTS * demand.part(1)
+    if share > 1 and left >= demand.parts(share, demand.blocks):
+        return demand.blocks
     return max(-1, min(demand.blocks, left // demand.part(share)))
 
 
 def needed_bytes(demand: Demand, share: int, resident: int) -> int:
     """Bytes of a GPU that runs the model with `resident` blocks (or shares of them) on it."""
     passing = SLOTS * demand.part(1) if share > 1 or resident < demand.blocks else 0
-    return demand.fixed + resident * demand.part(share) + passing + demand.activations
+    return demand.fixed + demand.parts(share, resident) + passing + demand.activations
 
 
 def place_weights(

@@ -125,7 +125,16 @@ class Models:
         self._make_way(spec, needed_bytes(demand, group.ranks, resident))
         release_cache(self.device)
         read, sizes = functools.partial(self._unplaced, source, spec), self._held_sizes(source, spec, self.rank)
-        residence = Residence(sizes, read, model.set_weight, self.device, self.slots, group)
+        residence = Residence(
+            sizes,
+            read,
+            model.set_weight,
+            self.device,
+            self.slots,
+            group,
+            number_of=source.config.block_number,
+            order=source.config.in_turn(model.span),
+        )
         for name in sizes:
             if not residence.owns(name):
                 model.set_weight(name, self._weight(source, spec, name))
@@ -139,13 +148,13 @@ class Models:
     def patch(self, request: Patch, arena: ArenaReader) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
         loaded = self.loaded[request.spec]
-        shapes, num_layers = loaded.source.config.shapes(), loaded.source.config.num_layers
+        shapes = loaded.source.config.shapes()
         patched = functools.partial(self._patched, loaded, request, arena, shapes)
         try:
             held = [
                 name
                 for name in sorted(loaded.patched | request.weights.keys())
-                if name not in shapes or self.stage.holds(name, num_layers)
+                if name not in shapes or self.stage.holds(name, loaded.source.config)
             ]
             loaded.residence.update(held, patched)
         except BaseException:
@@ -207,8 +216,8 @@ class Models:
         """Bytes of each model's weights on this worker's device."""
         held = []
         for spec, loaded in self.loaded.items():
-            part = max(map(loaded.residence.bytes_of, loaded.residence.blocks), default=0)
-            whole = max(loaded.device_bytes, loaded.fixed + loaded.resident * part)
+            parts = sorted(map(loaded.residence.bytes_of, loaded.residence.blocks), reverse=True)
+            whole = max(loaded.device_bytes, loaded.fixed + sum(parts[: loaded.resident]))
             now = loaded.device_bytes + loaded.originals.nbytes
             held.append(HeldWeights(spec, now, max(now, whole)))
         return tuple(held)
@@ -294,18 +303,21 @@ class Models:
             return placement.resident
         return max(0, fitting_blocks(demand, room, placement.share))
 
-    def settle(self, spec: ModelSpec, tokens: int, more: int = 0) -> None:
+    def settle(self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0) -> None:
         """Before a forward of `tokens` tokens on this rank: weights that stepped out come back as far as they fit.
 
         Args:
             more: bytes that the forward takes beside its activations.
+            contexts: of VACE.
         """
         loaded = self.loaded[spec]
         if spec.offload == "on":
             return
         residence, share = loaded.residence, loaded.placement.share
         itemsize = DTYPES[spec.compute_dtype].itemsize
-        activations = activation_bytes(loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens)
+        activations = activation_bytes(
+            loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens, contexts=contexts
+        )
         demand = replace(loaded.demand, activations=activations + loaded.reserve + more)
         self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
         loaded.resident = demand.blocks
@@ -372,14 +384,14 @@ class Models:
 
     def _held_sizes(self, source: WeightSource, spec: ModelSpec, rank: int) -> dict[str, int]:
         """Bytes of a rank's part of each weight that its stage has."""
-        plan, shapes, layers = self.settings.plan, source.config.shapes(), source.config.num_layers
+        plan, shapes = self.settings.plan, source.config.shapes()
         at = plan.place(rank)
         shard, stage = TensorShard(plan.tensor_parallel, at.tensor), Stage.of(at.stage, plan.pipeline_parallel)
         sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
         return {
             name: sizes[name] * math.prod(shard.held_shape(name, shape)) // math.prod(shape)
             for name, shape in shapes.items()
-            if stage.holds(name, layers)
+            if stage.holds(name, source.config)
         }
 
 

@@ -35,14 +35,21 @@ class StreamMemory:
         return self.weights + self.kept + self.working
 
 
-def kept_bytes(config: WanConfig, settings: PoolSettings, compute_dtype: str, tokens: int, batch: int) -> int:
-    """Bytes of the keys and values that the fullest rank keeps of `batch` items that one forward takes together."""
+def kept_bytes(
+    config: WanConfig, settings: PoolSettings, compute_dtype: str, tokens: int, batch: int, contexts: int = 0
+) -> int:
+    """Bytes of the keys and values that the fullest rank keeps of `batch` items that one forward takes together.
+
+    Args:
+        contexts: of VACE.
+    """
     plan = settings.plan
     degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
-    blocks = Stage.of(0, plan.pipeline_parallel).most_blocks(config.num_layers)
+    spans = (Stage.of(i, plan.pipeline_parallel).span(config.num_layers) for i in range(plan.pipeline_parallel))
+    attentions = max(len(span) + contexts * len(config.vace_behind(span)) for span in spans)
     heads = math.ceil(config.num_heads // plan.tensor_parallel / degrees.ulysses)
     items = math.ceil(batch / plan.data_parallel) if batch >= plan.data_parallel else batch
-    return 2 * items * tokens * heads * config.head_dim * DTYPES[compute_dtype].itemsize * blocks
+    return 2 * items * tokens * heads * config.head_dim * DTYPES[compute_dtype].itemsize * attentions
 
 
 def stream_memory(

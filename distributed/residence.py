@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from . import stopwatch
 from .flat import HostBuffer, Layout, Weight, components, nbytes_of, on_meta, with_components
-from .memory import BLOCK_NAME, SEGMENT, SLOTS
+from .memory import SEGMENT, SLOTS
 
 # torch 2.13 has another name for it and warns at the old one
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -142,11 +142,13 @@ class Residence:
     """The blocks of one model on this rank.
 
     Args:
-        names: of all weights; those under `blocks.N.` are managed, the others are the caller's.
+        names: of all weights; those of blocks are managed, the others are the caller's.
         read: gives a weight, on any device, and the dtype in which a plain one is to be held (None: its own). Only what
             this rank keeps of it is used, so it may be a view into a mapped file.
         assign: sets a weight of the model by name.
         group: the ranks that share every block; alone, they are whole.
+        number_of: gives the number of the block that a weight belongs to; None for one of no block.
+        order: the numbers of the blocks, in the order in which they run.
     """
 
     def __init__(
@@ -157,14 +159,18 @@ class Residence:
         device: torch.device,
         slots: Slots,
         group: ShareGroup | None = None,
+        *,
+        number_of: Callable[[str], int | None],
+        order: Sequence[int],
     ):
         self.read, self.assign, self.device = read, assign, device
         self.group, self.slots = group or ShareGroup(), slots
-        self._blocks: dict[int, _Block] = {}
+        self._number_of = number_of
+        self._blocks = {number: _Block([]) for number in order}
         for name in names:
-            if match := BLOCK_NAME.match(name):
-                self._blocks.setdefault(int(match[1]), _Block([])).names.append(name)
-        self._to_host = _spread(sorted(self._blocks))
+            if (number := number_of(name)) is not None:
+                self._blocks[number].names.append(name)
+        self._to_host = _spread(self.blocks)
         self._serial = slots.serial
         self._order: list[int] = []  # blocks that pass through the slots in this forward
         self._reached = self._started = self._total = 0
@@ -175,12 +181,13 @@ class Residence:
 
     @property
     def blocks(self) -> list[int]:
-        return sorted(self._blocks)
+        """The blocks in the order in which they run."""
+        return list(self._blocks)
 
     @property
     def on_device(self) -> list[int]:
         """Blocks whose bytes of this rank are on the device."""
-        return [i for i, block in sorted(self._blocks.items()) if block.whole is not None or block.device is not None]
+        return [i for i, block in self._blocks.items() if block.whole is not None or block.device is not None]
 
     @property
     def device_bytes(self) -> int:
@@ -198,13 +205,12 @@ class Residence:
 
     def owns(self, name: str) -> bool:
         """Whether a weight belongs to a block."""
-        return BLOCK_NAME.match(name) is not None
+        return self._number_of(name) is not None
 
     def whole(self, name: str) -> tuple[Weight | None, bool]:
         """A block's weight if it is whole on the device and stays there, and whether a later one will be written into
         its very memory."""
-        match = BLOCK_NAME.match(name)
-        block = self._blocks.get(int(match[1])) if match else None
+        block = self._blocks.get(self._number_of(name))
         if block is None or block.whole is None:
             return None, False
         return block.whole[name], block.layout is not None
@@ -244,8 +250,8 @@ class Residence:
         """
         of_block: dict[int, list[str]] = {}
         for name in names:
-            if match := BLOCK_NAME.match(name):
-                of_block.setdefault(int(match[1]), []).append(name)
+            if (number := self._number_of(name)) is not None:
+                of_block.setdefault(number, []).append(name)
             else:
                 self.assign(name, weight_of(name))
         for index, group in of_block.items():
@@ -376,7 +382,7 @@ class Residence:
             self._end()
 
     def _begin(self, count: int) -> None:
-        self._order = [i for i, block in sorted(self._blocks.items()) if block.whole is None]
+        self._order = [i for i, block in self._blocks.items() if block.whole is None]
         self._reached = self._started = 0
         self._total = count * len(self._order)
         if self._order:

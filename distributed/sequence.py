@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -179,30 +180,41 @@ class NativeAttention:
         return arrived
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        steps = self.group.degrees.ring
-        if steps == 1:
+        if self.group.degrees.ring == 1:
             return self.kernel(q, k, v)
-        comm = _import_yunchang("ring.utils").RingComm(self.group.ring)
-        held = torch.stack((k, v))
         merged: _Merge | None = None
-        for step in range(steps):
-            last = step == steps - 1
-            if not last:
-                origin = (self.group.ring_index - step - 1) % steps
-                incoming = held.new_empty(2, len(k), sum(self._ulysses_lengths(origin)), *k.shape[2:])
-                comm.send_recv(held, incoming)
-                comm.commit()
-                if not self.overlap:
-                    with stopwatch.standing(stopwatch.RING, self.group.ring):
-                        comm.wait()
-            out, lse = self.kernel.with_lse(q, held[0], held[1])
+        for _, keys, values in self._passing(k, v, self.overlap):
+            out, lse = self.kernel.with_lse(q, keys, values)
             merged = _Merge(out, lse) if merged is None else merged.add(out, lse)
-            if not last:
-                if self.overlap:
-                    with stopwatch.standing(stopwatch.RING, self.group.ring):
-                        comm.wait()
-                held = incoming
         return merged.out.to(q.dtype)
+
+    def _passing(
+        self, k: torch.Tensor, v: torch.Tensor, overlap: bool
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The keys and values of every place in the ring, this one's first, as they pass by.
+
+        Args:
+            overlap: the next ones travel while the caller works with those that it was given.
+        """
+        steps = self.group.degrees.ring
+        comm = _import_yunchang("ring.utils").RingComm(self.group.ring)
+        held, origin = torch.stack((k, v)), self.group.ring_index
+        for step in range(steps - 1):
+            following = (self.group.ring_index - step - 1) % steps
+            incoming = held.new_empty(2, len(k), sum(self._ulysses_lengths(following)), *k.shape[2:])
+            comm.send_recv(held, incoming)
+            comm.commit()
+            if not overlap:
+                self._wait(comm)
+            yield origin, held[0], held[1]
+            if overlap:
+                self._wait(comm)
+            held, origin = incoming, following
+        yield origin, held[0], held[1]
+
+    def _wait(self, comm: Any) -> None:
+        with stopwatch.standing(stopwatch.RING, self.group.ring):
+            comm.wait()
 
 
 class _Merge:

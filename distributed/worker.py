@@ -214,19 +214,14 @@ class Worker:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        approximate = self.stream or (self.patches if ranks > 1 else None)
-        # keys and values are kept for one self-attention a layer, and for one grid: VACE's blocks, left-out ones, a
-        # tail and the places of speakers are computed exactly
-        usual = loaded.model.self_attentions(conditioning) == loaded.model.config.num_layers and not grid.tail
         if conditioning.speakers is not None:
-            usual, loaded.model.over_sequence = False, self._over_sequence(group)
-        step = request.displaced if approximate and usual else None
-        if step is not None:
-            approximate.begin(step)
+            loaded.model.over_sequence = self._over_sequence(group)
+        step = self._begin(request.displaced, loaded.model, conditioning, grid, ranks)
         self.gate.begin(request.id)
         batches = self._batches(request.spec, len(x), self.place.data)
         with stopwatch.standing(stopwatch.WEIGHTS):
-            self.models.settle(request.spec, stop - start, self._to_keep(step, batches, loaded.model, grid, group))
+            kept = self._to_keep(step, batches, loaded.model, grid, group)
+            self.models.settle(request.spec, stop - start, kept, len(conditioning.options.vace_strengths))
         self.memory.begin()
         portions = [
             portion for items in batches for portion in self._portions(items, step, loaded.model, grid, group)
@@ -237,7 +232,7 @@ class Worker:
         missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
         idle = missing * len(portions) // len(batches)
         before_block = self._before_block(residence, len(x), together)
-        flow = self._flow(portions, idle, loaded.model, before_block)
+        flow = self._flow(portions, idle, loaded.model, conditioning, before_block)
         with residence.passes(len(portions) + idle):
             for portion, stream in flow:
                 items, part = portion.items, portion.part
@@ -416,6 +411,25 @@ class Worker:
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
+    def _begin(
+        self, step: Displaced | None, model: WanModel, conditioning: Conditioning, grid: Grid, ranks: int
+    ) -> Displaced | None:
+        """Begin an approximate step; None where it is computed exactly.
+
+        Keys and values are kept of all blocks or none. Displaced patches have none of VACE's streams, nor of what lies
+        behind the video. Where the speakers are is asked of all tokens of a block together.
+        """
+        layers = range(model.config.num_layers)
+        if step is None or set(conditioning.options.skip_blocks) & set(layers) or conditioning.speakers is not None:
+            return None
+        if self.stream is not None:
+            self.stream.begin(step, model.self_attentions(conditioning, model.span))
+            return step
+        if ranks == 1 or grid.tail or model.self_attentions(conditioning, layers) > len(layers):
+            return None
+        self.patches.begin(step)
+        return step
+
     def _portions(
         self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
     ) -> list[Portion]:
@@ -449,18 +463,21 @@ class Worker:
         portions: Sequence[Portion],
         idle: int,
         model: WanModel,
+        conditioning: Conditioning,
         before_block: Callable[[int, int | None], None],
     ) -> Flow[Portion]:
         """The portions of this rank on their way through its stage."""
+        carried = model.carried(model.span.start, conditioning)
+        streams = (1 + carried,) if carried else ()
         return Flow(
             self.stage,
             portions,
-            self.stage.most_blocks(model.config.num_layers),
-            lambda portion: (portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
+            self.stage.most_blocks(model.config),
+            lambda portion: (*streams, portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
             self.device,
             before_block,
             idle,
-            model.span,
+            model.config.in_turn(model.span),
         )
 
     def _attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:

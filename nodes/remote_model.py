@@ -37,7 +37,7 @@ from .conditioning import check_start_image, from_comfyui, latent_node
 from .model_files import patch_files
 from .patch_runs import PatchRuns
 from .progress import LoadingText
-from .stream_runs import StreamRuns
+from .stream_runs import BESIDE, Beside, StreamRuns
 from .weight_patches import check_fit, for_workers, refuse_foreign
 
 log = logging.getLogger(__name__)
@@ -208,6 +208,7 @@ class RemoteWan(torch.nn.Module):
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         check(self.header.config, x, conditioning)
         whole, left = extended(x, conditioning)  # as the workers will cut it
+        options = {**options, BESIDE: Beside(len(left.options.vace_strengths), left.options.tail_tokens)}
         if self.runs is not None:
             x = whole
             self.runs.check(x.shape, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ from ..wanvideo.model import grid_of
 from .patch_runs import lane_names
 from .talk import has_places
 
+BESIDE = "wan_parallel_beside"
+"""Key of ComfyUI's transformer options, set by the model: `Beside`."""
+
 _SETTINGS = PatchSettings()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a forward keeps keys and values of beside a video: VACE's control videos, and tokens behind the video."""
+
+    contexts: int = 0
+    tail: int = 0
 
 
 class StreamRuns:
@@ -39,13 +51,14 @@ class StreamRuns:
 
         Args:
             size: of the latent [B, C, T, H, W], with the branches of cfg in B.
-            options: ComfyUI's transformer options.
+            options: ComfyUI's transformer options, and `BESIDE`.
 
         Raises:
             TooLarge: its keys and values do not fit.
         """
         if self._takes_part(size[0], options):
-            self._check(size, self._bytes(size))
+            beside = options.get(BESIDE, Beside())
+            self._check(size, beside, self._bytes(size, beside))
 
     @contextmanager
     def step(
@@ -60,7 +73,7 @@ class StreamRuns:
 
         Args:
             x: latent [B, C, T, H, W].
-            options: ComfyUI's transformer options.
+            options: ComfyUI's transformer options, and `BESIDE`.
             patches: another one for every other set of LoRAs.
             make_room: called with the bytes a GPU will need, once for each branch of a run, on GPUs.
 
@@ -72,9 +85,11 @@ class StreamRuns:
                 self._schedule.restart()
                 yield None
             else:
-                lanes = lane_names(options, len(x))
+                beside = options.get(BESIDE, Beside())
+                # a branch that has something else beside it is another one: other sizes are kept
+                lanes = tuple(f"{lane}:{beside.contexts}:{beside.tail}" for lane in lane_names(options, len(x)))
                 displaced = self._schedule.plan(_SETTINGS, (self.pool.launcher_pid, patches), lanes, x, timestep)
-                self._keep(displaced, tuple(x.shape), make_room)
+                self._keep(displaced, tuple(x.shape), beside, make_room)
                 yield displaced
         except BaseException:  # a Cancel is no Exception: whatever it was, what is kept is not the last step's
             self._schedule.restart()
@@ -87,22 +102,27 @@ class StreamRuns:
         same_items = lane_names(options, batch) is not None and options.get("context_window") is None
         return long_enough and same_items and not has_places(options)  # which are computed exactly (see talk.py)
 
-    def _keep(self, step: Displaced, size: tuple[int, ...], make_room: Callable[[int], object]) -> None:
+    def _keep(
+        self, step: Displaced, size: tuple[int, ...], beside: Beside, make_room: Callable[[int], object]
+    ) -> None:
         if step.run != self._run:
             self._run, self._kept = step.run, {}
         if step.lanes in self._kept:
             return
-        self._kept[step.lanes] = self._bytes(size)
-        self._check(size, sum(self._kept.values()))
+        self._kept[step.lanes] = self._bytes(size, beside)
+        self._check(size, beside, sum(self._kept.values()))
         if self.pool.settings.device == "cuda":
             make_room(self._kept[step.lanes])
 
-    def _bytes(self, size: tuple[int, ...]) -> int:
-        tokens = grid_of(torch.empty(size, device="meta")).tokens
-        return kept_bytes(self.config, self.pool.settings, self.spec.compute_dtype, tokens, size[0])
+    def _bytes(self, size: tuple[int, ...], beside: Beside) -> int:
+        settings, tokens = self.pool.settings, _tokens(size, beside)
+        return kept_bytes(self.config, settings, self.spec.compute_dtype, tokens, size[0], beside.contexts)
 
-    def _check(self, size: tuple[int, ...], kept: int) -> None:
-        settings = self.pool.settings
+    def _check(self, size: tuple[int, ...], beside: Beside, kept: int) -> None:
+        settings, tokens = self.pool.settings, _tokens(size, beside)
         if settings.plan.pipeline_parallel > 1:
-            tokens = grid_of(torch.empty(size, device="meta")).tokens
             check_stream(stream_memory(self.config, settings, self.spec, tokens, kept, self.header), settings)
+
+
+def _tokens(size: tuple[int, ...], beside: Beside) -> int:
+    return grid_of(torch.empty(size, device="meta")).tokens + beside.tail

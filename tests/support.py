@@ -72,7 +72,7 @@ STRATEGIES = {
     "shared weights": Strategy(2, {}, {"shard_weights": "on", "offload": "off"}),
     "offload": Strategy(2, {}, {"offload": "on"}),
 }
-REFUSED = {("vace", "pipeline"), (MODULE, "pipeline")}
+REFUSED: frozenset[tuple[str, str]] = frozenset()
 """Variants and strategies that are refused together."""
 
 

@@ -131,9 +131,12 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_sizes(auto, asked, w
     assert nearest in str(refusal.value) and tiny.sentences(str(refusal.value)) == 3
 
 
-def test_vace_is_not_put_into_stages():
-    vace = replace(question(ParallelPlan(4)), config=replace(PRESETS["14b"], vace_layers=8, vace_dim=96))
-    assert all(choice.plan.pipeline_parallel == 1 for choice in choose(vace, NVLINK, room(200, 4)))
+def test_vace_is_put_into_stages_where_it_is_asked_for():
+    vace = replace(PRESETS["14b"], vace_layers=8, vace_dim=96)
+    choices = choose(replace(question(ParallelPlan(4)), config=vace), NVLINK, room(200, 4))
+    assert {choice.plan.pipeline_parallel for choice in choices} == {1, 2, 4}
+    two = choose(replace(question(ParallelPlan(4, pipeline_parallel=2)), config=vace), NVLINK, room(200, 4))
+    assert {choice.plan.pipeline_parallel for choice in two} == {2}
 
 
 def test_explicit_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do():

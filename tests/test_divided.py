@@ -165,6 +165,7 @@ STREAMED = [
     ParallelPlan(4, pipeline_parallel=4),
     ParallelPlan(4, pipeline_parallel=2, tensor_parallel=2),
     ParallelPlan(4, pipeline_parallel=2, ulysses_degree=2),
+    ParallelPlan(4, pipeline_parallel=2, ring_degree=2),
     ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
 ]
 STREAMED_SIZES = [(9, 8, 6), (2, 14, 6)]  # patches of whole frames for two stages, and of rows of tokens
@@ -262,6 +263,11 @@ def test_patches_are_runs_of_whole_frames_or_of_whole_rows(frames, stages, patch
     assert all(one[1] == two[0] for one, two in itertools.pairwise(edges))
     unit = 30 * 52 if frames >= patches else 52
     assert all(start % unit == 0 for start, _ in edges)
+
+
+def test_what_lies_behind_a_video_goes_first():
+    grid = Grid(9, 2, 3, tail=20)
+    assert cut(grid, 2) == [(54, 64), (64, 74), (0, 12), *((6 * i, 6 * i + 6) for i in range(2, 9))]
 
 
 def test_a_video_of_few_rows_has_few_patches():

@@ -150,15 +150,6 @@ def test_a_model_that_cannot_be_divided_like_this_is_refused_before_anything_sta
     assert not pool.alive
 
 
-def test_pipefusion_is_refused_with_a_ring(deep):
-    plan = ParallelPlan(4, pipeline_parallel=2, ring_degree=2)
-    pool = Pool(PoolSettings(plan, device="cpu", pipeline_mode="pipefusion"))
-    with pytest.raises(PlanError, match="Set pipeline_mode to exact") as refusal:
-        pool.ensure_ready(deep)
-    assert tiny.sentences(str(refusal.value)) == 2
-    assert not pool.alive
-
-
 @pytest.mark.parametrize("sizes", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=str)
 def test_xfuser_is_refused_with_a_divided_model(sizes):
     with pytest.raises(PlanError, match="Set usp_backend to native") as refusal:

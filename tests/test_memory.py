@@ -104,6 +104,19 @@ def test_the_estimate_of_activations_is_near_what_was_measured():
     assert sliced < high
 
 
+def test_blocks_of_different_sizes_count_with_their_own():
+    """As those of a VACE module in bf16 beside a model in fp8."""
+    sizes = {f"blocks.{i}.w": GIB for i in range(20)} | {f"vace_blocks.{i}.w": 2 * GIB for i in range(5)}
+    demand = demand_of({**sizes, "vace_blocks.0.before_proj.weight": GIB, "head.w": GIB}, 3 * GIB)
+    assert (demand.fixed, demand.block, demand.blocks, demand.whole) == (2 * GIB, 2 * GIB, 25, 32 * GIB)
+    assert placed(35, demand=demand) == (1, 25)
+    assert placed(34.9, demand=demand) == (4, 25)
+    assert placed(16.5, demand=demand) == (4, 25)  # 2 + 3 + two of the largest + 30/4
+    assert placed(16.4, demand=demand) == (4, 14)
+    for room in (9, 12, 16.4, 16.5, 34, 35):
+        assert needed_bytes(demand, *placed(room, demand=demand)) <= room * GIB
+
+
 @pytest.mark.parametrize("gpus, cap_14b, cap_1_3b", [(1, 48, 8), (2, 24, 4), (4, 12, 2), (8, 6, 1)])
 def test_81_frames_at_480p_have_a_place_on_cards_that_shrink_with_their_number(gpus, cap_14b, cap_1_3b):
     for size, cap in (("14b", cap_14b), ("1.3b", cap_1_3b)):

@@ -9,20 +9,22 @@ import pytest
 import tiny
 import torch
 from tiny import sentences
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings
+from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
 from wan_parallel.distributed.patch_memory import TooLarge, host_memory
 from wan_parallel.distributed.pipefusion import PatchStream
 from wan_parallel.distributed.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.pipeline import Stage
-from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.schedule import FILL
 from wan_parallel.distributed.sequence import place_in
-from wan_parallel.nodes.stream_runs import StreamRuns
+from wan_parallel.nodes.stream_runs import BESIDE, Beside, StreamRuns
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.model import Grid
 
 GIB = 2**30
 P480 = Grid(21, 30, 52)
 SMALL = WanConfig(dim=1280, ffn_dim=512, num_heads=10, num_layers=5)
+VACE = replace(SMALL, num_layers=6, vace_layers=3, vace_dim=12)
 PLANS = [
     ParallelPlan(2, pipeline_parallel=2),
     ParallelPlan(4, pipeline_parallel=4),
@@ -37,19 +39,21 @@ def streaming(plan: ParallelPlan, fraction: float = 1.0) -> PoolSettings:
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.describe(10))
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_the_figure_is_what_the_first_rank_allocates(plan, batch):
+@pytest.mark.parametrize("batch, config, contexts", [(1, SMALL, 0), (2, SMALL, 0), (3, SMALL, 0), (2, VACE, 2)])
+def test_the_figure_is_what_the_first_rank_allocates(plan, batch, config, contexts):
     grid, ranks = Grid(2, 3, 4), plan.group_ranks(batch)
-    degrees = plan.sequence_degrees(SMALL.num_heads, ranks)
+    degrees = plan.sequence_degrees(config.num_heads, ranks)
     group = place_in(degrees, 0, plan.sequence_groups(ranks))
-    span = Stage.of(0, plan.pipeline_parallel).span(SMALL.num_layers)
-    model = SimpleNamespace(config=SMALL, compute_dtype=torch.bfloat16, span=span)
+    span = Stage.of(0, plan.pipeline_parallel).span(config.num_layers)
+    model = SimpleNamespace(config=config, compute_dtype=torch.bfloat16, span=span)
+    attentions = len(span) + contexts * len(config.vace_behind(span))
     items = -(-batch // plan.data_parallel) if batch >= plan.data_parallel else batch
-    stream, heads = PatchStream(plan.pipeline_parallel, torch.device("cpu")), SMALL.num_heads // plan.tensor_parallel
+    stream, heads = PatchStream(plan.pipeline_parallel, torch.device("cpu")), config.num_heads // plan.tensor_parallel
+    names = tuple(map(str, range(items)))
+    stream.begin(Displaced(FILL, "run", names, PatchSplit()), attentions)
     room = stream._room(items, model, grid, group, heads)
     allocated = sum(tensor.nbytes for tensor in room)
-    assert kept_bytes(SMALL, streaming(plan), "bf16", grid.tokens, batch) == allocated
-    names = tuple(map(str, range(items)))
+    assert kept_bytes(config, streaming(plan), "bf16", grid.tokens, batch, contexts) == allocated
     assert stream.missing_bytes([names], model, grid, group, heads) == allocated
     stream._kept[names] = room
     assert stream.missing_bytes([names], model, grid, group, heads) == 0
@@ -113,3 +117,18 @@ def test_the_second_branch_is_counted_with_the_first():
     step("positive", 899.0)
     with pytest.raises(TooLarge):
         step("negative", 900.0)
+
+
+def test_a_branch_with_other_videos_beside_it_begins_anew_and_takes_more():
+    latent, settings = torch.ones(1, 16, 3, 8, 8), streaming(ParallelPlan(2, pipeline_parallel=2))
+    runs = StreamRuns(tiny.VACE, ModelSpec("x", "fp32", "fp32"), SimpleNamespace(settings=settings, launcher_pid=0))
+
+    def step(number: int, *beside: int) -> str:
+        options = {"uuids": ["a"], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21), BESIDE: Beside(*beside)}
+        with runs.step(latent * (1 + number / 100), torch.tensor([900.0 - number]), options, "") as displaced:
+            return displaced.kind
+
+    assert [step(number, 1) for number in range(6)] == ["exact", "exact", "exact", "fill", "stale", "stale"]
+    assert step(6, 2) == step(7, 2, 10) == "exact"
+    kept = [kept_bytes(tiny.VACE, settings, "fp32", *size) for size in ((48, 1, 1), (48, 1, 2), (58, 1, 2))]
+    assert list(runs._kept.values()) == kept

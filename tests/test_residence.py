@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from format_files import plain_fp8
 from patch_runs import sample, through
 from processes import private_bytes
 from test_lora import patch_set, some_lora
@@ -24,6 +25,7 @@ from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerD
 from wan_parallel.distributed.residence import Residence, Slots
 from wan_parallel.distributed.schedule import PatchSettings
 from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.lora import LowRank
 
 FIVE_LAYERS = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=5, text_dim=64)
 HEAVY = WanConfig(dim=512, ffn_dim=4096, num_heads=4, num_layers=8, text_dim=64)
@@ -106,6 +108,38 @@ def test_a_lora_is_merged_and_undone_exactly(pool_of, base, way):
     for _ in range(2):
         assert torch.equal(pool.forward(model, *given, patches), expected)
         assert torch.equal(pool.forward(model, *given), plain)
+
+
+@pytest.fixture(scope="module")
+def vace(tmp_path_factory) -> ModelSpec:
+    """A model in fp8 whose VACE blocks, in a file of their own, are larger than the others."""
+    folder, weights = tmp_path_factory.mktemp("vace"), tiny.random_weights(tiny.VACE)
+    module = {name: weight for name, weight in weights.items() if name.startswith("vace_")}
+    stored, _ = plain_fp8({k: v for k, v in weights.items() if k not in module}, torch.float8_e4m3fn)
+    path = tiny.write_weights(folder / "base.safetensors", stored)
+    beside = tiny.write_weights(folder / "module.safetensors", {k: v.bfloat16() for k, v in module.items()})
+    return ModelSpec(path, "bf16", "fp32", shard_weights="off", offload="off", vace=beside)
+
+
+def test_vace_blocks_live_where_the_others_do(pool_of, vace):
+    pool, given = pool_of(2), tiny.inputs(tiny.VACE, batch=2)
+    conditioning = tiny.conditioning(tiny.VACE, given.x, contexts=2)
+    dim, names = tiny.VACE.dim, ("vace_blocks.0.self_attn.q", "vace_blocks.1.after_proj", "blocks.3.self_attn.o")
+    changes = {f"{name}.weight": [LowRank(torch.randn(dim, 4), torch.randn(4, dim), 0.05)] for name in names}
+    patches = patch_set(changes)
+    plain, merged = (pool.forward(vace, *given, lora, conditioning=conditioning) for lora in (None, patches))
+    without = pool.forward(vace, *given)
+    assert not torch.equal(plain, merged) and not torch.equal(plain, without)
+    for way in WAYS:
+        model = living(vace, way)
+        assert torch.equal(pool.forward(model, *given, patches, conditioning=conditioning), merged)
+        pool.step_out(model, [0, 1], 1e30)
+        assert torch.equal(pool.forward(model, *given, conditioning=conditioning), plain)
+        assert torch.equal(pool.forward(model, *given), without)
+    whole, shared, outside = (bytes_of(pool, living(vace, way))[0] for way in (("off", "off"), WAYS[1], WAYS[0]))
+    blocks = sum(math.prod(s) for n, s in tiny.VACE.shapes().items() if tiny.VACE.block_number(n) is not None)
+    assert whole - outside > blocks and shared - outside == pytest.approx((whole - outside) / 2, rel=0.02)
+    pool.unload()
 
 
 @pytest.mark.parametrize("plan", [{"num_gpus": 2}, {"num_gpus": 4, "data_parallel": 2}], ids=str)
@@ -342,7 +376,15 @@ def test_the_shares_of_a_layout_make_the_whole(shares):
 def test_a_weight_that_changes_its_kind_changes_its_block(resident):
     weights, model = weights_of(0), {}
     device = torch.device("cpu")
-    residence = Residence(weights, lambda name: (weights[name], None), model.__setitem__, device, Slots(device))
+    residence = Residence(
+        weights,
+        lambda name: (weights[name], None),
+        model.__setitem__,
+        device,
+        Slots(device),
+        number_of=FIVE_LAYERS.block_number,
+        order=[0],
+    )
     residence.load(resident)
     merged = torch.randn(9, 11)
     changed = {**weights, "blocks.0.b.weight": merged}

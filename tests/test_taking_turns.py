@@ -95,7 +95,8 @@ def test_a_block_on_a_gpu_is_one_allocation():
     weights = {f"blocks.{i}.{name}": torch.zeros(shape) for i in (0, 1) for name, shape in (("w", (7, 5)), ("b", (7,)))}
     device, model = torch.device("meta"), {}
     read = lambda name: (weights[name], torch.bfloat16)  # noqa: E731
-    residence = Residence(weights, read, model.__setitem__, device, Slots(device))
+    numbered = {"number_of": tiny.TINY.block_number, "order": (0, 1)}
+    residence = Residence(weights, read, model.__setitem__, device, Slots(device), **numbered)
 
     def storages() -> list[set[int]]:
         blocks = [[model[f"blocks.{i}.{name}"] for name in ("w", "b")] for i in (0, 1)]

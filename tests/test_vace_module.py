@@ -86,7 +86,7 @@ def test_both_files_are_the_model_of_the_one_file(pool_of, files, pair):
 
 def test_both_files_are_divided_as_one_is(pool_of, files):
     base, module, one = files["fp8 and bf16"]
-    pool = pool_of(4, tensor_parallel=2)
+    pool = pool_of(4, pipeline_parallel=2, tensor_parallel=2)
     outs = [
         pool.forward(ModelSpec(path, "fp32", "fp32", vace=vace), *GIVEN, conditioning=CONDITIONING)
         for path, vace in ((one, ""), (base, module))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from wan_parallel.distributed.messages import Displaced
-from wan_parallel.distributed.plan import ParallelPlan, PatchSplit, PlanError
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings
+from wan_parallel.distributed.plan import PatchSplit
+from wan_parallel.distributed.pool import ModelSpec
 from wan_parallel.distributed.schedule import FILL, STALE
 from wan_parallel.wanvideo.audio_shapes import HumoAudio
 from wan_parallel.wanvideo.build import model_class
@@ -267,21 +267,11 @@ DIVIDED = {"pipeline_parallel": 2, "tensor_parallel": 2}
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
 def test_a_divided_model_gives_the_result_of_the_whole(pool_of, models, single, name):
-    plan = DIVIDED if name != "vace" else {"tensor_parallel": 2}
     inputs = given(tiny.VARIANTS[name], batch=2, size=(3, 6, 10))
-    pool = pool_of(4, **plan)
+    pool = pool_of(4, **DIVIDED)
     out = pool.forward(spec_of(models[name]), *inputs[:3], conditioning=inputs[3])
     assert tiny.relative_error(out, single(name)(*inputs)) <= 2e-6
     pool.unload()
-
-
-def test_vace_is_refused_in_stages(models):
-    inputs = given(tiny.VARIANTS["vace"])
-    with pytest.raises(PlanError, match="Set it to 1; tensor_parallel_size divides") as refusal:
-        Pool(PoolSettings(ParallelPlan(4, **DIVIDED), device="cpu")).forward(
-            spec_of(models["vace"]), *inputs[:3], conditioning=inputs[3]
-        )
-    assert tiny.sentences(str(refusal.value)) == 2
 
 
 def test_more_workers_than_tokens(pool_of, models, single):

@@ -12,6 +12,7 @@ import pack  # noqa: F401 (registers wan_parallel, also in the processes of the 
 import tiny
 import torch
 from wan_parallel.distributed.arena import Arena, needed
+from wan_parallel.distributed.conditioning import SharedConditioning
 from wan_parallel.distributed.gate import Gate, GateMemory
 from wan_parallel.distributed.messages import (
     Displaced,
@@ -25,7 +26,9 @@ from wan_parallel.distributed.messages import (
     encode,
 )
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.pool import model_config
 from wan_parallel.distributed.worker import Worker
+from wan_parallel.wanvideo.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.model import grid_of, unpatchify
 
 
@@ -48,6 +51,7 @@ class Job:
     pipeline_mode: str = "exact"
     overlap: bool = True
     slow: Slow = Slow()
+    conditioning: Conditioning = NOTHING
 
     @property
     def settings(self) -> PoolSettings:
@@ -67,7 +71,10 @@ class Outcome:
 def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
     gate, arena = GateMemory(), Arena(sum(_room(job) for job in jobs))
-    requests = [_request(number, job, arena) for number, job in enumerate(jobs, 1)]
+    shared = [SharedConditioning() for _ in jobs]
+    requests = [
+        _request(number, job, arena, further) for number, (job, further) in enumerate(zip(jobs, shared, strict=True), 1)
+    ]
     work = [(job.settings, request, job.slow) for job, request in zip(jobs, requests, strict=True)]
     results = gloo_group.run(world_size, _work, folder, gate.path, work)
     latents = []
@@ -83,12 +90,14 @@ def _room(job: Job) -> int:
     return needed(job.given) + job.given.x.numel() * 8 + 4096  # the output may be padded to whole tokens
 
 
-def _request(number: int, job: Job, arena: Arena) -> Forward:
+def _request(number: int, job: Job, arena: Arena, further: SharedConditioning) -> Forward:
     x = job.given.x
     refs = [arena.write(tensor) for tensor in job.given]
-    out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, x.shape[1] * 4))
+    channels = model_config(job.spec.path, job.spec.vace).out_dim
+    out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, channels * 4))
     arena.view(out).fill_(float("nan"))  # each number must be written
-    return Forward(number, job.spec, arena.ref, *refs, out, job.displaced)
+    conditioning = further.share(job.conditioning, torch.float32)
+    return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning)
 
 
 def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,10 @@ from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 from .formats import format_name, logical_tensors
-from .variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
+from .variant_shapes import FACE_STRIDE, FaceDims, SoundDims, acts_at, is_constant
 
+BLOCK_NAME = re.compile(r"(vace_)?blocks\.(\d+)\.(?!before_proj)")
+"""What the weights of a block are called; `before_proj` makes the control streams before any block runs."""
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
@@ -110,6 +113,34 @@ class WanConfig:
     def vace_stride(self) -> int:
         """Layers from one VACE block to the next."""
         return self.num_layers // self.vace_layers
+
+    def vace_behind(self, blocks: range) -> range:
+        """The VACE blocks that run behind these blocks of the video."""
+        if not self.vace_layers:
+            return range(0)
+        return range(*(-(-block // self.vace_stride) for block in (blocks.start, blocks.stop)))
+
+    def in_turn(self, blocks: range) -> list[int]:
+        """The numbers of these blocks of the video and of the VACE blocks behind them, in the order in which they run.
+
+        VACE blocks are numbered from `num_layers` on.
+        """
+        turns: list[int] = []
+        for block in blocks:
+            turns += [block, *(self.num_layers + i for i in self.vace_behind(range(block, block + 1)))]
+        return turns
+
+    def block_number(self, name: str) -> int | None:
+        """The number, as `in_turn` has it, of the block that a tensor belongs to; None for one of no block."""
+        match = BLOCK_NAME.match(name)
+        return int(match[2]) + (self.num_layers if match[1] else 0) if match else None
+
+    def place_of(self, name: str) -> int | None:
+        """The block of the video that a tensor belongs to or acts at alone; None for one of no block."""
+        number = self.block_number(name)
+        if number is None:
+            return acts_at(name)
+        return number if number < self.num_layers else (number - self.num_layers) * self.vace_stride
 
     @property
     def parameters(self) -> int:

@@ -256,6 +256,10 @@ class Attention(nn.Module):
         return self.o(attended.flatten(2))
 
 
+def _no_wait(_block: int) -> None:
+    pass
+
+
 def _to_nobody(_kind: str, _x: torch.Tensor) -> None:
     pass
 
@@ -555,15 +559,16 @@ class WanModel(nn.Module):
         """The DiT on the tokens `part` of a grid.
 
         Args:
-            tokens: those of the video among them, [B, n, in_dim*4]; the residual stream [B, n, dim] in float32, which
-                is changed in place, where `span` begins behind the first block.
+            tokens: those of the video among them, [B, n, in_dim*4]. Where `span` begins behind the first block, what
+                the blocks before gave, which is changed in place.
             attend: self-attention over the whole grid for the queries of this part; the model's own kernel
                 where the part is the whole.
-            before_block: called with the index of each block before it runs.
+            before_block: called with the number of each block before it runs (see `WanConfig.in_turn`).
             conditioning: what is left of it after `extended`, for all tokens.
 
         Returns:
-            float32 [B, n, out_dim*4]; the residual stream [B, n, dim] where `span` ends before the last block.
+            float32 [B, n, out_dim*4]. Where `span` ends before the last block, the residual stream [B, n, dim]; where
+            k other streams are `carried` on, with them behind it, [1 + k, B, n, dim].
         """
         times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
         embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
@@ -581,16 +586,25 @@ class WanModel(nn.Module):
             slice_tokens=self.slice_tokens,
             heard=self.heard(grid, part, conditioning, tokens.device),
         )
-        x = self.embed(tokens, grid, part, conditioning) if self.span.start == 0 else tokens
-        sides = self.side_streams(x, grid, part, conditioning)
+        if self.span.start == 0:
+            x, carried = self.embed(tokens, grid, part, conditioning), []
+        else:
+            x, *carried = tokens if tokens.ndim == 4 else [tokens]
+        sides = carried or self.side_streams(x, grid, part, conditioning)
+        before_block = before_block or _no_wait
         for i in self.span:
-            if before_block is not None:
-                before_block(i)
+            before_block(i)
             if i not in conditioning.options.skip_blocks:
                 x = self.blocks[i](x, inputs)
+            for vace in self.config.vace_behind(range(i, i + 1)):
+                before_block(self.config.num_layers + vace)
             self.add_sides(x, sides, i, inputs, conditioning)
-        head = self.head_for(conditioning)
-        return head(x, inputs.by_token(embedding)) if self.span.stop == len(self.blocks) else x
+        if self.span.stop == len(self.blocks):
+            return self.head_for(conditioning)(x, inputs.by_token(embedding))
+        onward = sides[: self.carried(self.span.stop, conditioning)]
+        if not onward:
+            return x
+        return tokens if carried else torch.stack([x, *onward])  # all of them were changed in place
 
     # What a variant does differently; see variants.py.
 
@@ -626,11 +640,15 @@ class WanModel(nn.Module):
         """What `add_sides` needs, such as further tokens beside the embedded ones x, float32 [B, n, dim]."""
         return []
 
+    def carried(self, block: int, conditioning: Conditioning) -> int:
+        """How many side streams the blocks from `block` on need that the blocks before must give."""
+        return 0
+
     def add_sides(
         self, x: torch.Tensor, sides: list[Any], block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
         """Behind a block of the video: change x in place by the side streams, and these too."""
 
-    def self_attentions(self, conditioning: Conditioning) -> int:
-        """How often one forward calls its self-attention function."""
-        return self.config.num_layers - len(set(conditioning.options.skip_blocks) & set(range(self.config.num_layers)))
+    def self_attentions(self, conditioning: Conditioning, blocks: range) -> int:
+        """How often one forward through these blocks of the video calls its self-attention function."""
+        return len(set(blocks) - set(conditioning.options.skip_blocks))

@@ -184,14 +184,14 @@ def is_constant(name: str) -> bool:
     return name.startswith("motion_encoder.") and name.endswith(".kernel")
 
 
-def block_before(name: str) -> int | None:
-    """The block that a tensor acts behind, for the tensors that act behind one block alone."""
+def acts_at(name: str) -> int | None:
+    """The block that a tensor acts behind, or in front of where that is the first; None for one that acts elsewhere."""
     part, _, rest = name.partition(".")
     if part == "face_adapter":
         return int(rest.split(".")[1]) * FACE_STRIDE
     if part == "audio_injector":
         return SOUND_LAYERS[int(rest.split(".")[1])]
-    return None
+    return 0 if part == "vace_blocks" else None  # before_proj
 
 
 def _linear(name: str, columns: int, rows: int) -> dict[str, tuple[int, ...]]:

@@ -220,8 +220,8 @@ class VariantModel(WanModel):
             audio = conditioning.audio.to(x.device)
             music = dancer.encode_music(audio, self.music_projection, self.music_encoder, grid, self.config.dim)
             return [music, dancer.moment_of(grid, part, x.device)]
-        if conditioning.vace is None:
-            return []
+        if conditioning.vace is None or self.span.start:
+            return []  # behind the first block the streams are `carried`
         window, own = _frames(grid, part)
         first = self.vace_blocks[0].before_proj
         streams = []
@@ -246,9 +246,13 @@ class VariantModel(WanModel):
             vace(stream, inputs)
             x.add_(vace.after_proj(stream.to(inputs.compute_dtype)), alpha=strength)
 
-    def self_attentions(self, conditioning: Conditioning) -> int:
-        contexts = len(conditioning.options.vace_strengths)
-        return super().self_attentions(conditioning) + contexts * self.config.vace_layers
+    def carried(self, block: int, conditioning: Conditioning) -> int:
+        to_come = self.config.vace_behind(range(block, self.config.num_layers))
+        return len(conditioning.options.vace_strengths) if to_come and conditioning.vace is not None else 0
+
+    def self_attentions(self, conditioning: Conditioning, blocks: range) -> int:
+        contexts = 0 if conditioning.vace is None else len(conditioning.options.vace_strengths)
+        return super().self_attentions(conditioning, blocks) + contexts * len(self.config.vace_behind(blocks))
 
     def _camera(self, camera: torch.Tensor, grid: Grid, part: Part, device: torch.device) -> torch.Tensor:
         """The adapter's output for the tokens `part`, [B, n, dim]; only their frames are fetched and computed."""

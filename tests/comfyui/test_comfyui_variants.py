@@ -139,20 +139,30 @@ def test_a_lora_reaches_the_weights_of_the_module(server):
     assert relative_error(pool, native) <= EXACT
 
 
-def test_two_vace_contexts_on_four_workers(server):
-    def two(loader):
-        first = conditioned("WanVaceToVideo", "first", strength=0.6, control_video="control")
-        again = {"positive": ("first", 0), "negative": ("first", 1), "strength": 0.9, "control_video": "end"}
-        return {
-            **loader(file="vace.safetensors"),
-            **first,
-            **conditioned("WanVaceToVideo", "second", **again),
-            **sampler("second"),
-        }
+def two_contexts(loader: Loader, **more: Any) -> dict:
+    first = conditioned("WanVaceToVideo", "first", strength=0.6, control_video="control")
+    again = {"positive": ("first", 0), "negative": ("first", 1), "strength": 0.9, "control_video": "end"}
+    return {
+        **loader(file="vace.safetensors"),
+        **first,
+        **conditioned("WanVaceToVideo", "second", **again),
+        **sampler("second", **more),
+    }
 
-    native = sampled(server, two(stock_model))
-    pool = sampled(server, two(lambda file: pool_model(file=file, num_gpus=4)))
+
+@pytest.mark.parametrize("plan", [{}, {"pipeline_parallel_size": 2}], ids=str)
+def test_two_vace_contexts_on_four_workers(server, plan):
+    native = sampled(server, two_contexts(stock_model))
+    pool = sampled(server, two_contexts(lambda file: pool_model(file=file, num_gpus=4, **plan)))
     assert relative_error(pool, native) <= EXACT
+
+
+def test_two_vace_contexts_by_pipefusion(server):
+    def streamed(file: str) -> dict:
+        return pool_model(file=file, pipeline_parallel_size=2, pipeline_mode="pipefusion")
+
+    native = sampled(server, two_contexts(stock_model, steps=6))
+    assert 1e-6 < relative_error(sampled(server, two_contexts(streamed, steps=6)), native) < 0.2
 
 
 def test_vace_without_a_vace_node(server):
