@@ -28,6 +28,7 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed.memory import CHOICES  # noqa: E402
+from wan_parallel.distributed.messages import ModelStatus  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.pool import (  # noqa: E402
     ModelSpec,
@@ -68,7 +69,7 @@ class Peer:
         """Runs peers.py with one process a GPU. The address is spelt out: a hostname may not resolve."""
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += ["--nproc-per-node", str(options.gpus), "--master-addr", "127.0.0.1"]
-        command += ["--master-port", str(_free_port()), str(HERE / "peers.py")]
+        command += ["--master-port", str(free_port()), str(HERE / "peers.py")]
         command += ["--lib", self.lib, "--attention", self.attention, "--precision", options.precision]
         command += ["--size", options.size, "--res", options.res, "--iters", str(options.iters)]
         command += ["--compile"] if self.compiled else []
@@ -101,6 +102,15 @@ def main() -> int:
 
 
 def _ours(options: argparse.Namespace) -> list[Row]:
+    pool, spec = pool_of(options), spec_of(options)
+    try:
+        return [our_row(pool, spec, res, options) for res in options.res.split(",")]
+    finally:
+        pool.close()
+
+
+def pool_of(options: argparse.Namespace) -> Pool:
+    """The pool that `add_options_of_ours` describes; not started yet."""
     plan = ParallelPlan(
         num_gpus=options.gpus,
         pipeline_parallel=options.pipeline,
@@ -108,7 +118,7 @@ def _ours(options: argparse.Namespace) -> list[Row]:
         ulysses_degree=options.ulysses,
         ring_degree=options.ring,
     )
-    pool = acquire(
+    return acquire(
         PoolSettings(
             plan,
             device=options.device,
@@ -117,9 +127,13 @@ def _ours(options: argparse.Namespace) -> list[Row]:
             overlap=options.overlap,
         )
     )
+
+
+def spec_of(options: argparse.Namespace) -> ModelSpec:
+    """The model that `add_options_of_ours` describes."""
     fp8_mode, path = FP8_MODES[options.fp8], options.model or f"random:{options.size}"
     header = read_header(path) if options.model else None
-    spec = ModelSpec(
+    return ModelSpec(
         path,
         weight_dtype=weights_for(header, fp8_mode, options.weights or options.precision),
         compute_dtype=options.precision,
@@ -128,10 +142,11 @@ def _ours(options: argparse.Namespace) -> list[Row]:
         offload=options.offload,
         fp8_mode=fp8_mode,
     )
-    try:
-        return [our_row(pool, spec, res, options) for res in options.res.split(",")]
-    finally:
-        pool.close()
+
+
+def is_lossy(spec: ModelSpec, model: ModelStatus) -> bool:
+    """Whether something is computed below the asked precision on purpose."""
+    return model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype or bool(model.fp8)
 
 
 def our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, **more: object) -> Row:
@@ -164,7 +179,7 @@ def our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, 
         peak_bytes=_peak_bytes(workers, device),
         precision=options.precision,
         attention=model.kernel,
-        lossy=model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype or bool(model.fp8),
+        lossy=is_lossy(spec, model),
         finite=bool(torch.isfinite(out).all()),
         backend=model.backend,
         ulysses=model.ulysses,
@@ -201,18 +216,17 @@ def _peers(chosen: str) -> list[str]:
     return list(PEERS) if chosen == "all" else [name for name in chosen.split(",") if name]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options_of_ours(parser: argparse.ArgumentParser) -> None:
+    """How our forwards run."""
     parser.add_argument("--size", choices=sorted(PRESETS), default="14b")
-    parser.add_argument("--res", default="480p,720p", help="comma-separated: 480p, 720p or FRAMESxROWSxCOLUMNS")
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
-    parser.add_argument("--iters", type=int, default=5, help="timed forwards, after one that is not")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--weights", choices=sorted(WEIGHT_DTYPES), help="of ours, where they are held in another one")
     parser.add_argument("--attention", choices=KERNEL_NAMES, default="auto")
@@ -223,12 +237,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="exchange meanwhile")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
-    parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")
     parser.add_argument("--shard-weights", choices=CHOICES, default="auto")
     parser.add_argument("--offload", choices=CHOICES, default="auto")
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="cap on each GPU's memory")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--model", help="a checkpoint of that --size; random weights without")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options_of_ours(parser)
+    parser.add_argument("--res", default="480p,720p", help="comma-separated: 480p, 720p or FRAMESxROWSxCOLUMNS")
+    parser.add_argument("--iters", type=int, default=5, help="timed forwards, after one that is not")
+    parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")
     parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")
     parser.add_argument("--no-ours", action="store_true", help="peers alone")
     parser.add_argument("--out", type=Path, help="append the rows to this file too")

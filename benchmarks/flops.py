@@ -16,6 +16,8 @@ CLIPS = {
     "720p": (21, 90, 160),
     "720p-5b": (31, 44, 80),
 }
+MODELS = {"2.1": "14b", "2.2": "5b"}
+"""A model whose videos a VAE decodes."""
 
 
 class Dimensions(Protocol):
@@ -59,7 +61,7 @@ def forward_flops(config: Dimensions, tokens: int) -> int:
 
 
 def vae_decode_flops(shapes: Mapping[str, tuple[int, ...]], latent: tuple[int, int, int]) -> int:
-    """Floating-point operations of one decode by Wan 2.1's VAE, whose weights have these shapes.
+    """Floating-point operations of one decode by Wan's VAE, the weights of whose decoder have these shapes.
 
     Counts every convolution at the size of its output, and the attention of the middle block.
     """
@@ -79,9 +81,9 @@ def vae_decode_flops(shapes: Mapping[str, tuple[int, ...]], latent: tuple[int, i
     return total + 4 * frames * (rows * columns) ** 2 * channels
 
 
-def _place(name: str) -> tuple[int, int, bool]:
+def _place(name: str) -> tuple[int, list[int], bool]:
     """Where a weight of the decoder comes, convolutions over time before the resampling of their layer."""
-    parts = name.split(".")
     order = {"conv2": 0, "conv1": 1, "middle": 2, "upsamples": 3, "head": 4}
-    kind = next(order[part] for part in parts if part in order)
-    return kind, int(parts[2]) if kind == 3 else 0, ".time_conv." not in name
+    kind = next(order[part] for part in name.split(".") if part in order)
+    numbers = [int(number) for number in re.findall(r"(?<=upsamples\.)\d+", name)]  # of the group, and in it
+    return kind, numbers, ".time_conv." not in name

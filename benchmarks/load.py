@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="wan-parallel-load-", dir=options.folder) as folder:
         path = Path(folder) / f"{options.size}.safetensors"
         started = time.perf_counter()
-        write_checkpoint(path, PRESETS[options.size])
+        config = PRESETS[options.size]
+        write_checkpoint(path, replace(config, num_layers=options.blocks or config.num_layers))
         log.info("%.1f GiB written in %.0f s", path.stat().st_size / 2**30, time.perf_counter() - started)
         for gpus in (int(number) for number in options.gpus.split(",")):
             for cached in (True, False) if not options.warm_only else (True,):
@@ -119,10 +120,11 @@ def _load(path: Path, gpus: int, cached: bool, options: argparse.Namespace) -> L
     spec = ModelSpec(
         str(path), weight_dtype=options.weights, shard_weights=options.shard_weights, offload=options.offload
     )
-    watch = _Watch(pool)
     try:
         begin = time.perf_counter()
-        pool.ensure_ready(spec, poll=watch.look)
+        with pool.session():
+            watch = _Watch(pool)
+            pool.ensure_ready(spec)
         seconds = time.perf_counter() - begin
         disk, calls = watch.read()
         status = pool.status()
@@ -153,20 +155,14 @@ def _load(path: Path, gpus: int, cached: bool, options: argparse.Namespace) -> L
 
 
 class _Watch:
-    """Looks at a pool while it loads: when its workers were up, and what they have read since."""
+    """Looks at the workers of a pool from now on: what they have read since."""
 
     def __init__(self, pool: Pool):
-        self.pool, self.up = pool, 0.0
-        self._before: list[tuple[int, int]] | None = None
-
-    def look(self) -> None:
-        """Called while waiting, several times a second."""
-        if not self.up and self.pool.workers:
-            self.up = time.perf_counter()
-            self._before = _io(self.pool.worker_pids)
+        self.pool, self.up = pool, time.perf_counter()
+        self._before = _io(pool.worker_pids)
 
     def read(self) -> tuple[int | None, int | None]:
-        """Bytes of all workers since they were up: from storage, and by system calls."""
+        """Bytes of all workers since then: from storage, and by system calls."""
         after = _io(self.pool.worker_pids)
         if after is None or self._before is None:
             return None, None
@@ -205,6 +201,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--folder", type=Path, help="where the file is written, on a disk")
     parser.add_argument("--warm-only", action="store_true", help="from the page cache alone")
+    parser.add_argument("--blocks", type=int, help="fewer than the model has, for a trial")
     parser.add_argument("--out", type=Path, help="append the rows to this file too")
     return parser.parse_args()
 

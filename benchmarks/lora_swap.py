@@ -20,6 +20,7 @@ import math
 import struct
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main() -> int:
     options = _options()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
     config = PRESETS[options.size]
+    config = replace(config, num_layers=options.blocks or config.num_layers)
     plan = ParallelPlan(options.gpus, tensor_parallel=options.tensor, pipeline_parallel=options.pipeline)
     pool = acquire(PoolSettings(plan, device=options.device, memory_fraction=options.memory_fraction))
     file = _write_file(options.folder, config, options.file_dtype) if options.folder else None
@@ -84,13 +86,20 @@ def _times(pool: Pool, spec: ModelSpec, config: WanConfig, options: argparse.Nam
         log.info("%s: %.3f s", patches.uuid if patches else "no LoRA", time.perf_counter() - began)
         return time.perf_counter() - began
 
-    pool.ensure_ready(small := ModelSpec("random:1.3b", "bf16", "bf16"))  # so that loading is timed without the start
-    pool.unload(small)
+    _start(pool)
     first = lora(0.01)
     taken = {"load": seconds()}
     forward = min(seconds() for _ in range(3))
     taken |= {"first": seconds(first), "other": seconds(lora(0.02)), "again": seconds(lora(0.01)), "off": seconds()}
     return {name: round(s - forward, 3) for name, s in taken.items()} | {"forward": round(forward, 3)}
+
+
+def _start(pool: Pool) -> None:
+    """So that loading is timed without the start, and without what a GPU does once."""
+    with pool.session():
+        if pool.settings.device == "cuda":
+            pool.ensure_ready(small := ModelSpec("random:1.3b", "bf16", "bf16"))
+            pool.unload(small)
 
 
 def _pairs(config: WanConfig, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -136,8 +145,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shard-weights", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--memory-fraction", type=float, default=0.95, help="cap on each GPU's memory")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--blocks", type=int, help="fewer than the model has, for a trial with --folder")
     parser.add_argument("--out", type=Path, help="append the line to this file too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.blocks and not options.folder:
+        parser.error("Random weights without a file have all blocks. Give --folder with --blocks.")
+    return options
 
 
 if __name__ == "__main__":

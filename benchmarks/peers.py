@@ -69,9 +69,11 @@ def set_up_xdit(attention: str) -> type:
     return xFuserWanTransformer3DWrapper
 
 
-def build(cls: type, config: WanConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with random weights on this rank's GPU."""
-    device = torch.device("cuda", torch.cuda.current_device())
+def build(
+    cls: type, config: WanConfig, dtype: torch.dtype, device: torch.device | None = None
+) -> torch.nn.Module:
+    """The model with random weights, on this rank's GPU if no device is given."""
+    device = device or torch.device("cuda", torch.cuda.current_device())
     with torch.device("meta"):
         model = cls(
             patch_size=(1, 2, 2),

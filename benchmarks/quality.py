@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,8 @@ from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
 from wan_parallel.tools.tiny_wan.vae import load_vae, psnr  # noqa: E402
 from wan_parallel.wanvideo import tiny_text  # noqa: E402
 from wan_parallel.wanvideo.sampling import euler, flow_sigmas  # noqa: E402
+
+log = logging.getLogger("quality")
 
 LARGEST_PSNR = 120.0
 """dB; what `psnr` gives for equal videos is a rounding limit, shown as this."""
@@ -181,7 +184,7 @@ def table(differences: Sequence[Difference]) -> str:
 
 
 def write_results(out: Path, a: Setting, b: Setting, differences: Sequence[Difference]) -> None:
-    """quality.jsonl: one line a prompt, then one for all; quality.png beside it."""
+    """quality.jsonl: one line a prompt, then one for all; quality.png beside it where matplotlib is installed."""
     out.mkdir(parents=True, exist_ok=True)
     summary = {
         "a": a.name,
@@ -196,7 +199,10 @@ def write_results(out: Path, a: Setting, b: Setting, differences: Sequence[Diffe
     rows = [{"a": a.name, "b": b.name, **asdict(d)} for d in differences]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, summary])
     (out / "quality.jsonl").write_text(text, encoding="utf-8")
-    plot(out / "quality.png", f"{b.name} against {a.name}", differences)
+    if find_spec("matplotlib") is None:
+        log.warning("The plot is left out: matplotlib is not installed. Install it with: pip install matplotlib")
+    else:
+        plot(out / "quality.png", f"{b.name} against {a.name}", differences)
 
 
 def plot(path: Path, title: str, differences: Sequence[Difference]) -> None:
@@ -235,8 +241,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae", default=str(VAE_FILE))
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results")
     arguments = parser.parse_args(argv)
-    if find_spec("matplotlib") is None:
-        parser.error("matplotlib is not installed. Install it with: pip install matplotlib")
     for path in (arguments.t2v, arguments.vae):
         if not Path(path).is_file():
             parser.error(f"{path} does not exist. Train it with tools/tiny_wan/train.py, or name another file.")

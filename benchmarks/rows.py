@@ -91,7 +91,7 @@ class Row(Line):
 
 @dataclass(frozen=True)
 class VAERow(Line):
-    """One decode of a video by Wan 2.1's VAE, at batch 1, from a latent to frames in host memory (peers: on the GPU).
+    """One decode of a video by Wan's VAE, at batch 1, from a latent to frames in host memory (peers: on the GPU).
 
     s: median wall time in seconds, as the caller sees it. hop_s: the part of it in which no worker computed.
     allocated_gib: the most that torch's allocator gave out on any GPU. error: distance of a small video's frames from
@@ -110,6 +110,7 @@ class VAERow(Line):
     date: str
     finite: bool
     what: str = "vae decode"
+    vae: str = "2.1"
     convolution: str | None = None
     piece_mib: int | None = None
     axis: str | None = None
@@ -117,6 +118,89 @@ class VAERow(Line):
     allocated_gib: float | None = None
     error: float | None = None
     error_1gpu: float | None = None
+
+
+@dataclass(frozen=True)
+class VideoRow(Line):
+    """One video at batch 1 and CFG 1, from noise and text on the caller's device to frames in host memory.
+
+    s: median wall time in seconds of videos after the first, `first_s`. sampling_s: of all steps, step_s: of one,
+    decode_s: of the decoding, medians too. forward_s: of a step, the slowest worker's forward without its latents.
+    own_s: what a step takes of the caller beside that: the request, latent and text to the workers' devices, the result
+    back, the sampler's arithmetic; own_share: of step_s. latents_s: the part of own_s in which workers copy.
+    trim_s: the end of sampling, when the workers give back what only steps need. vae_hop_s: the part of decode_s in
+    which no worker decodes. Where peers share a forward among GPUs, one of them decodes. The rest is as in `Row`.
+    """
+
+    lib: str
+    size: str
+    res: str
+    gpus: int
+    steps: int
+    shift: float
+    s: float
+    sampling_s: float
+    step_s: float
+    decode_s: float
+    first_s: float
+    lossy: bool
+    precision: str
+    vae_precision: str
+    attention: str
+    compiled: bool
+    finite: bool
+    frames: tuple[int, ...]
+    gpu: str
+    versions: dict[str, str]
+    date: str
+    what: str = "video"
+    videos: int | None = None
+    forward_s: float | None = None
+    own_s: float | None = None
+    own_share: float | None = None
+    latents_s: float | None = None
+    trim_s: float | None = None
+    vae_hop_s: float | None = None
+    fp8: str | None = None
+    weights: str | None = None
+    placement: str | None = None
+    backend: str | None = None
+    ulysses: int | None = None
+    ring: int | None = None
+    overlapped: bool | None = None
+    tensor: int | None = None
+    pipeline: int | None = None
+    allocated_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class FirstRow(Line):
+    """The first forward at a resolution, and the second beside it.
+
+    cold: it was the first one of its processes; else they had run another resolution. caches: of compiled kernels on
+    the disk, "empty" for the whole run or "kept" from runs before. start_s: until the processes are up, load_s: until
+    the weights are there; both are over when `s` begins (None where they had been).
+    """
+
+    lib: str
+    size: str
+    res: str
+    gpus: int
+    cold: bool
+    caches: str
+    s: float
+    second_s: float
+    precision: str
+    attention: str
+    compiled: bool
+    gpu: str
+    versions: dict[str, str]
+    date: str
+    what: str = "first forward"
+    start_s: float | None = None
+    load_s: float | None = None
+    fp8: str | None = None
+    overlapped: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +274,12 @@ def make_vae_row(
         finite=finite,
         **more,
     )
+
+
+def machine_fields() -> dict[str, object]:
+    """What every row says about where and when it was measured."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"gpu": name, "versions": installed_versions(), "date": date.today().isoformat()}
 
 
 def installed_versions() -> dict[str, str]:

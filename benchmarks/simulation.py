@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from flops import tokens_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,7 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed import models, residence, worker  # noqa: E402
+from wan_parallel.distributed.cost import Machine  # noqa: E402
 from wan_parallel.distributed.mailbox import Letter, Mailbox  # noqa: E402
 from wan_parallel.distributed.memory import PlacementError  # noqa: E402
 from wan_parallel.distributed.messages import (  # noqa: E402
@@ -39,8 +41,11 @@ from wan_parallel.distributed.messages import (  # noqa: E402
     ModelSpec,
     PoolSettings,
     Reply,
+    Surveyed,
     TensorRef,
 )
+from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
+from wan_parallel.distributed.planner import Kind, Planner  # noqa: E402
 from wan_parallel.wanvideo import pointwise  # noqa: E402
 from wan_parallel.wanvideo.attention import AttentionKernel  # noqa: E402
 from wan_parallel.wanvideo.build import model_class  # noqa: E402
@@ -96,6 +101,28 @@ class Simulated:
     refusal: str = ""
 
 
+def choose_plan(
+    settings: PoolSettings,
+    spec: ModelSpec,
+    latent: tuple[int, int, int],
+    cap: int,
+    batch: int = 1,
+    host_room: int = 2**38,
+) -> tuple[ParallelPlan, str]:
+    """The plan that a pool with `settings.auto` chooses on H200s with NVLink of which it may take `cap` bytes, and why.
+
+    Arguments as of `simulate`.
+
+    Raises:
+        PlacementError: none fits.
+    """
+    planner, config = Planner(settings), PRESETS[spec.path.partition(":")[2]]
+    there = Surveyed(Machine(peers=True), cap - CUBLAS_BYTES - models._MARGIN, host_room, 0, "NVLink")
+    kind = Kind(spec, tokens_of(latent), batch)
+    plan = planner.choose(config, kind, [there] * settings.plan.num_gpus, planner.first_plan, loaded=False)
+    return plan, planner.reason
+
+
 def simulate(
     settings: PoolSettings,
     spec: ModelSpec,
@@ -119,7 +146,7 @@ def simulate(
         rank = worker.Worker(0, settings, nobody, META)
         rank.models._room = lambda: cap - live.now - models._MARGIN + rank.models.slots.nbytes
         config = PRESETS[size]
-        tokens = latent[0] * -(-latent[1] // 2) * -(-latent[2] // 2)
+        tokens = tokens_of(latent)
         arena = ArenaRef("", 0, 0)
         inputs = [
             TensorRef("float32", shape, 0)
@@ -186,6 +213,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(residence, "on_meta", uncounted(residence.on_meta)),
         mock.patch.object(residence, "HostBuffer", uncounted(host_bytes)),
         mock.patch.object(pointwise, "norm", lambda x, scale, shift, eps, dtype: torch.empty_like(x, dtype=dtype)),
+        mock.patch.object(pointwise, "add_norm", lambda x, _y, _gate, *rest: torch.empty_like(x, dtype=rest[-1])),
         mock.patch.object(pointwise, "rms_norm", lambda x, *_rest: torch.empty_like(x)),
         mock.patch.object(pointwise, "add_", lambda x, *_rest: x),
         mock.patch.object(models, "get_kernel", lambda *_asked: AttentionKernel("simulated", _attention)),

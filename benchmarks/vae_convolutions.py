@@ -1,4 +1,4 @@
-"""Time the convolutions of Wan 2.1's VAE decoder one by one on this machine's first GPU, each way they can be computed.
+"""Time the convolutions of Wan's VAEs one by one on this machine's first GPU, each way they can be computed.
 
     python3 benchmarks/vae_convolutions.py --strips 4
 
@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
-from wan_parallel.wanvideo import vae_ops, vae_triton  # noqa: E402
-from wan_parallel.wanvideo.vae_triton import Tile  # noqa: E402
+from wan_parallel.wanvideo import vae_ops  # noqa: E402
 
-# Layer: input and output channels, kernel, frames of a piece, output rows and columns of a 720p video
+if TYPE_CHECKING:
+    from wan_parallel.wanvideo.vae_triton import Tile
+
+# Layer: input and output channels, kernel, frames of a piece, output rows and columns of a 720p video. Wan 2.1's
+# decoder, then Wan 2.2's (5b) and its encoder's finest layers.
 LAYERS = {
     "first": (16, 384, (3, 3, 3), 21, 90, 160),
     "stage0": (384, 384, (3, 3, 3), 21, 90, 160),
@@ -38,6 +43,16 @@ LAYERS = {
     "up3": (192, 96, (1, 3, 3), 4, 720, 1280),
     "stage3": (96, 96, (3, 3, 3), 4, 720, 1280),
     "head": (96, 3, (3, 3, 3), 4, 720, 1280),
+    "5b-stage0": (1024, 1024, (3, 3, 3), 31, 44, 80),
+    "5b-stage1": (1024, 1024, (3, 3, 3), 16, 88, 160),
+    "5b-up2": (1024, 1024, (1, 3, 3), 4, 176, 320),
+    "5b-stage2": (512, 512, (3, 3, 3), 4, 176, 320),
+    "5b-up3": (512, 512, (1, 3, 3), 2, 352, 640),
+    "5b-stage3-first": (512, 256, (3, 3, 3), 2, 352, 640),
+    "5b-stage3": (256, 256, (3, 3, 3), 2, 352, 640),
+    "5b-head": (256, 12, (3, 3, 3), 2, 352, 640),
+    "5b-encode0": (160, 160, (3, 3, 3), 4, 352, 640),
+    "5b-encode1": (320, 320, (3, 3, 3), 4, 176, 320),
 }
 # By output channels: positions, channels in two parts, inputs, warps, stages
 TILES = {
@@ -55,13 +70,16 @@ TILES = {
         *((128, 128, 0, 32, 8, 4), (128, 128, 0, 32, 4, 4), (256, 128, 0, 32, 8, 3), (64, 64, 32, 32, 4, 5)),
         *((128, 64, 32, 64, 4, 3), (256, 64, 32, 64, 8, 3), (128, 128, 0, 64, 8, 3)),
     ),
+    160: ((128, 128, 32, 32, 8, 4), (128, 128, 32, 32, 4, 4), (128, 128, 0, 32, 8, 4), (256, 128, 32, 32, 8, 3)),
     16: ((128, 16, 0, 32, 4, 4), (256, 16, 0, 32, 4, 4), (256, 16, 0, 32, 8, 4), (128, 16, 0, 32, 4, 6)),
 }
 
 
 def tiles(inputs: int, channels: int) -> Iterator[Tile]:
     """Tiles worth a try for a layer with so many inputs in a row and so many output channels."""
-    kind = 128 if channels % 128 == 0 else channels if channels in TILES else 16
+    from wan_parallel.wanvideo.vae_triton import Tile
+
+    kind = 128 if channels % 128 == 0 else 160 if channels % 160 == 0 else channels if channels in TILES else 16
     for fields in TILES[kind]:
         tile = Tile(*fields)
         if inputs % tile.inputs == 0 and channels % (tile.channels + tile.more_channels) in (0, channels):
@@ -73,6 +91,8 @@ def main() -> None:
     parser.add_argument("--layers", default=",".join(LAYERS), help="comma-separated")
     parser.add_argument("--strips", type=int, default=4, help="GPUs that share the columns of a frame")
     parser.add_argument("--sweep", action="store_true", help="all tiles of the Triton kernel, not its own choice alone")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="a CPU has torch's ways alone")
+    parser.add_argument("--shrink", type=int, default=1, help="by which channels, rows and columns are divided")
     options = parser.parse_args()
     for layer in options.layers.split(","):
         _time_layer(layer, options)
@@ -80,9 +100,10 @@ def main() -> None:
 
 def _time_layer(layer: str, options: argparse.Namespace) -> None:
     before, after, kernel, frames, rows, columns = LAYERS[layer]
-    columns //= options.strips
+    before, after, rows, columns = (max(1, n // options.shrink) for n in (before, after, rows, columns))
+    columns = max(1, columns // options.strips)
     kt, kh, kw = kernel
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device, dtype = torch.device(options.device), torch.bfloat16
     buffer = torch.randn(frames + kt - 1, rows + kh - 1, columns + kw - 1, before, device=device, dtype=dtype)
     weight = torch.randn(after, before, *kernel, device=device, dtype=dtype) / (before * kt * kh * kw) ** 0.5
     bias = torch.randn(after, device=device, dtype=dtype)
@@ -91,6 +112,10 @@ def _time_layer(layer: str, options: argparse.Namespace) -> None:
     for way in ("conv3d", "conv3d_ncdhw", "conv2d"):
         conv = vae_ops.VAEOps(device, dtype, way).conv(weight, bias)
         reference = _report(layer, way, lambda conv=conv: conv(buffer, None), flops, reference)
+    if device.type == "cpu":
+        return
+    from wan_parallel.wanvideo import vae_triton
+
     own = vae_triton.default_tile(before * kw, after)
     others = [tile for tile in tiles(before * kw, after) if tile != own] if options.sweep else []
     for tile in (own, *others):
@@ -118,8 +143,12 @@ def _report(
 
 
 def _seconds(run: Callable[[], torch.Tensor], repeats: int = 5) -> float:
+    if run().device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - begin) / repeats
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
     start.record()
     for _ in range(repeats):
         run()

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from flops import latent_size, vae_decode_flops
+from flops import MODELS, latent_size, vae_decode_flops
 from rows import Timing, make_vae_row, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
-from wan_parallel.wanvideo.vae import decoder_shapes  # noqa: E402
+from wan_parallel.wanvideo.vae_layout import KINDS  # noqa: E402
+from wan_parallel.wanvideo.vae_random import RELEASED, vae_shapes  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,16 +32,15 @@ def main() -> None:
     parser.add_argument("--res", default="720p")
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--dim", type=int, default=96)
+    parser.add_argument("--vae", choices=tuple(KINDS), default="2.1")
+    parser.add_argument("--dim", type=int)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device, on_gpu = _join(options.device)
-    from diffusers import AutoencoderKLWan
-
     with torch.no_grad():
         torch.manual_seed(0)
-        vae = AutoencoderKLWan(base_dim=options.dim).to(device, DTYPES[options.precision]).eval()
+        vae = _build(options.vae, options.dim).to(device, DTYPES[options.precision]).eval()
         if options.lib == "distvae":
             from distvae.vae import parallelize_decoder
 
@@ -49,6 +49,23 @@ def main() -> None:
             _time(vae, res, device, on_gpu, options)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _build(vae: str, dim: int | None) -> torch.nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    kind, widths = KINDS[vae], RELEASED[vae]
+    pixels = 3 * kind.patch**2
+    return AutoencoderKLWan(
+        base_dim=dim or widths.encoder,
+        decoder_base_dim=dim or widths.decoder,
+        z_dim=widths.latent,
+        is_residual=kind.groups,
+        in_channels=pixels,
+        out_channels=pixels,
+        patch_size=kind.patch if kind.patch > 1 else None,
+        scale_factor_spatial=kind.scale,
+    )
 
 
 def _join(wanted: str) -> tuple[torch.device, bool]:
@@ -65,8 +82,8 @@ def _join(wanted: str) -> tuple[torch.device, bool]:
 def _time(
     vae: torch.nn.Module, res: str, device: torch.device, on_gpu: bool, options: argparse.Namespace
 ) -> None:
-    size, times = latent_size(res, "14b"), []
-    latent = torch.randn(1, 16, *size, device=device, dtype=DTYPES[options.precision])
+    size, times = latent_size(res, MODELS[options.vae]), []
+    latent = torch.randn(1, RELEASED[options.vae].latent, *size, device=device, dtype=DTYPES[options.precision])
     for _ in range(options.iters + 1):
         dist.barrier()
         start = time.perf_counter()
@@ -78,10 +95,11 @@ def _time(
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         row = make_vae_row(
             lib=options.lib if options.lib == "diffusers" else "diffusers+distvae",
+            vae=options.vae,
             res=res,
             gpus=dist.get_world_size(),
             timing=Timing(times[0], tuple(times[1:])),
-            flops=vae_decode_flops(decoder_shapes(options.dim), size),
+            flops=vae_decode_flops(vae_shapes(options.vae, "decoder", options.dim), size),
             precision=options.precision,
             finite=bool(torch.isfinite(frames).all()),
             allocated_gib=round(peak, 2),

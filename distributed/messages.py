@@ -333,6 +333,8 @@ class ModelStatus:
     host_bytes: int = 0  # weights in its host memory, copies of what is on the device included
     fp8: str = ""  # what runs in fp8, and how; empty: nothing
     overlapped: bool = False  # Ulysses' exchanges run beside the computation (see overlapped.py)
+    moved_in: int = 0  # bytes of weights copied from host memory to the device since the model was loaded
+    moved_out: int = 0  # and to host memory
 
 
 @dataclass(frozen=True)

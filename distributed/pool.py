@@ -223,6 +223,11 @@ class Pool:
         """What the last forward exchanged, by rank; empty unless it used stale keys and values."""
         return self._exchanges
 
+    @property
+    def times(self) -> tuple[RankTimes, ...]:
+        """Where the seconds of the last forward went, by rank, as in `PoolStatus`; asks nobody."""
+        return self._times
+
     def check(self, spec: ModelSpec) -> None:
         """Check that the model can be divided as was asked for, as `forward` does. Starts nothing.
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,6 +15,21 @@ from .messages import PoolReady, PoolSettings, Start, encode
 
 _CLOSE_SECONDS = 3.0
 _BOOTSTRAP = Path(__file__).resolve().parent.parent / "bootstrap.py"
+
+
+def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a launcher and its workers.
+
+    ComfyUI puts its choice of torch's allocator (cudaMallocAsync) into its own; where weights live is counted in the
+    segments of torch's native one (see residence.py).
+    """
+    # multiprocessing starts workers with `python -c`, which looks for modules in the working directory
+    environment = {**ours, "PYTHONSAFEPATH": "1"}
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        kept = [option for option in environment.pop(name, "").split(",") if "cudaMallocAsync" not in option]
+        if any(kept):
+            environment[name] = ",".join(kept)
+    return environment
 
 
 class PoolProcesses:
@@ -25,8 +41,7 @@ class PoolProcesses:
             self.launcher = subprocess.Popen(
                 [sys.executable, str(_BOOTSTRAP), "distributed.launcher", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                # multiprocessing starts workers with `python -c`, which looks for modules in the working directory
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                env=worker_environment(os.environ),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
             )

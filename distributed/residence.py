@@ -169,6 +169,7 @@ class Residence:
         self._order: list[int] = []  # blocks that pass through the slots in this forward
         self._reached = self._started = self._total = 0
         self._arrivals: dict[int, torch.cuda.Event | dist.Work | None] = {}
+        self.moved_in = self.moved_out = 0  # bytes copied from host memory and to it
 
     # What is where.
 
@@ -342,6 +343,7 @@ class Residence:
             else:
                 block.host = self._host_buffer(len(block.device))
                 block.host.bytes.copy_(block.device)
+            self.moved_out += len(block.host.bytes)
             block.size = segment_bytes(len(block.host.bytes), self.device)
         block.device = None
         self._unbind(block)
@@ -349,6 +351,7 @@ class Residence:
     def _enter_device(self, block: _Block) -> None:
         block.device = long_lived(len(block.host.bytes), self.device)
         block.device.copy_(block.host.bytes, non_blocking=True)
+        self.moved_in += len(block.host.bytes)
         self._point(block)
 
     def _point(self, block: _Block) -> None:
@@ -451,6 +454,7 @@ class Residence:
         share = whole[size * self.group.index : size * (self.group.index + 1)]
         if block.device is None:
             share.copy_(block.host.bytes, non_blocking=True)
+            self.moved_in += len(block.host.bytes)
         if self.group.ranks == 1:
             return None
         source = share if block.device is None else block.device

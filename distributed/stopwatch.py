@@ -1,9 +1,10 @@
 """Where the time of a forward went: computing, exchanging with other ranks, waiting for them.
 
 A rank's device stands still where it needs what others have: an all-to-all, a block of a ring, a sum, the residual
-stream of the stage before, weights that are gathered or copied from host memory. Strategies put `standing` around these
-places. On CUDA that is a pair of events in the stream that computes, read once the forward is over, so nothing is
-synchronised in between, and what is hidden behind computation is not counted. On a CPU it is the clock.
+stream of the stage before, weights that are gathered or copied from host memory, latents that come in and go out.
+Strategies put `standing` around these places. On CUDA that is a pair of events in the stream that computes, read once
+the forward is over, so nothing is synchronised in between, and what is hidden behind computation is not counted. On a
+CPU it is the clock.
 
 What stands still may be on its way, or not even sent. No rank gets what it waits for before all have come to the same
 place, and the one that comes last waits for the transfer alone. So of each exchange
@@ -12,7 +13,7 @@ place, and the one that comes last waits for the transfer alone. So of each exch
 - **waiting** is what another rank stood still beyond that: the time until the last one came.
   So is the time for which a rank holds back until its leader has come to a block (gate.py), and that from its own
   end of the forward to the end of the slowest rank.
-- **compute** is the rest of the forward: kernels, the launching of them, latents in and out.
+- **compute** is the rest of the forward: kernels, and the launching of them.
 
 These add up to the seconds of the forward on every rank. The border between the last two is sharp where all take part
 in a transfer. Where ranks write into each other's memory (mailbox.py), the last one may find all that it needs there,
@@ -37,6 +38,8 @@ LATER_SLICES = "all-to-all of later slices"
 """Apart from the others, as not every rank has heads for as many slices (overlapped.py)."""
 USP = "USP"
 """xfuser's attention less the kernel in it: its exchanges, with the copies around them."""
+LATENTS = "latents"
+"""Copies of the inputs from the client's memory, and of the result back."""
 GATE = "gate"
 """Waiting alone, nothing is exchanged."""
 

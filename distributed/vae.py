@@ -1,4 +1,4 @@
-"""Wan's VAE on several ranks: each decodes a strip of every frame, exactly.
+"""Wan's VAEs on several ranks: each decodes or encodes a strip of every frame, exactly.
 
 Before each convolution neighbours exchange the row (or column) beside their common edge. The one attention takes keys
 and values of the whole frame, which all gather, at the coarsest resolution. The strips lie across the longer side
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from ..wanvideo.checkpoint import DTYPES
-from ..wanvideo.vae import SCALE, Decoder, Frame, WholeFrame, working_bytes
-from ..wanvideo.vae_encoder import Encoder, encoding_bytes
+from ..wanvideo.vae import Coder, Decoder, Encoder
+from ..wanvideo.vae_layers import Frame, WholeFrame
+from ..wanvideo.vae_layout import working_bytes
 from ..wanvideo.vae_ops import VAEOps
 from .arena import ArenaReader
 from .gate import Gate
@@ -32,8 +33,7 @@ from .residence import gather_rows
 
 log = logging.getLogger(__name__)
 
-_Coder = TypeVar("_Coder", Decoder, Encoder)
-_Expected = Callable[[dict[str, tuple[int, ...]], tuple[int, int], int, int], int]
+_Coder = TypeVar("_Coder", bound=Coder)
 _SMALLEST_PIECE = 2**22
 _PIECES_ON_THE_WAY = 2
 """Decoded pieces that may wait for their copy to the host: so far the host runs ahead of its GPU."""
@@ -69,7 +69,7 @@ def share_frame(rows: int, columns: int, ranks: int, axis: str = "auto") -> Stri
 
 
 class Strip:
-    """A `wanvideo.vae.Frame` of which this rank decodes one strip. The ranks of the strips are the first ones."""
+    """A `wanvideo.vae_layers.Frame` of which this rank has one strip. The ranks of the strips are the first ones."""
 
     def __init__(self, rank: int, strips: Strips):
         self.rank, self.strips, self.size = rank, strips, strips.most
@@ -125,7 +125,7 @@ class VAEs:
         self.gate, self.models = gate, models
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
         self._vae = ""
-        self._coders: dict[tuple[str, str], Decoder | Encoder] = {}
+        self._coders: dict[tuple[str, str], Coder] = {}
         self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     @property
@@ -175,12 +175,12 @@ class VAEs:
     def _decode(self, request: DecodeVAE) -> None:
         latent = self._inputs.view(request.arena, request.latent)
         strips = share_frame(*latent.shape[-2:], self.ranks, request.options.axis)
-        piece_bytes = self._fitting_pieces(request.key, working_bytes, strips, request.options)
+        piece_bytes = self._fitting_pieces(request.key, Decoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
         decoder, frame = self._coder(request.key, Decoder, request.options), self._frame(strips)
         rows, columns = strips.of(self.rank)
-        pixel_rows, pixel_columns = strips.of(self.rank, SCALE)
+        pixel_rows, pixel_columns = strips.of(self.rank, decoder.kind.scale)
         out = self._outputs.view(request.out_arena, request.out)[:, :, pixel_rows, pixel_columns]
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
         self.gate.begin(request.id)
@@ -195,12 +195,12 @@ class VAEs:
         out = self._outputs.view(request.out_arena, request.out)
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
         strips = share_frame(*out.shape[-2:], self.ranks, request.options.axis)
-        piece_bytes = self._fitting_pieces(request.key, encoding_bytes, strips, request.options)
+        piece_bytes = self._fitting_pieces(request.key, Encoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
         encoder, frame = self._coder(request.key, Encoder, request.options), self._frame(strips)
         rows, columns = strips.of(self.rank)
-        pixel_rows, pixel_columns = strips.of(self.rank, SCALE)
+        pixel_rows, pixel_columns = strips.of(self.rank, encoder.kind.scale)
         first = 0
         self.gate.begin(request.id)
         for piece in encoder.encode(frames[:, pixel_rows, pixel_columns], frame, piece_bytes, self._check):
@@ -229,14 +229,15 @@ class VAEs:
             self._coders[name] = kind(weights, ops)
         return self._coders[name]
 
-    def _fitting_pieces(self, key: str, expected: _Expected, strips: Strips, options: VAEOptions) -> int:
+    def _fitting_pieces(self, key: str, kind: type[Coder], strips: Strips, options: VAEOptions) -> int:
         """The largest piece that fits on every rank; models step out where even the smallest does not."""
         weights, wanted = self.weights[key], options.piece_mib * 2**20
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         itemsize = next(iter(weights.values())).element_size()
 
         def needed(piece: int) -> int:
-            return self.nbytes + expected(shapes, strips.most, itemsize, piece)  # the layers' order of the weights
+            working = working_bytes(shapes, kind.half, strips.most, itemsize, piece)
+            return self.nbytes + working  # the layers have the weights in an order of their own beside them
 
         room = self._least_room()
         if needed(_SMALLEST_PIECE) > room:

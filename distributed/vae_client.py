@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..wanvideo.checkpoint import DTYPES
-from ..wanvideo.vae import SCALE, check_latent, frames_of, working_bytes
-from ..wanvideo.vae_encoder import check_encoder, encoding_bytes, latent_frames
+from ..wanvideo.vae_layout import Half, check_latent, frames_of, kind_of, latent_frames, weights_of, working_bytes
 from ..wanvideo.vae_ops import VAEError
 from .arena import Arena, needed
 from .messages import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
@@ -67,12 +66,13 @@ def decode(
         PlacementError: the video does not fit into the GPUs' memory.
     """
     options = options or VAEOptions()
+    scale = kind_of(vae.shapes, "decoder").scale
     check_latent(vae.shapes, tuple(latent.shape))
     batch, _, frames, rows, columns = latent.shape
-    shape = batch, frames_of(frames), SCALE * rows, SCALE * columns, 3
+    shape = batch, frames_of(frames), scale * rows, scale * columns, 3
     work = _Work(pool, vae, dtype, options, (rows, columns), poll, progress)
     with pool.session(poll):
-        work.prepare("decoder", working_bytes, make_room)
+        work.prepare("decoder", make_room)
         decoded, seconds = work.run(DecodeVAE, "decoder", latent, shape)
     return Decoded(decoded, seconds)
 
@@ -90,25 +90,26 @@ def encode(
     """Encode a video on all workers, each a strip of every frame. Arguments and errors as of `decode`.
 
     Args:
-        frames: [T, 8 * h, 8 * w, 3] from 0 to 1, any float dtype and device.
+        frames: [T, scale * h, scale * w, 3] from 0 to 1, any float dtype and device; a latent row is 8 pixels high,
+            one of Wan 2.2's VAE 16.
         progress: called with the number of latent frames that are there.
 
     Returns:
         The mean of the latent, float32 [1, C, t, h, w].
     """
     options = options or VAEOptions()
-    check_encoder(vae.shapes)
+    scale = kind_of(vae.shapes, "encoder").scale
     count, height, width, channels = frames.shape
-    if channels != 3 or height % SCALE or width % SCALE or not frames.numel():
+    if channels != 3 or height % scale or width % scale or not frames.numel():
         raise VAEError(
             f"The images have the shape {list(frames.shape)}, but this VAE encodes [frames, height, width, 3] with "
-            f"multiples of {SCALE} pixels. Scale or crop them."
+            f"multiples of {scale} pixels. Scale or crop them."
         )
-    size = height // SCALE, width // SCALE
+    size = height // scale, width // scale
     shape = vae.shapes["conv1.weight"][0] // 2, latent_frames(count), *size
     work = _Work(pool, vae, dtype, options, size, poll, progress)
     with pool.session(poll):
-        work.prepare("encoder", encoding_bytes, make_room)
+        work.prepare("encoder", make_room)
         latent, _ = work.run(EncodeVAE, "encoder", frames, shape)
     return latent.unsqueeze(0)
 
@@ -133,28 +134,28 @@ class _Work:
     def name(self) -> str:
         return f"{self.vae.key}-{self.dtype}"
 
-    def prepare(self, part: str, expected: Callable[..., int], make_room: Callable[[int], object] | None) -> None:
-        """Make room on the GPU that we share, and send the weights of a part that the workers don't have."""
+    def prepare(self, half: Half, make_room: Callable[[int], object] | None) -> None:
+        """Make room on the GPU that we share, and send the weights of a half that the workers don't have."""
         workers, used = self.pool.settings.plan.num_gpus, len(self.strips.parts)
         if used < workers:
             log.info("The latent has %d rows or columns to share: so many workers take part.", used)
         if make_room is not None and self.pool.settings.device == "cuda":
-            itemsize = DTYPES[self.dtype].itemsize
-            make_room(expected(self.vae.shapes, self.strips.most, itemsize, self.options.piece_mib * 2**20))
-        key = f"{self.name}-{part}"
+            itemsize, piece = DTYPES[self.dtype].itemsize, self.options.piece_mib * 2**20
+            make_room(working_bytes(self.vae.shapes, half, self.strips.most, itemsize, piece))
+        key = f"{self.name}-{half}"
         if key in self.pool.vaes:
             return
         dtype = DTYPES[self.dtype]
-        tensors = {name: t.to(dtype) for name, t in self.vae.tensors().items() if name.startswith(PARTS[part])}
+        tensors = {name: tensor.to(dtype) for name, tensor in weights_of(half, self.vae.tensors()).items()}
         arena = Arena(needed(tensors.values()))
         refs = {name: arena.write(tensor) for name, tensor in tensors.items()}
         self.pool.ask(
             lambda number: LoadVAE(number, self.name, key, self.dtype, arena.ref, refs), (arena,), self.poll
         )
-        log.info("The VAE's %s (%.0f MiB, %s) is on the workers.", part, arena.nbytes / 2**20, self.dtype)
+        log.info("The VAE's %s (%.0f MiB, %s) is on the workers.", half, arena.nbytes / 2**20, self.dtype)
 
     def run(
-        self, kind: type[DecodeVAE] | type[EncodeVAE], part: str, given: torch.Tensor, shape: tuple[int, ...]
+        self, kind: type[DecodeVAE] | type[EncodeVAE], half: Half, given: torch.Tensor, shape: tuple[int, ...]
     ) -> tuple[torch.Tensor, float]:
         """Send the input, and wait for a result of `shape`; with the seconds of the slowest worker.
 
@@ -175,13 +176,9 @@ class _Work:
 
         seconds = self.pool.ask(
             lambda number: kind(
-                number, f"{self.name}-{part}", source.ref, sent, result.ref, out, done, self.options
+                number, f"{self.name}-{half}", source.ref, sent, result.ref, out, done, self.options
             ),
             (source, result),
             watch,
         )
         return tensor, seconds
-
-
-PARTS = {"decoder": ("decoder.", "conv2."), "encoder": ("encoder.", "conv1.")}
-"""How the names of the weights of each half begin."""

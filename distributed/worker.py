@@ -203,9 +203,10 @@ class Worker:
     def forward(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded, plan = self.models.loaded[request.spec], self.settings.plan
-        x, timestep, context = (
-            self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
-        )
+        with stopwatch.standing(stopwatch.LATENTS):
+            x, timestep, context = (
+                self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
+            )
         conditioning = self._conditioning(request, len(x))
         grid = sequence_of(x, conditioning.options)
         ranks = plan.group_ranks(len(x))
@@ -256,7 +257,8 @@ class Worker:
                         portion.attend.finish()
                 flow.pass_on(result)
                 if self.stage.is_last and self.place.tensor == 0:  # tensor-parallel ranks have the same result
-                    _write(out, items, part, result)
+                    with stopwatch.standing(stopwatch.LATENTS):
+                        _write(out, items, part, result)
         stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
         return self.patches.report(stale) if stale else None
 
@@ -360,6 +362,8 @@ class Worker:
             host_bytes=loaded.residence.host_bytes,
             fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, self.device),
             overlapped=degrees in self.mailboxes,
+            moved_in=loaded.residence.moved_in,
+            moved_out=loaded.residence.moved_out,
         )
 
     def _join_divided(self) -> tuple[TensorShard, Stage]:

@@ -14,9 +14,8 @@ import torch
 from comfy_api.latest import io
 
 from ..distributed.pool import Pool, acquire, running
-from ..distributed.vae_client import PARTS, VAEWeights, decode, encode
-from ..wanvideo.vae import check_vae, frames_of
-from ..wanvideo.vae_encoder import latent_frames
+from ..distributed.vae_client import VAEWeights, decode, encode
+from ..wanvideo.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
 from ..wanvideo.vae_ops import VAEError
 from .config import CATEGORY
 from .remote_model import RemoteModelPatcher
@@ -39,13 +38,14 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
             display_name="WanVideo Parallel VAE Decode",
             category=CATEGORY,
             description=(
-                "VAE Decode for Wan 2.1's VAE (also that of Wan 2.2 A14B) on all GPUs of XDit+USP Config: each decodes "
-                "a strip of every frame and asks its neighbours for the row beside it, so the result is that of one "
-                "GPU within rounding, without seams. Frames arrive piece by piece; no GPU ever holds the whole video."
+                "VAE Decode for Wan's VAEs (2.1, which Wan 2.2 A14B uses too, and 2.2 of the 5B) on all GPUs of "
+                "XDit+USP Config: each decodes a strip of every frame and asks its neighbours for the row beside it, "
+                "so the result is that of one GPU within rounding, without seams. Frames arrive piece by piece; no GPU "
+                "ever holds the whole video."
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a Wan video, from any sampler."),
-                io.Vae.Input("vae", tooltip="Wan 2.1's VAE, from Load VAE. Its weights go to the workers once."),
+                io.Vae.Input("vae", tooltip="The model's VAE, from Load VAE. Its weights go to the workers once."),
                 *_more_inputs(),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The frames, as VAE Decode gives them.")],
@@ -55,7 +55,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
     def execute(
         cls, samples: Mapping[str, Any], vae: Any, precision: str = "auto", workers: object = None
     ) -> io.NodeOutput:
-        weights, latent = vae_weights(vae), samples["samples"]
+        weights, latent = vae_weights(vae, "decoder"), samples["samples"]
         pool = find_pool(workers)
         decoded = decode(
             pool,
@@ -80,12 +80,13 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
             display_name="WanVideo Parallel VAE Encode",
             category=CATEGORY,
             description=(
-                "VAE Encode for Wan 2.1's VAE (also that of Wan 2.2 A14B) on all GPUs of XDit+USP Config: each encodes "
-                "a strip of every frame, with the result of one GPU within rounding. For video to video."
+                "VAE Encode for Wan's VAEs (2.1, which Wan 2.2 A14B uses too, and 2.2 of the 5B) on all GPUs of "
+                "XDit+USP Config: each encodes a strip of every frame, with the result of one GPU within rounding. For "
+                "video to video."
             ),
             inputs=[
-                io.Image.Input("pixels", tooltip="The frames of a video. Edges beyond a multiple of 8 are cropped."),
-                io.Vae.Input("vae", tooltip="Wan 2.1's VAE, from Load VAE. Its weights go to the workers once."),
+                io.Image.Input("pixels", tooltip="The frames. Edges beyond a multiple of 8 (5B: 16) are cropped."),
+                io.Vae.Input("vae", tooltip="The model's VAE, from Load VAE. Its weights go to the workers once."),
                 *_more_inputs(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The latent, as VAE Encode gives it.")],
@@ -95,7 +96,7 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
     def execute(
         cls, pixels: torch.Tensor, vae: Any, precision: str = "auto", workers: object = None
     ) -> io.NodeOutput:
-        weights, frames = vae_weights(vae), vae.vae_encode_crop_pixels(pixels)[..., :3]
+        weights, frames = vae_weights(vae, "encoder"), vae.vae_encode_crop_pixels(pixels)[..., :3]
         latent = encode(
             find_pool(workers),
             weights,
@@ -160,20 +161,20 @@ def find_pool(workers: object) -> Pool:
     return pool
 
 
-def vae_weights(vae: Any) -> VAEWeights:
-    """A VAE of ComfyUI's, as workers take it.
+def vae_weights(vae: Any, half: Half) -> VAEWeights:
+    """A VAE of ComfyUI's, one half of which is needed, as workers take it.
 
     Raises:
-        VAEError: it is not Wan 2.1's, or another node has patched it.
+        VAEError: it is none of Wan's, or another node has patched it.
     """
     model = getattr(vae, "first_stage_model", None)
     if model is None:
-        raise VAEError("This VAE holds no weights. Choose Wan 2.1's VAE in Load VAE.")
+        raise VAEError("This VAE holds no weights. Choose Wan 2.1's or Wan 2.2's VAE in Load VAE.")
     if getattr(vae.patcher, "patches", None):
         raise VAEError("A node has patched the weights of this VAE, which workers cannot follow. Use VAE Decode.")
     state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    check_vae(shapes)
+    kind_of(shapes, half)
     if model not in _keys:
         _keys[model] = _content_key(state)
     return VAEWeights(_keys[model], shapes, model.state_dict)
@@ -185,8 +186,7 @@ _keys: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictiona
 
 def _content_key(state: Mapping[str, torch.Tensor]) -> str:
     content = hashlib.blake2b(digest_size=16)
-    ours = tuple(beginning for part in PARTS.values() for beginning in part)
-    for name in sorted(name for name in state if name.startswith(ours)):
+    for name in sorted(name for half in HALVES for name in weights_of(half, state)):
         content.update(name.encode())
         content.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return content.hexdigest()

@@ -87,3 +87,18 @@ def test_add_changes_the_slice_and_nothing_beside_it(dtype, rows, plain):
     pointwise.add_(fused[:, 3 : 3 + TOKENS], y, gate)
     plain(pointwise.add_, reference[:, 3 : 3 + TOKENS], y, gate)
     agree(fused, reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [512, 5120])
+@pytest.mark.parametrize("rows", [None, 1, TOKENS])
+def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(dtype, width, rows):
+    whole, y = normal(2, TOKENS + 7, width), normal(2, TOKENS + 9, width, dtype=dtype)[:, 4 : 4 + TOKENS]
+    gate = None if rows is None else normal(2, rows, 3, width)[:, :, 1]
+    scale, shift = normal(2, rows or 1, width), normal(width)
+    apart, together = whole.clone(), whole.clone()
+    pointwise.add_(apart[:, 3 : 3 + TOKENS], y, gate)
+    expected = pointwise.norm(apart[:, 3 : 3 + TOKENS], scale, shift, 1e-6, dtype)
+    got = pointwise.add_norm(together[:, 3 : 3 + TOKENS], y, gate, scale, shift, 1e-6, dtype)
+    agree(together, apart)
+    agree(got, expected)

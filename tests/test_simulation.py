@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import memory
 from simulation import CUBLAS_BYTES, Simulated, simulate
 
 GIB = 2**30
@@ -56,3 +58,22 @@ def test_a_part_of_a_divided_model_is_counted():
     spec = ModelSpec("random:1.3b", slice_tokens=8192)
     found = simulate(PoolSettings(plan, device="cuda"), spec, P480, 20 * GIB)
     assert found.weights == pytest.approx(0.7 * GIB, abs=0.05 * GIB) and found.peak < 3 * GIB + CUBLAS_BYTES
+
+
+@pytest.mark.parametrize("gpus, cap", [("1", None), ("2", None), ("2", "0.7")])
+def test_the_automatic_plan_is_simulated_under_its_cap(monkeypatch, capsys, gpus, cap):
+    arguments = ["--simulate", "--auto", "--batch", "2", "--size", "1.3b", "--gpus", gpus, "--res", "2x16x16"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments, *(["--cap", cap] if cap else [])])
+    status = memory.main()
+    row = json.loads(capsys.readouterr().out)
+    assert status == 0 and row["fits"] and row["auto"] and row["batch"] == 2
+    assert row["allocated_gib"] <= row["cap_gib"]
+    assert row["plan"] in row["reason"]
+    assert ("of each block" in row["placement"]) == (cap is not None)
+
+
+def test_a_cap_under_which_no_plan_fits_is_a_row_with_the_refusal(monkeypatch, capsys):
+    arguments = ["--simulate", "--auto", "--size", "1.3b", "--gpus", "1", "--cap", "0.1", "--res", "2x16x16"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
+    assert memory.main() == 1
+    assert "missing" in json.loads(capsys.readouterr().out)["refusal"]

@@ -85,7 +85,9 @@ def test_one_of_two_experts_leaves_before_the_other_comes(device, tmp_path, offl
         assert "_leave_device" not in device.events[first:] and device.events[first - 1] == "release"
         assert device.most <= device.cap - demand.activations
         assert torch.equal(forward(low), expected)
-    assert all(model.residence.host_bytes for model in worker.models.loaded.values())
+    for model in worker.models.loaded.values():
+        assert model.residence.moved_out == model.residence.host_bytes > 0  # once
+        assert model.residence.moved_in > model.residence.moved_out  # with each turn
 
 
 def test_a_block_on_a_gpu_is_one_allocation():

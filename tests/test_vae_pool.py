@@ -18,13 +18,15 @@ from wan_parallel.distributed.messages import ModelSpec, PoolSettings, VAEOption
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import Pool, WorkerDied, acquire, running
 from wan_parallel.distributed.vae_client import VAEWeights, decode, encode
-from wan_parallel.wanvideo.vae import Decoder, WholeFrame, decoder_shapes, random_weights
-from wan_parallel.wanvideo.vae_encoder import Encoder
+from wan_parallel.wanvideo.vae import Decoder, Encoder
+from wan_parallel.wanvideo.vae_layers import WholeFrame
+from wan_parallel.wanvideo.vae_layout import HALVES, KINDS
 from wan_parallel.wanvideo.vae_ops import VAEError, VAEOps
+from wan_parallel.wanvideo.vae_random import RELEASED, random_weights, vae_shapes
 
 DIM = 8
-WEIGHTS = random_weights(DIM)
-VAE = VAEWeights("a", decoder_shapes(DIM), lambda: WEIGHTS)
+WEIGHTS = random_weights("2.1", "decoder", DIM)
+VAE = VAEWeights("a", vae_shapes("2.1", "decoder", DIM), lambda: WEIGHTS)
 LATENT = torch.randn(2, 16, 3, 4, 5, generator=torch.Generator().manual_seed(0))
 LONG = torch.randn(1, 16, 40, 8, 8, generator=torch.Generator().manual_seed(0))
 ONE_FRAME = VAEOptions(piece_mib=0)
@@ -41,8 +43,8 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
-def expected(latent: torch.Tensor) -> torch.Tensor:
-    decoder = Decoder(WEIGHTS, VAEOps(torch.device("cpu"), torch.float32))
+def expected(latent: torch.Tensor, weights: dict[str, torch.Tensor] = WEIGHTS) -> torch.Tensor:
+    decoder = Decoder(weights, VAEOps(torch.device("cpu"), torch.float32))
     with torch.inference_mode():
         videos = [torch.cat(list(decoder.decode(z, WholeFrame(tuple(z.shape[-2:]))))) for z in latent]
     return ((torch.stack(videos) + 1) / 2).clamp(0, 1)
@@ -69,6 +71,7 @@ def test_weights_travel_once_and_another_vae_takes_their_place(pool):
 
 
 def test_unloading_the_models_drops_the_vae(pool, tmp_path):
+    pool.unload()  # what an earlier test left there would be unloaded to make room, and the VAE with it
     tiny.write_checkpoint(tmp_path / "tiny.safetensors", tiny.TINY)
     spec = ModelSpec(str(tmp_path / "tiny.safetensors"), "fp32", "fp32")
     decode(pool, VAE, LATENT[:1, :, :1], "fp32")
@@ -86,28 +89,40 @@ def test_more_workers_than_rows_decode_with_as_many_as_there_are(pool):
     assert tiny.relative_error(frames, expected(latent)) <= 1e-5
 
 
-def test_two_workers_encode_what_one_process_does(pool):
-    from vae_reference import native_names, tiny_vae
-
-    weights = native_names(tiny_vae(dim=DIM).state_dict())
-    vae = VAEWeights("d", {name: tuple(tensor.shape) for name, tensor in weights.items()}, lambda: weights)
-    video = torch.rand(6, 32, 24, 3, generator=torch.Generator().manual_seed(2))
-    encoder, seen = Encoder(weights, VAEOps(torch.device("cpu"), torch.float32)), []
+@pytest.mark.parametrize("name", KINDS)
+def test_two_workers_decode_and_encode_what_one_process_does(pool, name):
+    weights = {key: tensor for half in HALVES for key, tensor in random_weights(name, half, 4).items()}
+    vae = VAEWeights(f"whole {name}", {key: tuple(tensor.shape) for key, tensor in weights.items()}, lambda: weights)
+    latent = torch.randn(1, RELEASED[name].latent, 2, 4, 3, generator=torch.Generator().manual_seed(2))
+    frames = decode(pool, vae, latent, "fp32", ONE_FRAME).frames
+    scale = KINDS[name].scale
+    assert frames.shape == (1, 5, 4 * scale, 3 * scale, 3)
+    assert tiny.relative_error(frames, expected(latent, weights)) <= 1e-5
+    seen: list[int] = []
+    ours = encode(pool, vae, frames[0], "fp32", ONE_FRAME, progress=seen.append)
+    encoder = Encoder(weights, VAEOps(torch.device("cpu"), torch.float32))
     with torch.inference_mode():
-        expected = torch.cat(list(encoder.encode(video, WholeFrame((4, 3)))))
-    decode(pool, vae, LATENT[:1, :, :1], "fp32")
-    ours = encode(pool, vae, video, "fp32", VAEOptions(piece_mib=0), progress=seen.append)
-    assert ours.shape == (1, 16, 2, 4, 3)
-    assert tiny.relative_error(ours[0].permute(1, 2, 3, 0), expected) <= 1e-5
-    assert pool.vaes == {"d-fp32-decoder", "d-fp32-encoder"}
+        theirs = torch.cat(list(encoder.encode(frames[0], WholeFrame((4, 3)))))
+    assert ours.shape == latent.shape and seen == sorted(seen) and all(0 <= count <= 2 for count in seen)
+    assert tiny.relative_error(ours[0].permute(1, 2, 3, 0), theirs) <= 1e-5
+    assert pool.vaes == {f"whole {name}-fp32-{half}" for half in HALVES}
 
 
-def test_images_that_are_no_whole_number_of_latent_pixels_are_refused(pool):
-    shapes = {"conv1.weight": (32, 32, 1, 1, 1), "encoder.conv1.weight": (8, 3, 3, 3, 3)}
-    vae = VAEWeights("e", {**shapes, "encoder.head.2.weight": (32, 32, 3, 3, 3)}, dict)
-    with pytest.raises(VAEError) as refusal:
-        encode(pool, vae, torch.rand(5, 30, 24, 3), "fp32")
+@pytest.mark.parametrize("name", KINDS)
+def test_images_that_are_no_whole_number_of_latent_pixels_are_refused(pool, name):
+    with pytest.raises(VAEError, match=f"multiples of {KINDS[name].scale} ") as refusal:
+        encode(pool, VAEWeights("e", vae_shapes(name, "encoder", 4), dict), torch.rand(5, 40, 24, 3)[:, :-2], "fp32")
     assert tiny.sentences(str(refusal.value)) >= 2
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_another_vae_is_refused_before_the_workers_hear_of_it(pool, half):
+    vae = VAEWeights("f", {"decoder.mid.block_1.norm1.weight": (512,)}, dict)
+    with pytest.raises(VAEError, match=f"no {half} of"):
+        if half == "decoder":
+            decode(pool, vae, LATENT, "fp32")
+        else:
+            encode(pool, vae, torch.rand(5, 32, 24, 3), "fp32")
 
 
 def test_bf16_is_near(pool):
@@ -157,8 +172,10 @@ def test_the_pool_that_runs_is_found(pool):
 
 def test_the_benchmark_runs():
     program = Path(__file__).parents[1] / "benchmarks" / "vae_decode.py"
-    command = [sys.executable, str(program), "--res", "2x2x3", "--gpus", "2", "--device", "cpu", "--dim", str(DIM)]
-    command += ["--precision", "fp32", "--iters", "1"]
+    command = [sys.executable, str(program), "--res", "2x2x3", "--gpus", "2", "--device", "cpu", "--dim", "4"]
+    command += ["--precision", "fp32", "--iters", "1", "--vae", ",".join(KINDS)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
-    row = json.loads(lines[0])
-    assert row["finite"] and row["error"] <= 1e-5 and row["s"] > 0 and row["gpus"] == 2
+    rows = [json.loads(line) for line in lines]
+    assert [row["vae"] for row in rows] == list(KINDS)
+    for row in rows:
+        assert row["finite"] and row["error"] <= 1e-5 and row["s"] > 0 and row["gpus"] == 2

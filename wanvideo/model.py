@@ -170,6 +170,12 @@ class LayerNorm(nn.Module):
         norm = fp8.norm_rows if to_fp8 else pointwise.norm
         return norm(x, self.weight, self.bias, self.eps, dtype)
 
+    def after(
+        self, x: torch.Tensor, change: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype, to_fp8: bool
+    ) -> torch.Tensor | Fp8Rows:
+        """Of x + change * gate, which x becomes; see `add_norm`."""
+        return add_norm(x, change, gate, self.weight, self.bias, self.eps, dtype, to_fp8)
+
 
 class PatchEmbedding(nn.Module):
     """The Conv3d of the original (kernel = stride = patch) as one product over the tokens of `patchify`."""
@@ -295,16 +301,23 @@ class Block(nn.Module):
         dtype = inputs.compute_dtype
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
         y = modulate(x, self.eps, shift, scale, dtype, self.fp8)
-        pointwise.add_(x, self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce), gate)
+        attended = self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce)
         keys = self.cross_attn.context_keys(inputs)
+        goes_on = type(self).between is Block.between  # nothing comes between cross-attention and feed-forward
 
         def work(s: slice) -> Iterator[None]:
             part = x[:, s]
-            y = self.cross_attn.cross_attention(self.norm3(part, dtype, self.fp8), keys, inputs.kernel)
+            y = self.norm3.after(part, attended[:, s], rows(gate, s), dtype, self.fp8)
+            y = self.cross_attn.cross_attention(y, keys, inputs.kernel)
             yield
-            pointwise.add_(part, self.arrived(y))
-            self.between(part, s, inputs)
-            y = self.ffn(modulate(part, self.eps, rows(shift_ffn, s), rows(scale_ffn, s), dtype, self.fp8))
+            y, modulation = self.arrived(y), (rows(shift_ffn, s), rows(scale_ffn, s))
+            if goes_on:
+                y = add_norm(part, y, None, 1 + modulation[1], modulation[0], self.eps, dtype, self.fp8)
+            else:
+                pointwise.add_(part, y)
+                self.between(part, s, inputs)
+                y = modulate(part, self.eps, *modulation, dtype, self.fp8)
+            y = self.ffn(y)
             yield
             pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
 
@@ -385,6 +398,23 @@ def modulate(
 ) -> torch.Tensor | Fp8Rows:
     """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`, or as fp8 rows for products in `dtype`."""
     return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, 1 + scale, shift, eps, dtype)
+
+
+def add_norm(
+    x: torch.Tensor,
+    change: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    to_fp8: bool,
+) -> torch.Tensor | Fp8Rows:
+    """x += change * gate in place, then LayerNorm(x) * scale + shift as of `modulate`."""
+    if not to_fp8:
+        return pointwise.add_norm(x, change, gate, scale, shift, eps, dtype)
+    pointwise.add_(x, change, gate)
+    return fp8.norm_rows(x, scale, shift, eps, dtype)
 
 
 def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:

@@ -97,3 +97,19 @@ def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> 
     if x.is_cuda and _kernels is not None:
         return _kernels.add_(x, y, gate)
     return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+
+
+def add_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`add_`, then `norm` of the sum: the same numbers, and x is read once for both."""
+    if x.is_cuda and _kernels is not None:
+        return _kernels.add_norm(x, y, gate, scale, shift, eps, dtype)
+    add_(x, y, gate)
+    return norm(x, scale, shift, eps, dtype)

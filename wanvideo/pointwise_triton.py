@@ -26,6 +26,29 @@ def _norm_kernel(
 
 
 @triton.jit
+def _add_norm_kernel(
+    x, y, gate, scale, shift, out, n, d, eps,
+    x_batch, x_token, y_batch, y_token, gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token,
+    BLOCK: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // n, row % n
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d
+    change = tl.load(y + batch * y_batch + token * y_token + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        change *= tl.load(gate + batch * gate_batch + token * gate_token + columns, mask=inside, other=0.0)
+    at = x + batch * x_batch + token * x_token + columns
+    values = tl.load(at, mask=inside, other=0.0) + change
+    tl.store(at, values, mask=inside)
+    centred = tl.where(inside, values - tl.sum(values) / d, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / d + eps)
+    result = normed * tl.load(scale + batch * scale_batch + token * scale_token + columns, mask=inside, other=0.0)
+    result += tl.load(shift + batch * shift_batch + token * shift_token + columns, mask=inside, other=0.0)
+    tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x, weight, rope, mean_square, out, n, d, eps,
     HALF_HEAD: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr, GIVEN: tl.constexpr,
@@ -105,6 +128,26 @@ def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.T
     return x
 
 
+def add_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `pointwise.add_norm`."""
+    batch, n, d = x.shape
+    y, gated = y if y.stride(-1) == 1 else y.contiguous(), gate is not None
+    rows = [_rows(v, x) for v in (gate if gated else x, scale, shift)]
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        strides = [stride for v in (x, y, *rows) for stride in v.stride()[:2]]
+        _add_norm_kernel[(batch * n,)](x, y, *rows, out, n, d, eps, *strides, GATED=gated, **_launch(d))
+    return out
+
+
 def try_out(device: torch.device) -> None:
     """Compile and run each kernel once on a few numbers; raises whatever Triton raises."""
     x = torch.ones(1, 2, 16, device=device)
@@ -114,6 +157,8 @@ def try_out(device: torch.device) -> None:
     rms_norm(y, row.view(-1), 1e-6, rope)
     rms_norm(y, row.view(-1), 1e-6, rope, x[..., 0])
     add_(x, x.clone(), row)
+    add_norm(x, y, row, row, row, 1e-6, torch.bfloat16)
+    add_norm(x, y, None, row, row, 1e-6, torch.bfloat16)
     torch.cuda.synchronize(device)
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 class Tile:
     """Positions and channels that one program computes, inputs that it reads at a time, and how it is launched.
 
-    Output channels come in two parts, as 96 and 192 are sums of two powers of two.
+    Output channels come in two parts, as 96, 160 and 192 are sums of two powers of two.
     """
 
     positions: int
@@ -104,6 +104,8 @@ def default_tile(inputs: int, channels: int) -> Tile:
     step = next(size for size in (64, 32, 16) if inputs % size == 0)
     if channels % 192 == 0 and channels % 128:
         return Tile(128, 128, 64, min(step, 32), 8, 4)
+    if channels % 160 == 0 and channels % 128:
+        return Tile(128, 128, 32, min(step, 32), 8, 4)
     if channels % 96 == 0 and channels % 128:
         return Tile(128, 64, 32, min(step, 32), 4, 4)
     width = min(128, max(16, triton.next_power_of_2(channels)))

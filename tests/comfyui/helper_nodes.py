@@ -5,9 +5,13 @@ They make conditioning without a text encoder and save a latent bit by bit.
 
 import copy
 import os
+from unittest import mock
 
 import comfy.clip_vision
+import comfy.ldm.wan.vae2_2
 import comfy.model_management as management
+import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from safetensors.torch import save_file
@@ -195,6 +199,26 @@ class PoolingVAE:
         return torch.sigmoid(pixels / 4).movedim(1, -1)
 
 
+class NarrowWan22VAE:
+    """VAE of ComfyUI's own for Wan 2.2's VAE, with fewer channels than the only size that its loader makes."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae_name": ("STRING", {"default": ""}), "dim": ("INT", {"default": 4})}}
+
+    def make(self, vae_name, dim):
+        def narrow(**config):
+            return of_any_width(**{**config, "dim": dim, "dec_dim": dim})
+
+        of_any_width = comfy.ldm.wan.vae2_2.WanVAE
+        with mock.patch.object(comfy.ldm.wan.vae2_2, "WanVAE", narrow):
+            return (comfy.sd.VAE(sd=comfy.utils.load_torch_file(folder_paths.get_full_path("vae", vae_name))),)
+
+
 class RandomImages:
     """IMAGE of random pixels, [count, height, width, 3]."""
 
@@ -347,6 +371,7 @@ NODE_CLASS_MAPPINGS = {
         AnyThing,
         NoCLIP,
         PoolingVAE,
+        NarrowWan22VAE,
         RandomImages,
         RandomClipVision,
         RandomAudio,

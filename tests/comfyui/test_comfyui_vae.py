@@ -13,20 +13,27 @@ from safetensors.torch import save_file
 from tiny import relative_error, sentences
 from vae_reference import native_names, tiny_vae
 
-VAE = "random_wan_2.1_vae.safetensors"
+FILES = {vae: f"random_wan_{vae}_vae.safetensors" for vae in ("2.1", "2.2")}
+LOADERS = {
+    "2.1": node("VAELoader", vae_name=FILES["2.1"]),
+    "2.2": node("NarrowWan22VAE", vae_name=FILES["2.2"], dim=4),
+}
+CHANNELS = {"2.1": 16, "2.2": 48}
 EXACT = 1e-5
 
-pytestmark = pytest.mark.timeout(300)  # the VAE has its released size
+pytestmark = pytest.mark.timeout(300)  # Wan 2.1's VAE has its released size
+WORKERS = {"workers": link("model_config")}
 CONFIG = {name: inputs for name, inputs in pool_model().items() if name == "model_config"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def vae_file(server: ComfyServer) -> None:
-    """A VAE of the released size, which any ComfyUI loads."""
+def vae_files(server: ComfyServer) -> None:
+    """Wan 2.1's VAE in its released size, which any ComfyUI loads, and a narrow one of Wan 2.2's."""
     folder = server.base / "models" / "vae"
     folder.mkdir(exist_ok=True)
-    weights = native_names(tiny_vae(dim=96).state_dict())
-    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, folder / VAE)
+    for vae, dim in (("2.1", 96), ("2.2", 4)):
+        weights = native_names(tiny_vae(dim=dim, vae=vae).state_dict())
+        save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, folder / FILES[vae])
 
 
 def images(server: ComfyServer, graph: dict, output: list) -> tuple[torch.Tensor, str]:
@@ -38,36 +45,36 @@ def images(server: ComfyServer, graph: dict, output: list) -> tuple[torch.Tensor
         return file.get_tensor("images"), file.metadata()["device"]
 
 
-def decoding(latent: dict, **inputs: object) -> dict:
+def decoding(latent: dict, loader: dict = LOADERS["2.1"], **inputs: object) -> dict:
     return {
         **latent,
-        "vae": node("VAELoader", vae_name=VAE),
+        "vae": loader,
         "ours": node("WanVideoParallelVAEDecode", samples=link("latent"), vae=link("vae"), **inputs),
         "native": node("VAEDecode", samples=link("latent"), vae=link("vae")),
     }
 
 
-def random_latent(**size: int) -> dict:
-    return {"latent": node("RandomLatent", seed=3, channels=16, **size)}
+def random_latent(vae: str = "2.1", **size: int) -> dict:
+    return {"latent": node("RandomLatent", seed=3, channels=CHANNELS[vae], **size)}
 
 
 @pytest.mark.parametrize("size", [{"rows": 3, "columns": 5}, {"frames": 1, "batch": 2}], ids=str)
-def test_the_images_are_those_of_vae_decode(server: ComfyServer, size: dict):
-    graph = {**decoding(random_latent(**size), precision="auto", workers=link("model_config")), **CONFIG}
+@pytest.mark.parametrize("vae", FILES)
+def test_the_images_are_those_of_vae_decode(server: ComfyServer, vae: str, size: dict):
+    graph = {**CONFIG, **decoding(random_latent(vae, **size), LOADERS[vae], **WORKERS)}
     ours, device = images(server, without(graph, "native"), link("ours"))
     native, native_device = images(server, without(graph, "ours", "model_config"), link("native"))
     assert ours.shape == native.shape and ours.dtype == native.dtype and device == native_device
     assert relative_error(ours, native) <= EXACT
 
 
-def test_the_latent_is_that_of_vae_encode(server: ComfyServer):
+@pytest.mark.parametrize("vae", FILES)
+def test_the_latent_is_that_of_vae_encode(server: ComfyServer, vae: str):
     graph = {
         **CONFIG,
-        "images": node("RandomImages", seed=1, count=6, width=44, height=24),
-        "vae": node("VAELoader", vae_name=VAE),
-        "ours": node(
-            "WanVideoParallelVAEEncode", pixels=link("images"), vae=link("vae"), workers=link("model_config")
-        ),
+        "images": node("RandomImages", seed=1, count=6, width=52, height=40),
+        "vae": LOADERS[vae],
+        "ours": node("WanVideoParallelVAEEncode", pixels=link("images"), vae=link("vae"), **WORKERS),
         "native": node("VAEEncode", pixels=link("images"), vae=link("vae")),
     }
     ours = server.sample(without(graph, "native"), link("ours"), 240)
@@ -78,7 +85,7 @@ def test_the_latent_is_that_of_vae_encode(server: ComfyServer):
 def test_the_workers_that_sampled_decode_what_they_sampled(server: ComfyServer):
     graph = {**pool_model(), **conditions(), **video(), **ksampler(steps=1)}
     graph |= {
-        "vae": node("VAELoader", vae_name=VAE),
+        "vae": LOADERS["2.1"],
         "ours": node("WanVideoParallelVAEDecode", samples=link("sampler"), vae=link("vae")),
         "native": node("VAEDecode", samples=link("sampler"), vae=link("vae")),
         "status": node("XDitUSPStatus", model=link("model"), after=link("ours")),
@@ -94,17 +101,35 @@ def test_a_model_of_comfyui_is_refused_as_workers(server: ComfyServer):
     assert_refused(server, without(graph, "native"))
 
 
-def test_a_latent_of_another_model_is_refused(server: ComfyServer):
-    graph = {**decoding(random_latent(), workers=link("model_config")), **CONFIG}
-    graph["latent"] = node("RandomLatent", seed=3, channels=48)
+@pytest.mark.parametrize("vae, other", [("2.1", "2.2"), ("2.2", "2.1")])
+def test_a_latent_of_another_model_is_refused(server: ComfyServer, vae: str, other: str):
+    graph = {**CONFIG, **decoding(random_latent(other), LOADERS[vae], **WORKERS)}
     assert_refused(server, without(graph, "native"))
+
+
+@pytest.mark.parametrize(
+    "loader", [node("VAELoader", vae_name="pixel_space"), node("PoolingVAE", channels=16, scale=8)], ids=str
+)
+def test_a_vae_that_is_none_of_wans_is_refused(server: ComfyServer, loader: dict):
+    graph = {**CONFIG, **decoding(random_latent(), loader, **WORKERS)}
+    assert_refused(server, without(graph, "native"))
+    graph = {
+        **CONFIG,
+        "images": node("RandomImages", seed=1, count=1, width=32, height=32),
+        "vae": loader,
+        "ours": node("WanVideoParallelVAEEncode", pixels=link("images"), vae=link("vae"), **WORKERS),
+        "result": node("SaveLatentTensor", samples=link("ours"), name="refused"),
+    }
+    assert_refused(server, graph, "WanVideoParallelVAEEncode")
 
 
 def without(graph: dict, *names: str) -> dict:
     return {name: inputs for name, inputs in graph.items() if name not in names}
 
 
-def assert_refused(server: ComfyServer, graph: dict) -> None:
-    outcome = server.run({**graph, "preview": node("PreviewImage", images=link("ours"))})
-    assert outcome.state == "error" and outcome.node_type == "WanVideoParallelVAEDecode"
+def assert_refused(server: ComfyServer, graph: dict, refuser: str = "WanVideoParallelVAEDecode") -> None:
+    if "result" not in graph:
+        graph = {**graph, "result": node("PreviewImage", images=link("ours"))}
+    outcome = server.run(graph)
+    assert outcome.state == "error" and outcome.node_type == refuser
     assert sentences(outcome.message.strip()) >= 2, outcome.message

@@ -1,6 +1,8 @@
-"""The VAE's decoder on GPUs: its kernels, its error beside torch's own, its memory, and strips on several GPUs."""
+"""Wan's VAEs on GPUs: their kernels, their error beside torch's own, their memory, and strips on several GPUs."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import pytest
 import torch
@@ -13,14 +15,30 @@ if not torch.cuda.is_available():
 from wan_parallel.distributed.messages import PoolSettings, VAEOptions
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import acquire
-from wan_parallel.distributed.vae_client import VAEWeights, decode
-from wan_parallel.wanvideo.vae import Decoder, WholeFrame, decoder_shapes, random_weights, working_bytes
+from wan_parallel.distributed.vae_client import VAEWeights, decode, encode
+from wan_parallel.wanvideo.vae import Decoder, Encoder
+from wan_parallel.wanvideo.vae_layers import WholeFrame
+from wan_parallel.wanvideo.vae_layout import HALVES, KINDS, working_bytes
 from wan_parallel.wanvideo.vae_ops import VAEOps, norm
+from wan_parallel.wanvideo.vae_random import RELEASED, random_weights, vae_shapes
 
 CUDA = torch.device("cuda", 0)
-HALVES = (torch.bfloat16, torch.float16)
-WEIGHTS = random_weights()
-SHAPES = decoder_shapes()
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+SIZE = {"2.1": (3, 12, 18), "2.2": (3, 6, 9)}  # latent frames, rows and columns
+
+
+@cache
+def weights_of(vae: str, half: str = "decoder") -> dict[str, torch.Tensor]:
+    return random_weights(vae, half)
+
+
+def latent_of(vae: str, size: tuple[int, int, int]) -> torch.Tensor:
+    return torch.randn(RELEASED[vae].latent, *size, generator=torch.Generator().manual_seed(1))
+
+
+def video_of(vae: str, size: tuple[int, int, int]) -> torch.Tensor:
+    frames, rows, columns = 4 * size[0] - 3, size[1] * KINDS[vae].scale, size[2] * KINDS[vae].scale
+    return torch.rand(frames, rows, columns, 3, generator=torch.Generator().manual_seed(2))
 
 
 def ops(dtype: torch.dtype) -> VAEOps:
@@ -30,7 +48,7 @@ def ops(dtype: torch.dtype) -> VAEOps:
     return made
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_PRECISIONS, ids=str)
 @pytest.mark.parametrize("size", [(2, 5, 7), (3, 33, 130)], ids=str)
 @pytest.mark.parametrize(
     "channels, kernel",
@@ -38,6 +56,8 @@ def ops(dtype: torch.dtype) -> VAEOps:
         *(((16, 384), (3, 3, 3)), ((384, 384), (3, 3, 3)), ((192, 384), (3, 3, 3)), ((192, 192), (3, 3, 3))),
         *(((96, 96), (3, 3, 3)), ((96, 3), (3, 3, 3)), ((384, 768), (3, 1, 1)), ((384, 192), (3, 3))),
         *(((192, 96), (3, 3)), ((48, 40), (3, 3, 3))),
+        *(((48, 1024), (3, 3, 3)), ((1024, 512), (3, 3, 3)), ((512, 512), (3, 3)), ((256, 12), (3, 3, 3))),
+        *(((160, 160), (3, 3, 3)), ((160, 320), (3, 3, 3)), ((640, 96), (3, 3, 3))),
     ],
     ids=str,
 )
@@ -55,8 +75,8 @@ def test_a_convolution_is_torchs(dtype, size, channels, kernel):
     assert relative_error(conv(buffer, residual), expected + residual.double()) <= torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("channels", [96, 192, 384])
+@pytest.mark.parametrize("dtype", HALF_PRECISIONS, ids=str)
+@pytest.mark.parametrize("channels", [96, 160, 192, 384, 1024])
 def test_norm_and_silu_write_the_interior_of_a_buffer_and_nothing_else(dtype, channels):
     x, gamma = torch.randn(3, 7, 33, channels, device=CUDA).to(dtype), torch.randn(channels, device=CUDA).to(dtype)
     buffer = torch.zeros(5, 9, 35, channels, device=CUDA, dtype=dtype)
@@ -67,17 +87,29 @@ def test_norm_and_silu_write_the_interior_of_a_buffer_and_nothing_else(dtype, ch
     assert not buffer.any()
 
 
-def decoded(dtype: torch.dtype, convolution: str, latent: torch.Tensor, piece_bytes: int = 2**29) -> torch.Tensor:
-    weights = {name: tensor.to(CUDA, dtype) for name, tensor in WEIGHTS.items()}
-    decoder = Decoder(weights, VAEOps(CUDA, dtype, convolution))
+def decoded(
+    dtype: torch.dtype, convolution: str, vae: str, latent: torch.Tensor, piece_bytes: int = 2**29
+) -> torch.Tensor:
+    decoder = Decoder(on_gpu(vae, "decoder", dtype), VAEOps(CUDA, dtype, convolution))
     torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
-        pieces = [piece.float().cpu() for piece in decoder.decode(latent.to(CUDA), frame_of(latent), piece_bytes)]
-    return torch.cat(pieces)
+        pieces = decoder.decode(latent.to(CUDA), WholeFrame(tuple(latent.shape[-2:])), piece_bytes)
+        return torch.cat([piece.float().cpu() for piece in pieces])
 
 
-def frame_of(latent: torch.Tensor) -> WholeFrame:
-    return WholeFrame(tuple(latent.shape[-2:]))
+def encoded(
+    dtype: torch.dtype, convolution: str, vae: str, video: torch.Tensor, piece_bytes: int = 2**29
+) -> torch.Tensor:
+    encoder, scale = Encoder(on_gpu(vae, "encoder", dtype), VAEOps(CUDA, dtype, convolution)), KINDS[vae].scale
+    size = video.shape[1] // scale, video.shape[2] // scale
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        pieces = encoder.encode(video, WholeFrame(size), piece_bytes)
+        return torch.cat([piece.float().cpu() for piece in pieces])
+
+
+def on_gpu(vae: str, half: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(CUDA, dtype) for name, tensor in weights_of(vae, half).items()}
 
 
 @pytest.fixture
@@ -87,35 +119,45 @@ def no_tf32():
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_the_error_is_that_of_torchs_convolutions(dtype, no_tf32):
+@pytest.mark.parametrize("dtype", HALF_PRECISIONS, ids=str)
+@pytest.mark.parametrize("vae", KINDS)
+def test_the_error_is_that_of_torchs_convolutions(vae, dtype, no_tf32):
     ops(dtype)
-    latent = torch.randn(16, 3, 12, 18)
-    exact = decoded(torch.float32, "conv3d", latent)
-    ours, torchs = (relative_error(decoded(dtype, kind, latent), exact) for kind in ("triton", "conv3d"))
-    assert ours <= 1.2 * torchs
+    for run, given in ((decoded, latent_of(vae, SIZE[vae])), (encoded, video_of(vae, SIZE[vae]))):
+        exact = run(torch.float32, "conv3d", vae, given)
+        ours, torchs = (relative_error(run(dtype, kind, vae, given), exact) for kind in ("triton", "conv3d"))
+        assert ours <= 1.2 * torchs, run.__name__
 
 
-def test_memory_stays_within_what_is_expected():
-    latent = torch.randn(16, 6, 60, 104)
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("vae, size", [("2.1", (6, 60, 104)), ("2.2", (6, 44, 80))])
+def test_memory_stays_within_what_is_expected(vae, size, half):
+    run, given = (decoded, latent_of(vae, size)) if half == "decoder" else (encoded, video_of(vae, size))
     for piece in (2**28, 2**29):
-        decoded(torch.bfloat16, "auto", latent, piece)
-        weights = 2 * sum(tensor.numel() * 2 for tensor in WEIGHTS.values())  # also in the kernels' own order
+        run(torch.bfloat16, "auto", vae, given, piece)
+        weights = 2 * sum(tensor.numel() * 2 for tensor in weights_of(vae, half).values())  # also in the kernels' order
         used = torch.cuda.max_memory_allocated() - weights
-        assert used <= working_bytes(SHAPES, (60, 104), 2, piece)
+        assert used <= working_bytes(vae_shapes(vae, half), half, size[1:], 2, piece)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
-def test_strips_on_gpus_give_the_frames_of_one(gpus, no_tf32):
+@pytest.mark.parametrize("vae", KINDS)
+def test_strips_on_gpus_give_the_frames_and_the_latent_of_one(vae, gpus, no_tf32):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} CUDA GPUs")
-    latent = torch.randn(1, 16, 3, 12, 18)
-    exact = decoded(torch.float32, "conv3d", latent[0]).add(1).div(2).clamp(0, 1)
-    error = relative_error(decoded(torch.bfloat16, "conv3d", latent[0]).add(1).div(2).clamp(0, 1), exact)
+    latent, video = latent_of(vae, SIZE[vae]), video_of(vae, SIZE[vae])
+    exact = decoded(torch.float32, "conv3d", vae, latent).add(1).div(2).clamp(0, 1)
+    error = relative_error(decoded(torch.bfloat16, "conv3d", vae, latent).add(1).div(2).clamp(0, 1), exact)
+    exact_latent = encoded(torch.float32, "conv3d", vae, video)
+    latent_error = relative_error(encoded(torch.bfloat16, "conv3d", vae, video), exact_latent)
+    whole = {name: tensor for half in HALVES for name, tensor in weights_of(vae, half).items()}
+    sent = VAEWeights(f"random {vae}", {name: tuple(tensor.shape) for name, tensor in whole.items()}, lambda: whole)
     pool = acquire(PoolSettings(ParallelPlan(gpus), device="cuda"))
     try:
         for options in (VAEOptions(), VAEOptions(axis="rows", piece_mib=1), VAEOptions(convolution="conv3d")):
-            frames = decode(pool, VAEWeights("random", SHAPES, lambda: WEIGHTS), latent, "bf16", options).frames[0]
+            frames = decode(pool, sent, latent[None], "bf16", options).frames[0]
             assert relative_error(frames, exact) <= 1.2 * error
+            found = encode(pool, sent, video, "bf16", options)[0].permute(1, 2, 3, 0)
+            assert relative_error(found, exact_latent) <= 1.2 * latent_error
     finally:
         pool.close()

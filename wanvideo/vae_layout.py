@@ -1,0 +1,252 @@
+"""What the shapes of a VAE's weights say: whether it is one of Wan's, its layers, its pieces and the memory they take.
+
+Wan 2.1's VAE (arXiv 2503.20314, section 4.1) is also that of Wan 2.2 A14B. Wan 2.2's own, of the 5B, is made of the
+same layers, in groups with a shortcut around each, and sees 2 x 2 pixels as one of four times the channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from .vae_ops import VAEError
+
+_Weight = TypeVar("_Weight")
+Half = Literal["decoder", "encoder"]
+HALVES: tuple[Half, ...] = ("decoder", "encoder")
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the weights of a VAE, or of one half of it, under their names in Wan's files."""
+
+FRAMES = 4
+"""Video frames for each latent frame after the first, which is one."""
+PIECE_BYTES = 2**29
+"""Bytes of the largest tensor of a piece; larger pieces keep a GPU no busier."""
+LATENT_CONV = {"decoder": "conv2", "encoder": "conv1"}
+"""The convolution that belongs to a half and lies outside of it, beside the latent."""
+BLOCKS = {"decoder": "upsamples", "encoder": "downsamples"}
+"""What a half calls its layers between the finest resolution and the coarsest."""
+
+_FINEST = 8
+"""Rows of a half's finest resolution for each of the latent."""
+_LIVE = 4
+"""Tensors of the largest size that a residual block has at a time: its input, a buffer, and two results."""
+
+
+@dataclass(frozen=True)
+class VAEKind:
+    """One of Wan's VAEs.
+
+    Args:
+        patch: rows and columns of pixels that are one pixel to the layers.
+        groups: whether its layers come in groups with a shortcut around each.
+    """
+
+    patch: int
+    groups: bool
+
+    @property
+    def scale(self) -> int:
+        """Pixels of a row or column for each of the latent."""
+        return _FINEST * self.patch
+
+
+KINDS = {"2.1": VAEKind(1, False), "2.2": VAEKind(2, True)}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution as memory sees it.
+
+    Args:
+        scale: rows of its larger tensor for each of the latent.
+        before, after: channels.
+        kept: earlier frames that it keeps.
+    """
+
+    scale: int
+    before: int
+    after: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that a piece goes through together.
+
+    Args:
+        names: of its layers, in their order; a group is one of them.
+        convs: those larger than a pixel in space or time.
+        frames: how many frames come out for each that goes in.
+        least: frames of its largest tensor for the smallest piece, with those of its border.
+    """
+
+    names: tuple[str, ...]
+    convs: tuple[Conv, ...]
+    frames: int
+    least: int
+
+    def frame_bytes(self, size: tuple[int, int], itemsize: int) -> int:
+        """Bytes of one frame of its largest tensor, for a latent of `size` rows and columns."""
+        return itemsize * max(max(conv.before, conv.after) * _positions(size, conv.scale) for conv in self.convs)
+
+    def kept_bytes(self, size: tuple[int, int], itemsize: int) -> int:
+        """Bytes of all earlier frames that its convolutions keep."""
+        return itemsize * sum(conv.kept * conv.before * _positions(size, conv.scale) for conv in self.convs)
+
+
+def kind_of(shapes: Shapes, half: Half) -> VAEKind:
+    """Which VAE this half belongs to, from the header of a file or from what a program holds.
+
+    Raises:
+        VAEError: to none of Wan's.
+    """
+    kind = next((kind for kind in KINDS.values() if _belongs(shapes, half, kind)), None)
+    if kind is None:
+        raise VAEError(
+            f"This VAE has no {half} of Wan 2.1's or Wan 2.2's VAE, the only ones that run in parallel. Choose one of "
+            f"these in Load VAE, or use VAE {half[:-1].capitalize()}."
+        )
+    return kind
+
+
+def weights_of(half: Half, weights: Mapping[str, _Weight]) -> dict[str, _Weight]:
+    """Those weights of a VAE that a half needs."""
+    mine = f"{half}.", f"{LATENT_CONV[half]}."
+    return {name: weight for name, weight in weights.items() if name.startswith(mine)}
+
+
+def check_latent(shapes: Shapes, latent: tuple[int, ...]) -> None:
+    """Raise VAEError unless a latent of this size [B, C, T, h, w] can be decoded."""
+    channels = shapes["conv2.weight"][1]
+    if len(latent) != 5 or latent[1] != channels:
+        raise VAEError(
+            f"The latent has the shape {list(latent)}, but this VAE decodes [batch, {channels}, frames, height, "
+            "width]. Connect the latent of a Wan video, and the VAE that belongs to its model."
+        )
+    if not all(latent):
+        raise VAEError(f"The latent is empty: its shape is {list(latent)}. Connect the latent of a Wan video.")
+
+
+def frames_of(latent_frames: int) -> int:
+    """Video frames of so many latent ones."""
+    return 1 + FRAMES * (latent_frames - 1)
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a video; what is left of the last four is not encoded."""
+    return 1 + (frames - 1) // FRAMES
+
+
+def inner_layers(name: str, shapes: Shapes) -> tuple[str, ...]:
+    """Names of the layers in a group; none if it is a layer by itself."""
+    return _numbered(f"{name}.{BLOCKS[_half_of(name)]}", shapes)
+
+
+def stages_of(shapes: Shapes, half: Half) -> tuple[Stage, ...]:
+    """The layers of a half; those of a decoder are cut where the resolution grows.
+
+    Raises:
+        VAEError: this is none of Wan's VAEs.
+    """
+    kind_of(shapes, half)
+    blocks = _numbered(f"{half}.{BLOCKS[half]}", shapes)
+    first, middle = f"{half}.conv1", tuple(f"{half}.middle.{i}" for i in range(3))
+    if half == "encoder":
+        cuts = [[first, *blocks, *middle]]
+    else:
+        cuts = [[first, *middle]]
+        for block in blocks:
+            if any(_resamples(layer, shapes) for layer in (block, *inner_layers(block, shapes))):
+                cuts.append([])
+            cuts[-1].append(block)
+    stages, scale = [], 1 if half == "decoder" else _FINEST
+    for names in cuts:
+        stage, scale = _stage(half, tuple(names), scale, shapes, with_head=names is cuts[-1])
+        stages.append(stage)
+    return tuple(stages)
+
+
+def frames_at_once(stage: Stage, size: tuple[int, int], itemsize: int, piece_bytes: int) -> int:
+    """How many frames a stage takes at a time, for a latent of `size` rows and columns."""
+    return max(1, piece_bytes // (stage.frame_bytes(size, itemsize) * stage.frames))
+
+
+def working_bytes(
+    shapes: Shapes, half: Half, size: tuple[int, int], itemsize: int, piece_bytes: int = PIECE_BYTES
+) -> int:
+    """Expected memory of decoding or encoding a part of `size` latent rows and columns, beside weights and input.
+
+    What the layers keep of earlier frames, one piece of each coarser stage, and the tensors of the finest.
+    """
+    stages = stages_of(shapes, half)
+    kept = sum(stage.kept_bytes(size, itemsize) for stage in stages)
+    *coarser, finest = (max(piece_bytes, stage.frame_bytes(size, itemsize) * stage.least) for stage in stages)
+    live = _LIVE + (half == "encoder" and kind_of(shapes, half).groups)  # a group's input is as large as its tensors
+    return kept + sum(coarser) + live * finest
+
+
+def _belongs(shapes: Shapes, half: Half, kind: VAEKind) -> bool:
+    block = f"{half}.{BLOCKS[half]}.0"
+    first = (inner_layers(block, shapes) or (block,))[0]
+    needed = (LATENT_CONV[half], *(f"{half}.{name}" for name in ("conv1", "middle.1.to_qkv", "head.2")))
+    if any(f"{name}.weight" not in shapes for name in (*needed, f"{first}.residual.2")):
+        return False
+    pixels = shapes["decoder.head.2.weight"][0] if half == "decoder" else shapes["encoder.conv1.weight"][1]
+    in_group = first != block
+    return in_group == kind.groups and pixels == 3 * kind.patch**2 and len(shapes[f"{half}.conv1.weight"]) == 5
+
+
+def _positions(size: tuple[int, int], scale: int) -> int:
+    """Of a frame with its border, for a latent of `size` rows and columns."""
+    return (size[0] * scale + 2) * (size[1] * scale + 2)
+
+
+def _half_of(name: str) -> Half:
+    return "decoder" if name.startswith("decoder.") else "encoder"
+
+
+def _numbered(name: str, shapes: Shapes) -> tuple[str, ...]:
+    """`name`.0, `name`.1 and so on, as far as they have weights."""
+    found = {int(match[1]) for weight in shapes if (match := re.match(rf"{re.escape(name)}\.(\d+)\.", weight))}
+    return tuple(f"{name}.{i}" for i in sorted(found))
+
+
+def _resamples(name: str, shapes: Shapes) -> bool:
+    return f"{name}.resample.1.weight" in shapes
+
+
+def _stage(
+    half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_head: bool
+) -> tuple[Stage, int]:
+    """A stage that begins at a resolution, and the one at which it ends."""
+    layers = [layer for name in names for layer in inner_layers(name, shapes) or (name,)]
+    convs, frames = [], 1
+    for layer in layers:
+        if _resamples(layer, shapes):
+            convs += _resampling(layer, scale, shapes)
+            grows = half == "decoder"
+            scale = scale * 2 if grows else scale // 2
+            frames *= 2 if grows and f"{layer}.time_conv.weight" in shapes else 1
+        else:
+            convs += _convs_of(layer, scale, shapes)
+    convs += _convs_of(f"{half}.head.2", scale, shapes) if with_head else ()
+    least = 2 * frames if half == "decoder" else FRAMES + 3  # an encoder takes four frames, and the first one apart
+    return Stage(names, tuple(convs), frames, least), scale
+
+
+def _convs_of(layer: str, scale: int, shapes: Shapes) -> Iterator[Conv]:
+    for name, shape in shapes.items():
+        if name.startswith(f"{layer}.") and len(shape) == 5 and shape[2] == 3:
+            yield Conv(scale, shape[1], shape[0], 2)
+
+
+def _resampling(layer: str, scale: int, shapes: Shapes) -> Iterator[Conv]:
+    """The convolutions in space and, where there is one, over time, which takes place at the coarser resolution."""
+    after, before = shapes[f"{layer}.resample.1.weight"][:2]
+    grows = _half_of(layer) == "decoder"
+    yield Conv(scale * 2 if grows else scale, before, after, 0)
+    if f"{layer}.time_conv.weight" in shapes:
+        after, before = shapes[f"{layer}.time_conv.weight"][:2]
+        yield Conv(scale if grows else scale // 2, before, after, 2 if grows else 1)
