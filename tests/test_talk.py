@@ -95,8 +95,8 @@ PLANS = [
 @pytest.mark.parametrize("workers, plan", PLANS, ids=str)
 def test_every_split_gives_the_result_of_one_model(pool_of, files, model, workers, plan):
     pool, spec = pool_of(workers, **plan), spec_of(files, slice_tokens=7)
-    for speakers in (1, 3):
-        inputs = given(speakers, batch=2, size=(3, 6, 10))
+    for speakers, batch in ((1, 2), (3, 2), (2, 1)):
+        inputs = given(speakers, batch, size=(3, 6, 10))
         out = pool.forward(spec, *inputs[:3], conditioning=inputs[3])
         assert tiny.relative_error(out, model(*inputs)) <= 2e-6
     pool.unload()
@@ -114,6 +114,14 @@ def test_layers_are_shared_and_step_out_as_the_blocks_do(pool_of, files, model, 
     pool, inputs = pool_of(2), given()
     out = pool.forward(spec_of(files, **options), *inputs[:3], conditioning=inputs[3])
     assert tiny.relative_error(out, model(*inputs)) <= 2e-6
+    pool.unload()
+
+
+@pytest.mark.parametrize("weights, compute, most", [("bf16", "bf16", 0.03), ("fp8_e4m3fn", "fp32", 0.1)])
+def test_fewer_bits_stay_close(pool_of, files, model, weights, compute, most):
+    inputs, pool = given(3), pool_of(2)
+    out = pool.forward(ModelSpec(files[0], weights, compute, vace=files[1]), *inputs[:3], conditioning=inputs[3])
+    assert 1e-4 < tiny.relative_error(out, model(*inputs)) <= most
     pool.unload()
 
 
