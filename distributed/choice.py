@@ -194,7 +194,7 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
 
 @functools.lru_cache(maxsize=16)
 def _held_sizes(spec: ModelSpec) -> Mapping[str, int]:
-    return held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.vace)
+    return held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module)
 
 
 def _fitting(

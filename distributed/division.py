@@ -30,7 +30,7 @@ def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
 
 def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
     """Bytes of weights on the rank that has most of them."""
-    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.vace))
+    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module))
 
 
 def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:

@@ -65,7 +65,7 @@ class ModelSpec:
             or "auto" (as many as don't fit otherwise).
         stamp: tells a file from a later one of the same name (see `file_stamp`).
         fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/fp8_mode.py).
-        vace: file of a VACE module, or of InfiniteTalk's layers, beside the model, or "" (see `wanvideo.vace_module`).
+        module: file beside the model, of a VACE module or of InfiniteTalk's layers (see `wanvideo.vace_module`), or "".
     """
 
     path: str
@@ -80,12 +80,12 @@ class ModelSpec:
     shard_weights: str = "auto"
     offload: str = "auto"
     fp8_mode: str = "disabled"
-    vace: str = ""
+    module: str = ""
 
     @property
     def name(self) -> str:
         """The file, or both, as a user knows them."""
-        return " + ".join(Path(path).name for path in (self.path, self.vace) if path)
+        return " + ".join(Path(path).name for path in (self.path, self.module) if path)
 
 
 @dataclass(frozen=True)

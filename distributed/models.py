@@ -113,7 +113,7 @@ class Models:
             return
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device, spec.vace)
+        source = open_weights(spec.path, self.device, spec.module)
         join(source.config.num_heads)
         with torch.device("meta"):
             model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)

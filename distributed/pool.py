@@ -660,21 +660,21 @@ class Pool:
         raise WorkerDied(f"{reason} Queue the prompt again: it starts a new pool.")
 
 
-def model_config(path: str, vace: str = "") -> WanConfig:
-    """Dimensions of a checkpoint (`vace`: a module beside it) or of random weights, from the headers alone.
+def model_config(path: str, module: str = "") -> WanConfig:
+    """Dimensions of a checkpoint (`module`: a file beside it) or of random weights, from the headers alone.
 
     Raises:
         CheckpointError: see `read_model`.
     """
     if path.startswith(RANDOM_PREFIX):
         return random_config(path.removeprefix(RANDOM_PREFIX))
-    return read_model(path, vace).config
+    return read_model(path, module).config
 
 
 @functools.lru_cache(maxsize=16)
 def _config_of(spec: ModelSpec) -> WanConfig:
     """Read once for each spec: its `stamp` changes with the file."""
-    return model_config(spec.path, spec.vace)
+    return model_config(spec.path, spec.module)
 
 
 def _resolved(settings: PoolSettings) -> PoolSettings:

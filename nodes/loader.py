@@ -137,9 +137,9 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         fp8_mode: str = fp8_modes.DISABLED,
     ) -> io.NodeOutput:
         _check_config(xdit_usp_config)
-        header = read_model(model_path(model), vace := module_path(vace_model))
+        header = read_model(model_path(model), module := module_path(vace_model))
         weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
-        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, vace)
+        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, module)
         pool = acquire(xdit_usp_config.pool_settings())
         pool.check(spec)
         log.info(

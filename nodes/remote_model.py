@@ -174,9 +174,9 @@ class RemoteWan(torch.nn.Module):
             CheckpointError: they are for another model.
         """
         plain = self._plain
-        if plain.vace:
+        if plain.module:
             refusals.refuse("InfiniteTalk and a VACE module belong to one model", "Disconnect vace_model.")
-        spec = replace(plain, vace=module, stamp=f"{plain.stamp}+{file_stamp(module)}")
+        spec = replace(plain, module=module, stamp=f"{plain.stamp}+{file_stamp(module)}")
         if spec == self.spec:
             return
         self.header, self.spec = read_model(plain.path, module), spec

@@ -126,9 +126,9 @@ class USPConfig:
         )
 
     def model_spec(
-        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", vace: str = ""
+        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", module: str = ""
     ) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path` with the VACE module `vace`.
+        """How the workers load and run the checkpoint at `path`, with the file `module` beside it unless that is "".
 
         In an fp8 mode `base_precision` is that of the weights that fit to it (see `wanvideo.fp8_mode.weights_for`).
 
@@ -145,11 +145,11 @@ class USPConfig:
             allow_sdpa=self.use_sdpa,
             slice_tokens=self.max_sequence_length if self.enable_activation_checkpointing else 0,
             max_batch=self.max_batch_size,
-            stamp=file_stamp(path) + (f"+{file_stamp(vace)}" if vace else ""),
+            stamp=file_stamp(path) + (f"+{file_stamp(module)}" if module else ""),
             shard_weights=self.shard_weights,
             offload=self.offload,
             fp8_mode=fp8_mode,
-            vace=vace,
+            module=module,
         )
 
     def compute_dtype(self, base_precision: str) -> str:

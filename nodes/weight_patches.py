@@ -50,7 +50,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
     Raises:
         NotOnWorkers: a patch changes the shape of a weight.
     """
-    checkpoint = Checkpoint(spec.path, spec.vace)
+    checkpoint = Checkpoint(spec.path, spec.module)
     translated, left_out = {}, []
     for key, entries in patches.items():
         comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while

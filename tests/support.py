@@ -137,20 +137,20 @@ def write(folder: Path, variant: str, kind: str) -> tuple[ModelSpec, ModelSpec]:
     """The model of a variant in the format `kind`, and what it stands for in float32."""
     weights, make = tiny.random_weights(VARIANTS[variant]), FORMATS[kind]
     folder.mkdir(parents=True)
-    vace = vace_meant = ""
+    module = module_meant = ""
     if variant == TALK:
         layers = {name: weights.pop(name) for name in list(weights) if talk_files.is_talk(name)}
-        vace, meant_layers = _plain(folder / "layers", layers | talk_files.MARKER)
-        vace_meant = tiny.write_weights(folder / "meant-layers.safetensors", meant_layers)
+        module, meant_layers = _plain(folder / "layers", layers | talk_files.MARKER)
+        module_meant = tiny.write_weights(folder / "meant-layers.safetensors", meant_layers)
     if variant == MODULE:
-        module = {name: weight for name, weight in weights.items() if name.startswith("vace_")}
-        vace, meant_module = make(folder / "module", module)
-        path, meant = make(folder / "model", {k: v for k, v in weights.items() if k not in module})
+        vace = {name: weights.pop(name) for name in list(weights) if name.startswith("vace_")}
+        module, meant_module = make(folder / "module", vace)
+        path, meant = make(folder / "model", weights)
         meant = {**meant, **meant_module}
     else:
         path, meant = make(folder / "model", weights)
     meant_path = tiny.write_weights(folder / "meant.safetensors", meant)
-    return ModelSpec(path, "fp32", "fp32", vace=vace), ModelSpec(meant_path, "fp32", "fp32", vace=vace_meant)
+    return ModelSpec(path, "fp32", "fp32", module=module), ModelSpec(meant_path, "fp32", "fp32", module=module_meant)
 
 
 def table() -> str:

@@ -118,7 +118,7 @@ def vace(tmp_path_factory) -> ModelSpec:
     stored, _ = plain_fp8({k: v for k, v in weights.items() if k not in module}, torch.float8_e4m3fn)
     path = tiny.write_weights(folder / "base.safetensors", stored)
     beside = tiny.write_weights(folder / "module.safetensors", {k: v.bfloat16() for k, v in module.items()})
-    return ModelSpec(path, "bf16", "fp32", shard_weights="off", offload="off", vace=beside)
+    return ModelSpec(path, "bf16", "fp32", shard_weights="off", offload="off", module=beside)
 
 
 def test_vace_blocks_live_where_the_others_do(pool_of, vace):

@@ -27,7 +27,7 @@ def models(tmp_path_factory):
     def get(variant: str, kind: str) -> tuple[ModelSpec, torch.Tensor]:
         if (variant, kind) not in made:
             spec, meant = support.write(folder / f"{variant} {kind}", variant, kind)
-            alone = model_class(support.VARIANTS[variant]).from_checkpoint(meant.path, module=meant.vace)
+            alone = model_class(support.VARIANTS[variant]).from_checkpoint(meant.path, module=meant.module)
             made[variant, kind] = spec, alone(*given(variant))
         return made[variant, kind]
 

@@ -51,7 +51,7 @@ def given(speakers: int = 2, batch: int = 1, size: tuple[int, int, int] = (3, 6,
 
 
 def spec_of(files: tuple[str, str], **options) -> ModelSpec:
-    return ModelSpec(files[0], "fp32", "fp32", vace=files[1], **options)
+    return ModelSpec(files[0], "fp32", "fp32", module=files[1], **options)
 
 
 # Numbers of ComfyUI 0.30.0's classes for the same weights and inputs: every 197th of the result.
@@ -120,7 +120,7 @@ def test_layers_are_shared_and_step_out_as_the_blocks_do(pool_of, files, model, 
 @pytest.mark.parametrize("weights, compute, most", [("bf16", "bf16", 0.03), ("fp8_e4m3fn", "fp32", 0.1)])
 def test_fewer_bits_stay_close(pool_of, files, model, weights, compute, most):
     inputs, pool = given(3), pool_of(2)
-    out = pool.forward(ModelSpec(files[0], weights, compute, vace=files[1]), *inputs[:3], conditioning=inputs[3])
+    out = pool.forward(ModelSpec(files[0], weights, compute, module=files[1]), *inputs[:3], conditioning=inputs[3])
     assert 1e-4 < tiny.relative_error(out, model(*inputs)) <= most
     pool.unload()
 

@@ -72,7 +72,7 @@ class Case:
             slice_tokens=self.slice_tokens,
             shard_weights=self.shard,
             offload=self.offload,
-            vace=module,
+            module=module,
         )
         return worker_group.Job(self.plan, spec, self.given, conditioning=self.conditioning)
 

@@ -75,7 +75,7 @@ def test_both_files_are_the_model_of_the_one_file(pool_of, files, pair):
     base, module, one = files[pair]
     pool = pool_of(2)
     expected = pool.forward(ModelSpec(one, "fp32", "fp32"), *GIVEN, conditioning=CONDITIONING)
-    spec = ModelSpec(base, "fp32", "fp32", vace=module)
+    spec = ModelSpec(base, "fp32", "fp32", module=module)
     out = pool.forward(spec, *GIVEN, conditioning=CONDITIONING)
     assert torch.equal(out, expected)
     assert spec.name in {model.name for model in pool.status().workers[1].models}
@@ -88,8 +88,8 @@ def test_both_files_are_divided_as_one_is(pool_of, files):
     base, module, one = files["fp8 and bf16"]
     pool = pool_of(4, pipeline_parallel=2, tensor_parallel=2)
     outs = [
-        pool.forward(ModelSpec(path, "fp32", "fp32", vace=vace), *GIVEN, conditioning=CONDITIONING)
-        for path, vace in ((one, ""), (base, module))
+        pool.forward(ModelSpec(path, "fp32", "fp32", module=beside), *GIVEN, conditioning=CONDITIONING)
+        for path, beside in ((one, ""), (base, module))
     ]
     assert tiny.relative_error(outs[1], outs[0]) <= 2e-6
     pool.unload()
@@ -102,7 +102,7 @@ def test_headers_alone_tell_the_variant(files):
 
 
 def test_a_spec_with_a_module_travels_whole():
-    spec = ModelSpec("/models/wan.gguf", vace="/models/module.safetensors")
+    spec = ModelSpec("/models/wan.gguf", module="/models/module.safetensors")
     assert decode(encode(Load(1, spec, 0))).spec == spec
     assert spec.name == "wan.gguf + module.safetensors"
 
@@ -161,7 +161,7 @@ def test_a_module_that_was_replaced_is_another_model(tmp_path):
     base.write_bytes(b"1")
     module.write_bytes(b"1")
     settings = USPConfig()
-    before = settings.model_spec(str(base), "bf16", "auto", vace=str(module))
+    before = settings.model_spec(str(base), "bf16", "auto", module=str(module))
     module.write_bytes(b"22")
-    after = settings.model_spec(str(base), "bf16", "auto", vace=str(module))
+    after = settings.model_spec(str(base), "bf16", "auto", module=str(module))
     assert before != after and before.stamp.startswith(file_stamp(str(base)))

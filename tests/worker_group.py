@@ -93,7 +93,7 @@ def _room(job: Job) -> int:
 def _request(number: int, job: Job, arena: Arena, further: SharedConditioning) -> Forward:
     x = job.given.x
     refs = [arena.write(tensor) for tensor in job.given]
-    channels = model_config(job.spec.path, job.spec.vace).out_dim
+    channels = model_config(job.spec.path, job.spec.module).out_dim
     out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, channels * 4))
     arena.view(out).fill_(float("nan"))  # each number must be written
     conditioning = further.share(job.conditioning, torch.float32)

@@ -36,11 +36,11 @@ class WeightSource(Protocol):
 class Checkpoint:
     """A model's file or files, each opened once and memory-mapped: processes that read it share its pages.
 
-    `vace` is the file of a module beside it, VACE's or InfiniteTalk's.
+    `module` is the file of a module beside it, VACE's or InfiniteTalk's.
     """
 
-    def __init__(self, path: str, vace: str = ""):
-        self.header = read_model(path, vace)
+    def __init__(self, path: str, module: str = ""):
+        self.header = read_model(path, module)
         self.config = self.header.config
         self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
         self._mapped = functools.cache(map_file)
@@ -85,15 +85,15 @@ class RandomWeights:
         return weight * 0.02
 
 
-def open_weights(path: str, device: torch.device | str = "cpu", vace: str = "") -> WeightSource:
-    """Open a checkpoint file (`vace`: a module beside it), or random weights for a path such as `random:14b`.
+def open_weights(path: str, device: torch.device | str = "cpu", module: str = "") -> WeightSource:
+    """Open a checkpoint file (`module`: a file beside it), or random weights for a path such as `random:14b`.
 
     Raises:
         CheckpointError: see `read_model`.
     """
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
-    return Checkpoint(path, vace)
+    return Checkpoint(path, module)
 
 
 def held_as(header: Header | None, weight_dtype: str) -> str:
@@ -111,7 +111,7 @@ def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dty
     return sizes | {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
 
 
-def held_sizes_of(path: str, weight_dtype: torch.dtype, vace: str = "") -> dict[str, int]:
+def held_sizes_of(path: str, weight_dtype: torch.dtype, module: str = "") -> dict[str, int]:
     """`held_sizes` of a checkpoint or of random weights.
 
     Raises:
@@ -119,7 +119,7 @@ def held_sizes_of(path: str, weight_dtype: torch.dtype, vace: str = "") -> dict[
     """
     if path.startswith(RANDOM_PREFIX):
         return held_sizes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
-    header = read_model(path, vace)
+    header = read_model(path, module)
     return held_sizes(header.config, header, weight_dtype)
 
 

@@ -42,7 +42,7 @@ def test_two_gpus_give_the_result_of_one(files, plan):
             exact = _alone(files, "fp32", inputs, conditioning)
             for dtype in DTYPES:
                 error_alone = relative_error(_alone(files, dtype, inputs, conditioning), exact)
-                spec = ModelSpec(path, dtype, dtype, max_batch=2, vace=module)
+                spec = ModelSpec(path, dtype, dtype, max_batch=2, module=module)
                 error = relative_error(pool.forward(spec, *inputs, conditioning=conditioning), exact)
                 pool.unload()
                 print(f"{speakers} {dtype}: relative error {error:.1e}, one GPU {error_alone:.1e}")
