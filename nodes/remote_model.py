@@ -29,7 +29,7 @@ from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError, file_stamp
 from ..distributed.schedule import PatchSettings
 from ..wanvideo.conditioning import Conditioning, check, extended
-from ..wanvideo.config import CheckpointError, Header
+from ..wanvideo.config import FLOW_RVS, CheckpointError, Header
 from ..wanvideo.model import sequence_of
 from ..wanvideo.vace_module import read_model
 from . import refusals, talk
@@ -57,16 +57,23 @@ def build_model(
         patch_settings: run it by displaced patches (DistriFusion); exactly without.
 
     Raises:
-        CheckpointError: this ComfyUI takes the file for something else than a Wan model.
+        CheckpointError: this ComfyUI takes the file for something else than a Wan model, or samples it otherwise.
     """
     tensors = {
         name: torch.empty(info.shape, dtype=_FILE_DTYPES.get(info.dtype, torch.bfloat16), device="meta")
         for name, info in header.tensors.items()
     }
-    model_config = comfy.model_detection.model_config_from_unet(tensors, "")
+    # Others are told by their tensors, to which a VACE module may have been added that the note knows nothing of.
+    metadata = header.metadata if header.is_flow_rvs else None
+    model_config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
     if model_config is None or not model_config.unet_config.get("image_model") == "wan2.1":
         raise CheckpointError(
             f"This ComfyUI does not take {header.path} for a Wan model. Update ComfyUI, or choose another file."
+        )
+    if header.is_flow_rvs and model_config.unet_config.get("model_type") != FLOW_RVS:
+        raise CheckpointError(
+            f"{header.path} is a FlowRVS model, which this ComfyUI cannot sample. "
+            "Update ComfyUI, or choose another file."
         )
     # float32 in this process: the sampler's latents and the text reach the workers unrounded
     model_config.set_inference_dtype(torch.float32, None)

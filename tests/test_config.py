@@ -266,10 +266,11 @@ def test_a_variant_that_is_not_there_yet_is_refused(tmp_path, prefix):
     "note, name",
     [
         ({"transformer": {"model_type": "animate2"}}, "Wan Animate-2"),
-        ({"transformer": {"model_type": "flow_rvs"}}, "Wan flow_rvs"),
+        ({"transformer": {"model_type": "flow_rvs"}}, "FlowRVS, but has the tensors of a Wan image-to-video model"),
+        ({"transformer": {"model_type": ["t2v"]}}, "Wan ['t2v']"),
         ({"transformer": {"model_type": "t2v", "causal_ar": True}}, "causal"),
     ],
-    ids=["animate2", "flow_rvs", "causal"],
+    ids=["animate2", "flow_rvs", "no name", "causal"],
 )
 def test_a_variant_with_the_tensors_of_another_is_refused_by_the_name_in_its_note(tmp_path, note, name):
     path = tmp_path / "variant.safetensors"
@@ -277,7 +278,18 @@ def test_a_variant_with_the_tensors_of_another_is_refused_by_the_name_in_its_not
     assert name in text and "later version" in text and tiny.sentences(text) == 2
 
 
-@pytest.mark.parametrize("note", ['{"transformer": {"model_type": "i2v"}}', '{"other": 1}', "[]", "no JSON"])
+def test_flow_rvs_is_told_from_text_to_video_by_its_note(tmp_path):
+    note = {"config": json.dumps({"transformer": {"model_type": "flow_rvs"}})}
+    noted = read_header(tiny.write_layout(tmp_path / "noted.safetensors", tiny.layout(), note))
+    plain = read_header(tiny.write_layout(tmp_path / "plain.safetensors", tiny.layout()))
+    assert noted.is_flow_rvs and not plain.is_flow_rvs
+    assert noted.config == plain.config == tiny.TINY
+
+
+FOREIGN = ['{"transformer": {"model_type": "i2v"}}', '{"transformer": [1]}', '{"other": 1}', "[]", "no JSON"]
+
+
+@pytest.mark.parametrize("note", FOREIGN)
 def test_other_notes_change_nothing(tmp_path, note):
     path = tiny.write_layout(tmp_path / "model.safetensors", tiny.layout(tiny.I2V_CLIP), {"config": note})
     assert read_header(path).config == tiny.I2V_CLIP

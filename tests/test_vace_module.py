@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,9 @@ def test_files_that_are_no_module_are_refused(tmp_path, files):
     assert "one.safetensors has VACE blocks already" in refusal(one, module)
     i2v = str(tiny.write_layout(tmp_path / "i2v.safetensors", tiny.layout(replace(BASE, in_dim=36))))
     assert "is an image-to-video model" in refusal(i2v, module)
+    note = {"config": json.dumps({"transformer": {"model_type": "flow_rvs"}})}
+    rvs = str(tiny.write_layout(tmp_path / "rvs.safetensors", tiny.layout(BASE), note))
+    assert "rvs.safetensors is a FlowRVS model" in refusal(rvs, module)
     with pytest.raises(CheckpointError, match="is a VACE module without its Wan model"):
         read_header(module)
     with pytest.raises(CheckpointError, match="cut short"):

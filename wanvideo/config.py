@@ -30,6 +30,8 @@ _LATER = "Use a file of a variant and format that the README lists; this kind co
 _KINDS = frozenset(
     ("t2v", "i2v", "vace", "camera", "camera_2.2", "humo", "scail", "scail2", "wandancer", "s2v", "animate")
 )
+FLOW_RVS = "flow_rvs"
+"""ComfyUI's name of FlowRVS: text-to-video in everything but its sampling, which its note alone tells."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,11 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def is_flow_rvs(self) -> bool:
+        """Whether the file is noted to be FlowRVS, which ComfyUI samples in a way of its own."""
+        return _note(self.metadata).get("model_type") == FLOW_RVS
+
+    @property
     def format(self) -> str:
         """What a user calls the format of most of the weights, such as bf16, scaled fp8 e4m3 or GGUF Q4_K."""
         return format_name(self.tensors)
@@ -275,7 +282,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     _refuse_other_kinds(path, contents.metadata)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
-    return Header(path, prefix, config, tensors, contents.metadata)
+    header = Header(path, prefix, config, tensors, contents.metadata)
+    if header.is_flow_rvs and config.variant != "text-to-video":
+        raise CheckpointError(
+            f"{Path(path).name} is noted to be FlowRVS, but has the tensors of a Wan {config.variant} model. {_LATER}"
+        )
+    return header
 
 
 def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
@@ -298,17 +310,23 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
     )
 
 
-def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
-    """Variants with the tensors of another one are told by ComfyUI's note in the file."""
+def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """What ComfyUI notes in a file about its model; empty without a note, or with somebody else's."""
     try:
         note = json.loads(metadata.get("config", "{}"))["transformer"]
-        kind, causal = str(note.get("model_type", "t2v")), bool(note.get("causal_ar"))
-    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's note
-        return
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
+    """Variants with the tensors of another one are told by ComfyUI's note in the file."""
+    note = _note(metadata)
+    kind = str(note.get("model_type", "t2v"))
     name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
-    if causal:
+    if note.get("causal_ar"):
         raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")
-    if kind not in _KINDS:
+    if kind not in _KINDS and kind != FLOW_RVS:
         raise CheckpointError(f"{Path(path).name} is a {name} model. {_LATER}")
 
 

@@ -61,8 +61,9 @@ def with_module(base: Header, path: str, module: Mapping[str, TensorInfo]) -> He
         CheckpointError: the base is no text-to-video model, or the module is made for another size.
     """
     name, base_name = Path(path).name, Path(base.path).name
-    if base.config.variant != "text-to-video":
-        has = "has VACE blocks already" if base.config.vace_layers else f"is an {base.config.variant} model"
+    if base.config.variant != "text-to-video" or base.is_flow_rvs:
+        kind = "a FlowRVS" if base.is_flow_rvs else f"an {base.config.variant}"
+        has = "has VACE blocks already" if base.config.vace_layers else f"is {kind} model"
         raise CheckpointError(
             f"{base_name} {has}, and the VACE module {name} belongs to a text-to-video model. "
             "Disconnect vace_model, or choose a text-to-video model."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,8 @@ def _write_models(folder: Path) -> None:
     for name, config in VARIANTS.items():
         tiny.write_checkpoint(models / f"{name}.safetensors", config)
     _write_vace_modules(models)
+    note = {"config": json.dumps({"transformer": {"model_type": "flow_rvs"}})}
+    tiny.write_weights(models / "flow-rvs.safetensors", tiny.random_weights(TINY), note)
     loras.write_lora(lora_files / "plain.safetensors", TINY)
     loras.write_lora(lora_files / "i2v.safetensors", VARIANTS["i2v-2.1"])
     loras.write_lora(lora_files / "vace.safetensors", VARIANTS["vace"])

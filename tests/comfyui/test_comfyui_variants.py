@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from comfy_server import ComfyServer
 from graphs import conditions, ksampler, link, lora, node, pool_model, stage, stock_model, video
 from test_comfyui_results import EXACT, Loader, assert_same, plain, sampled
 from tiny import relative_error
@@ -175,6 +176,34 @@ def test_subject_images_behind_the_video(server):
         return {**loader(), **nodes, **sampler(negative=2, latent=3)}
 
     assert_same(server, phantom)
+
+
+def segmented(loader: Loader, file: str = "flow-rvs.safetensors", **sampler: Any) -> dict:
+    """FlowRVS starts from the video itself, and takes one step."""
+    encoded = node("VAEEncode", pixels=link("control"), vae=link("vae"))
+    return {**loader(file=file), **conditions(), **IMAGES, "latent": encoded, **ksampler(**sampler)}
+
+
+@pytest.mark.parametrize("steps, cfg", [(1, 1.0), (3, 4.0)])
+def test_flow_rvs_is_sampled_in_its_own_way(server, steps, cfg):
+    if not knows_flow_rvs(server):
+        pytest.skip("This ComfyUI has no FlowRVS")
+    native = assert_same(server, lambda loader: segmented(loader, steps=steps, cfg=cfg))
+    plain = sampled(server, segmented(stock_model, "tiny.safetensors", steps=steps, cfg=cfg))
+    assert relative_error(native, plain) > 0.1
+
+
+def test_flow_rvs_is_refused_where_comfyui_would_sample_it_as_text_to_video(server):
+    if knows_flow_rvs(server):
+        pytest.skip("This ComfyUI has FlowRVS")
+    nodes = {**segmented(pool_model), "out": node("SaveLatentTensor", samples=link("sampler"), name="refused")}
+    outcome = server.run(nodes)
+    assert outcome.state == "error" and "FlowRVS model, which this ComfyUI cannot sample" in outcome.message
+
+
+def knows_flow_rvs(server: ComfyServer) -> bool:
+    kind = "ModelSamplingDiscrete"
+    return "img_to_img_flow" in server.get(f"/object_info/{kind}")[kind]["input"]["required"]["sampling"][0]
 
 
 def test_5b_image_to_video(server):
