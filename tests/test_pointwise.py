@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import relative_error
+from torch.nn import functional as F
 from wan_parallel.wanvideo import pointwise
 from wan_parallel.wanvideo.rope import rope_table
 
@@ -102,3 +104,15 @@ def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(dtype, width, rows):
     got = pointwise.add_norm(together[:, 3 : 3 + TOKENS], y, gate, scale, shift, 1e-6, dtype)
     agree(together, apart)
     agree(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, TOKENS])
+def test_gelu_in_the_product_is_no_less_exact_than_behind_it(dtype, rows, monkeypatch):
+    monkeypatch.setattr(pointwise, "_ROWS_OF_GELU", 16)
+    x, weight, bias = normal(2, rows, 512, dtype=dtype), normal(1024, 512, dtype=dtype) / 20, normal(1024, dtype=dtype)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    behind = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    fused = pointwise.gelu_product(x, weight, bias)
+    assert fused.shape == behind.shape and fused.dtype == dtype
+    assert relative_error(fused, exact) <= 1.05 * relative_error(behind, exact)

@@ -90,12 +90,13 @@ def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, start: in
 
 
 def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:
-    up, down = (t.to(weight.device, torch.float32) for t in (patch.up, patch.down))
+    up, down = (t.to(weight.device).float() for t in (patch.up, patch.down))  # one after the other: see _like
     return _like(torch.mm(up.flatten(1), down.flatten(1)), weight)
 
 
 def _like(change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _shaped(change, tuple(weight.shape)).to(weight.device, torch.float32)
+    """In the shape of `weight`, on its device, in float32. Moved first: torch would convert it where it comes from."""
+    return _shaped(change, tuple(weight.shape)).to(weight.device).float()
 
 
 def _shaped(change: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -138,8 +138,15 @@ class Linear(nn.Module):
             return fp8.product(x if isinstance(x, Fp8Rows) else fp8.to_rows(x), self.weight, self.bias)
         if isinstance(x, Fp8Rows):  # shared with fp8 weights, which this file has not everywhere
             x = x.dequantize()
-        weight = as_tensor(self.weight if self.ready is None else self.ready, x.dtype)
-        return F.linear(x, weight, self.bias.to(x.dtype))
+        return F.linear(x, *self._in(x.dtype))
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU (by tanh) of what `forward` gives."""
+        return pointwise.gelu_product(x, *self._in(x.dtype))
+
+    def _in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias converted."""
+        return as_tensor(self.weight if self.ready is None else self.ready, dtype), self.bias.to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -256,6 +263,14 @@ class Attention(nn.Module):
         return self.o(attended.flatten(2))
 
 
+class FeedForward(nn.Sequential):
+    """A product, GELU, another product; GELU in the first one, unless another activation is in its place."""
+
+    def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
+        up, activation, down = self
+        return down(up.gelu(x)) if isinstance(activation, nn.GELU) else super().forward(x)
+
+
 def _no_wait(_block: int) -> None:
     pass
 
@@ -288,7 +303,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.cross_attn = Attention(config, image)
         self.norm3 = LayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(
+        self.ffn = FeedForward(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
 

@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 
 _kernels: ModuleType | None = None
 
+_ROWS_OF_GELU = 32768
+"""With GELU in it, cuBLAS's product of 5120 columns takes 6.72 ms for so many rows, and 7.14 ms with GELU in a kernel
+of its own; for 75,600 rows it is the other way round, 16.63 and 16.34 ms (H200, torch 2.11)."""
+
 
 def use_triton(device: torch.device) -> bool:
     """Take Triton's kernels on this device from now on if they work here; returns whether they do.
@@ -113,3 +117,17 @@ def add_norm(
         return _kernels.add_norm(x, y, gate, scale, shift, eps, dtype)
     add_(x, y, gate)
     return norm(x, scale, shift, eps, dtype)
+
+
+def gelu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU(x @ weight.T + bias) by tanh, in the dtype of x, which all three have.
+
+    On CUDA the product applies it before it rounds to 16 bit, so that the columns go through memory once.
+    """
+    if not (x.is_cuda and torch.version.cuda and x.numel() and x.dtype in (torch.float16, torch.bfloat16)):
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    pieces = (tensor.flatten(0, -2).split(_ROWS_OF_GELU) for tensor in (x, out))
+    for rows, result in zip(*pieces, strict=True):
+        torch._addmm_activation(bias, rows, weight.t(), use_gelu=True, out=result)
+    return out
