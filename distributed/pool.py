@@ -309,7 +309,7 @@ class Pool:
             started = time.perf_counter()
             grid = grid_of(x)
             self._drain(poll)
-            self._tidy()
+            self._tidy(poll)
             inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
             size = needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64
             arena = self._arena_for(size, pinned=x.is_cuda and self.settings.device == "cuda")
@@ -529,7 +529,7 @@ class Pool:
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
         self._drain(poll)
-        self._unload(self._dropped & self._loaded.keys())
+        self._unload(self._dropped & self._loaded.keys(), poll)
         try:
             replies = self._call(Load(self._new_id(), spec, kind.tokens), poll)
         except PlacementError as error:
@@ -548,12 +548,12 @@ class Pool:
         elif spec in self._aside:
             make_room(max(weights.whole - weights.now for weights in self._held[spec]))
 
-    def _unload(self, specs: set[ModelSpec]) -> None:
+    def _unload(self, specs: set[ModelSpec], poll: Poll | None = None) -> None:
         if specs:
             for spec in specs:
                 del self._loaded[spec]
                 self._aside.discard(spec)
-            self._call(Unload(self._new_id(), tuple(specs)), None)
+            self._call(Unload(self._new_id(), tuple(specs)), poll)
 
     def _ensure_patched(self, spec: ModelSpec, patches: PatchSet, poll: Poll | None) -> None:
         if self._loaded[spec] == patches.uuid:
@@ -620,11 +620,11 @@ class Pool:
                 by_spec.setdefault(weights.spec, []).append(weights)
         self._held = {spec: tuple(held) for spec, held in by_spec.items() if len(held) == len(message.replies)}
 
-    def _tidy(self) -> None:
+    def _tidy(self, poll: Poll | None) -> None:
         """After a forward that some ranks did not finish, let all of them drop what they had sent each other."""
         if self._untidy:
-            self._call(Trim(self._new_id()), None)
-            self._untidy = False
+            self._call(Trim(self._new_id()), poll)
+            self._untidy = False  # not where poll gave it up: then the next forward asks again
 
     def _cancel(self, request: int) -> None:
         try:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +218,52 @@ def test_cancel_during_a_load_is_right(own_pool, many_layers, right):
         own_pool.forward(many_layers, *tiny.inputs(MANY_LAYERS), poll=interrupt)
     assert time.monotonic() - started < CANCEL_SECONDS
     threading.Timer(0.3, os.kill, (pids[1], signal.SIGCONT)).start()
+    right(own_pool)
+    assert own_pool.worker_pids == pids
+
+
+@contextlib.contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """A worker that is slow to answer: for the block, or for three seconds where the client waits for it."""
+    os.kill(pid, signal.SIGSTOP)
+    goes_on = threading.Timer(3, os.kill, (pid, signal.SIGCONT))
+    goes_on.start()
+    try:
+        yield
+    finally:
+        goes_on.cancel()
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_cancel_while_the_workers_tidy_up_is_right(own_pool, many_layers, long, right):
+    right(own_pool)
+    pids = own_pool.worker_pids
+    with pytest.raises(Interrupted):
+        own_pool.forward(many_layers, *long[0], poll=interrupt)
+    for _ in range(2):  # the second time after one that was given up itself
+        own_pool.status()  # they have answered, and the next forward begins with tidying up
+        with standing_still(pids[1]):
+            started = time.monotonic()
+            with pytest.raises(Interrupted):
+                own_pool.forward(many_layers, *tiny.inputs(MANY_LAYERS), poll=interrupt)
+            assert time.monotonic() - started < CANCEL_SECONDS
+    right(own_pool)
+    assert own_pool.worker_pids == pids
+
+
+def test_cancel_while_a_model_makes_room_is_right(own_pool, many_layers, right):
+    right(own_pool)
+    pids, leaving, coming = own_pool.worker_pids, *(replace(many_layers, slice_tokens=n) for n in (6, 7))
+    own_pool.keep(leaving)
+    own_pool.ensure_ready(leaving)
+    own_pool.drop(leaving)
+    with standing_still(pids[1]):
+        started = time.monotonic()
+        with pytest.raises(Interrupted):
+            own_pool.ensure_ready(coming, poll=interrupt)
+        assert time.monotonic() - started < CANCEL_SECONDS
+    own_pool.ensure_ready(coming)
+    own_pool.unload(coming)
     right(own_pool)
     assert own_pool.worker_pids == pids
 
