@@ -49,7 +49,7 @@ from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
 )
 from wan_parallel.tools.tiny_wan.vae import WanVAE, load_vae, psnr  # noqa: E402
 from wan_parallel.wanvideo import tiny_text  # noqa: E402
-from wan_parallel.wanvideo.model import grid_of  # noqa: E402
+from wan_parallel.wanvideo.grid import grid_of  # noqa: E402
 from wan_parallel.wanvideo.sampling import euler, flow_sigmas  # noqa: E402
 
 log = logging.getLogger("displaced_quality")

@@ -42,7 +42,7 @@ from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
 from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, read_header  # noqa: E402
 from wan_parallel.wanvideo.fp8_mode import MODES, weights_for  # noqa: E402
-from wan_parallel.wanvideo.model import grid_of  # noqa: E402
+from wan_parallel.wanvideo.grid import grid_of  # noqa: E402
 
 log = logging.getLogger("dit_step")
 

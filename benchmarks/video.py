@@ -31,7 +31,7 @@ from wan_parallel.distributed.messages import ModelSpec, VAEOptions
 from wan_parallel.distributed.pool import Pool, model_config
 from wan_parallel.distributed.stopwatch import LATENTS
 from wan_parallel.distributed.vae_client import VAEWeights, decode
-from wan_parallel.wanvideo.model import grid_of
+from wan_parallel.wanvideo.grid import grid_of
 from wan_parallel.wanvideo.sampling import euler, flow_sigmas
 from wan_parallel.wanvideo.vae_random import random_weights, vae_shapes
 

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from ..wanvideo.attention import AttentionKernel
-from ..wanvideo.model import Grid, SelfAttention, WanModel
+from ..wanvideo.grid import Grid
+from ..wanvideo.layers import SelfAttention
+from ..wanvideo.model import WanModel
 from . import stopwatch
 from .host_exchange import HostManager, Segment
 from .messages import Displaced, Exchange

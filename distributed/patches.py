@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..wanvideo.config import WanConfig
-from ..wanvideo.model import Grid
+from ..wanvideo.grid import Grid
 from .plan import SPLIT_MODES, PatchSplit, PlanError, divisors, shares
 
 _WAN22_CHANNELS = 48  # of the latent of Wan 2.2's own VAE (TI2V-5B), which shrinks a frame twice as much

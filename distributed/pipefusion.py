@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from ..wanvideo.attention import AttentionKernel
-from ..wanvideo.model import Grid, SelfAttention, WanModel
+from ..wanvideo.grid import Grid
+from ..wanvideo.layers import SelfAttention
+from ..wanvideo.model import WanModel
 from .displaced import StaleError
 from .messages import Displaced
 from .plan import bounds, shares

@@ -20,8 +20,8 @@ from ..wanvideo.checkpoint import DTYPES, RANDOM_PREFIX, random_config
 from ..wanvideo.conditioning import NOTHING, Conditioning, check, core, extended
 from ..wanvideo.config import CheckpointError, WanConfig
 from ..wanvideo.files import model_files
+from ..wanvideo.grid import grid_of, sequence_of, unpatchify
 from ..wanvideo.lora import Difference, LowRank, WeightPatch
-from ..wanvideo.model import grid_of, sequence_of, unpatchify
 from ..wanvideo.vace_module import read_model
 from .arena import Arena, needed
 from .conditioning import SharedConditioning

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..wanvideo.layers import Attention, Block
 from ..wanvideo.lora import WeightPatch, narrow_patch
-from ..wanvideo.model import Attention, Block, WanModel
+from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import Weight
 from ..wanvideo.talk import TalkBlock
 from . import stopwatch

@@ -23,8 +23,10 @@ from ..wanvideo.checkpoint import held_as
 from ..wanvideo.conditioning import NOTHING, Conditioning
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.fp8 import Fp8Error
+from ..wanvideo.grid import Grid, Part, pad_to_patch, patchify, sequence_of
+from ..wanvideo.layers import SelfAttention
 from ..wanvideo.lora import PatchError
-from ..wanvideo.model import Grid, Part, SelfAttention, WanModel, pad_to_patch, patchify, sequence_of
+from ..wanvideo.model import WanModel
 from ..wanvideo.talk import OverSequence
 from ..wanvideo.vae_ops import VAEError
 from . import stopwatch, xfuser_backend

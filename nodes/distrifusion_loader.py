@@ -14,7 +14,7 @@ from ..distributed.plan import SPLIT_MODES, PlanError
 from ..distributed.pool import acquire
 from ..wanvideo.checkpoint import held_as
 from ..wanvideo.config import read_header
-from ..wanvideo.model import Grid
+from ..wanvideo.grid import Grid
 from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
 from .loader import XDitUSPWanVideoModelLoader
 from .model_files import model_names, model_path

@@ -14,7 +14,7 @@ from ..distributed.patches import PatchLayout, token_pixels
 from ..distributed.plan import PlanError
 from ..distributed.pool import PoolStatus
 from ..distributed.schedule import StepInfo
-from ..wanvideo.model import Grid
+from ..wanvideo.grid import Grid
 from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL, availability
 from .patch_picture import draw_layout
 from .patch_runs import PatchRuns, RunRecord

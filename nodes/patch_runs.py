@@ -18,7 +18,7 @@ from ..distributed.patches import PatchLayout, split_grid, token_pixels
 from ..distributed.pool import Pool
 from ..distributed.schedule import STALE, PatchSettings, Schedule, StepInfo
 from ..wanvideo.config import Header, WanConfig
-from ..wanvideo.model import Grid, grid_of
+from ..wanvideo.grid import Grid, grid_of
 from .talk import has_places
 
 SYNC_FREQUENCY = "wan_parallel_sync_frequency"

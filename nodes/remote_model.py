@@ -30,7 +30,7 @@ from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError, file_stam
 from ..distributed.schedule import PatchSettings
 from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import FLOW_RVS, CheckpointError, Header
-from ..wanvideo.model import sequence_of
+from ..wanvideo.grid import sequence_of
 from ..wanvideo.vace_module import read_model
 from . import refusals, talk
 from .conditioning import check_start_image, from_comfyui, latent_node

@@ -15,7 +15,7 @@ from ..distributed.pipefusion_memory import check_stream, kept_bytes, stream_mem
 from ..distributed.pool import Pool
 from ..distributed.schedule import PatchSettings, Schedule
 from ..wanvideo.config import Header, WanConfig
-from ..wanvideo.model import grid_of
+from ..wanvideo.grid import grid_of
 from .patch_runs import lane_names
 from .talk import has_places
 

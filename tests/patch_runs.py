@@ -13,7 +13,8 @@ from wan_parallel.distributed.patches import PatchLayout, split_grid
 from wan_parallel.distributed.pool import ModelSpec, Pool
 from wan_parallel.distributed.schedule import EXACT, STALE, PatchSettings, Schedule
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import WanModel, grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.grid import grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.model import WanModel
 
 UNEVEN = (5, 14, 6)  # latent frames, rows, columns: 5 x 7 x 3 tokens
 STEPS = 8

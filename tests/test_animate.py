@@ -12,7 +12,7 @@ from wan_parallel.distributed.messages import ModelSpec
 from wan_parallel.wanvideo.animate import AnimateModel
 from wan_parallel.wanvideo.config import CheckpointError, read_header
 from wan_parallel.wanvideo.frames import Run, runs_of
-from wan_parallel.wanvideo.model import Grid, grid_of, patchify
+from wan_parallel.wanvideo.grid import Grid, grid_of, patchify
 
 GRID = Grid(3, 2, 2)
 

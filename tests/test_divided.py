@@ -19,7 +19,8 @@ from wan_parallel.distributed.schedule import FILL, STALE
 from wan_parallel.wanvideo.attention import AttentionKernel
 from wan_parallel.wanvideo.checkpoint import DTYPES
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.model import Grid, WanModel, grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.grid import Grid, grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.model import WanModel
 
 # 4 heads for 4 ranks, hidden columns and blocks that do not divide
 UNEVEN = WanConfig(dim=512, ffn_dim=515, num_heads=4, num_layers=5, text_dim=32)

@@ -22,8 +22,9 @@ from wan_parallel.wanvideo import attention, fp8, fp8_attention, fp8_mode
 from wan_parallel.wanvideo.attention import AttentionError
 from wan_parallel.wanvideo.config import read_header
 from wan_parallel.wanvideo.fp8 import Fp8Error
+from wan_parallel.wanvideo.layers import Linear
 from wan_parallel.wanvideo.lora import LowRank, merge
-from wan_parallel.wanvideo.model import Linear, WanModel
+from wan_parallel.wanvideo.model import WanModel
 from wan_parallel.wanvideo.quantized import Fp8Weight
 
 CPU = torch.device("cpu")

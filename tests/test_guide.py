@@ -17,7 +17,7 @@ from wan_parallel.nodes.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPC
 from wan_parallel.wanvideo.checkpoint import held_bytes
 from wan_parallel.wanvideo.config import PRESETS
 from wan_parallel.wanvideo.gguf_blocks import BLOCKS
-from wan_parallel.wanvideo.model import Grid
+from wan_parallel.wanvideo.grid import Grid
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "XDIT_USP_README.md").read_text(encoding="utf-8")

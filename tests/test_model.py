@@ -8,7 +8,9 @@ import pytest
 import tiny
 import torch
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import WanModel, grid_of, in_turn, pad_to_patch, patchify, slices, unpatchify
+from wan_parallel.wanvideo.grid import grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.layers import in_turn, slices
+from wan_parallel.wanvideo.model import WanModel
 from wan_parallel.wanvideo.rope import apply_rope, rope_table
 
 FIVE_B_LIKE = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=64)

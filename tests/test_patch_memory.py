@@ -24,7 +24,7 @@ from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import PatchSplit
 from wan_parallel.wanvideo.checkpoint import DTYPES
 from wan_parallel.wanvideo.config import PRESETS
-from wan_parallel.wanvideo.model import Grid
+from wan_parallel.wanvideo.grid import Grid
 
 P480, P720, TI2V = Grid(21, 30, 52), Grid(21, 45, 80), Grid(31, 22, 40)
 

@@ -20,7 +20,7 @@ from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.patch_picture import draw_layout
 from wan_parallel.nodes.patch_runs import SYNC_FREQUENCY, PatchRuns, lane_names
 from wan_parallel.nodes.settings import SettingsError, USPConfig
-from wan_parallel.wanvideo.model import Grid
+from wan_parallel.wanvideo.grid import Grid
 
 CPU = DistriFusionConfig(device="cpu")
 SETTINGS = PatchSettings(PatchSplit("spatial", 32), warmup_steps=2, sync_frequency=10)

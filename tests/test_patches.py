@@ -10,7 +10,7 @@ import torch
 from wan_parallel.distributed.patches import Patch, PatchLayout, split_grid, token_pixels
 from wan_parallel.distributed.plan import SPLIT_MODES, PatchSplit, PlanError
 from wan_parallel.wanvideo.config import PRESETS
-from wan_parallel.wanvideo.model import Grid
+from wan_parallel.wanvideo.grid import Grid
 
 GRIDS = [Grid(21, 30, 52), Grid(21, 45, 80), Grid(9, 17, 3), Grid(8, 16, 1), Grid(13, 23, 5)]
 PIXELS = 16

@@ -19,7 +19,7 @@ from wan_parallel.distributed.schedule import FILL
 from wan_parallel.distributed.sequence import place_in
 from wan_parallel.nodes.stream_runs import BESIDE, Beside, StreamRuns
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.model import Grid
+from wan_parallel.wanvideo.grid import Grid
 
 GIB = 2**30
 P480 = Grid(21, 30, 52)

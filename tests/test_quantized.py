@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 from wan_parallel.distributed.pool import ModelSpec, PatchSet
+from wan_parallel.wanvideo.layers import Linear
 from wan_parallel.wanvideo.lora import Difference, LowRank, merge
-from wan_parallel.wanvideo.model import Linear, WanModel
+from wan_parallel.wanvideo.model import WanModel
 from wan_parallel.wanvideo.quantized import FLOAT8, Fp8Weight, Int8Weight, QuantizedWeight
 
 GIVEN = tiny.inputs()

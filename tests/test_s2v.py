@@ -9,7 +9,7 @@ import tiny
 import torch
 from wan_parallel.distributed.messages import ModelSpec
 from wan_parallel.wanvideo.conditioning import check, placed
-from wan_parallel.wanvideo.model import Grid, patchify, sequence_of
+from wan_parallel.wanvideo.grid import Grid, patchify, sequence_of
 from wan_parallel.wanvideo.s2v import SoundModel
 
 SIZE = (3, 16, 24)

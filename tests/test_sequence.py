@@ -20,7 +20,8 @@ from wan_parallel.distributed.plan import SequenceDegrees, bounds
 from wan_parallel.distributed.sequence import NativeAttention, SequenceGroup, join_group
 from wan_parallel.wanvideo.attention import AttentionKernel, get_kernel
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import WanModel, grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.grid import grid_of, pad_to_patch, patchify, unpatchify
+from wan_parallel.wanvideo.model import WanModel
 
 CPU = torch.device("cpu")
 FIVE_HEADS = WanConfig(dim=640, ffn_dim=256, num_heads=5, num_layers=2, text_dim=32)

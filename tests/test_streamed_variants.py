@@ -16,7 +16,7 @@ from wan_parallel.distributed.schedule import FILL, STALE
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning, extended
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import patchify, sequence_of, unpatchify
+from wan_parallel.wanvideo.grid import patchify, sequence_of, unpatchify
 from wan_parallel.wanvideo.options import Options
 from wan_parallel.wanvideo.tail import tail_of
 

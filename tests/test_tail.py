@@ -9,8 +9,8 @@ import tiny
 import torch
 from wan_parallel.distributed.pool import ModelSpec
 from wan_parallel.wanvideo.conditioning import Conditioning, check
+from wan_parallel.wanvideo.grid import Grid
 from wan_parallel.wanvideo.humo import moments
-from wan_parallel.wanvideo.model import Grid
 from wan_parallel.wanvideo.options import Options, RopeOptions, Segment
 from wan_parallel.wanvideo.rope import rope_table, sequence_table
 from wan_parallel.wanvideo.tail import tail_of

@@ -17,7 +17,7 @@ from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.residence import Residence, Slots
 from wan_parallel.distributed.worker import Worker
 from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import grid_of
+from wan_parallel.wanvideo.grid import grid_of
 
 CONFIG = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=6, text_dim=64)
 

@@ -17,7 +17,7 @@ from wan_parallel.nodes.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.talk import file_of, has_places, loaded_elsewhere, talk_in, without_talk
 from wan_parallel.wanvideo.conditioning import NOTHING, check
 from wan_parallel.wanvideo.config import CheckpointError
-from wan_parallel.wanvideo.model import Grid
+from wan_parallel.wanvideo.grid import Grid
 from wan_parallel.wanvideo.options import Options
 from wan_parallel.wanvideo.talk import OverSequence, Speech, on_the_line
 from wan_parallel.wanvideo.vace_module import read_model

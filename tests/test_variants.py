@@ -17,7 +17,7 @@ from wan_parallel.wanvideo.audio_shapes import HumoAudio
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning, check, extended
 from wan_parallel.wanvideo.config import WanConfig, read_header
-from wan_parallel.wanvideo.model import grid_of, patchify
+from wan_parallel.wanvideo.grid import grid_of, patchify
 from wan_parallel.wanvideo.options import Options, RopeOptions
 from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 from wan_parallel.wanvideo.variants import VariantModel

@@ -29,7 +29,7 @@ from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import model_config
 from wan_parallel.distributed.worker import Worker
 from wan_parallel.wanvideo.conditioning import NOTHING, Conditioning
-from wan_parallel.wanvideo.model import grid_of, unpatchify
+from wan_parallel.wanvideo.grid import grid_of, unpatchify
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from . import pointwise
 from .conditioning import Conditioning
 from .config import WanConfig
 from .frames import CausalEncoder, Run, few_keys, runs_of
-from .model import BlockInputs, Grid, Linear, Part, PatchEmbedding, RMSNorm, pad_to_patch, patchify
+from .grid import Grid, Part, pad_to_patch, patchify
+from .layers import BlockInputs, Linear, PatchEmbedding, RMSNorm
 from .quantized import as_tensor
 from .variant_shapes import FACE_STRIDE, FaceDims
 from .variants import VariantModel

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .audio_shapes import DancerMusic
 from .config import WanConfig
-from .model import Attention, Grid, LayerNorm, Linear, Part
+from .grid import Grid, Part
+from .layers import Attention, LayerNorm, Linear
 from .rope import THETA, apply_rope
 
 HEADS = 4  # of the music's transformer; nothing in a file tells it

@@ -12,7 +12,8 @@ from . import fp8
 from .attention import get_fp8_kernel
 from .config import Header
 from .formats import format_name, is_quantized
-from .model import Block, WanModel
+from .layers import Block
+from .model import WanModel
 
 DISABLED, LINEAR, ATTENTION = MODES = ("disabled", "linear", "linear+attention")
 WEIGHTS = "fp8_e4m3fn"

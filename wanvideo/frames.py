@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import AttentionKernel
-from .model import Part
+from .grid import Part
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .audio_shapes import HumoAudio
 from .config import WanConfig
-from .model import Attention, Block, BlockInputs, Grid, LayerNorm, Linear, Part
+from .grid import Grid, Part
+from .layers import Attention, Block, BlockInputs, LayerNorm, Linear
 
 NORM_EPS = 1e-5  # of the audio projection, as torch's default
 

@@ -23,7 +23,8 @@ from . import pointwise
 from .conditioning import Conditioning
 from .config import WanConfig
 from .frames import CausalConvolution, CausalEncoder, Run, few_keys, runs_of
-from .model import Attention, BlockInputs, Grid, Linear, Part, PatchEmbedding, pad_to_patch, patchify, video_part
+from .grid import Grid, Part, pad_to_patch, patchify, video_part
+from .layers import Attention, BlockInputs, Linear, PatchEmbedding
 from .quantized import as_tensor
 from .s2v_tail import PACKED_FRAMES
 from .variant_shapes import PACKED, SOUND_LAYERS

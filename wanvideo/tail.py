@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .model import PatchEmbedding, grid_of, pad_to_patch, patchify
+from .grid import grid_of, pad_to_patch, patchify
+from .layers import PatchEmbedding
 from .options import PLAIN_ROPE, RopeOptions, Segment
 
 

@@ -23,7 +23,8 @@ from torch import nn
 from .audio_shapes import TalkAudio
 from .config import WanConfig
 from .frames import Run, few_keys, runs_of
-from .model import Block, BlockInputs, Grid, LayerNorm, Linear, Part
+from .grid import Grid, Part
+from .layers import Block, BlockInputs, LayerNorm, Linear
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Adds up a tensor over ranks in place, or takes the largest of each of its numbers."""

@@ -32,19 +32,9 @@ from torch.nn import functional as F
 from . import dancer, humo, talk
 from .conditioning import CAMERA_PIXELS, Conditioning
 from .config import WanConfig
-from .model import (
-    Block,
-    BlockInputs,
-    Grid,
-    Head,
-    Linear,
-    Part,
-    PatchEmbedding,
-    WanModel,
-    pad_to_patch,
-    patchify,
-    video_part,
-)
+from .grid import Grid, Part, pad_to_patch, patchify, video_part
+from .layers import Block, BlockInputs, Head, Linear, PatchEmbedding
+from .model import WanModel
 from .tail import embed_tail
 
 

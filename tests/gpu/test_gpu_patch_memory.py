@@ -11,7 +11,7 @@ from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import Pool
 from wan_parallel.wanvideo.config import PRESETS
-from wan_parallel.wanvideo.model import grid_of
+from wan_parallel.wanvideo.grid import grid_of
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)

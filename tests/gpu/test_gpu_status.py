@@ -25,7 +25,7 @@ from wan_parallel.distributed.messages import Forward, Load, ModelSpec, PoolSett
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import Pool, PoolStatus
 from wan_parallel.wanvideo.config import PRESETS
-from wan_parallel.wanvideo.model import grid_of
+from wan_parallel.wanvideo.grid import grid_of
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

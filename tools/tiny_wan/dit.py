@@ -1,4 +1,4 @@
-"""The Wan DiT of wanvideo/model.py once more, for training: same names, same numbers, with gradients.
+"""The Wan DiT of wanvideo/ once more, for training: same names, same numbers, with gradients.
 
 The model of the pack changes its residual stream in place, which autograd cannot undo. This one does not, and it
 spares most of the text's work: the slots behind a caption are all alike, so one of them stands for all, with the
@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...wanvideo.config import WanConfig
-from ...wanvideo.model import Grid, grid_of, patchify, sinusoid, unpatchify
+from ...wanvideo.grid import Grid, grid_of, patchify, unpatchify
+from ...wanvideo.layers import sinusoid
 from ...wanvideo.rope import rope_table
 from ...wanvideo.tiny_text import TEXT_LENGTH
 
@@ -23,7 +24,7 @@ CONFIG = WanConfig(dim=512, ffn_dim=768, num_heads=4, num_layers=4)
 
 
 class Linear(nn.Linear):
-    """In the dtype of its input, as in wanvideo/model.py."""
+    """In the dtype of its input, as in wanvideo/layers.py."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))

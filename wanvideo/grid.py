@@ -1,0 +1,86 @@
+"""The tokens of a latent: where they lie, how it becomes tokens and they become a latent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from .options import Options
+
+PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tokens of a latent, frames x rows x columns, and how many of other grids follow them in the sequence."""
+
+    frames: int
+    rows: int
+    columns: int
+    tail: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole sequence."""
+        return self.video_tokens + self.tail
+
+    @property
+    def video_tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frames, self.rows, self.columns
+
+
+Part = slice | torch.Tensor
+"""Some of a grid's tokens, as one rank holds them: a run of them, or their indices [n]."""
+
+
+def grid_of(x: torch.Tensor) -> Grid:
+    """The token grid of a latent [B, C, T, H, W]; odd heights and widths round up (see `pad_to_patch`)."""
+    sizes = (math.ceil(size / patch) for size, patch in zip(x.shape[-3:], PATCH, strict=True))
+    return Grid(*sizes)
+
+
+def sequence_of(x: torch.Tensor, options: Options) -> Grid:
+    """The grid of a latent [B, C, T, H, W], and the tail of its sequence."""
+    return replace(grid_of(x), tail=options.tail_tokens)
+
+
+def video_part(grid: Grid, part: Part) -> Part:
+    """Those tokens of `part` that belong to the video; indices are never of a tail."""
+    if isinstance(part, slice):
+        return slice(min(part.start, grid.video_tokens), min(part.stop, grid.video_tokens))
+    return part
+
+
+def pad_to_patch(x: torch.Tensor) -> torch.Tensor:
+    """Extend an odd height or width by wrapping round, as ComfyUI does; the result is cropped again."""
+    rows, columns = x.shape[-2] % PATCH[1], x.shape[-1] % PATCH[2]
+    if rows:
+        x = torch.cat([x, x[..., :1, :]], dim=-2)
+    if columns:
+        x = torch.cat([x, x[..., :1]], dim=-1)
+    return x
+
+
+def patchify(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, T, H, W] with even H and W to tokens [B, T*H/2*W/2, C*4], frame by frame, row by row."""
+    b, c, t, h, w = x.shape
+    x = x.view(b, c, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6)
+    return x.reshape(b, t * (h // 2) * (w // 2), c * 4)
+
+
+def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> torch.Tensor:
+    """Tokens [B, grid.tokens, 4*C] of the head back to a latent [B, C, *size], cropped to `size`."""
+    b, c = tokens.shape[0], tokens.shape[-1] // 4
+    x = tokens.view(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
+    x = x.reshape(b, c, grid.frames, grid.rows * 2, grid.columns * 2)
+    return x[..., : size[0], : size[1], : size[2]]
