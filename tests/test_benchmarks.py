@@ -19,8 +19,9 @@ sys.path.append(str(FOLDER))
 Run = Callable[..., list[dict]]
 ON_CPU = ("--device", "cpu")
 
-ELSEWHERE = {"strategies", "vae_decode", "peers", "vae_peers", "video_peers"}
-"""Tested in test_strategies.py and test_vae_pool.py, or as peers of others; peers.py needs a GPU."""
+ELSEWHERE = {"strategies", "vae_decode", "peers", "vae_peers", "video_peers", "prompts", "headless", "ballast"}
+"""Tested in test_strategies.py, test_vae_pool.py and, as they need ComfyUI, comfyui/test_comfyui_prompts.py, or as
+peers of others; peers.py and ballast.py need a GPU."""
 
 needs_tiny_wan = pytest.mark.skipif(
     not (T2V_FILE.is_file() and VAE_FILE.is_file()), reason=f"{T2V_FILE.name} is not in example_workflows/models"
