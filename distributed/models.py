@@ -150,6 +150,7 @@ class Models:
         loaded = self.loaded[request.spec]
         shapes = loaded.source.config.shapes()
         patched = functools.partial(self._patched, loaded, request, arena, shapes)
+        loaded.originals.look_for_room()
         try:
             held = [
                 name

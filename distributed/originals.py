@@ -22,23 +22,29 @@ class Originals:
     """Weights of one model on this rank as its file has them.
 
     Args:
-        room: gives the bytes that may still be taken for them.
+        room: gives the bytes that may still be taken for them, or for weights in their place.
     """
 
     def __init__(self, room: Callable[[], int]):
         self._room = room
+        self._left = 0
         self._weights: dict[str, Weight] = {}
 
     @property
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self._weights.values())
 
+    def look_for_room(self) -> None:
+        """Before some are kept, once: asking the driver for every weight takes longer than changing it."""
+        self._left = self._room()
+
     def get(self, name: str) -> Weight | None:
         return self._weights.get(name)
 
     def keep(self, name: str, weight: Weight, copy: bool) -> None:
         """Keep a weight of the device, or a copy of it, if the device has room for it a second time."""
-        if name not in self._weights and weight.nbytes <= self._room():
+        if name not in self._weights and weight.nbytes <= self._left:
+            self._left -= weight.nbytes
             self._weights[name] = _copied(weight) if copy else weight
 
     def release(self, name: str) -> None:

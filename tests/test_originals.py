@@ -13,6 +13,7 @@ from wan_parallel.distributed.arena import Arena, ArenaReader, needed
 from wan_parallel.distributed.flat import components
 from wan_parallel.distributed.messages import ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from wan_parallel.distributed.models import Models
+from wan_parallel.distributed.originals import Originals
 from wan_parallel.distributed.pipeline import Stage
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.tensor import TensorShard
@@ -112,6 +113,21 @@ def test_without_room_the_file_is_read_for_what_has_changed_alone(kind, monkeypa
     assert rank.lora("b", 2, MATRICES[3:9]) >= set(MATRICES[:5])
     assert rank.lora("", 0, []) == set(MATRICES[3:9])
     assert same(rank.weights(), plain_weights)
+
+
+def test_as_many_are_kept_as_there_is_room_for_and_that_is_asked_once():
+    asked, weights = [], [torch.zeros(100) for _ in range(5)]
+
+    def room() -> int:
+        asked.append(None)
+        return 1000  # bytes: for two of them
+
+    originals = Originals(room)
+    for turn in (1, 2):
+        originals.look_for_room()
+        for i, weight in enumerate(weights):
+            originals.keep(f"{turn} {i}", weight, copy=False)
+        assert len(asked) == turn and originals.nbytes == 800 * turn
 
 
 def test_weights_that_went_to_host_memory_and_back_change_as_exactly(kind):
