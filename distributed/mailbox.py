@@ -84,15 +84,18 @@ class Mailbox(ABC):
 
     def send(self, letters: Sequence[Letter]) -> None:
         """Write into the memory of other ranks what this one's device has computed by then, in this order."""
-        for letter in letters:
-            self._sent[letter.rank][letter.channel] += 1
-        self._write(letters, [self._sent[letter.rank][letter.channel] for letter in letters])
+        self._write(letters, [self._count(letter) for letter in letters])
 
     def wait(self, senders: Iterable[int], channel: int) -> None:
         """Let the device go on once the next letter of each of `senders` on this channel is there."""
         for rank in senders:
             self._awaited[rank][channel] += 1
             self._await(rank * CHANNELS + channel, self._awaited[rank][channel])
+
+    def _count(self, letter: Letter) -> int:
+        """Count it; the number of letters to its receiver on its channel by now."""
+        self._sent[letter.rank][letter.channel] += 1
+        return self._sent[letter.rank][letter.channel]
 
     def _flag(self, letter: Letter) -> int:
         """Which of the receiver's flags is raised for it."""
