@@ -110,7 +110,7 @@ def test_memory(run):
 def test_load(run, tmp_path):
     options = ("--size", "1.3b", "--blocks", 1, "--gpus", 1, "--folder", tmp_path, "--warm-only")
     (row,) = run("load", *ON_CPU, *options)
-    assert row["cached"] and 0 < row["start_s"] < row["s"] and row["file_gib"] > 0.1
+    assert row["cached"] and 0 < row["start_s"] <= row["s"] and row["file_gib"] > 0.1  # rounded: a block takes no time
     assert not list(tmp_path.iterdir())
 
 
