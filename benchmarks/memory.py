@@ -27,7 +27,8 @@ from rows import Line, installed_versions, publish
 from simulation import choose_plan, simulate
 from wan_parallel.distributed.memory import CHOICES, PlacementError
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, OutOfMemory, Pool, PoolSettings, acquire, model_config
+from wan_parallel.distributed.pool import OutOfMemory, Pool, acquire, model_config
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 
 log = logging.getLogger("memory")
 

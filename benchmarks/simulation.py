@@ -34,18 +34,13 @@ from wan_parallel.distributed import models, residence, worker  # noqa: E402
 from wan_parallel.distributed.cost import Machine  # noqa: E402
 from wan_parallel.distributed.mailbox import Letter, Mailbox  # noqa: E402
 from wan_parallel.distributed.memory import PlacementError  # noqa: E402
-from wan_parallel.distributed.messages import (  # noqa: E402
-    ArenaRef,
-    Forward,
-    Load,
-    ModelSpec,
-    PoolSettings,
-    Reply,
-    Surveyed,
-    TensorRef,
-)
+from wan_parallel.distributed.messages import Reply  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.planner import Kind, Planner  # noqa: E402
+from wan_parallel.distributed.refs import ArenaRef, TensorRef  # noqa: E402
+from wan_parallel.distributed.requests import Forward, Load  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
+from wan_parallel.distributed.statuses import Surveyed  # noqa: E402
 from wan_parallel.wanvideo import pointwise  # noqa: E402
 from wan_parallel.wanvideo.attention import AttentionKernel  # noqa: E402
 from wan_parallel.wanvideo.build import model_class  # noqa: E402

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .messages import ArenaRef, TensorRef
+from .refs import ArenaRef, TensorRef
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .messages import MemoryUse
+from .statuses import MemoryUse
 
 
 class MemoryMeter:

@@ -46,10 +46,13 @@ from .memory import (
     place_weights,
 )
 from .memory_use import host_memory
-from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .originals import Originals, as_in_file
 from .pipeline import Stage
+from .refs import ArenaRef, PatchRef
+from .requests import Patch, StepOut
 from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group, release_cache, unit_of
+from .specs import ModelSpec, PoolSettings
+from .statuses import HeldWeights
 from .tensor import TensorShard
 
 log = logging.getLogger(__name__)

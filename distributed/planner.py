@@ -10,8 +10,9 @@ from ..wanvideo.config import WanConfig
 from .choice import Question, Room, better, choose, nearest_text, possible, reason
 from .cost import Machine
 from .division import check_plan
-from .messages import ModelSpec, PoolSettings, Surveyed
 from .plan import ParallelPlan
+from .specs import ModelSpec, PoolSettings
+from .statuses import Surveyed
 
 log = logging.getLogger(__name__)
 

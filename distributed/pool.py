@@ -27,37 +27,14 @@ from .arena import Arena, needed
 from .conditioning import SharedConditioning
 from .division import most_held
 from .memory import PlacementError
-from .messages import (
-    Cancel,
-    Displaced,
-    Divide,
-    Exchange,
-    Forward,
-    HeldWeights,
-    Load,
-    ModelSpec,
-    Patch,
-    PatchRef,
-    PoolFailed,
-    PoolReady,
-    PoolSettings,
-    Ready,
-    Replies,
-    Reply,
-    Report,
-    Request,
-    StepOut,
-    Survey,
-    Surveyed,
-    Trim,
-    Unload,
-    WorkerStatus,
-    decode,
-    encode,
-)
+from .messages import Cancel, Exchange, PoolFailed, PoolReady, Ready, Replies, Reply, decode, encode
 from .plan import ParallelPlan, PlanError
 from .planner import Kind, Planner
 from .processes import PoolProcesses
+from .refs import PatchRef
+from .requests import Displaced, Divide, Forward, Load, Patch, Report, Request, StepOut, Survey, Trim, Unload
+from .specs import ModelSpec, PoolSettings
+from .statuses import HeldWeights, Surveyed, WorkerStatus
 from .stopwatch import RankTimes, rank_times
 
 log = logging.getLogger(__name__)

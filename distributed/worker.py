@@ -39,40 +39,29 @@ from .links import link_kind
 from .mailbox import Mailbox, open_mailbox
 from .memory import PlacementError
 from .memory_use import MemoryMeter
-from .messages import (
-    ArenaRef,
-    DecodeVAE,
-    Displaced,
-    Divide,
-    EncodeVAE,
-    Exchange,
-    Forward,
-    Load,
-    LoadVAE,
-    ModelSpec,
-    ModelStatus,
-    Patch,
-    PoolSettings,
-    Ready,
-    Reply,
-    Report,
-    Request,
-    Start,
-    StepOut,
-    Survey,
-    Surveyed,
-    TensorRef,
-    Trim,
-    Unload,
-    WorkerStatus,
-    decode,
-    encode,
-)
+from .messages import Exchange, Ready, Reply, Start, decode, encode
 from .models import LoadedModel, Models
 from .overlapped import OverlappedAttention
 from .pipefusion import PatchStream
 from .pipeline import Flow, Stage
 from .plan import ParallelPlan, Place, PlanError, SequenceDegrees, bounds
+from .refs import ArenaRef, TensorRef
+from .requests import (
+    DecodeVAE,
+    Displaced,
+    Divide,
+    EncodeVAE,
+    Forward,
+    Load,
+    LoadVAE,
+    Patch,
+    Report,
+    Request,
+    StepOut,
+    Survey,
+    Trim,
+    Unload,
+)
 from .residence import Residence
 from .schedule import EXACT
 from .sequence import (
@@ -85,6 +74,8 @@ from .sequence import (
     own_process_group,
     place_in,
 )
+from .specs import ModelSpec, PoolSettings
+from .statuses import ModelStatus, Surveyed, WorkerStatus
 from .survey import survey
 from .tensor import TensorShard
 from .vae import VAEs

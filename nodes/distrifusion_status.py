@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from comfy_api.latest import io, ui
 
-from ..distributed.messages import Exchange, WorkerStatus
+from ..distributed.messages import Exchange
 from ..distributed.patch_buffers import official_version
 from ..distributed.patch_memory import gib
 from ..distributed.patches import PatchLayout, token_pixels
 from ..distributed.plan import PlanError
 from ..distributed.pool import PoolStatus
 from ..distributed.schedule import StepInfo
+from ..distributed.statuses import WorkerStatus
 from ..wanvideo.grid import Grid
 from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL, availability
 from .patch_picture import draw_layout

@@ -25,9 +25,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
 from ..distributed.memory import PlacementError
-from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError, file_stamp
+from ..distributed.requests import Displaced
 from ..distributed.schedule import PatchSettings
+from ..distributed.specs import ModelSpec
 from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import FLOW_RVS, CheckpointError, Header
 from ..wanvideo.grid import sequence_of

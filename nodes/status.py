@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..distributed.messages import ModelSpec, ModelStatus, WorkerStatus
 from ..distributed.pool import PoolStatus
+from ..distributed.specs import ModelSpec
+from ..distributed.statuses import ModelStatus, WorkerStatus
 from ..wanvideo.checkpoint import held_as
 from .config import CATEGORY
 from .remote_model import RemoteModelPatcher

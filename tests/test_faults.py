@@ -27,7 +27,8 @@ import torch
 from processes import alive, descendants, open_files, wait_until_gone
 from wan_parallel.distributed.gate import Cancelled, Gate, GateMemory
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolError, PoolSettings, WorkerDied
+from wan_parallel.distributed.pool import Pool, PoolError, WorkerDied
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.model import WanModel
 

@@ -19,7 +19,8 @@ import tiny
 import torch
 from processes import alive, descendants, listening, private_bytes, wait_until_gone
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerDied, acquire, file_stamp
+from wan_parallel.distributed.pool import Pool, WorkerDied, acquire, file_stamp
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention import AttentionError
 from wan_parallel.wanvideo.checkpoint import CheckpointError
 from wan_parallel.wanvideo.config import WanConfig

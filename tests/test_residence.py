@@ -21,9 +21,10 @@ from test_lora import patch_set, some_lora
 from wan_parallel.distributed.flat import HostBuffer, Layout, components, on_meta
 from wan_parallel.distributed.memory import ALIGN
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerDied
+from wan_parallel.distributed.pool import Pool, WorkerDied
 from wan_parallel.distributed.residence import Residence, Slots
 from wan_parallel.distributed.schedule import PatchSettings
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.lora import LowRank
 

@@ -10,9 +10,10 @@ import pytest
 import talk_files
 import tiny
 import torch
-from wan_parallel.distributed.messages import Displaced, ModelSpec
 from wan_parallel.distributed.plan import PatchSplit
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.nodes.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.talk import file_of, has_places, loaded_elsewhere, talk_in, without_talk
 from wan_parallel.wanvideo.conditioning import NOTHING, check

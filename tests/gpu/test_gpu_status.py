@@ -21,9 +21,10 @@ import torch.distributed as dist
 from wan_parallel.distributed import stopwatch, worker
 from wan_parallel.distributed.arena import Arena, needed
 from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.messages import Forward, Load, ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import Pool, PoolStatus
+from wan_parallel.distributed.requests import Forward, Load
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import PRESETS
 from wan_parallel.wanvideo.grid import grid_of
 
