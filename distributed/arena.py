@@ -89,6 +89,27 @@ class Arena:
             self._fd = -1
 
 
+class ReusedArena:
+    """One arena for request after request; another one takes its place when more is needed."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+
+    def of(self, nbytes: int, pinned: bool = False) -> Arena:
+        """An arena of at least so many bytes, without what lay in it. No request may be under way."""
+        if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
+            self.close()
+            self._arena = Arena(nbytes, pinned)
+        self._arena.reset()
+        return self._arena
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
 class ArenaReader:
     """A worker's side: opens arenas by their path and keeps the newest open."""
 

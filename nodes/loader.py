@@ -11,9 +11,9 @@ import comfy.sd
 import comfy.utils
 from comfy_api.latest import io
 
-from ..distributed.pool import acquire, file_stamp
+from ..distributed.pool import acquire
 from ..wanvideo import fp8_mode as fp8_modes
-from ..wanvideo.checkpoint import held_as
+from ..wanvideo.checkpoint import file_stamp, held_as
 from ..wanvideo.config import CheckpointError, read_header
 from ..wanvideo.vace_module import read_model
 from .config import CATEGORY, XDITUSPCONFIG

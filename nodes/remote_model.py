@@ -24,11 +24,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
+from ..distributed.errors import OutOfMemory, PoolError
+from ..distributed.lora import PatchSet
 from ..distributed.memory import PlacementError
-from ..distributed.pool import OutOfMemory, PatchSet, Pool, PoolError, file_stamp
+from ..distributed.pool import Pool
 from ..distributed.requests import Displaced
 from ..distributed.schedule import PatchSettings
 from ..distributed.specs import ModelSpec
+from ..wanvideo.checkpoint import file_stamp
 from ..wanvideo.conditioning import Conditioning, check, extended
 from ..wanvideo.config import FLOW_RVS, CheckpointError, Header
 from ..wanvideo.grid import sequence_of

@@ -15,6 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from patch_runs import STEPS, UNEVEN, Ran, Reference, assert_like_the_reference, sample, through
+from wan_parallel.distributed.errors import PoolError, WorkerDied
 from wan_parallel.distributed.patch_buffers import (
     INSTALL_LINE,
     BufferManager,
@@ -24,7 +25,7 @@ from wan_parallel.distributed.patch_buffers import (
     official_version,
 )
 from wan_parallel.distributed.plan import SPLIT_MODES, PatchSplit, PlanError
-from wan_parallel.distributed.pool import Pool, PoolError, WorkerDied
+from wan_parallel.distributed.pool import Pool
 from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE, PatchSettings, Schedule
 from wan_parallel.distributed.specs import ModelSpec

@@ -25,9 +25,10 @@ import pytest
 import tiny
 import torch
 from processes import alive, descendants, open_files, wait_until_gone
+from wan_parallel.distributed.errors import PoolError, WorkerDied
 from wan_parallel.distributed.gate import Cancelled, Gate, GateMemory
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool, PoolError, WorkerDied
+from wan_parallel.distributed.pool import Pool
 from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.model import WanModel
@@ -157,10 +158,10 @@ def test_a_rank_that_fails_alone_ends_the_pool_with_its_error(own_pool, many_lay
 def test_an_error_on_all_ranks_leaves_the_workers_as_they_were(own_pool, many_layers, right):
     right(own_pool)
     pids = own_pool.worker_pids
-    own_pool._loaded[replace(many_layers, slice_tokens=5)] = ""  # the workers have no such model
+    own_pool._holdings.loaded[replace(many_layers, slice_tokens=5)] = ""  # the workers have no such model
     with pytest.raises(PoolError):
         own_pool.forward(replace(many_layers, slice_tokens=5), *tiny.inputs(MANY_LAYERS))
-    own_pool._loaded.pop(replace(many_layers, slice_tokens=5), None)
+    own_pool._holdings.loaded.pop(replace(many_layers, slice_tokens=5), None)
     right(own_pool)
     assert own_pool.worker_pids == pids
 

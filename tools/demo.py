@@ -37,6 +37,7 @@ try:
     tiny_text = import_module("wan_parallel.wanvideo.tiny_text")
     plans = import_module("wan_parallel.distributed.plan")
     pools = import_module("wan_parallel.distributed.pool")
+    errors = import_module("wan_parallel.distributed.errors")
     specs = import_module("wan_parallel.distributed.specs")
     tiny_vae = import_module("wan_parallel.tools.tiny_wan.vae")
     tiny_wan = import_module("wan_parallel.tools.tiny_wan.judging")
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("Stopped. Run it again to start from the beginning.", 130)
-    except pools.PoolError as error:
+    except errors.PoolError as error:
         return complain(error, 1)
     except OSError as error:
         where = error.filename or arguments.out

@@ -82,7 +82,7 @@ def load_pack(folder: str):
 
 
 load_pack(sys.argv[1])
-from wan_parallel.distributed.pool import OutOfMemory
+from wan_parallel.distributed.errors import OutOfMemory
 from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.nodes.remote_model import build_model
 from wan_parallel.wanvideo.config import read_header
