@@ -225,7 +225,7 @@ def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
 
 def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, folder: str) -> None:
     """Run forwards with and without measuring in turn, and write the seconds of each."""
-    worker._join_world(rank, settings, f"{folder}/store")
+    worker.join_world(rank, settings, f"{folder}/store")
     runner = worker.Worker(rank, settings, Gate(gate))
     handled = [runner.handle(Load(1, request.spec)), runner.handle(request)]
     measuring, told = stopwatch.measuring, {"with": [], "without": []}
