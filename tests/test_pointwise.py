@@ -116,3 +116,13 @@ def test_gelu_in_the_product_is_no_less_exact_than_behind_it(dtype, rows, monkey
     fused = pointwise.gelu_product(x, weight, bias)
     assert fused.shape == behind.shape and fused.dtype == dtype
     assert relative_error(fused, exact) <= 1.05 * relative_error(behind, exact)
+
+
+def test_what_was_compiled_for_aligned_addresses_is_not_launched_on_others(plain):
+    """A vector of 16 bytes cannot be loaded from them."""
+    numbers = normal(2 * TOKENS * 512 + 3)
+    vectors = normal(512), normal(512)
+    for offset in (0, 0, 1, 1, 3, 0):
+        x = numbers[offset : offset + 2 * TOKENS * 512].view(2, TOKENS, 512)
+        arguments = x, *vectors, 1e-6, torch.float32
+        agree(pointwise.norm(*arguments), plain(pointwise.norm, *arguments))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
+
+from .triton_launch import Launcher
 
 
 @triton.jit
@@ -83,14 +88,20 @@ def _add_kernel(x, y, gate, n, d, x_batch, x_token, gate_batch, gate_token, BLOC
     tl.store(at, tl.load(at, mask=inside, other=0.0) + change, mask=inside)
 
 
+_norm = Launcher(_norm_kernel)
+_add_norm = Launcher(_add_norm_kernel)
+_rms_norm = Launcher(_rms_norm_kernel)
+_add = Launcher(_add_kernel)
+
+
 def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """See `pointwise.norm`."""
     batch, n, d = x.shape
-    scale, shift = _rows(scale, x), _rows(shift, x)
+    tensors = x, _rows(scale, x), _rows(shift, x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        strides = *x.stride()[:2], *scale.stride()[:2], *shift.stride()[:2]
-        _norm_kernel[(batch * n,)](x, scale, shift, out, n, d, eps, *strides, **_launch(d))
+        block, warps = _launch(d)
+        _norm((batch * n,), (*tensors, out), (n, d, eps, *_strides(tensors)), (block,), warps)
     return out
 
 
@@ -110,10 +121,9 @@ def rms_norm(
     squares = mean_square.contiguous() if given else weight
     half = rope.shape[-1] if rotate else 1
     if x.numel():
-        pairs, warps = triton.next_power_of_2(d) // 2, _launch(d)["num_warps"]
-        _rms_norm_kernel[(batch * n,)](
-            x, weight, table, squares, out, n, d, eps, half, pairs, rotate, given, num_warps=warps
-        )
+        block, warps = _launch(d)
+        tensors, constants = (x, weight, table, squares, out), (half, block // 2, rotate, given)
+        _rms_norm((batch * n,), tensors, (n, d, eps), constants, warps)
     return out
 
 
@@ -123,8 +133,8 @@ def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.T
     gated = gate is not None
     gate = _rows(gate, x) if gated else x
     if x.numel():
-        strides = *x.stride()[:2], *gate.stride()[:2]
-        _add_kernel[(batch * n,)](x, y.contiguous(), gate, n, d, *strides, GATED=gated, **_launch(d))
+        block, warps = _launch(d)
+        _add((batch * n,), (x, y.contiguous(), gate), (n, d, *_strides((x, gate))), (block, gated), warps)
     return x
 
 
@@ -140,11 +150,11 @@ def add_norm(
     """See `pointwise.add_norm`."""
     batch, n, d = x.shape
     y, gated = y if y.stride(-1) == 1 else y.contiguous(), gate is not None
-    rows = [_rows(v, x) for v in (gate if gated else x, scale, shift)]
+    tensors = x, y, *(_rows(v, x) for v in (gate if gated else x, scale, shift))
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        strides = [stride for v in (x, y, *rows) for stride in v.stride()[:2]]
-        _add_norm_kernel[(batch * n,)](x, y, *rows, out, n, d, eps, *strides, GATED=gated, **_launch(d))
+        block, warps = _launch(d)
+        _add_norm((batch * n,), (*tensors, out), (n, d, eps, *_strides(tensors)), (block, gated), warps)
     return out
 
 
@@ -167,6 +177,13 @@ def _rows(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return v.expand(x.shape)
 
 
-def _launch(d: int) -> dict[str, int]:
+def _strides(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Of items and tokens, of all of them in turn."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+@functools.cache
+def _launch(d: int) -> tuple[int, int]:
+    """Columns of a program, and its warps."""
     block = triton.next_power_of_2(d)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return block, min(16, max(1, block // 512))
