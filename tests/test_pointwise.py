@@ -7,6 +7,7 @@ import torch
 from tiny import relative_error
 from torch.nn import functional as F
 from wan_parallel.wanvideo import pointwise
+from wan_parallel.wanvideo.pointwise import ByToken, written_out
 from wan_parallel.wanvideo.rope import rope_table
 
 pytestmark = [
@@ -104,6 +105,25 @@ def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(dtype, width, rows):
     got = pointwise.add_norm(together[:, 3 : 3 + TOKENS], y, gate, scale, shift, 1e-6, dtype)
     agree(together, apart)
     agree(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [slice(0, TOKENS), slice(4, TOKENS - 3)], ids=["all", "some"])
+def test_few_vectors_give_what_one_for_each_token_gives(dtype, part):
+    row = torch.arange(TOKENS, device="cuda") // 7
+    gate, scale, shift = (ByToken(normal(2, 3, 5, 1536)[:, 1], row).of(part) for _ in range(3))
+    x, y = normal(2, TOKENS, 1536)[:, part], normal(2, TOKENS, 1536, dtype=dtype)[:, part]
+    weights = normal(1536), normal(1536)
+    for scales in ((scale, shift), weights):
+        whole = tuple(written_out(v) for v in scales)
+        assert torch.equal(pointwise.norm(x, *scales, 1e-6, dtype), pointwise.norm(x, *whole, 1e-6, dtype))
+        for g in (None, gate):
+            one, other = x.clone(), x.clone()
+            dense = None if g is None else written_out(g)
+            got = pointwise.add_norm(one, y, g, *scales, 1e-6, dtype)
+            assert torch.equal(got, pointwise.add_norm(other, y, dense, *whole, 1e-6, dtype))
+            assert torch.equal(one, other)
+            assert torch.equal(pointwise.add_(one, y, g), pointwise.add_(other, y, dense))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,6 +23,7 @@ from .attention import AttentionKernel
 from .config import WanConfig
 from .fp8 import Fp8Rows
 from .grid import PATCH
+from .pointwise import ByToken, Vectors
 from .quantized import Fp8Weight, as_tensor
 
 TIMESTEP_PERIOD = 10000.0
@@ -96,7 +97,7 @@ class LayerNorm(nn.Module):
         return _norm(x, self.weight, self.bias, self.eps, dtype, to_fp8)
 
     def after(
-        self, x: torch.Tensor, change: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype, to_fp8: bool
+        self, x: torch.Tensor, change: torch.Tensor, gate: Vectors, dtype: torch.dtype, to_fp8: bool
     ) -> torch.Tensor | Fp8Rows:
         """Of x + change * gate, which x becomes; see `add_norm`."""
         return add_norm(x, change, gate, self.weight, self.bias, self.eps, dtype, to_fp8)
@@ -296,10 +297,11 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
         self.head = Linear(config.dim, config.out_dim * math.prod(PATCH))
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """x [B, n, dim] and the time embedding [B, 1 or n, dim], float32, to [B, n, 4*out_dim]."""
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """x [B, n, dim] and the time embedding [B, R, dim], float32, to [B, n, 4*out_dim]."""
         shift, scale = (embedding + m for m in self.modulation.unbind(1))
-        return self.head(pointwise.norm(x, 1 + scale, shift, self.eps, x.dtype))
+        vectors = inputs.by_token(1 + scale), inputs.by_token(shift)
+        return self.head(pointwise.norm(x, *vectors, self.eps, x.dtype))
 
 
 @dataclass(frozen=True)
@@ -318,16 +320,17 @@ class BlockInputs:
     slice_tokens: int
     heard: Any = None  # what a variant's blocks listen to (see humo.py)
 
-    def modulation(self, block: torch.Tensor) -> list[torch.Tensor]:
+    def modulation(self, block: torch.Tensor) -> list[Vectors]:
         """The six vectors (shift, 1 + scale, gate) x 2 of a block, each [B, 1 or n, dim]."""
         return [self.by_token(v) for v in (self.time + block.unsqueeze(1)).unbind(2)]
 
-    def by_token(self, v: torch.Tensor) -> torch.Tensor:
-        return v if self.row_of_token is None else v[:, self.row_of_token]
+    def by_token(self, v: torch.Tensor) -> Vectors:
+        """What is given for each time [B, R, dim], for each token."""
+        return v if self.row_of_token is None else ByToken(v, self.row_of_token)
 
 
 def _norm(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype, to_fp8: bool
+    x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype, to_fp8: bool
 ) -> torch.Tensor | Fp8Rows:
     """LayerNorm(x) * scale + shift in `dtype`, or as fp8 rows for products in `dtype`."""
     return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, scale, shift, eps, dtype)
@@ -336,9 +339,9 @@ def _norm(
 def add_norm(
     x: torch.Tensor,
     change: torch.Tensor,
-    gate: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    gate: Vectors | None,
+    scale: Vectors,
+    shift: Vectors,
     eps: float,
     dtype: torch.dtype,
     to_fp8: bool,
@@ -356,8 +359,10 @@ def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def rows(v: torch.Tensor, s: slice) -> torch.Tensor:
-    """The rows of a modulation vector [B, 1 or n, dim] that belong to the tokens `s`."""
+def rows(v: Vectors, s: slice) -> Vectors:
+    """Of vectors for each token, or for all, those of the tokens `s`."""
+    if isinstance(v, ByToken):
+        return v.of(s)
     return v if v.shape[1] == 1 else v[:, s]
 
 

@@ -197,7 +197,7 @@ class WanModel(nn.Module):
                 before_block(self.config.num_layers + vace)
             self.add_sides(x, sides, i, inputs, conditioning)
         if self.span.stop == len(self.blocks):
-            return self.head_for(conditioning)(x, inputs.by_token(embedding))
+            return self.head_for(conditioning)(x, embedding, inputs)
         onward = sides[: self.carried(self.span.stop, conditioning)]
         if not onward:
             return x
