@@ -105,10 +105,10 @@ class Holdings:
         self.loaded[spec] = patches.uuid
         self._arena.close()  # LoRAs are larger than latents
 
-    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float) -> int:
+    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None) -> int:
         """See `Pool.step_out`; the model is loaded."""
-        self._conversation.drain(None)
+        self._conversation.drain(poll)
         before, _ = self.held(spec, ranks)
-        self._conversation.ask(lambda number: StepOut(number, spec, tuple(ranks), nbytes), None)
-        self._aside.add(spec)
+        self._aside.add(spec)  # before it has: the workers go on with it where poll gives it up
+        self._conversation.ask(lambda number: StepOut(number, spec, tuple(ranks), nbytes), poll)
         return before - self.held(spec, ranks)[0]

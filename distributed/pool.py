@@ -322,10 +322,13 @@ class Pool:
         """
         return self._holdings.held(spec, ranks)
 
-    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float) -> int:
+    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None = None) -> int:
         """Move weights to host memory until the devices of `ranks` have `nbytes` more each, or all of `spec`'s.
 
         They come back by themselves with the next forward. Returns the bytes that left all these devices.
+
+        Args:
+            poll: as in `forward`. Weights that are on their way leave all the same.
 
         Raises:
             PlacementError: host memory has no room for them.
@@ -333,13 +336,14 @@ class Pool:
         with self._lock:
             if not self.alive or not self.workers or spec not in self._holdings.loaded:
                 return 0
-            return self._holdings.step_out(spec, ranks, nbytes)
+            return self._holdings.step_out(spec, ranks, nbytes, poll)
 
-    def step_aside(self, spec: ModelSpec) -> int:
+    def step_aside(self, spec: ModelSpec, poll: Poll | None = None) -> int:
         """Let every other model step out on all workers; returns the bytes that left the devices."""
         with self._lock:
             ranks = range(self.settings.plan.num_gpus)
-            return sum(self.step_out(other, ranks, 2**62) for other in list(self._holdings.loaded) if other != spec)
+            others = [other for other in self._holdings.loaded if other != spec]
+            return sum(self.step_out(other, ranks, 2**62, poll) for other in others)
 
     def trim(self) -> None:
         """Let the workers give back what only a sampling run needs; weights stay. Starts nothing.
@@ -356,15 +360,15 @@ class Pool:
         with self._lock:
             self._conversation.close()
 
-    def status(self) -> PoolStatus:
-        """Memory, models and speed as they are now. Starts nothing."""
+    def status(self, poll: Poll | None = None) -> PoolStatus:
+        """Memory, models and speed as they are now. Starts nothing. `poll` as in `forward`."""
         with self._lock:
             if not self.workers:
                 return PoolStatus("not started", self.settings)
             if self._conversation.lost():
                 return PoolStatus("ended", self.settings)
-            self._conversation.drain(None)
-            replies, last = self._conversation.ask(Report, None), self._last
+            self._conversation.drain(poll)
+            replies, last = self._conversation.ask(Report, poll), self._last
             return PoolStatus(
                 "ready",
                 self.settings,

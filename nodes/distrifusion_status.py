@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
@@ -60,7 +61,8 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )
-        runs, pool = model.remote.patch_runs, model.remote.pool.status()
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        runs, pool = model.remote.patch_runs, model.remote.pool.status(poll)
         layout, problem = _layout(runs)
         text = "\n".join(_report(runs, pool, layout, problem))
         picture = draw_layout(layout, _caption(runs), None if frame is None else frame[0])

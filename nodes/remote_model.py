@@ -267,7 +267,8 @@ class RemoteWan(torch.nn.Module):
     def _make_more_room(self) -> bool:
         """After the workers ran out of memory: free all that is not this model; whether there was any."""
         freed = self._make_room(_EVERYTHING)
-        freed = bool(self.pool.step_aside(self.spec)) or freed  # such as the other expert of Wan 2.2
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        freed = bool(self.pool.step_aside(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
         return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
 
 
@@ -339,7 +340,8 @@ class RemoteModelPatcher(ModelPatcher):
             log.warning("%s", error)
 
     # One GPU, two users: what the workers hold on ComfyUI's own device is shown to its memory manager. Where that
-    # wants some of it for another model, weights step out to host memory; the next forward brings them back.
+    # wants some of it for another model, weights step out to host memory; the next forward brings them back. Cancel
+    # has to wait for that: an interrupt in the middle of its freeing would make it lose count of its models.
 
     def model_size(self) -> int:
         """Bytes of the weights on ComfyUI's device once all are there; 1 while the workers have none (0 is unset)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..distributed.pool import PoolStatus
@@ -54,7 +55,7 @@ class XDitUSPStatus(io.ComfyNode):
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )
         remote = model.remote
-        status = remote.pool.status()
+        status = remote.pool.status(comfy.model_management.throw_exception_if_processing_interrupted)
         text = report(status, remote.spec, held_as(remote.header, remote.spec.weight_dtype))
         return io.NodeOutput(text, draw_status(status, _plan(status)), ui=ui.PreviewText(text))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -267,6 +268,24 @@ def test_cancel_while_a_model_makes_room_is_right(own_pool, many_layers, right):
     own_pool.ensure_ready(coming)
     own_pool.unload(coming)
     right(own_pool)
+    assert own_pool.worker_pids == pids
+
+
+def test_cancel_while_a_slow_worker_tells_its_status_or_lets_weights_out_is_right(own_pool, many_layers, right):
+    own_pool.unload()
+    right(own_pool)
+    pids, other = own_pool.worker_pids, replace(many_layers, slice_tokens=8)
+    for wait in (own_pool.status, functools.partial(own_pool.step_aside, other)):
+        with standing_still(pids[1]):
+            started = time.monotonic()
+            with pytest.raises(Interrupted):
+                wait(poll=interrupt)
+            assert time.monotonic() - started < CANCEL_SECONDS
+        assert own_pool.status().state == "ready"
+    now, whole = own_pool.held(many_layers, range(2))
+    assert now < whole  # they left all the same
+    right(own_pool)
+    assert own_pool.held(many_layers, range(2)) == (whole, whole)
     assert own_pool.worker_pids == pids
 
 
