@@ -18,9 +18,9 @@ from ..distributed.schedule import StepInfo
 from ..distributed.statuses import WorkerStatus
 from ..wanvideo.grid import Grid
 from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL, availability
+from .model_patcher import RemoteModelPatcher
 from .patch_picture import draw_layout
 from .patch_runs import PatchRuns, RunRecord
-from .remote_model import RemoteModelPatcher
 
 _EXAMPLE = (832, 480, 21)  # width, height, latent frames of what is shown before a run
 

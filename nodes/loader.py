@@ -19,7 +19,8 @@ from ..wanvideo.vace_module import read_model
 from .config import CATEGORY, XDITUSPCONFIG
 from .lora_names import with_native_names
 from .model_files import model_names, model_path
-from .remote_model import RemoteModelPatcher, build_model
+from .model_patcher import RemoteModelPatcher
+from .remote_model import build_model
 from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 from .vace_select import VACEPATH, module_path
 

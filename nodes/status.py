@@ -10,7 +10,7 @@ from ..distributed.specs import ModelSpec
 from ..distributed.statuses import ModelStatus, WorkerStatus
 from ..wanvideo.checkpoint import held_as
 from .config import CATEGORY
-from .remote_model import RemoteModelPatcher
+from .model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, worker_lines
 
 
