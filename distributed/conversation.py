@@ -1,11 +1,10 @@
 """What the client and its workers say to each other: start them, ask, wait for all answers, give up, notice their end.
 
 One request is under way at a time. Whoever waits is called back ten times a second and may raise to give the request
-up (ComfyUI's Cancel). The workers are then told, and work on until they see it (see gate.py), so that until their
-answer has come
+up (ComfyUI's Cancel). The workers are then told, and go on until they see it (see gate.py). Two things follow:
 
-- nobody may write to the memory that they read and write: `drain` waits for that answer,
-- some ranks may have left a forward that others finished: `tidy` lets all of them drop what they had sent each other.
+- they may still read and write the memory that they were shown, so `drain` waits for their answer before it is used;
+- some ranks may have left a forward that others finished, so `tidy` lets all drop what they had sent each other.
 """
 
 from __future__ import annotations
