@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .gguf_blocks import BLOCKS, GgufWeight
+
 _WARPS = 4
-_NUMBERS = {kind: 4096 for kind in ("Q2_K", "Q3_K", "Q6_K")} | dict.fromkeys(
-    ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 2048
-)
-"""Numbers a program writes: eight bytes a lane are as many."""
+_NUMBERS = dict.fromkeys(BLOCKS, 2048) | dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 4096)
+"""Numbers that a program writes: two runs of eight a lane, or four."""
 
 
 @triton.jit
@@ -195,25 +195,25 @@ def _four_or_five(at, to, first, columns, FIVE: tl.constexpr, OFFSET: tl.constex
 def _dequantize_kernel(
     blocks, out, total, of_row, stride, columns, skip,
     KIND: tl.constexpr, NUMBERS: tl.constexpr, NBYTES: tl.constexpr, COUNT: tl.constexpr,
-    ALIGNED: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, RAGGED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """`total` blocks, `of_row` of them a row.
 
-    ALIGNED: bytes that every block's address is a multiple of. RAGGED: rows of blocks are apart in memory, or the
-    matrix begins or ends within blocks. WIDE: whether a row's columns come in eights then.
+    RAGGED: rows of blocks are apart in memory, or the matrix begins or ends within blocks; else there are no rows.
+    ALIGNED: bytes of which every block's address is a multiple. UNIT: of which `columns` and `skip` are numbers, so
+    that the compiler knows how wide a store can be.
     """
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    block = tl.minimum(block, total - 1).to(tl.int64)  # those past the end write the last one again
+    block = tl.minimum(block, total - 1)  # those past the end write the last one again
     if RAGGED:
-        row, within = block // of_row, block % of_row
-        first = within * NUMBERS - skip
-        at, to = blocks + (row * stride + within * NBYTES), out + (row * columns + first)
+        columns, row, place = columns * UNIT, block // of_row, block % of_row
+        first = place * NUMBERS - skip * UNIT
+        at = blocks + (row.to(tl.int64) * stride + place * NBYTES)
+        to = out + (row.to(tl.int64) * columns + first)
     else:
         first = block
-        at, to = blocks + block * NBYTES, out + block * NUMBERS
+        at, to = blocks + block.to(tl.int64) * NBYTES, out + block.to(tl.int64) * NUMBERS
     at = tl.multiple_of(at, ALIGNED)
-    if WIDE:
-        to = tl.multiple_of(to, 16)
     if KIND == "Q4_K":
         _four_or_five_k(at, to, first, columns, False, RAGGED)
     elif KIND == "Q5_K":
@@ -237,29 +237,22 @@ def _dequantize_kernel(
         _four_or_five(at, to, first, columns, True, True, RAGGED)
 
 
-def dequantize(
-    kind: str, numbers: int, nbytes: int, blocks: torch.Tensor, columns: int, skip: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """See `GgufWeight.dequantize`.
-
-    Args:
-        kind: one of GGUF's names, with blocks of `nbytes` bytes for `numbers` numbers.
-        blocks: uint8 [rows, bytes] at even addresses.
-    """
-    if blocks.stride(-1) != 1 or (blocks.data_ptr() | blocks.stride(0)) % 2:
-        blocks = blocks.clone(memory_format=torch.contiguous_format)
-    out = torch.empty(len(blocks), columns, dtype=dtype, device=blocks.device)
-    of_row = blocks.shape[1] // nbytes
-    total, stride = len(blocks) * of_row, blocks.stride(0)
-    if not total:
+def dequantize(weight: GgufWeight, dtype: torch.dtype) -> torch.Tensor:
+    """See `GgufWeight.dequantize`."""
+    kind, blocks, block = weight.dtype, weight.blocks, BLOCKS[weight.dtype]
+    if blocks.stride(1) != 1 or (blocks.data_ptr() | blocks.stride(0)) % 2:
+        blocks = blocks.clone(memory_format=torch.contiguous_format)  # scales are read as float16 numbers
+    out = torch.empty(weight.shape, dtype=dtype, device=blocks.device)
+    if not out.numel():
         return out
-    ragged = not blocks.is_contiguous() or columns != of_row * numbers
-    wide = not ragged or math.gcd(columns, skip, 8) == 8
-    aligned = math.gcd(blocks.data_ptr(), stride if ragged else nbytes, nbytes, 8)
-    count = _NUMBERS[kind] // numbers
+    of_row, stride = blocks.shape[1] // block.nbytes, blocks.stride(0)
+    total, count = len(blocks) * of_row, _NUMBERS[kind] // block.numbers
+    ragged = not blocks.is_contiguous() or weight.columns != of_row * block.numbers
+    unit = 8 if math.gcd(weight.columns, weight.skip, 8) == 8 else 1
+    aligned = math.gcd(blocks.data_ptr(), stride if ragged else 0, block.nbytes, 8)
     _dequantize_kernel[(triton.cdiv(total, count),)](
-        blocks, out, total, of_row, stride, columns, skip,
-        kind, numbers, nbytes, count, aligned, ragged, wide,
+        blocks, out, total, of_row, stride, weight.columns // unit, weight.skip // unit,
+        kind, block.numbers, block.nbytes, count, aligned, ragged, unit,
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
