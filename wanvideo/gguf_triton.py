@@ -237,8 +237,14 @@ def _dequantize_kernel(
         _four_or_five(at, to, first, columns, True, True, RAGGED)
 
 
-def dequantize(weight: GgufWeight, dtype: torch.dtype) -> torch.Tensor:
-    """See `GgufWeight.dequantize`."""
+def dequantize(
+    weight: GgufWeight, dtype: torch.dtype, numbers: int | None = None, warps: int | None = None
+) -> torch.Tensor:
+    """See `GgufWeight.dequantize`.
+
+    Args:
+        numbers, warps: of a program, powers of 2; None chooses.
+    """
     kind, blocks, block = weight.dtype, weight.blocks, BLOCKS[weight.dtype]
     if blocks.stride(1) != 1 or (blocks.data_ptr() | blocks.stride(0)) % 2:
         blocks = blocks.clone(memory_format=torch.contiguous_format)  # scales are read as float16 numbers
@@ -246,13 +252,13 @@ def dequantize(weight: GgufWeight, dtype: torch.dtype) -> torch.Tensor:
     if not out.numel():
         return out
     of_row, stride = blocks.shape[1] // block.nbytes, blocks.stride(0)
-    total, count = len(blocks) * of_row, _NUMBERS[kind] // block.numbers
+    total, count = len(blocks) * of_row, (numbers or _NUMBERS[kind]) // block.numbers
     ragged = not blocks.is_contiguous() or weight.columns != of_row * block.numbers
     unit = 8 if math.gcd(weight.columns, weight.skip, 8) == 8 else 1
     aligned = math.gcd(blocks.data_ptr(), stride if ragged else 0, block.nbytes, 8)
     _dequantize_kernel[(triton.cdiv(total, count),)](
         blocks, out, total, of_row, stride, weight.columns // unit, weight.skip // unit,
         kind, block.numbers, block.nbytes, count, aligned, ragged, unit,
-        num_warps=_WARPS, enable_fp_fusion=False,
+        num_warps=warps or _WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
