@@ -154,13 +154,12 @@ class OverlappedAttention:
             if kind not in self._announced:
                 self.announce(kind, x)
         self._announced.clear()
-        arrivals, group = self._arrivals, self.mailbox.group
-        with standing(ALL_TO_ALL, group):
-            for channel in (_KEYS, _VALUES, _QUERIES):
-                self.mailbox.wait(self.others, channel)
+        arrivals, among = self._arrivals, self.mailbox.members
+        with standing(ALL_TO_ALL, among):
+            self.mailbox.wait(self.others, _KEYS, _VALUES, _QUERIES)
         for part, (start, count) in enumerate(self._layout.slices(self.place)):
             if part:
-                with standing(LATER_SLICES, group):
+                with standing(LATER_SLICES, among):
                     self.mailbox.wait(self.others, _QUERIES + part)
             heads = slice(start, start + count)
             out = self.kernel(arrivals.queries[part], arrivals.keys[:, :, heads], arrivals.values[:, :, heads])
@@ -171,7 +170,7 @@ class OverlappedAttention:
         layout = Layout(self.lengths, self.heads, len(x), x.shape[-1], x.dtype)
         if layout == self._layout:
             return
-        with standing(ALL_TO_ALL, self.mailbox.group):
+        with standing(ALL_TO_ALL, self.mailbox.members):
             self.mailbox.arrange(layout, layout.nbytes)
         self._layout = layout
         self._arrivals = self._all_arrivals(layout)
@@ -180,6 +179,7 @@ class OverlappedAttention:
     def _way_of(self, kind: str, layout: Layout, device: torch.device) -> Outgoing:
         parts, letters, me = [], [], self.place
         packed = torch.empty(layout.own(me), dtype=layout.dtype, device=device)
+        self.mailbox.hold(packed)
         for rank, heads, offset, channel in self._parcels(kind, layout):
             shape = (self.lengths[me], layout.batch, heads, layout.head_dim)
             if rank == me:
@@ -230,6 +230,7 @@ class OverlappedAttention:
     def _send_output(self, part: int, output: torch.Tensor) -> None:
         """Output [tokens, B, some heads, head_dim] of all tokens to those who have them."""
         layout, rows = self._layout, output.split(self.lengths)
+        self.mailbox.hold(output)
         self.mailbox.send(
             [Letter(r, layout.output(r, part, self.place), rows[r], _OUTPUT + part) for r in self.others]
         )
@@ -237,7 +238,7 @@ class OverlappedAttention:
 
     def _output(self, result: torch.Tensor) -> torch.Tensor:
         """Into `result` [B, n, heads, head_dim], what all ranks have computed for this rank's tokens."""
-        with standing(ALL_TO_ALL, self.mailbox.group):
+        with standing(ALL_TO_ALL, self.mailbox.members):
             for part in range(SLICES):
                 senders = [rank for rank in self.others if part < len(self._layout.slices(rank))]
                 self.mailbox.wait(senders, _OUTPUT + part)
