@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .gguf_blocks import BLOCKS, GgufWeight
+from .triton_launch import Launcher
 
 _WARPS = 4
 _NUMBERS = dict.fromkeys(BLOCKS, 2048) | dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 4096)
@@ -237,13 +238,16 @@ def _dequantize_kernel(
         _four_or_five(at, to, first, columns, True, True, RAGGED)
 
 
+_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
+
+
 def dequantize(
-    weight: GgufWeight, dtype: torch.dtype, numbers: int | None = None, warps: int | None = None
+    weight: GgufWeight, dtype: torch.dtype, written: int | None = None, warps: int | None = None
 ) -> torch.Tensor:
     """See `GgufWeight.dequantize`.
 
     Args:
-        numbers, warps: of a program, powers of 2; None chooses.
+        written, warps: numbers that a program writes, and how many warps it has; powers of 2, None chooses.
     """
     kind, blocks, block = weight.dtype, weight.blocks, BLOCKS[weight.dtype]
     if blocks.stride(1) != 1 or (blocks.data_ptr() | blocks.stride(0)) % 2:
@@ -252,13 +256,11 @@ def dequantize(
     if not out.numel():
         return out
     of_row, stride = blocks.shape[1] // block.nbytes, blocks.stride(0)
-    total, count = len(blocks) * of_row, (numbers or _NUMBERS[kind]) // block.numbers
+    total, count = len(blocks) * of_row, (written or _NUMBERS[kind]) // block.numbers
     ragged = not blocks.is_contiguous() or weight.columns != of_row * block.numbers
     unit = 8 if math.gcd(weight.columns, weight.skip, 8) == 8 else 1
     aligned = math.gcd(blocks.data_ptr(), stride if ragged else 0, block.nbytes, 8)
-    _dequantize_kernel[(triton.cdiv(total, count),)](
-        blocks, out, total, of_row, stride, weight.columns // unit, weight.skip // unit,
-        kind, block.numbers, block.nbytes, count, aligned, ragged, unit,
-        num_warps=warps or _WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    numbers = total, of_row, stride, weight.columns // unit, weight.skip // unit
+    constants = kind, block.numbers, block.nbytes, count, aligned, ragged, unit
+    _dequantize((triton.cdiv(total, count),), (blocks, out), numbers, constants, warps or _WARPS)
     return out
