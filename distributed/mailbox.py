@@ -49,12 +49,17 @@ class Mailbox(ABC):
     What `send` writes, the receiver's `wait` for that sender and channel makes available to the work that its device
     does next; the nth `wait` is for the nth letter. Nothing is acknowledged: whoever sends must know by other means
     that what lies there has been read.
+
+    Attributes:
+        members: the ranks of the group.
+        processors: multiprocessors of the GPU of each of them; 0 without one.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
         self.members = tuple(dist.get_process_group_ranks(group))
         self.place, self.ranks = dist.get_rank(group), len(self.members)
+        self.processors = (0,) * self.ranks
         self.nbytes = 0
         self._layout: Hashable = None
 
@@ -170,6 +175,7 @@ class PeerMailbox(Mailbox):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         super().__init__(group, device)
+        self.processors = tuple(torch.cuda.get_device_properties(rank).multi_processor_count for rank in self.members)
         self._stream, self._computed = torch.cuda.Stream(device), torch.cuda.Event()
         try:
             self._driver = StreamMemory()
