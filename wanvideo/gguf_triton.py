@@ -1,9 +1,11 @@
 """The blocks of gguf_blocks.py dequantised by Triton in one pass: packed bytes are read once, numbers written once.
 
-A program takes some blocks. A lane reads eight bytes that follow each other and writes the two or four runs of eight
-numbers that are packed in them, so that it computes each scale once a run; the scales of a block are small loads that
-the lanes of the block share. Sums and products are those of gguf_blocks.py in the same order, none of them fused, so
-that the results are the same to the bit.
+To bf16 that moves 2.6 bytes a number of Q4_K and 3.1 of Q8_0; torch's 25 and 5 kernels move 34 and 21.
+
+A program takes some blocks. A lane reads eight bytes that follow each other, as wide as the blocks' alignment allows,
+and writes the runs of eight numbers that are packed in them, 16 bytes each, so that it computes a scale once a run; the
+scales of a block are small loads that the lanes of the block share. Sums and products are those of gguf_blocks.py in
+the same order, none of them fused, so that the results are the same to the bit.
 """
 
 from __future__ import annotations
