@@ -7,10 +7,10 @@ each other their room first (see `Worker.load`) and then all ask `place_weights`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..wanvideo.config import BLOCK_NAME, WanConfig
+from ..wanvideo.config import WanConfig
 
 SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
@@ -41,7 +41,7 @@ class PlacementError(ValueError):
 class Demand:
     """What a model asks of one GPU, in bytes."""
 
-    fixed: int  # embeddings and head, on every GPU
+    fixed: int  # embeddings, encoders and head, on every GPU
     block: int  # the largest block, whole
     blocks: int  # how many
     activations: int
@@ -62,21 +62,29 @@ class Demand:
         return self._part(self.block, share)
 
     def parts(self, share: int, count: int) -> int:
-        """Bytes of 1/share of each of `count` blocks, whichever they are."""
-        if self.sizes and count == self.blocks:
-            return sum(self._part(size, share) for size in self.sizes)
-        return count * self.part(share)
+        """Bytes of 1/share of each of `count` blocks, the largest ones if they differ."""
+        if not self.sizes:
+            return count * self.part(share)
+        return sum(sorted((self._part(size, share) for size in self.sizes), reverse=True)[:count])
 
     def _part(self, nbytes: int, share: int) -> int:
         return -(-math.ceil(nbytes / share) // self.unit) * self.unit
 
 
-def demand_of(sizes: Mapping[str, int], activations: int, unit: int = 1) -> Demand:
-    """What a model asks of a GPU, from the bytes of each of its weights as they are held, blocks rounded to `unit`."""
+def demand_of(
+    sizes: Mapping[str, int], number_of: Callable[[str], int | None], activations: int, unit: int = 1
+) -> Demand:
+    """What a model asks of a GPU.
+
+    Args:
+        sizes: bytes of each of its weights as they are held.
+        number_of: as `Residence` has it.
+        unit: what blocks are rounded up to.
+    """
     fixed, blocks = 0, {}
     for name, nbytes in sizes.items():
-        if match := BLOCK_NAME.match(name):
-            blocks[match[0]] = blocks.get(match[0], 0) + -(-nbytes // ALIGN) * ALIGN
+        if (number := number_of(name)) is not None:
+            blocks[number] = blocks.get(number, 0) + -(-nbytes // ALIGN) * ALIGN
         else:
             fixed += nbytes
     return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations, unit, tuple(blocks.values()))
@@ -125,9 +133,7 @@ def fitting_blocks(demand: Demand, room: int, share: int) -> int:
     if share == 1 and left >= demand.parts(1, demand.blocks):
         return demand.blocks
     left -= SLOTS * demand.part(1)
-    if share > 1 and left >= demand.parts(share, demand.blocks):
-        return demand.blocks
-    return max(-1, min(demand.blocks, left // demand.part(share)))
+    return next((count for count in range(demand.blocks, -1, -1) if left >= demand.parts(share, count)), -1)
 
 
 def needed_bytes(demand: Demand, share: int, resident: int) -> int:
@@ -186,7 +192,7 @@ def _in_host_memory(
     if fitting_blocks(demand, min(room), share) < 0:
         raise PlacementError(_refusal(demand, room, share, 0, "on", "on", share, gpus))
     hosted = demand.blocks - resident
-    needed = hosted * demand.block * len(room) // share
+    needed = demand.parts(1, hosted) * len(room) // share
     if needed > host_room:
         raise PlacementError(
             f"{hosted} of {demand.blocks} blocks must lie in host memory, which takes {_gib(needed)} on "

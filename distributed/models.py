@@ -74,7 +74,7 @@ class LoadedModel:
 
     @property
     def fixed(self) -> int:
-        """Bytes of embeddings and head."""
+        """Bytes of what belongs to no block: embeddings, encoders, head."""
         return self.demand.fixed
 
     @property
@@ -288,7 +288,8 @@ class Models:
         plan, placed = self.settings.plan, {}
         activations = self._activations(spec, source.config, tokens)
         for ranks in plan.replicas():
-            demand = demand_of(self._held_sizes(source, spec, ranks[0]), activations, unit_of(self.device))
+            sizes = self._held_sizes(source, spec, ranks[0])
+            demand = demand_of(sizes, source.config.block_number, activations, unit_of(self.device))
             there = [rooms[rank] for rank in ranks]
             on_host = free * len(ranks) // plan.num_gpus
             choices = spec.shard_weights, spec.offload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from tiny import sentences
@@ -107,12 +108,14 @@ def test_the_estimate_of_activations_is_near_what_was_measured():
 def test_blocks_of_different_sizes_count_with_their_own():
     """As those of a VACE module in bf16 beside a model in fp8."""
     sizes = {f"blocks.{i}.w": GIB for i in range(20)} | {f"vace_blocks.{i}.w": 2 * GIB for i in range(5)}
-    demand = demand_of({**sizes, "vace_blocks.0.before_proj.weight": GIB, "head.w": GIB}, 3 * GIB)
+    sizes |= {"vace_blocks.0.before_proj.weight": GIB, "head.w": GIB}
+    demand = demand_of(sizes, replace(PRESETS["14b"], vace_layers=8).block_number, 3 * GIB)
     assert (demand.fixed, demand.block, demand.blocks, demand.whole) == (2 * GIB, 2 * GIB, 25, 32 * GIB)
     assert placed(35, demand=demand) == (1, 25)
     assert placed(34.9, demand=demand) == (4, 25)
     assert placed(16.5, demand=demand) == (4, 25)  # 2 + 3 + two of the largest + 30/4
-    assert placed(16.4, demand=demand) == (4, 14)
+    assert placed(16.4, demand=demand) == (4, 24)
+    assert placed(9.6, demand=demand) == (4, 1)  # one of the largest
     for room in (9, 12, 16.4, 16.5, 34, 35):
         assert needed_bytes(demand, *placed(room, demand=demand)) <= room * GIB
 
@@ -123,7 +126,7 @@ def test_81_frames_at_480p_have_a_place_on_cards_that_shrink_with_their_number(g
         config = PRESETS[size]
         sizes = {name: math.prod(shape) * (2 if len(shape) == 2 else 4) for name, shape in config.shapes().items()}
         activations = activation_bytes(config, math.ceil(REFERENCE_TOKENS / gpus), 1, 2, 8192)
-        demand = demand_of(sizes, activations)
+        demand = demand_of(sizes, config.block_number, activations)
         placement = place_weights(demand, [cap * GIB] * gpus, gpus)
         assert placement.share in (1, gpus)
         assert needed_bytes(demand, placement.share, placement.resident) <= cap * GIB
