@@ -118,6 +118,9 @@ class TalkAudio:
     width: int
     heads: int = 40
 
+    TOKENS = 32
+    """That ComfyUI's projection makes of one speaker's speech for a frame."""
+
     def shapes(self, dim: int, layers: int) -> dict[str, Shape]:
         found: dict[str, Shape] = {}
         for i in range(layers):

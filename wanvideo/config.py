@@ -18,7 +18,7 @@ from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 from .formats import format_name, logical_tensors
-from .variant_shapes import FACE_STRIDE, SOUND_LAYERS, FaceDims, SoundDims, acts_behind, is_constant
+from .variant_shapes import FACE_STRIDE, SOUND_LAYERS, FaceDims, Hearing, SoundDims, acts_behind, is_constant
 
 BLOCK_NAME = re.compile(r"(vace_)?blocks\.(\d+)\.(?!before_proj)")
 """What the weights of a block are called; `before_proj` makes the control streams before any block runs."""
@@ -146,12 +146,18 @@ class WanConfig:
         return number
 
     @property
-    def hearing(self) -> float:
-        """In or behind what share of the blocks tokens attend to something of their frame: speech, sound, a face."""
-        if self.talk or self.humo:
-            return 1.0
-        places = range(0, self.num_layers, FACE_STRIDE) if self.face else SOUND_LAYERS if self.sound else ()
-        return sum(place < self.num_layers for place in places) / self.num_layers
+    def hearing(self) -> Hearing:
+        """What tokens attend to of their frame: speech, sound, a face."""
+        if self.talk:
+            return Hearing(1.0, TalkAudio.TOKENS, self.talk.width)
+        if self.humo:
+            return Hearing(1.0, self.humo.tokens, self.humo.width)
+        dims = self.face or self.sound
+        if not dims:
+            return Hearing()
+        places = range(0, self.num_layers, FACE_STRIDE) if self.face else SOUND_LAYERS
+        share = sum(place < self.num_layers for place in places) / self.num_layers
+        return Hearing(share, dims.heads + 1, self.dim)
 
     @property
     def parameters(self) -> int:

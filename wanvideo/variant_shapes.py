@@ -25,6 +25,16 @@ Shape = Callable[[str, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class Hearing:
+    """What a token attends to beside the video, the text and an image: `tokens` of its frame, of `width` numbers each,
+    in or behind a `share` of the blocks."""
+
+    share: float = 0.0
+    tokens: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True)
 class FaceDims:
     """What Animate has beside an image-to-video model.
 
