@@ -17,12 +17,14 @@ from wan_parallel.distributed.division import check_plan, held_parameters
 from wan_parallel.distributed.memory import SLOTS, PlacementError, demand_of, needed_bytes, place_weights
 from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
+from wan_parallel.distributed.pool import PatchSet
 from wan_parallel.distributed.tensor import TensorShard
 from wan_parallel.wanvideo.attention import get_kernel
 from wan_parallel.wanvideo.audio_shapes import TalkAudio
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.lora import LowRank
 from wan_parallel.wanvideo.quantized import Fp8Weight, Weight
 
 SIDES = {
@@ -164,6 +166,24 @@ def test_a_plan_counts_them_where_they_lie(outcome, name):
     assert needed_bytes(demand, 2, demand.blocks) - SLOTS * demand.block == pytest.approx(shared, rel=1e-3)
     with pytest.raises(PlacementError, match="are missing"):
         place_weights(demand, [whole - 1] * 2, 2, shard="off", offload="off")
+
+
+def test_adapters_take_loras_and_step_out_as_the_blocks_do(pool_of, files):
+    pool, given = pool_of(2), tiny.inputs(tiny.ANIMATE)
+    conditioning = tiny.conditioning(tiny.ANIMATE, given.x)
+    names = ("face_adapter.fuser_blocks.1.linear2", "face_adapter.fuser_blocks.0.linear1_q", "blocks.5.self_attn.o")
+    dim = tiny.ANIMATE.dim
+    changes = {f"{name}.weight": [LowRank(torch.randn(dim, 4), torch.randn(4, dim), 0.05)] for name in names}
+    lora, results = PatchSet("adapters", lambda: changes), []
+    for _, shard, offload in list(WAYS.values())[:3]:
+        spec = ModelSpec(files["animate"][0], "bf16", "fp32", shard_weights=shard, offload=offload)
+        results.append([pool.forward(spec, *given, lora, conditioning=conditioning)])
+        pool.step_out(spec, [0, 1], 1e30)
+        results[-1].append(pool.forward(spec, *given, conditioning=conditioning))
+    for merged, plain in results:
+        assert torch.equal(merged, results[0][0]) and torch.equal(plain, results[0][1])
+    assert not torch.equal(*results[0])
+    pool.unload()
 
 
 # Divided by tensor parallelism, on heads and blocks that fit in few bytes.
