@@ -65,7 +65,7 @@ def stream_memory(
     share = math.ceil(tokens / plan.sequence_ranks)
     working = activation_bytes(config, share, spec.max_batch, itemsize, spec.slice_tokens) // _RESERVE
     most = max(parts_of(config, plan, sizes), key=lambda part: sum(part.values()))
-    demand = demand_of(most, config.block_number, 0)
+    demand = demand_of(most, config, 0)
     ways = [(1, demand.blocks)]
     if spec.offload != "off":
         ways.append((1, 0))

@@ -18,6 +18,7 @@ from wan_parallel.distributed.memory import SLOTS, PlacementError, demand_of, ne
 from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
 from wan_parallel.distributed.pool import PatchSet
+from wan_parallel.distributed.residence import Residence, Slots
 from wan_parallel.distributed.tensor import TensorShard
 from wan_parallel.wanvideo.attention import get_kernel
 from wan_parallel.wanvideo.audio_shapes import TalkAudio
@@ -159,13 +160,37 @@ def test_each_rank_holds_its_share_of_them(outcome, name):
 def test_a_plan_counts_them_where_they_lie(outcome, name):
     config = CONFIGS[name]
     sizes = {key: 4 * math.prod(shape) for key, shape in config.shapes().items() if runs(key, config)}
-    demand = demand_of(sizes, config.block_number, 0)
+    demand = demand_of(sizes, config, 0)
     assert demand.blocks == config.num_layers
     whole, shared = held(outcome, name, "whole")[0], held(outcome, name, "shared")[0]
     assert demand.whole == pytest.approx(whole, rel=1e-3)
     assert needed_bytes(demand, 2, demand.blocks) - SLOTS * demand.block == pytest.approx(shared, rel=1e-3)
     with pytest.raises(PlacementError, match="are missing"):
         place_weights(demand, [whole - 1] * 2, 2, shard="off", offload="off")
+
+
+def test_what_stays_on_a_device_is_what_is_counted():
+    config, device = CONFIGS["s2v"], torch.device("cpu")
+    weights, model = {k: w for k, w in tiny.random_weights(config).items() if runs(k, config)}, {}
+    order, number_of = config.in_turn(range(config.num_layers)), config.block_number
+    residence = Residence(
+        weights,
+        lambda name: (weights[name], None),
+        model.__setitem__,
+        device,
+        Slots(device),
+        number_of=number_of,
+        order=order,
+    )
+    demand = demand_of({name: weight.nbytes for name, weight in weights.items()}, config, 0)
+    assert len(set(demand.sizes)) == 2  # some have an injector
+    residence.load(3)
+    assert (len(residence.on_device), residence.device_bytes) == (3, demand.parts(1, 3))
+    for count in (5, 4, 1, 2, 0):
+        residence.step_out(residence.bytes_beyond(count))
+        residence.step_in(count)
+        assert (len(residence.on_device), residence.device_bytes) == (count, demand.parts(1, count))
+        assert residence.bytes_of_staying(count) == demand.parts(1, count)
 
 
 def test_adapters_take_loras_and_step_out_as_the_blocks_do(pool_of, files):
