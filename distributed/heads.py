@@ -6,8 +6,10 @@ of the memory's speed, and there are many of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -17,7 +19,7 @@ from ..wanvideo.pointwise import triton_in_use
 def scatter_heads(x: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Copy x [B, n, heads, head_dim] to `parts`, each [n, B, some heads, head_dim] and contiguous, in their order."""
     if _in_one_pass(x):
-        import_module(".heads_triton", __package__).scatter(x.contiguous(), parts)
+        _kernels().scatter(x.contiguous(), parts)
         return
     heads = x.transpose(0, 1).split([part.shape[2] for part in parts], dim=2)
     for part, some in zip(parts, heads, strict=True):
@@ -27,7 +29,7 @@ def scatter_heads(x: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
 def gather_heads(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     """The way back: `parts`, of all heads in their order, to a contiguous `out` [B, n, heads, head_dim]."""
     if _in_one_pass(out):
-        import_module(".heads_triton", __package__).gather(parts, out)
+        _kernels().gather(parts, out)
         return
     heads = out.transpose(0, 1).split([part.shape[2] for part in parts], dim=2)
     for part, some in zip(parts, heads, strict=True):
@@ -36,3 +38,9 @@ def gather_heads(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
 
 def _in_one_pass(x: torch.Tensor) -> bool:
     return x.is_cuda and triton_in_use()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Those of Triton, once it is known to work."""
+    return import_module(".heads_triton", __package__)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..wanvideo.triton_launch import Launcher
+
 _ROWS = 32
 
 
@@ -33,6 +35,9 @@ def _copy_kernel(x, table, n, batch, heads, head_dim, ROWS: tl.constexpr, BLOCK:
         tl.store(inner, tl.load(outer, mask=inside), mask=inside)
 
 
+_launch = Launcher(_copy_kernel)
+
+
 def scatter(x: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """See `heads.scatter_heads`."""
     _copy(x, parts, to_parts=True)
@@ -51,7 +56,7 @@ def _copy(x: torch.Tensor, parts: Sequence[torch.Tensor], to_parts: bool) -> Non
     table = _table(places, head_dim, x.element_size(), x.device)
     block = triton.next_power_of_2(head_dim)
     grid = (triton.cdiv(batch * n, _ROWS), heads)
-    _copy_kernel[grid](x, table, n, batch, heads, head_dim, _ROWS, block, to_parts)
+    _launch(grid, (x, table), (n, batch, heads, head_dim), (_ROWS, block, to_parts))
 
 
 @lru_cache(maxsize=256)

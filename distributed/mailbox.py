@@ -15,13 +15,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 from math import prod
 
 import torch
 import torch.distributed as dist
 
 from .host_exchange import Segment
-from .stream_memory import StreamMemory, StreamMemoryError
+from .stream_memory import StreamMemory, StreamMemoryError, Word
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,17 @@ class Mailbox(ABC):
     What `send` writes, the receiver's `wait` for that sender and channel makes available to the work that its device
     does next; the nth `wait` is for the nth letter. Nothing is acknowledged: whoever sends must know by other means
     that what lies there has been read.
+
+    Attributes:
+        members: the ranks of the group.
+        processors: multiprocessors of the GPU of each of them; 0 without one.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
-        self.place, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.members = tuple(dist.get_process_group_ranks(group))
+        self.place, self.ranks = dist.get_rank(group), len(self.members)
+        self.processors = (0,) * self.ranks
         self.nbytes = 0
         self._layout: Hashable = None
 
@@ -83,14 +90,20 @@ class Mailbox(ABC):
         return self._part(self.place, offset, shape, dtype)
 
     def send(self, letters: Sequence[Letter]) -> None:
-        """Write into the memory of other ranks what this one's device has computed by then, in this order."""
+        """Write into the memory of other ranks what this one's device has computed by then, in this order.
+
+        Their tensors are kept, or have been given to `hold`.
+        """
         self._write(letters, [self._count(letter) for letter in letters])
 
-    def wait(self, senders: Iterable[int], channel: int) -> None:
-        """Let the device go on once the next letter of each of `senders` on this channel is there."""
-        for rank in senders:
+    def wait(self, senders: Iterable[int], *channels: int) -> None:
+        """Let the device go on once the next letter of each of `senders` on each of these channels is there."""
+        words = []
+        for rank, channel in product(senders, channels):
             self._awaited[rank][channel] += 1
-            self._await(rank * CHANNELS + channel, self._awaited[rank][channel])
+            words.append((rank * CHANNELS + channel, self._awaited[rank][channel]))
+        if words:
+            self._await(words)
 
     def _count(self, letter: Letter) -> int:
         """Count it; the number of letters to its receiver on its channel by now."""
@@ -100,6 +113,10 @@ class Mailbox(ABC):
     def _flag(self, letter: Letter) -> int:
         """Which of the receiver's flags is raised for it."""
         return self.place * CHANNELS + letter.channel
+
+    @abstractmethod
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Should `tensor` be dropped, let nothing else have its memory before what was sent of it has left."""
 
     @abstractmethod
     def _make(self, nbytes: int) -> None: ...
@@ -114,11 +131,15 @@ class Mailbox(ABC):
     def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None: ...
 
     @abstractmethod
-    def _await(self, flag: int, value: int) -> None: ...
+    def _await(self, words: Sequence[Word]) -> None:
+        """Wait until each of these own flags has its value."""
 
 
 class HostMailbox(Mailbox):
     """Between processes on CPUs."""
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Nothing to do: `send` has copied it when it returns."""
 
     def _make(self, nbytes: int) -> None:
         self._segment = Segment(nbytes, self.place, self.ranks, self.device, self.group)
@@ -136,12 +157,13 @@ class HostMailbox(Mailbox):
             self._part(letter.rank, letter.offset, letter.tensor.shape, letter.tensor.dtype).copy_(letter.tensor)
             self._segment.words[letter.rank][self._flag(letter)] = value
 
-    def _await(self, flag: int, value: int) -> None:
-        words = self._segment.words[self.place]
+    def _await(self, words: Sequence[Word]) -> None:
+        flags = self._segment.words[self.place]
         pause = _SHORTEST_PAUSE
-        while words[flag] < value:
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        for flag, value in words:
+            while flags[flag] < value:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class PeerMailbox(Mailbox):
@@ -153,7 +175,8 @@ class PeerMailbox(Mailbox):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         super().__init__(group, device)
-        self._stream = torch.cuda.Stream(device)
+        self.processors = tuple(torch.cuda.get_device_properties(rank).multi_processor_count for rank in self.members)
+        self._stream, self._computed = torch.cuda.Stream(device), torch.cuda.Event()
         try:
             self._driver = StreamMemory()
             self.arrange(None, _FLAG_BYTES)
@@ -164,6 +187,7 @@ class PeerMailbox(Mailbox):
     def _try_out(self) -> None:
         """Send every rank this one's number, and look at what has come."""
         mine = torch.full((1,), self.place, dtype=torch.int64, device=self.device)
+        self.hold(mine)
         self.send([Letter(rank, 8 * self.place, mine, 0) for rank in range(self.ranks)])
         self.wait(range(self.ranks), 0)
         got = self.own(0, (self.ranks,), torch.int64).tolist()
@@ -186,19 +210,25 @@ class PeerMailbox(Mailbox):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._peers.get_buffer(rank, tuple(shape), dtype, (_FLAG_BYTES + offset) // dtype.itemsize)
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
-        stream, raw = self._stream, self._stream.cuda_stream
-        stream.wait_stream(torch.cuda.current_stream(self.device.index))
-        for letter, value in zip(letters, values, strict=True):
-            there, tensor = self._addresses[letter.rank], letter.tensor
-            if tensor.numel():
-                self._driver.copy(raw, there + _FLAG_BYTES + letter.offset, tensor.data_ptr(), tensor.nbytes)
-                tensor.record_stream(stream)
-            self._driver.write(raw, there + 4 * self._flag(letter), value)
+    def hold(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self._stream)
 
-    def _await(self, flag: int, value: int) -> None:
-        stream = torch.cuda.current_stream(self.device.index).cuda_stream
-        self._driver.wait(stream, self._addresses[self.place] + 4 * flag, value)
+    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
+        self._computed.record(torch.cuda.current_stream(self.device.index))
+        self._stream.wait_event(self._computed)
+        stream = self._stream.cuda_stream
+        for _, together in groupby(zip(letters, values, strict=True), key=lambda sent: sent[0].channel):
+            words = []
+            for letter, value in together:
+                there, tensor = self._addresses[letter.rank], letter.tensor
+                if tensor.numel():
+                    self._driver.copy(stream, there + _FLAG_BYTES + letter.offset, tensor.data_ptr(), tensor.nbytes)
+                words.append((there + 4 * self._flag(letter), value))
+            self._driver.write(stream, words)
+
+    def _await(self, words: Sequence[Word]) -> None:
+        stream, own = torch.cuda.current_stream(self.device.index).cuda_stream, self._addresses[self.place]
+        self._driver.wait(stream, [(own + 4 * flag, value) for flag, value in words])
 
 
 def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | None:

@@ -33,7 +33,7 @@ REFERENCE_TOKENS = 21 * 30 * 52
 # the attention output and what torch keeps between them. 14B at 480p and 720p takes 1 GPU 208 kB more a token, which
 # is 40 bytes x 5120 (benchmarks/results/h200.jsonl).
 _FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
-_TIMED_BYTES = 24  # six float32 vectors of modulation a token, where tokens have times of their own
+_TIMED_BYTES = 8  # two float32 vectors a token, where tokens have times of their own and Triton does not work
 _CONTROL_BYTES = 4  # a control stream of VACE beside the video's residual stream, float32
 _WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
 

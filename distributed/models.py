@@ -380,7 +380,7 @@ class Models:
             weight = weight.clone()  # else the whole would stay in memory, or be read with every use
         if is_quantized_at_load(name, weight.ndim, dtype):
             return place(weight, dtype, self.device, name), None
-        return weight, held_dtype(weight.ndim, dtype)
+        return weight, held_dtype(name, weight.ndim, dtype)
 
     def _held_sizes(self, source: WeightSource, spec: ModelSpec, rank: int) -> dict[str, int]:
         """Bytes of a rank's part of each weight that its stage has."""

@@ -63,7 +63,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
         plain = [_plain(entry) for entry in entries]
         if None in plain:
             weight = as_tensor(checkpoint.tensor(name), torch.float32)
-            dtype = held_dtype(weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
+            dtype = held_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
             translated[name] = [_computed(entries, weight, key, dtype)]
         else:
             translated[name] = plain

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan_parallel.wanvideo import attention
+from wan_parallel.wanvideo import attention, flash3
 from wan_parallel.wanvideo.attention import AttentionError, AttentionKernel, available_kernels, get_kernel
 
 CPU = torch.device("cpu")
@@ -187,7 +187,7 @@ def test_float32_on_a_gpu_is_left_to_sdpa(gpu):
 
 def test_a_missing_package_is_refused_with_its_install_line(gpu, monkeypatch):
     gpu(9, 0)
-    monkeypatch.setattr(attention, "_has_module", lambda name: False)
+    monkeypatch.setattr(flash3, "has_module", lambda name: False)
     with pytest.raises(AttentionError, match=r"is not installed\. Install it with: pip install .*fa3-fwd"):
         get_kernel("flash_attn_3", CUDA, BF16)
 

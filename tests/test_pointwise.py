@@ -7,6 +7,7 @@ import torch
 from tiny import relative_error
 from torch.nn import functional as F
 from wan_parallel.wanvideo import pointwise
+from wan_parallel.wanvideo.pointwise import ByToken, written_out
 from wan_parallel.wanvideo.rope import rope_table
 
 pytestmark = [
@@ -107,6 +108,25 @@ def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(dtype, width, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [slice(0, TOKENS), slice(4, TOKENS - 3)], ids=["all", "some"])
+def test_few_vectors_give_what_one_for_each_token_gives(dtype, part):
+    row = torch.arange(TOKENS, device="cuda") // 7
+    gate, scale, shift = (ByToken(normal(2, 3, 5, 1536)[:, 1], row).of(part) for _ in range(3))
+    x, y = normal(2, TOKENS, 1536)[:, part], normal(2, TOKENS, 1536, dtype=dtype)[:, part]
+    weights = normal(1536), normal(1536)
+    for scales in ((scale, shift), weights):
+        whole = tuple(written_out(v) for v in scales)
+        assert torch.equal(pointwise.norm(x, *scales, 1e-6, dtype), pointwise.norm(x, *whole, 1e-6, dtype))
+        for g in (None, gate):
+            one, other = x.clone(), x.clone()
+            dense = None if g is None else written_out(g)
+            got = pointwise.add_norm(one, y, g, *scales, 1e-6, dtype)
+            assert torch.equal(got, pointwise.add_norm(other, y, dense, *whole, 1e-6, dtype))
+            assert torch.equal(one, other)
+            assert torch.equal(pointwise.add_(one, y, g), pointwise.add_(other, y, dense))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, TOKENS])
 def test_gelu_in_the_product_is_no_less_exact_than_behind_it(dtype, rows, monkeypatch):
     monkeypatch.setattr(pointwise, "_ROWS_OF_GELU", 16)
@@ -116,3 +136,13 @@ def test_gelu_in_the_product_is_no_less_exact_than_behind_it(dtype, rows, monkey
     fused = pointwise.gelu_product(x, weight, bias)
     assert fused.shape == behind.shape and fused.dtype == dtype
     assert relative_error(fused, exact) <= 1.05 * relative_error(behind, exact)
+
+
+def test_what_was_compiled_for_aligned_addresses_is_not_launched_on_others(plain):
+    """A vector of 16 bytes cannot be loaded from them."""
+    numbers = normal(2 * TOKENS * 512 + 3)
+    vectors = normal(512), normal(512)
+    for offset in (0, 0, 1, 1, 3, 0):
+        x = numbers[offset : offset + 2 * TOKENS * 512].view(2, TOKENS, 512)
+        arguments = x, *vectors, 1e-6, torch.float32
+        agree(pointwise.norm(*arguments), plain(pointwise.norm, *arguments))

@@ -16,7 +16,6 @@ import importlib.util
 import inspect
 import logging
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fp8_attention
+from . import flash3, fp8_attention
+from .packages import has_module
 
 log = logging.getLogger(__name__)
 
@@ -224,19 +224,8 @@ def _load_flash_attn_2() -> Forward:
 
 
 def _load_flash_attn_3() -> Forward:
-    func = importlib.import_module(_flash_attn_3_module()).flash_attn_func
-    # early builds have no such argument and always give the pair
-    asks = "return_attn_probs" in inspect.signature(func).parameters
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
-        result = func(q, k, v, return_attn_probs=True) if want_lse and asks else func(q, k, v)
-        return result[:2] if isinstance(result, tuple) else (result, None)
-
-    return forward
-
-
-def _load_fp8() -> Forward:
-    return fp8_attention.load_flash_attn_3(_flash_attn_3_module())
+    call = flash3.load()
+    return lambda q, k, v, want_lse: call(q, k, v)
 
 
 def _load_flash_attn_4() -> Forward:
@@ -266,41 +255,16 @@ def _sageattn_has_lse() -> bool:
     return "return_lse" in inspect.signature(importlib.import_module("sageattention").sageattn).parameters
 
 
-def _has_module(name: str) -> bool:
-    module = sys.modules.get(name)
-    if module is not None and module.__spec__ is None:  # made by hand, as xfuser does with flash_attn_3
-        return False
-    return importlib.util.find_spec(name) is not None
-
-
 def _has_flash_attn_2() -> bool:
     """flash-attn 4 alone leaves `flash_attn` as a namespace package without an `__init__`."""
     spec = importlib.util.find_spec("flash_attn")
     return spec is not None and spec.origin is not None
 
 
-def _has_flash_attn_3_build() -> bool:
-    """A build of FlashAttention's hopper folder. PyPI's `flash-attn-interface` is an empty placeholder."""
-    return _has_module("flash_attn_interface") and _has_module("flash_attn_3")
-
-
-def _flash_attn_3_module() -> str:
-    return "flash_attn_interface" if _has_flash_attn_3_build() else "fa3_fwd_interface"
-
-
-def _has_flash_attn_3() -> bool:
-    return _has_flash_attn_3_build() or _has_module("fa3_fwd_interface")
-
-
-def _flash_attn_3_dtypes() -> frozenset[torch.dtype]:
-    """The fa3-fwd wheel was built without float16."""
-    return SIXTEEN_BIT if _has_flash_attn_3_build() else frozenset({torch.bfloat16})
-
-
 def _has_flash_attn_4() -> bool:
     """Looks for the folder: `find_spec("flash_attn.cute")` would import flash-attn 2."""
     spec = importlib.util.find_spec("flash_attn")
-    if spec is None or not _has_module("cutlass"):
+    if spec is None or not has_module("cutlass"):
         return False
     folders = spec.submodule_search_locations or ()
     return any((Path(folder) / "cute" / "interface.py").is_file() for folder in folders)
@@ -379,8 +343,8 @@ _SOURCES: dict[str, _Source] = {
         _Source(
             "flash_attn_3",
             load=_load_flash_attn_3,
-            dtypes=_flash_attn_3_dtypes,
-            installed=_has_flash_attn_3,
+            dtypes=flash3.dtypes,
+            installed=flash3.installed,
             install=_GET_FLASH_ATTN_3,
             capabilities=frozenset({9}),
         ),
@@ -394,7 +358,7 @@ _SOURCES: dict[str, _Source] = {
         _Source(
             "sageattn",
             load=_load_sageattn,
-            installed=functools.partial(_has_module, "sageattention"),
+            installed=functools.partial(has_module, "sageattention"),
             install="Install it with: pip install sageattention",
             capabilities=frozenset(range(8, 13)),
             has_lse=_sageattn_has_lse,
@@ -412,7 +376,7 @@ _FP8_SOURCES = {
     "cuda": replace(
         _SOURCES["flash_attn_3"],
         name="flash_attn_3_fp8",
-        load=_load_fp8,
+        load=fp8_attention.load_flash_attn_3,
         dtypes=lambda: SIXTEEN_BIT,
         lossy=True,
         bound=_FP8_BOUND,

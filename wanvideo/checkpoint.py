@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from .vace_module import read_model
 RANDOM_PREFIX = "random:"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHT_DTYPES = DTYPES | FLOAT8
+
+_BIAS_OF_BLOCK = re.compile(r"blocks\.\d+\.((self|cross)_attn\.(q|k|v|o|k_img|v_img)|ffn\.[02])\.bias$")
 
 
 class WeightSource(Protocol):
@@ -135,23 +138,24 @@ def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
 def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
     if is_quantized_at_load(name, len(shape), weight_dtype):
         return math.prod(shape) + shape[0] * 4
-    return math.prod(shape) * held_dtype(len(shape), weight_dtype).itemsize
+    return math.prod(shape) * held_dtype(name, len(shape), weight_dtype).itemsize
 
 
 def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
     """A weight as the model holds it on `device`.
 
-    Matrices and 2-D convolutions are in `weight_dtype`; norms, biases, modulation and the patch embedding in float32:
-    these are 0.1 % of the bytes, and the residual stream they act on is float32. What the file has quantised stays as
-    it is. An fp8 `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the
-    embeddings and the head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's
-    fp8 files. (ComfyUI's own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
+    Matrices and 2-D convolutions are in `weight_dtype`; norms, modulation and the patch embedding in float32: these are
+    0.1 % of the bytes, and the residual stream they act on is float32. Biases go with their matrices in the blocks,
+    whose products are 16-bit and would convert them each time. What the file has quantised stays as it is. An fp8
+    `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the embeddings and the
+    head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's fp8 files. (ComfyUI's
+    own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
     """
     if isinstance(weight, QuantizedWeight):
         return weight.to(device)
     if is_quantized_at_load(name, weight.ndim, weight_dtype):
         return Fp8Weight.quantize(weight.to(device), weight_dtype)
-    return weight.to(device, held_dtype(weight.ndim, weight_dtype))
+    return weight.to(device, held_dtype(name, weight.ndim, weight_dtype))
 
 
 def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
@@ -159,9 +163,9 @@ def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> boo
     return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or name.startswith("audio_injector."))
 
 
-def held_dtype(ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
+def held_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which `place` holds a weight of so many dimensions that is not quantised."""
-    if ndim not in (2, 4):
+    if ndim not in (2, 4) and not _BIAS_OF_BLOCK.search(name):
         return torch.float32
     return torch.bfloat16 if weight_dtype in FLOAT8.values() else weight_dtype
 

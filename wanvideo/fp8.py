@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from . import pointwise
+from .pointwise import Vectors, written_out
 from .quantized import Fp8Weight
 
 FP8 = torch.float8_e4m3fn
@@ -73,10 +74,10 @@ def gelu_rows(x: torch.Tensor) -> Fp8Rows:
     return _rounded(F.gelu(x.float(), approximate="tanh"), x.dtype)
 
 
-def norm_rows(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> Fp8Rows:
+def norm_rows(x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype) -> Fp8Rows:
     """`pointwise.norm` in float32, rounded once; `dtype` is that of products of the rows."""
     if kernels := fused(x.device):
-        return Fp8Rows(*kernels.norm_rows(x, scale, shift, eps), dtype)
+        return Fp8Rows(*kernels.norm_rows(x, written_out(scale), written_out(shift), eps), dtype)
     return _rounded(pointwise.norm(x, scale, shift, eps, torch.float32), dtype)
 
 

@@ -10,7 +10,6 @@ it by 0.1 % (H200, 2026-11-21). Each call smooths what it is given, which need n
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import fp8
+from . import flash3, fp8
 
 _QUERIES = 256
 """How many rows of scores the reference has in memory at once."""
@@ -82,15 +81,13 @@ def _rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Fp8Heads, Fp8Heads, Fp8He
     return to_heads(q), to_heads(k, smooth=True), to_heads(v, smooth=True, unbiased=True)
 
 
-def load_flash_attn_3(module: str) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+def load_flash_attn_3() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     """The fp8 forward of an installed FlashAttention-3."""
-    func = importlib.import_module(module).flash_attn_func
+    call = flash3.load()
 
     def forward(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         q8, k8, v8 = _rounded(q, k, v)
-        scales = {"q_descale": q8.scale, "k_descale": k8.scale, "v_descale": v8.scale}
-        result = func(q8.data, k8.data, v8.data, **scales, **({"return_attn_probs": True} if want_lse else {}))
-        out, lse = result[:2] if isinstance(result, tuple) else (result, None)
+        out, lse = call(q8.data, k8.data, v8.data, q_descale=q8.scale, k_descale=k8.scale, v_descale=v8.scale)
         return add_mean_(out, v8.mean).to(q.dtype), lse + _taken_off(q, k8.mean) if want_lse else None
 
     return forward

@@ -23,6 +23,7 @@ from .attention import AttentionKernel
 from .config import WanConfig
 from .fp8 import Fp8Rows
 from .grid import PATCH
+from .pointwise import ByToken, Vectors
 from .quantized import Fp8Weight, as_tensor
 
 TIMESTEP_PERIOD = 10000.0
@@ -93,11 +94,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype, to_fp8: bool = False) -> torch.Tensor | Fp8Rows:
-        norm = fp8.norm_rows if to_fp8 else pointwise.norm
-        return norm(x, self.weight, self.bias, self.eps, dtype)
+        return _norm(x, self.weight, self.bias, self.eps, dtype, to_fp8)
 
     def after(
-        self, x: torch.Tensor, change: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype, to_fp8: bool
+        self, x: torch.Tensor, change: torch.Tensor, gate: Vectors, dtype: torch.dtype, to_fp8: bool
     ) -> torch.Tensor | Fp8Rows:
         """Of x + change * gate, which x becomes; see `add_norm`."""
         return add_norm(x, change, gate, self.weight, self.bias, self.eps, dtype, to_fp8)
@@ -234,7 +234,7 @@ class Block(nn.Module):
         """Change x [B, n, dim] (float32) in place and return it."""
         dtype = inputs.compute_dtype
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
-        y = modulate(x, self.eps, shift, scale, dtype, self.fp8)
+        y = _norm(x, scale, shift, self.eps, dtype, self.fp8)
         attended = self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce)
         keys = self.cross_attn.context_keys(inputs)
         goes_on = type(self).between is Block.between  # nothing comes between cross-attention and feed-forward
@@ -244,13 +244,13 @@ class Block(nn.Module):
             y = self.norm3.after(part, attended[:, s], rows(gate, s), dtype, self.fp8)
             y = self.cross_attn.cross_attention(y, keys, inputs.kernel)
             yield
-            y, modulation = self.arrived(y), (rows(shift_ffn, s), rows(scale_ffn, s))
+            y, modulation = self.arrived(y), (rows(scale_ffn, s), rows(shift_ffn, s))
             if goes_on:
-                y = add_norm(part, y, None, 1 + modulation[1], modulation[0], self.eps, dtype, self.fp8)
+                y = add_norm(part, y, None, *modulation, self.eps, dtype, self.fp8)
             else:
                 pointwise.add_(part, y)
                 self.between(part, s, inputs)
-                y = modulate(part, self.eps, *modulation, dtype, self.fp8)
+                y = _norm(part, *modulation, self.eps, dtype, self.fp8)
             y = self.ffn(y)
             yield
             pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
@@ -297,17 +297,18 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
         self.head = Linear(config.dim, config.out_dim * math.prod(PATCH))
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """x [B, n, dim] and the time embedding [B, 1 or n, dim], float32, to [B, n, 4*out_dim]."""
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """x [B, n, dim] and the time embedding [B, R, dim], float32, to [B, n, 4*out_dim]."""
         shift, scale = (embedding + m for m in self.modulation.unbind(1))
-        return self.head(modulate(x, self.eps, shift, scale, x.dtype))
+        vectors = inputs.by_token(1 + scale), inputs.by_token(shift)
+        return self.head(pointwise.norm(x, *vectors, self.eps, x.dtype))
 
 
 @dataclass(frozen=True)
 class BlockInputs:
     """What every block of one forward is given beside the tokens."""
 
-    time: torch.Tensor  # [B, R, 6, dim] float32: one row for all tokens, or one a frame
+    time: torch.Tensor  # [B, R, 6, dim] float32 of `time_vectors`: one row for all tokens, or one a frame
     row_of_token: torch.Tensor | None  # [n] into R; None where R is 1
     context: torch.Tensor  # [B, L, dim], compute dtype
     image: torch.Tensor | None  # CLIP tokens in the same form, for blocks that attend to them
@@ -319,32 +320,33 @@ class BlockInputs:
     slice_tokens: int
     heard: Any = None  # what a variant's blocks listen to (see humo.py)
 
-    def modulation(self, block: torch.Tensor) -> list[torch.Tensor]:
-        """The six vectors (shift, scale, gate) x 2 of a block, each [B, 1 or n, dim]."""
+    def modulation(self, block: torch.Tensor) -> list[Vectors]:
+        """The six vectors (shift, 1 + scale, gate) x 2 of a block, each [B, 1 or n, dim]."""
         return [self.by_token(v) for v in (self.time + block.unsqueeze(1)).unbind(2)]
 
-    def by_token(self, v: torch.Tensor) -> torch.Tensor:
-        return v if self.row_of_token is None else v[:, self.row_of_token]
+    def by_token(self, v: torch.Tensor) -> Vectors:
+        """What is given for each time [B, R, dim], for each token."""
+        return v if self.row_of_token is None else ByToken(v, self.row_of_token)
 
 
-def modulate(
-    x: torch.Tensor, eps: float, shift: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, to_fp8: bool = False
+def _norm(
+    x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype, to_fp8: bool
 ) -> torch.Tensor | Fp8Rows:
-    """LayerNorm without affine, then * (1 + scale) + shift, in `dtype`, or as fp8 rows for products in `dtype`."""
-    return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, 1 + scale, shift, eps, dtype)
+    """LayerNorm(x) * scale + shift in `dtype`, or as fp8 rows for products in `dtype`."""
+    return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, scale, shift, eps, dtype)
 
 
 def add_norm(
     x: torch.Tensor,
     change: torch.Tensor,
-    gate: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    gate: Vectors | None,
+    scale: Vectors,
+    shift: Vectors,
     eps: float,
     dtype: torch.dtype,
     to_fp8: bool,
 ) -> torch.Tensor | Fp8Rows:
-    """x += change * gate in place, then LayerNorm(x) * scale + shift as of `modulate`."""
+    """x += change * gate in place, then `_norm` of it."""
     if not to_fp8:
         return pointwise.add_norm(x, change, gate, scale, shift, eps, dtype)
     pointwise.add_(x, change, gate)
@@ -357,9 +359,19 @@ def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def rows(v: torch.Tensor, s: slice) -> torch.Tensor:
-    """The rows of a modulation vector [B, 1 or n, dim] that belong to the tokens `s`."""
+def rows(v: Vectors, s: slice) -> Vectors:
+    """Of vectors for each token, or for all, those of the tokens `s`."""
+    if isinstance(v, ByToken):
+        return v.of(s)
     return v if v.shape[1] == 1 else v[:, s]
+
+
+def time_vectors(projection: torch.Tensor) -> torch.Tensor:
+    """What all blocks add to their modulation, from the projected time [B, R, 6*dim]: [B, R, 6, dim], in which the two
+    scales have their 1 already."""
+    vectors = projection.unflatten(-1, (6, -1)).clone()
+    vectors[:, :, 1::3] += 1
+    return vectors
 
 
 def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:

@@ -18,7 +18,17 @@ from .checkpoint import open_weights, place
 from .conditioning import NOTHING, Conditioning, core, extended
 from .config import WanConfig
 from .grid import Grid, Part, pad_to_patch, patchify, sequence_of, unpatchify
-from .layers import Block, BlockInputs, Head, Linear, PatchEmbedding, SelfAttention, sinusoid, to_nobody
+from .layers import (
+    Block,
+    BlockInputs,
+    Head,
+    Linear,
+    PatchEmbedding,
+    SelfAttention,
+    sinusoid,
+    time_vectors,
+    to_nobody,
+)
 from .quantized import QuantizedWeight, Weight
 from .rope import sequence_table
 
@@ -161,7 +171,7 @@ class WanModel(nn.Module):
         embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
         text = self.text_embedding(context.to(self.compute_dtype))
         inputs = BlockInputs(
-            time=self.time_projection(embedding).unflatten(-1, (6, -1)),
+            time=time_vectors(self.time_projection(embedding)),
             row_of_token=row_of_token,
             context=text,
             image=self.image_context(conditioning, text),
@@ -187,7 +197,7 @@ class WanModel(nn.Module):
                 before_block(self.config.num_layers + vace)
             self.add_sides(x, sides, i, inputs, conditioning)
         if self.span.stop == len(self.blocks):
-            return self.head_for(conditioning)(x, inputs.by_token(embedding))
+            return self.head_for(conditioning)(x, embedding, inputs)
         onward = sides[: self.carried(self.span.stop, conditioning)]
         if not onward:
             return x

@@ -7,6 +7,7 @@ plain torch elsewhere. Both compute in float32.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,6 +24,32 @@ _kernels: ModuleType | None = None
 _ROWS_OF_GELU = 32768
 """With GELU in it, cuBLAS's product of 5120 columns takes 6.72 ms for so many rows, and 7.14 ms with GELU in a kernel
 of its own; for 75,600 rows it is the other way round, 16.63 and 16.34 ms (H200, torch 2.11)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ByToken:
+    """A vector for each token, where there are few different ones: written out, they would be larger than all else.
+
+    Args:
+        values: float32 [B, R, d].
+        row: int64 [n], which of the R each token has.
+    """
+
+    values: torch.Tensor
+    row: torch.Tensor
+
+    def of(self, tokens: slice) -> ByToken:
+        """Those of some of the tokens."""
+        return ByToken(self.values, self.row[tokens])
+
+
+Vectors = torch.Tensor | ByToken
+"""float32 [B, 1 or n, d]."""
+
+
+def written_out(v: Vectors) -> torch.Tensor:
+    """As a tensor."""
+    return v.values[:, v.row] if isinstance(v, ByToken) else v
 
 
 def use_triton(device: torch.device) -> bool:
@@ -50,16 +77,17 @@ def triton_in_use() -> bool:
     return _kernels is not None
 
 
-def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+def norm(x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """LayerNorm(x) * scale + shift.
 
     Args:
         x: float32 [B, n, d].
-        scale, shift: float32, [d] or [B, 1 or n, d].
+        scale, shift: float32, [d], or [B, 1 or n, d]; both `ByToken`, with the same rows, or neither.
         dtype: of the result.
     """
     if x.is_cuda and _kernels is not None:
         return _kernels.norm(x, scale, shift, eps, dtype)
+    scale, shift = written_out(scale), written_out(shift)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale).to(dtype)
 
 
@@ -90,7 +118,7 @@ def rms_norm(
     return y.to(x.dtype)
 
 
-def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+def add_(x: torch.Tensor, y: torch.Tensor, gate: Vectors | None = None) -> torch.Tensor:
     """x += y * gate in place.
 
     Args:
@@ -100,19 +128,22 @@ def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> 
     """
     if x.is_cuda and _kernels is not None:
         return _kernels.add_(x, y, gate)
-    return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+    return x.add_(y) if gate is None else x.addcmul_(y.float(), written_out(gate))
 
 
 def add_norm(
     x: torch.Tensor,
     y: torch.Tensor,
-    gate: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    gate: Vectors | None,
+    scale: Vectors,
+    shift: Vectors,
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`add_`, then `norm` of the sum: the same numbers, and x is read once for both."""
+    """`add_`, then `norm` of the sum: the same numbers, and x is read once for both.
+
+    All that are `ByToken` have the same rows.
+    """
     if x.is_cuda and _kernels is not None:
         return _kernels.add_norm(x, y, gate, scale, shift, eps, dtype)
     add_(x, y, gate)

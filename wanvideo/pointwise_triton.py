@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 
+from .pointwise import ByToken, Vectors
+from .triton_launch import Launcher
+
 
 @triton.jit
 def _norm_kernel(
-    x, scale, shift, out, n, d, eps,
+    x, scale, shift, out, rows, n, d, eps,
     x_batch, x_token, scale_batch, scale_token, shift_batch, shift_token,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n, row % n
+    of_norm = tl.load(rows + token) if BY_TOKEN else token
     columns = tl.arange(0, BLOCK)
     inside = columns < d
     values = tl.load(x + batch * x_batch + token * x_token + columns, mask=inside, other=0.0)
     centred = tl.where(inside, values - tl.sum(values) / d, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / d + eps)
-    result = normed * tl.load(scale + batch * scale_batch + token * scale_token + columns, mask=inside, other=0.0)
-    result += tl.load(shift + batch * shift_batch + token * shift_token + columns, mask=inside, other=0.0)
+    result = normed * tl.load(scale + batch * scale_batch + of_norm * scale_token + columns, mask=inside, other=0.0)
+    result += tl.load(shift + batch * shift_batch + of_norm * shift_token + columns, mask=inside, other=0.0)
     tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _add_norm_kernel(
-    x, y, gate, scale, shift, out, n, d, eps,
+    x, y, gate, scale, shift, out, rows, n, d, eps,
     x_batch, x_token, y_batch, y_token, gate_batch, gate_token, scale_batch, scale_token, shift_batch, shift_token,
-    BLOCK: tl.constexpr, GATED: tl.constexpr,
+    BLOCK: tl.constexpr, GATED: tl.constexpr, GATE_BY_TOKEN: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n, row % n
+    of_gate = tl.load(rows + token) if GATE_BY_TOKEN else token
+    of_norm = tl.load(rows + token) if BY_TOKEN else token
     columns = tl.arange(0, BLOCK)
     inside = columns < d
     change = tl.load(y + batch * y_batch + token * y_token + columns, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        change *= tl.load(gate + batch * gate_batch + token * gate_token + columns, mask=inside, other=0.0)
+        change *= tl.load(gate + batch * gate_batch + of_gate * gate_token + columns, mask=inside, other=0.0)
     at = x + batch * x_batch + token * x_token + columns
     values = tl.load(at, mask=inside, other=0.0) + change
     tl.store(at, values, mask=inside)
     centred = tl.where(inside, values - tl.sum(values) / d, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / d + eps)
-    result = normed * tl.load(scale + batch * scale_batch + token * scale_token + columns, mask=inside, other=0.0)
-    result += tl.load(shift + batch * shift_batch + token * shift_token + columns, mask=inside, other=0.0)
+    result = normed * tl.load(scale + batch * scale_batch + of_norm * scale_token + columns, mask=inside, other=0.0)
+    result += tl.load(shift + batch * shift_batch + of_norm * shift_token + columns, mask=inside, other=0.0)
     tl.store(out + row * d + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -71,26 +80,37 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _add_kernel(x, y, gate, n, d, x_batch, x_token, gate_batch, gate_token, BLOCK: tl.constexpr, GATED: tl.constexpr):
+def _add_kernel(
+    x, y, gate, rows, n, d, x_batch, x_token, gate_batch, gate_token,
+    BLOCK: tl.constexpr, GATED: tl.constexpr, BY_TOKEN: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n, row % n
+    of_gate = tl.load(rows + token) if BY_TOKEN else token
     columns = tl.arange(0, BLOCK)
     inside = columns < d
     at = x + batch * x_batch + token * x_token + columns
     change = tl.load(y + row * d + columns, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        change *= tl.load(gate + batch * gate_batch + token * gate_token + columns, mask=inside, other=0.0)
+        change *= tl.load(gate + batch * gate_batch + of_gate * gate_token + columns, mask=inside, other=0.0)
     tl.store(at, tl.load(at, mask=inside, other=0.0) + change, mask=inside)
 
 
-def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+_norm = Launcher(_norm_kernel)
+_add_norm = Launcher(_add_norm_kernel)
+_rms_norm = Launcher(_rms_norm_kernel)
+_add = Launcher(_add_kernel)
+
+
+def norm(x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """See `pointwise.norm`."""
     batch, n, d = x.shape
-    scale, shift = _rows(scale, x), _rows(shift, x)
+    tensors, rows = (x, _vectors(scale, x), _vectors(shift, x)), _rows(scale)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        strides = *x.stride()[:2], *scale.stride()[:2], *shift.stride()[:2]
-        _norm_kernel[(batch * n,)](x, scale, shift, out, n, d, eps, *strides, **_launch(d))
+        block, warps = _launch(d)
+        constants = block, rows is not None
+        _norm((batch * n,), (*tensors, out, _or(rows, x)), (n, d, eps, *_strides(tensors)), constants, warps)
     return out
 
 
@@ -110,41 +130,42 @@ def rms_norm(
     squares = mean_square.contiguous() if given else weight
     half = rope.shape[-1] if rotate else 1
     if x.numel():
-        pairs, warps = triton.next_power_of_2(d) // 2, _launch(d)["num_warps"]
-        _rms_norm_kernel[(batch * n,)](
-            x, weight, table, squares, out, n, d, eps, half, pairs, rotate, given, num_warps=warps
-        )
+        block, warps = _launch(d)
+        tensors, constants = (x, weight, table, squares, out), (half, block // 2, rotate, given)
+        _rms_norm((batch * n,), tensors, (n, d, eps), constants, warps)
     return out
 
 
-def add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+def add_(x: torch.Tensor, y: torch.Tensor, gate: Vectors | None) -> torch.Tensor:
     """See `pointwise.add_`."""
     batch, n, d = x.shape
-    gated = gate is not None
-    gate = _rows(gate, x) if gated else x
+    rows, gates = _rows(gate), x if gate is None else _vectors(gate, x)
     if x.numel():
-        strides = *x.stride()[:2], *gate.stride()[:2]
-        _add_kernel[(batch * n,)](x, y.contiguous(), gate, n, d, *strides, GATED=gated, **_launch(d))
+        block, warps = _launch(d)
+        tensors, constants = (x, y.contiguous(), gates, _or(rows, x)), (block, gate is not None, rows is not None)
+        _add((batch * n,), tensors, (n, d, *_strides((x, gates))), constants, warps)
     return x
 
 
 def add_norm(
     x: torch.Tensor,
     y: torch.Tensor,
-    gate: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    gate: Vectors | None,
+    scale: Vectors,
+    shift: Vectors,
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `pointwise.add_norm`."""
     batch, n, d = x.shape
-    y, gated = y if y.stride(-1) == 1 else y.contiguous(), gate is not None
-    rows = [_rows(v, x) for v in (gate if gated else x, scale, shift)]
+    y, of_gate, of_norm = y if y.stride(-1) == 1 else y.contiguous(), _rows(gate), _rows(scale)
+    tensors = x, y, *(_vectors(v, x) for v in (x if gate is None else gate, scale, shift))
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        strides = [stride for v in (x, y, *rows) for stride in v.stride()[:2]]
-        _add_norm_kernel[(batch * n,)](x, y, *rows, out, n, d, eps, *strides, GATED=gated, **_launch(d))
+        block, warps = _launch(d)
+        rows = _or(of_gate if of_norm is None else of_norm, x)
+        constants = block, gate is not None, of_gate is not None, of_norm is not None
+        _add_norm((batch * n,), (*tensors, out, rows), (n, d, eps, *_strides(tensors)), constants, warps)
     return out
 
 
@@ -162,11 +183,28 @@ def try_out(device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
-def _rows(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A modulation vector as [B, n, d] with strides of 0 where it repeats."""
-    return v.expand(x.shape)
+def _vectors(v: Vectors, x: torch.Tensor) -> torch.Tensor:
+    """Those that there are, [B, R, d], or [B, n, d] with strides of 0 where they repeat."""
+    return v.values.expand(len(x), -1, -1) if isinstance(v, ByToken) else v.expand(x.shape)
 
 
-def _launch(d: int) -> dict[str, int]:
+def _rows(v: Vectors | None) -> torch.Tensor | None:
+    """Which of them each token has; None where that is its own."""
+    return v.row.contiguous() if isinstance(v, ByToken) else None
+
+
+def _or(rows: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Something to give to a kernel that does not look at it."""
+    return x if rows is None else rows
+
+
+def _strides(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Of items and tokens, of all of them in turn."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+@functools.cache
+def _launch(d: int) -> tuple[int, int]:
+    """Columns of a program, and its warps."""
     block = triton.next_power_of_2(d)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return block, min(16, max(1, block // 512))

@@ -11,7 +11,7 @@ import tiny
 import torch
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire, model_config
-from wan_parallel.wanvideo import attention, fp8, fp8_attention, fp8_mode, pointwise
+from wan_parallel.wanvideo import attention, flash3, fp8, fp8_attention, fp8_mode, pointwise
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.fp8 import Fp8Error
 from wan_parallel.wanvideo.model import WanModel
@@ -25,7 +25,7 @@ SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 LINEAR, ATTENTION = fp8_mode.MODES[1:]
 HOPPER = torch.cuda.get_device_capability() == (9, 0)
 needs_fa3 = pytest.mark.skipif(
-    not HOPPER or not attention._has_flash_attn_3(), reason="needs FlashAttention-3 on a Hopper GPU"
+    not HOPPER or not flash3.installed(), reason="needs FlashAttention-3 on a Hopper GPU"
 )
 
 
@@ -244,7 +244,7 @@ def test_a_1_3b_in_fp8_mode_takes_half_the_weights_and_less_time():
     outputs, seconds, held = {}, {}, {}
     try:
         for mode in modes:
-            if mode == ATTENTION and not attention._has_flash_attn_3():
+            if mode == ATTENTION and not flash3.installed():
                 continue
             weights = fp8_mode.weights_for(None, mode, "bf16")
             spec = ModelSpec("random:1.3b", weights, "bf16", fp8_mode=mode)
