@@ -45,7 +45,7 @@ from .memory import (
     needed_bytes,
     place_weights,
 )
-from .memory_use import host_memory
+from .memory_use import allocated_on, host_memory
 from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .originals import Originals, as_in_file
 from .pipeline import Stage
@@ -269,9 +269,9 @@ class Models:
         if self.device.type != "cuda":
             return 2**50
         free, total = torch.cuda.mem_get_info(self.device)
-        allocated = torch.cuda.memory_allocated(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - allocated
-        return min(int(total * self.settings.memory_fraction) - allocated, free + cached) - _MARGIN + self.slots.nbytes
+        there = allocated_on(self.device)
+        most = min(int(total * self.settings.memory_fraction) - there.now, free + there.reserved - there.now)
+        return most - _MARGIN + self.slots.nbytes
 
     def _activations(self, spec: ModelSpec, config: WanConfig, tokens: int) -> int:
         share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)

@@ -138,6 +138,13 @@ def test_formats(run):
         assert 0 < row["of_16_bit"] < 2 and row["weights_gib"] > 0
 
 
+def test_dequantise(run):
+    kinds = ("Q4_K", "Q8_0")
+    rows = run("dequantise", *ON_CPU, "--kinds", *kinds, "--rows", 8, "--columns", 1024, "--shares", 2, "--iters", 1)
+    assert tuple(row["kind"] for row in rows) == kinds
+    assert all((row["rows"], row["columns"]) == (8, 512) and row["torch_ms"] > 0 for row in rows)
+
+
 @needs_tiny_wan
 def test_displaced_quality(run, tmp_path):
     modes = ("--modes", "spatial", "--overlaps", 0, "--syncs", 3, "--warmups", "--no-fp8", "--warmup", 1)

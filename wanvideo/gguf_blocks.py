@@ -1,17 +1,20 @@
-"""Matrices in the block formats of GGUF, dequantised by torch on whatever device they are.
+"""Matrices in the block formats of GGUF, dequantised on whatever device they are.
 
 A row is a sequence of blocks of 32 or 256 numbers, each with a scale or several. The formats are those of ggml's
 `ggml-common.h` (`block_q4_K` and so on); the arithmetic is float32 in the order of its reference functions, so that the
-results are bit for bit theirs.
+results are bit for bit theirs. Where Triton can be used (see `pointwise.use_triton`), a matrix is read and written
+once; torch takes a dozen passes over memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 
+from .pointwise import triton_in_use
 from .quantized import Int8Weight, QuantizedWeight, covering
 
 _CHUNK = 1 << 25
@@ -53,6 +56,12 @@ class GgufWeight(QuantizedWeight):
         return replace(self, blocks=components["blocks"])
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        if not (self.blocks.is_cuda and triton_in_use()):
+            return self.dequantize_by_torch(dtype)
+        return import_module(".gguf_triton", __package__).dequantize(self, dtype)
+
+    def dequantize_by_torch(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same on any device, in plain torch."""
         block = BLOCKS[self.dtype]
         out = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
         step = max(1, _CHUNK // max(1, self.columns))

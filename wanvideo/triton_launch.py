@@ -22,10 +22,14 @@ _TAKES_ALL = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (
 
 
 class Launcher:
-    """A kernel whose parameters are tensors, then numbers, then constants."""
+    """A kernel whose parameters are tensors, then numbers, then constants.
 
-    def __init__(self, kernel: Any):
-        self._kernel = kernel
+    Args:
+        options: of the compiler.
+    """
+
+    def __init__(self, kernel: Any, **options: Any):
+        self._kernel, self._options = kernel, options
         self._compiled: dict[tuple, Any] = {}
 
     def __call__(
@@ -39,7 +43,7 @@ class Launcher:
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
             return
-        compiled = self._kernel[tuple(grid)](*tensors, *numbers, *constants, num_warps=num_warps)
+        compiled = self._kernel[tuple(grid)](*tensors, *numbers, *constants, num_warps=num_warps, **self._options)
         if _TAKES_ALL and compiled is not None:  # None where Triton interprets
             if len(self._compiled) >= _KEPT:
                 self._compiled.clear()
