@@ -185,7 +185,7 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
     unit = SEGMENT if question.settings.device == "cuda" else 1
     parts, ways = parts_of(question.config, plan, _held_sizes(spec)), []
     for ranks in plan.replicas():
-        demand = demand_of(parts[plan.place(ranks[0]).stage], activations, unit)
+        demand = demand_of(parts[plan.place(ranks[0]).stage], question.config, activations, unit)
         there, on_host = [room.devices[rank] for rank in ranks], room.host * len(ranks) // plan.num_gpus
         choices = spec.shard_weights, spec.offload
         ways.append((demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)))

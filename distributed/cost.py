@@ -12,17 +12,25 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..wanvideo.variant_shapes import Hearing
 from .plan import ParallelPlan, SequenceDegrees, attention_cost, bounds
 
 TEXT_TOKENS = 512
+IMAGE_TOKENS = 257
+"""Of a start image, where a model has no positions for more."""
+_FRAME_TOKENS = 30 * 52
+"""Of a latent frame at 480p: a forward's tokens do not tell its frames, on which little depends."""
 ATTENTION_RATE = 0.89
 """Of the rate of matrix products: FlashAttention-3 685, products 770 TFLOP/s."""
 _MEMORY_BYTES = 70
 """Through memory for each token, channel and block outside products and attention (benchmarks/LOG.md, 4)."""
+_HEARD_BYTES = 20
+"""Likewise, where tokens hear something: its norm, a copy of what is heard, and the sum."""
 _HOP_SECONDS = 6e-3
 """From ComfyUI to the workers and back."""
-_HIDDEN_SUMS = 1 / 3
-"""Of the sums of tensor-parallel ranks, what travels during computation: half of two out of three (see tensor.py)."""
+_SUMS, _HIDDEN_SUMS = 3, 1
+"""Of tensor-parallel ranks in a block, and what of them travels during computation: half of two (see tensor.py). That
+behind an attention to something else is one more."""
 _EXPOSED_HEADS = 1 / 2
 """What Ulysses' exchange costs though it runs beside the computation (see overlapped.py), as a share of its time: 14B
 at 480p on 4 H200s takes 0.694 s with it and 0.711 s without, and 40 ms are the bytes."""
@@ -39,6 +47,12 @@ class Dimensions(Protocol):
     num_heads: int
     num_layers: int
     vace_layers: int
+    image_dim: int
+    image_positions: int
+
+    @property
+    def hearing(self) -> Hearing:
+        """What tokens attend to of their frame."""
 
     def in_turn(self, blocks: range) -> list[int]:
         """The numbers of these blocks and of the VACE blocks behind them."""
@@ -128,7 +142,7 @@ def expect(
     layers = max(len(config.in_turn(span)) for span in spans)  # VACE with one context
     compute = layers * _block_compute(config, degrees, plan.tensor_parallel, work, machine)
     exchange = layers * _block_exchange(config, degrees, plan.tensor_parallel, work, machine)
-    waits = layers * _exchanges(degrees, plan.tensor_parallel) * machine.latency  # for each slice
+    waits = layers * _exchanges(config, degrees, plan.tensor_parallel) * machine.latency  # for each slice
     passing = 0.0
     if stages > 1:
         streams = 2 if config.vace_layers else 1
@@ -147,11 +161,16 @@ def expect(
 def block_flops(config: Dimensions, tokens: int, ranks: int = 1, tensor: int = 1) -> tuple[float, float]:
     """Floating-point operations of one block for one item on a rank: of products, and of attention.
 
-    Every rank computes keys and values of the text itself.
+    Every rank computes keys and values of the text, the image and what is heard itself. What only some blocks have
+    counts by its mean. One speaker is counted; how InfiniteTalk tells two apart takes 2 % more at 480p.
     """
-    d, own = config.dim, math.ceil(tokens / ranks)
-    products = 2 * own * (6 * d * d + 2 * d * config.ffn_dim) + 2 * TEXT_TOKENS * 2 * d * d
-    attention = 4 * tokens * tokens * d / ranks + 4 * own * TEXT_TOKENS * d
+    d, own, heard = config.dim, math.ceil(tokens / ranks), config.hearing
+    context = TEXT_TOKENS + ((config.image_positions or IMAGE_TOKENS) if config.image_dim else 0)
+    products = 2 * own * (6 * d * d + 2 * d * config.ffn_dim) + 2 * context * 2 * d * d
+    attention = 4 * tokens * tokens * d / ranks + 4 * own * context * d
+    keys = math.ceil(tokens / _FRAME_TOKENS) * heard.tokens
+    products += heard.share * (2 * own * 2 * d * d + 2 * keys * heard.width * 2 * d)
+    attention += heard.share * 4 * own * heard.tokens * d
     return products / tensor, attention / tensor
 
 
@@ -161,7 +180,8 @@ def _block_compute(
     """Seconds of one item in one block; a ring's smaller pieces and uneven heads included."""
     products, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
     attention *= attention_cost(degrees, config.num_heads // tensor)
-    moved = _MEMORY_BYTES * math.ceil(work.tokens / degrees.ranks) * config.dim
+    moved = _MEMORY_BYTES + _HEARD_BYTES * config.hearing.share
+    moved *= math.ceil(work.tokens / degrees.ranks) * config.dim
     moved *= (1 + 1 / tensor) / 2  # the residual stream is whole on each tensor-parallel rank
     scale = work.itemsize / 2  # of float32 products, which are several times slower than 16 bit ones on most GPUs
     return scale * (products / machine.products + attention / machine.attention) + moved / machine.memory
@@ -180,13 +200,14 @@ def _block_exchange(
     if work.overlap:
         _, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
         around = max(0.0, around - attention / machine.attention * (ring - 1) / ring)
-    sums = 3 * own * 2 * (tensor - 1) / tensor / machine.link
-    return heads + around + sums * (1 - _HIDDEN_SUMS if work.overlap else 1)
+    sums = _SUMS - (_HIDDEN_SUMS if work.overlap else 0) + config.hearing.share
+    return heads + around + sums * own * 2 * (tensor - 1) / tensor / machine.link
 
 
-def _exchanges(degrees: SequenceDegrees, tensor: int) -> int:
+def _exchanges(config: Dimensions, degrees: SequenceDegrees, tensor: int) -> float:
     """How often a block waits for other ranks: around attention, in a ring, for sums and for the norms' means."""
-    return 2 * (degrees.ulysses > 1) + (degrees.ring - 1) + 6 * (tensor > 1)
+    sums = 6 + config.hearing.share if tensor > 1 else 0
+    return 2 * (degrees.ulysses > 1) + (degrees.ring - 1) + sums
 
 
 def _waiting_for_weights(blocks: Blocks, layers: int, seconds: float, machine: Machine) -> float:

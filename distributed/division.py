@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..wanvideo.checkpoint import WEIGHT_DTYPES, held_sizes_of
 from ..wanvideo.config import WanConfig
 from .pipeline import Stage
-from .plan import ParallelPlan
+from .plan import ParallelPlan, PlanError, divisors
 from .specs import ModelSpec, PoolSettings
 from .tensor import TensorShard
 
@@ -21,6 +21,12 @@ def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> No
     """
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
+    if config.talk and config.talk.heads % plan.tensor_parallel:
+        possible = divisors(math.gcd(config.talk.heads, config.num_heads))
+        raise PlanError(
+            f"tensor_parallel_size {plan.tensor_parallel} does not divide the {config.talk.heads} heads of "
+            f"InfiniteTalk's layers. Use one of {', '.join(map(str, possible))}."
+        )
 
 
 def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:

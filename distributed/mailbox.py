@@ -35,12 +35,25 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
 
 @dataclass(frozen=True)
 class Letter:
-    """A contiguous tensor for the memory of `rank`, from byte `offset` on, and the channel whose flag tells of it."""
+    """Some columns of the matrices of a tensor, for the memory of another rank.
+
+    Args:
+        rank: who gets them.
+        channel: whose flag tells of them.
+        shape: matrices, rows, columns; counted, as all that follows but `offset`, in elements of the tensor.
+        start: where in the tensor the first row begins.
+        strides: from a matrix to the next, and from a row to the next.
+        offset: the byte of the receiver's memory at which the first row is to begin.
+        strides_there: from a matrix and from a row to the next there.
+    """
 
     rank: int
-    offset: int
-    tensor: torch.Tensor
     channel: int
+    shape: tuple[int, int, int]
+    start: int
+    strides: tuple[int, int]
+    offset: int
+    strides_there: tuple[int, int]
 
 
 class Mailbox(ABC):
@@ -89,12 +102,12 @@ class Mailbox(ABC):
         """A part of this rank's memory, from byte `offset` on."""
         return self._part(self.place, offset, shape, dtype)
 
-    def send(self, letters: Sequence[Letter]) -> None:
-        """Write into the memory of other ranks what this one's device has computed by then, in this order.
+    def send(self, letters: Sequence[Letter], tensor: torch.Tensor) -> None:
+        """Write parts of a contiguous tensor, as the device has computed it by then, into the memory of ranks.
 
-        Their tensors are kept, or have been given to `hold`.
+        In this order. Keep the tensor until all have it, or give it to `hold`.
         """
-        self._write(letters, [self._count(letter) for letter in letters])
+        self._write(letters, [self._count(letter) for letter in letters], tensor)
 
     def wait(self, senders: Iterable[int], *channels: int) -> None:
         """Let the device go on once the next letter of each of `senders` on each of these channels is there."""
@@ -128,7 +141,7 @@ class Mailbox(ABC):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
 
     @abstractmethod
-    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None: ...
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None: ...
 
     @abstractmethod
     def _await(self, words: Sequence[Word]) -> None:
@@ -152,9 +165,13 @@ class HostMailbox(Mailbox):
         length = prod(shape) * dtype.itemsize
         return self._segment.data[rank][offset : offset + length].view(dtype).view(*shape)
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
         for letter, value in zip(letters, values, strict=True):
-            self._part(letter.rank, letter.offset, letter.tensor.shape, letter.tensor.dtype).copy_(letter.tensor)
+            if all(letter.shape):
+                rows = tensor.as_strided(letter.shape, (*letter.strides, 1), tensor.storage_offset() + letter.start)
+                there = self._segment.data[letter.rank][letter.offset :]
+                there = there[: len(there) // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
+                there.as_strided(letter.shape, (*letter.strides_there, 1), there.storage_offset()).copy_(rows)
             self._segment.words[letter.rank][self._flag(letter)] = value
 
     def _await(self, words: Sequence[Word]) -> None:
@@ -188,7 +205,8 @@ class PeerMailbox(Mailbox):
         """Send every rank this one's number, and look at what has come."""
         mine = torch.full((1,), self.place, dtype=torch.int64, device=self.device)
         self.hold(mine)
-        self.send([Letter(rank, 8 * self.place, mine, 0) for rank in range(self.ranks)])
+        letters = [Letter(rank, 0, (1, 1, 1), 0, (1, 1), 8 * self.place, (1, 1)) for rank in range(self.ranks)]
+        self.send(letters, mine)
         self.wait(range(self.ranks), 0)
         got = self.own(0, (self.ranks,), torch.int64).tolist()
         if got != list(range(self.ranks)):
@@ -213,16 +231,24 @@ class PeerMailbox(Mailbox):
     def hold(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
         self._computed.record(torch.cuda.current_stream(self.device.index))
         self._stream.wait_event(self._computed)
-        stream = self._stream.cuda_stream
+        stream, address, size = self._stream.cuda_stream, tensor.data_ptr(), tensor.itemsize
         for _, together in groupby(zip(letters, values, strict=True), key=lambda sent: sent[0].channel):
             words = []
             for letter, value in together:
-                there, tensor = self._addresses[letter.rank], letter.tensor
-                if tensor.numel():
-                    self._driver.copy(stream, there + _FLAG_BYTES + letter.offset, tensor.data_ptr(), tensor.nbytes)
+                there, (matrices, rows, columns) = self._addresses[letter.rank], letter.shape
+                source, to = address + letter.start * size, there + _FLAG_BYTES + letter.offset
+                (step, pitch), (step_there, pitch_there) = letter.strides, letter.strides_there
+                for matrix in range(matrices if rows and columns else 0):
+                    self._driver.copy(
+                        stream,
+                        (to + matrix * step_there * size, pitch_there * size),
+                        (source + matrix * step * size, pitch * size),
+                        columns * size,
+                        rows,
+                    )
                 words.append((there + 4 * self._flag(letter), value))
             self._driver.write(stream, words)
 

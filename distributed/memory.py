@@ -7,10 +7,13 @@ each other their room first (see `Worker.load`) and then all ask `place_weights`
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
 
-from ..wanvideo.config import BLOCK_NAME, WanConfig
+from ..wanvideo.config import WanConfig
 
 SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
@@ -19,6 +22,8 @@ SEGMENT = 2**21
 """Bytes that torch's GPU allocator rounds a large allocation up to: a block, or a share of one, is one of these."""
 ALIGN = 256
 """Bytes at which a weight starts in a block: as in torch's GPU allocator, so that the same kernels are chosen."""
+
+Item = TypeVar("Item")
 
 CHOICES = ("auto", "on", "off")
 REFERENCE_TOKENS = 21 * 30 * 52
@@ -41,16 +46,16 @@ class PlacementError(ValueError):
 class Demand:
     """What a model asks of one GPU, in bytes."""
 
-    fixed: int  # embeddings and head, on every GPU
+    fixed: int  # embeddings, encoders and head, on every GPU
     block: int  # the largest block, whole
     blocks: int  # how many
     activations: int
     unit: int = 1  # what a part of a block is rounded up to
-    sizes: tuple[int, ...] = ()  # of each block, where they differ
+    sizes: tuple[int, ...] = ()  # of each block in the order in which they run, where they differ
 
     @property
     def whole(self) -> int:
-        return self.fixed + (sum(self.sizes) or self.blocks * self.block)
+        return self.fixed + sum(self._sizes)
 
     @property
     def usual_block(self) -> int:
@@ -62,24 +67,47 @@ class Demand:
         return self._part(self.block, share)
 
     def parts(self, share: int, count: int) -> int:
-        """Bytes of 1/share of each of `count` blocks, whichever they are."""
-        if self.sizes and count == self.blocks:
-            return sum(self._part(size, share) for size in self.sizes)
-        return count * self.part(share)
+        """Bytes of 1/share of each of the `count` blocks that stay on the GPU longest."""
+        return self.growing(share)[count]
+
+    def growing(self, share: int) -> list[int]:
+        """`parts` of 0, 1, 2 ... of the blocks."""
+        staying = reversed(leaving_order(self._sizes))
+        return list(accumulate((self._part(size, share) for size in staying), initial=0))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.sizes or (self.block,) * self.blocks
 
     def _part(self, nbytes: int, share: int) -> int:
         return -(-math.ceil(nbytes / share) // self.unit) * self.unit
 
 
-def demand_of(sizes: Mapping[str, int], activations: int, unit: int = 1) -> Demand:
-    """What a model asks of a GPU, from the bytes of each of its weights as they are held, blocks rounded to `unit`."""
+def leaving_order(blocks: Sequence[Item]) -> list[Item]:
+    """The blocks of a model in the order in which they leave a GPU that is too small.
+
+    Every start of it is spread evenly over them (van der Corput's), so that each copy from host memory has time.
+    """
+    size = max(1, (len(blocks) - 1).bit_length())
+    order = (int(format(i, f"0{size}b")[::-1], 2) for i in range(2**size))
+    return [blocks[i] for i in order if i < len(blocks)]
+
+
+def demand_of(sizes: Mapping[str, int], config: WanConfig, activations: int, unit: int = 1) -> Demand:
+    """What a model, or a part of it, asks of a GPU.
+
+    Args:
+        sizes: bytes of each of its weights as they are held.
+        unit: what blocks are rounded up to.
+    """
     fixed, blocks = 0, {}
     for name, nbytes in sizes.items():
-        if match := BLOCK_NAME.match(name):
-            blocks[match[0]] = blocks.get(match[0], 0) + -(-nbytes // ALIGN) * ALIGN
+        if (number := config.block_number(name)) is not None:
+            blocks[number] = blocks.get(number, 0) + -(-nbytes // ALIGN) * ALIGN
         else:
             fixed += nbytes
-    return Demand(fixed, max(blocks.values(), default=0), len(blocks), activations, unit, tuple(blocks.values()))
+    in_turn = tuple(blocks[number] for number in config.in_turn(range(config.num_layers)) if number in blocks)
+    return Demand(fixed, max(in_turn, default=0), len(in_turn), activations, unit, in_turn)
 
 
 @dataclass(frozen=True)
@@ -125,9 +153,7 @@ def fitting_blocks(demand: Demand, room: int, share: int) -> int:
     if share == 1 and left >= demand.parts(1, demand.blocks):
         return demand.blocks
     left -= SLOTS * demand.part(1)
-    if share > 1 and left >= demand.parts(share, demand.blocks):
-        return demand.blocks
-    return max(-1, min(demand.blocks, left // demand.part(share)))
+    return bisect_right(demand.growing(share), left) - 1
 
 
 def needed_bytes(demand: Demand, share: int, resident: int) -> int:
@@ -186,7 +212,7 @@ def _in_host_memory(
     if fitting_blocks(demand, min(room), share) < 0:
         raise PlacementError(_refusal(demand, room, share, 0, "on", "on", share, gpus))
     hosted = demand.blocks - resident
-    needed = hosted * demand.block * len(room) // share
+    needed = (demand.parts(1, demand.blocks) - demand.parts(1, resident)) * len(room) // share
     if needed > host_room:
         raise PlacementError(
             f"{hosted} of {demand.blocks} blocks must lie in host memory, which takes {_gib(needed)} on "

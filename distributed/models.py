@@ -76,7 +76,7 @@ class LoadedModel:
 
     @property
     def fixed(self) -> int:
-        """Bytes of embeddings and head."""
+        """Bytes of what belongs to no block: embeddings, encoders, head."""
         return self.demand.fixed
 
     @property
@@ -219,8 +219,7 @@ class Models:
         """Bytes of each model's weights on this worker's device."""
         held = []
         for spec, loaded in self.loaded.items():
-            parts = sorted(map(loaded.residence.bytes_of, loaded.residence.blocks), reverse=True)
-            whole = max(loaded.device_bytes, loaded.fixed + sum(parts[: loaded.resident]))
+            whole = max(loaded.device_bytes, loaded.fixed + loaded.residence.bytes_of_staying(loaded.resident))
             now = loaded.device_bytes + loaded.originals.nbytes
             held.append(HeldWeights(spec, now, max(now, whole)))
         return tuple(held)
@@ -290,7 +289,8 @@ class Models:
         plan, placed = self.settings.plan, {}
         activations = self._activations(spec, source.config, tokens)
         for ranks in plan.replicas():
-            demand = demand_of(self._held_sizes(source, spec, ranks[0]), activations, unit_of(self.device))
+            sizes = self._held_sizes(source, spec, ranks[0])
+            demand = demand_of(sizes, source.config, activations, unit_of(self.device))
             there = [rooms[rank] for rank in ranks]
             on_host = free * len(ranks) // plan.num_gpus
             choices = spec.shard_weights, spec.offload
@@ -326,9 +326,8 @@ class Models:
         loaded.resident = demand.blocks
         if spec.offload == "auto":
             loaded.resident = max(0, fitting_blocks(demand, self._room() + loaded.device_bytes, share))
-        present = residence.on_device
-        if len(present) > loaded.resident:
-            _step_out(residence, sum(residence.bytes_of(i) for i in present[loaded.resident :]))
+        if (beyond := residence.bytes_beyond(loaded.resident)) > 0:
+            _step_out(residence, beyond)
         residence.step_in(loaded.resident)
 
     def learn(self, spec: ModelSpec) -> None:

@@ -64,7 +64,8 @@ def stream_memory(
     sizes = held_sizes(config, header, WEIGHT_DTYPES[spec.weight_dtype])
     share = math.ceil(tokens / plan.sequence_ranks)
     working = activation_bytes(config, share, spec.max_batch, itemsize, spec.slice_tokens) // _RESERVE
-    demand = demand_of(max(parts_of(config, plan, sizes), key=lambda part: sum(part.values())), 0)
+    most = max(parts_of(config, plan, sizes), key=lambda part: sum(part.values()))
+    demand = demand_of(most, config, 0)
     ways = [(1, demand.blocks)]
     if spec.offload != "off":
         ways.append((1, 0))

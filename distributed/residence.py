@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from . import stopwatch
 from .flat import HostBuffer, Layout, Weight, components, nbytes_of, on_meta, with_components
-from .memory import SEGMENT, SLOTS
+from .memory import SEGMENT, SLOTS, leaving_order
 
 # torch 2.13 has another name for it and warns at the old one
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -170,7 +170,7 @@ class Residence:
         for name in names:
             if (number := number_of(name)) is not None:
                 self._blocks[number].names.append(name)
-        self._to_host = _spread(self.blocks)
+        self._to_host = leaving_order(self.blocks)
         self._serial = slots.serial
         self._order: list[int] = []  # blocks that pass through the slots in this forward
         self._reached = self._started = self._total = 0
@@ -313,6 +313,16 @@ class Residence:
         for index in leaving:
             self._leave_device(self._blocks[index])
         return sum(self.bytes_of(index) for index in leaving)
+
+    def bytes_beyond(self, count: int) -> int:
+        """Bytes that leave the device if `count` blocks stay there."""
+        present = set(self.on_device)
+        leaving = [index for index in self._to_host if index in present][: max(0, len(present) - count)]
+        return sum(self.bytes_of(index) for index in leaving)
+
+    def bytes_of_staying(self, count: int) -> int:
+        """Bytes of the `count` blocks that stay on the device longest, wherever they are now."""
+        return sum(self.bytes_of(index) for index in self._to_host[max(0, len(self._blocks) - count) :])
 
     def host_bytes_for(self, nbytes: float) -> int:
         """Bytes of host memory that `step_out(nbytes)` would take anew."""
@@ -473,10 +483,3 @@ class Residence:
                 torch.cuda.current_stream(self.device).wait_event(arrival)
             elif arrival is not None:
                 arrival.wait()
-
-
-def _spread(indices: Sequence[int]) -> list[int]:
-    """The same numbers in an order whose every start is spread evenly over them (van der Corput's)."""
-    size = max(1, (len(indices) - 1).bit_length())
-    order = (int(format(i, f"0{size}b")[::-1], 2) for i in range(2**size))
-    return [indices[i] for i in order if i < len(indices)]

@@ -13,8 +13,26 @@ _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32
 _GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _WRITE_DEFAULT = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: everything before it on the stream is visible first
 
+_ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+
 Word = tuple[int, int]
 """An address, and a 32-bit number."""
+Rows = tuple[int, int]
+"""The address of a first row, and the bytes from one row to the next."""
+
+
+class _Copy(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = (
+        ("from_x", ctypes.c_size_t), ("from_y", ctypes.c_size_t), ("from_kind", ctypes.c_int),
+        ("from_host", ctypes.c_void_p), ("from_device", ctypes.c_uint64), ("from_array", ctypes.c_void_p),
+        ("from_pitch", ctypes.c_size_t),
+        ("to_x", ctypes.c_size_t), ("to_y", ctypes.c_size_t), ("to_kind", ctypes.c_int),
+        ("to_host", ctypes.c_void_p), ("to_device", ctypes.c_uint64), ("to_array", ctypes.c_void_p),
+        ("to_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t), ("rows", ctypes.c_size_t),
+    )  # fmt: skip
 
 
 class StreamMemoryError(RuntimeError):
@@ -31,17 +49,21 @@ class StreamMemory:
     def __init__(self) -> None:
         try:
             library = ctypes.CDLL("libcuda.so.1")
-            self._batch, self._copy = library.cuStreamBatchMemOp_v2, library.cuMemcpyDtoDAsync_v2
+            self._batch, self._copy = library.cuStreamBatchMemOp_v2, library.cuMemcpy2DAsync_v2
         except (OSError, AttributeError) as error:
             raise StreamMemoryError(f"the CUDA driver has no stream memory operations ({error})") from error
         self._batch.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
         self._batch.restype = ctypes.c_int
-        self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        self._copy.argtypes = (ctypes.POINTER(_Copy), ctypes.c_void_p)
         self._copy.restype = ctypes.c_int
 
-    def copy(self, stream: int, to: int, address: int, nbytes: int) -> None:
-        """Copy between two places in the memory of GPUs, by a copy engine."""
-        self._check(self._copy(to, address, nbytes, stream))
+    def copy(self, stream: int, to: Rows, source: Rows, width: int, rows: int) -> None:
+        """Copy `rows` rows of `width` bytes between two places in the memory of GPUs, by a copy engine."""
+        copy = _Copy(
+            from_kind=_ON_DEVICE, from_device=source[0], from_pitch=source[1],
+            to_kind=_ON_DEVICE, to_device=to[0], to_pitch=to[1], width=width, rows=rows,
+        )  # fmt: skip
+        self._check(self._copy(ctypes.byref(copy), stream))
 
     def write(self, stream: int, words: Sequence[Word]) -> None:
         """Write words once all that `stream` has to do so far is done."""

@@ -2,6 +2,7 @@
 
 q, k, v and the first matrix of a feed-forward are cut by rows, o and the second by columns: a rank goes from its
 heads or hidden columns to a partial sum over the full width without asking anybody, and one all-reduce completes it.
+So are the attentions beside those of every Wan model: to speech, to a face, to sound, to music.
 The norms of q and k go over the full width, of which a rank has a part: the sums of squares are reduced, one number a
 token. The residual stream is the same on all ranks of a group.
 
@@ -26,23 +27,29 @@ from torch import nn
 from ..wanvideo.layers import Attention, Block
 from ..wanvideo.lora import WeightPatch, narrow_patch
 from ..wanvideo.model import WanModel
-from ..wanvideo.quantized import Weight
+from ..wanvideo.quantized import Weight, rows_together
 from ..wanvideo.talk import TalkBlock
 from . import stopwatch
 from .plan import bounds
 
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
-ROWS, COLUMNS, GATHERED, ONCE = "rows", "columns", "gathered", "once"
+ROWS, PAIRS, COLUMNS, GATHERED, ONCE = "rows", "pairs", "columns", "gathered", "once"
 
-_ATTENTION = r"((self|cross|audio_cross)_attn|audio_injector\.injector\.\d+)"
+_ATTENTION = r"((self|cross|audio_cross)_attn|(audio|music)_injector\.injector\.\d+)"
+_SPEECH, _FACE = r"audio_cross_attn", r"face_adapter\.fuser_blocks\.\d+"  # keys and values of one matrix
 
-# How each tensor is divided: its rows; its columns, the products being summed; its rows, the products being put
-# together; or not at all, on the first rank alone, as a bias that must enter a sum once. Others are on every rank.
+# How each tensor is divided: its rows; those of each half, which are keys and values; its columns, the products being
+# summed; its rows, the products being put together; or not at all, on the first rank alone, as a bias that must enter a
+# sum once. Others are on every rank.
 _SPLITS = (
     (rf"{_ATTENTION}\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
     (rf"{_ATTENTION}\.norm_(q|k|k_img)\.weight", ROWS),
     (rf"{_ATTENTION}\.o\.weight", COLUMNS),
     (rf"{_ATTENTION}\.o\.bias", ONCE),
+    (rf"({_SPEECH}\.q_linear|{_FACE}\.linear1_q)\.(weight|bias)", ROWS),
+    (rf"({_SPEECH}\.kv_linear|{_FACE}\.linear1_kv)\.(weight|bias)", PAIRS),
+    (rf"({_SPEECH}\.proj|{_FACE}\.linear2)\.weight", COLUMNS),
+    (rf"({_SPEECH}\.proj|{_FACE}\.linear2)\.bias", ONCE),
     (r"(ffn|text_embedding)\.0\.(weight|bias)", ROWS),
     (r"(ffn|text_embedding)\.2\.weight", COLUMNS),
     (r"(ffn|text_embedding)\.2\.bias", ONCE),
@@ -73,15 +80,17 @@ class TensorShard:
 
     def held_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of this rank's part of a tensor."""
-        dim, _, length = self._cut(name, shape)
-        return (*shape[:dim], length, *shape[dim + 1 :])
+        dim, runs = self._cut(name, shape)
+        return (*shape[:dim], sum(length for _, length in runs), *shape[dim + 1 :])
 
     def take(self, name: str, weight: Weight) -> Weight:
         """This rank's part of a tensor; of one mapped from a file, no other part is read."""
         if split_of(name) == ONCE and self.index > 0:
             return torch.zeros_like(weight)
-        dim, start, length = self._cut(name, tuple(weight.shape))
-        return weight if length == weight.shape[dim] else weight.narrow(dim, start, length)
+        dim, runs = self._cut(name, tuple(weight.shape))
+        if runs == [(0, weight.shape[dim])]:
+            return weight
+        return rows_together([weight.narrow(dim, *run) for run in runs])
 
     def take_patches(self, name: str, shape: tuple[int, ...], patches: Sequence[WeightPatch]) -> Sequence[WeightPatch]:
         """What `patches` of a whole tensor of that shape change in this rank's part.
@@ -91,10 +100,10 @@ class TensorShard:
         """
         if split_of(name) == ONCE and self.index > 0:
             return ()
-        dim, start, length = self._cut(name, shape)
-        if length == shape[dim]:
+        dim, runs = self._cut(name, shape)
+        if runs == [(0, shape[dim])]:
             return patches
-        return [narrow_patch(patch, shape, dim, start, length) for patch in patches]
+        return [narrow_patch(patch, shape, dim, runs) for patch in patches]
 
     def apply(self, model: WanModel) -> None:
         """Let a model that holds this rank's parts give what the whole one gives."""
@@ -127,16 +136,16 @@ class TensorShard:
                 dist.all_reduce(x, group=self.group)
         return x
 
-    def _cut(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Dimension, start and length of this rank's part."""
+    def _cut(self, name: str, shape: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
+        """This rank's part: the dimension, and start and length of each run in it."""
         how = split_of(name) if self.size > 1 else None
         if how is None or how == ONCE:
-            return 0, 0, shape[0]
-        dim = 1 if how == COLUMNS else 0
-        size = shape[dim]
+            return 0, [(0, shape[0])]
+        dim, halves = 1 if how == COLUMNS else 0, 2 if how == PAIRS else 1
+        size = shape[dim] // halves
         unit = _UNIT if size % self.size and size % _UNIT == 0 else 1
         start, stop = bounds(size // unit, self.size, self.index)
-        return dim, start * unit, (stop - start) * unit
+        return dim, [(half * size + start * unit, (stop - start) * unit) for half in range(halves)]
 
     def _sum_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         return self.sum(output)

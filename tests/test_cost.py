@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pack  # noqa: F401 (registers wan_parallel)
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from wan_parallel.distributed.cost import Blocks, Machine, Work, block_flops, expect
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.wanvideo.attention import get_kernel
+from wan_parallel.wanvideo.audio_shapes import HumoAudio, TalkAudio
+from wan_parallel.wanvideo.build import model_class
+from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.config import PRESETS
+from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 
 P480, P720 = 21 * 30 * 52, 21 * 45 * 80
 NVLINK = Machine()
@@ -107,6 +114,57 @@ def test_weights_that_arrive_in_time_cost_little_and_late_ones_their_delay():
     slow_bus = replace(NVLINK, host=10e9)
     assert seconds(U4, slow_bus, **hosted) == pytest.approx(40 * BLOCK / 10e9, rel=0.1)
     assert seconds(U4, slow_bus, **hosted, share=4) < seconds(U4, slow_bus, **hosted)
+
+
+P480_ONE = 30 * 52  # a latent frame
+I2V = replace(PRESETS["14b"], in_dim=36, image_dim=1280)
+HEARING = {
+    "InfiniteTalk": replace(I2V, talk=TalkAudio(768)),
+    "HuMo": replace(PRESETS["14b"], humo=HumoAudio(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)),
+    "Animate": replace(I2V, face=FaceDims()),
+    "S2V": replace(PRESETS["14b"], sound=SoundDims()),
+}
+
+
+@pytest.mark.parametrize("name", ["1.3b", "14b", "InfiniteTalk"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_arithmetic_of_a_block_is_what_torch_counts(name, frames):
+    config = PRESETS.get(name) or HEARING[name]
+    config = replace(config, num_layers=1)
+    with torch.device("meta"):
+        model = model_class(config)(config, get_kernel("sdpa", torch.device("cpu"), torch.float32))
+        x, text = torch.empty(1, config.in_dim, frames, 60, 104), torch.empty(1, 512, config.text_dim)
+        image = torch.empty(1, 257, 1280) if config.image_dim else None
+        audio = torch.empty(1, frames, 32, 768) if config.talk else None
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(x, torch.empty(1), text, Conditioning(image=image, audio=audio))
+    counted = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values())
+    assert sum(block_flops(config, frames * P480_ONE)) == counted
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_layers_that_hear_take_arithmetic_and_exchanges(name):
+    config = HEARING[name]
+    deaf = replace(config, talk=None, humo=None, face=None, sound=None)
+    work = Work(P480, 2)
+
+    def more(plan: ParallelPlan, part: str) -> float:
+        both = (getattr(expect(each, plan, work, NVLINK), part) for each in (config, deaf))
+        return next(both) - next(both)
+
+    share = config.hearing.share
+    products = config.num_layers * share * 4 * P480 * config.dim**2 / NVLINK.products
+    assert products < more(ParallelPlan(1), "compute") / 2 < 1.5 * products  # for one item
+    assert more(T4, "compute") == pytest.approx(more(ParallelPlan(1), "compute") / 4, rel=0.4)
+    assert more(U4, "exchange") == 0.0
+    sums = expect(deaf, T4, work, NVLINK).exchange
+    assert more(T4, "exchange") == pytest.approx(sums / 2 * share, rel=0.4)  # one sum beside the two that show
+
+
+def test_two_speakers_take_a_few_percent_more():
+    """As the arithmetic's docstring says: the queries of all tokens to the keys of the first frame."""
+    apart = 4 * P480 * P480_ONE * 5120
+    assert 0.015 < apart / sum(block_flops(HEARING["InfiniteTalk"], P480)) < 0.025
 
 
 def test_the_arithmetic_is_that_of_the_benchmarks():

@@ -98,16 +98,19 @@ def test_a_change_of_another_shape_is_refused(weight, patch):
     assert tiny.sentences(str(error.value)) == 2
 
 
-@pytest.mark.parametrize("dim, start, length", [(0, 0, 2), (0, 2, 4), (1, 3, 5)])
-def test_a_part_of_a_weight_is_changed_as_the_whole_is(weight, dim, start, length):
+@pytest.mark.parametrize("dim, runs", [(0, [(0, 2)]), (0, [(2, 4)]), (1, [(3, 5)]), (0, [(1, 2), (4, 2)])], ids=str)
+def test_a_part_of_a_weight_is_changed_as_the_whole_is(weight, dim, runs):
+    def part_of(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.narrow(dim, *run) for run in runs], dim)
+
     changes = [
         LowRank(normal(6, 2), normal(2, 8), 0.7, base_scale=0.5),
         LowRank(normal(8, 2), normal(2, 6), 0.3),  # of another shape with as many numbers
         Difference(normal(48), -1.5),
     ]
     for patches in (changes, [Replacement(normal(6, 8, seed=2)), *changes]):
-        part = merge(weight.narrow(dim, start, length), [narrow_patch(p, (6, 8), dim, start, length) for p in patches])
-        assert torch.allclose(part, merge(weight, patches).narrow(dim, start, length), atol=1e-6)
+        part = merge(part_of(weight), [narrow_patch(patch, (6, 8), dim, runs) for patch in patches])
+        assert torch.allclose(part, part_of(merge(weight, patches)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_a_part_of_a_weight_is_changed_as_the_whole_is(weight, dim, start, lengt
 )
 def test_a_change_of_another_shape_does_not_fit_a_part_either(patch):
     with pytest.raises(PatchError, match=r"does not fit a weight of shape \(6, 8\)"):
-        narrow_patch(patch, (6, 8), 0, 0, 3)
+        narrow_patch(patch, (6, 8), 0, [(0, 3)])
 
 
 # Through a pool.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from wan_parallel.distributed.mailbox import HostMailbox, Letter
 class Noted(HostMailbox):
     """Notes down the flags that it would raise."""
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int]) -> None:
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
         self.flags = [(letter.rank, letter.channel, value) for letter, value in zip(letters, values, strict=True)]
 
 
@@ -21,10 +22,10 @@ def test_each_letter_raises_its_flag_by_one_also_where_several_leave_together(tm
     try:
         mailbox = Noted(dist.group.WORLD, torch.device("cpu"))
         mailbox.arrange(None, 64)
-        letter = Letter(0, 0, torch.ones(1), 3)
-        mailbox.send([letter, Letter(0, 8, torch.ones(1), 4), letter])
+        letter, one = Letter(0, 3, (1, 1, 1), 0, (1, 1), 0, (1, 1)), torch.ones(1)
+        mailbox.send([letter, replace(letter, channel=4, offset=8), letter], one)
         assert mailbox.flags == [(0, 3, 1), (0, 4, 1), (0, 3, 2)]
-        mailbox.send([letter])
+        mailbox.send([letter], one)
         assert mailbox.flags == [(0, 3, 3)]
         mailbox.close()
     finally:

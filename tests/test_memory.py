@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from tiny import sentences
@@ -13,6 +14,7 @@ from wan_parallel.distributed.memory import (
     activation_bytes,
     demand_of,
     fitting_blocks,
+    leaving_order,
     needed_bytes,
     place_weights,
 )
@@ -107,14 +109,24 @@ def test_the_estimate_of_activations_is_near_what_was_measured():
 def test_blocks_of_different_sizes_count_with_their_own():
     """As those of a VACE module in bf16 beside a model in fp8."""
     sizes = {f"blocks.{i}.w": GIB for i in range(20)} | {f"vace_blocks.{i}.w": 2 * GIB for i in range(5)}
-    demand = demand_of({**sizes, "vace_blocks.0.before_proj.weight": GIB, "head.w": GIB}, 3 * GIB)
+    sizes |= {"vace_blocks.0.before_proj.weight": GIB, "head.w": GIB}
+    demand = demand_of(sizes, replace(PRESETS["14b"], vace_layers=8), 3 * GIB)
     assert (demand.fixed, demand.block, demand.blocks, demand.whole) == (2 * GIB, 2 * GIB, 25, 32 * GIB)
     assert placed(35, demand=demand) == (1, 25)
     assert placed(34.9, demand=demand) == (4, 25)
     assert placed(16.5, demand=demand) == (4, 25)  # 2 + 3 + two of the largest + 30/4
-    assert placed(16.4, demand=demand) == (4, 14)
-    for room in (9, 12, 16.4, 16.5, 34, 35):
-        assert needed_bytes(demand, *placed(room, demand=demand)) <= room * GIB
+    assert placed(16.4, demand=demand) == (4, 24)
+    for room in range(36, 141):
+        share, resident = placed(room / 4, demand=demand)
+        assert needed_bytes(demand, share, resident) <= room / 4 * GIB
+        assert resident == 25 or needed_bytes(demand, share, resident + 1) > room / 4 * GIB
+
+
+def test_blocks_leave_evenly_and_are_counted_as_they_leave():
+    assert leaving_order("abcdefg") == list("aecgbfd")
+    demand = Demand(fixed=0, block=7, blocks=4, activations=0, sizes=(1, 2, 4, 7))  # the third leaves behind the first
+    assert [demand.parts(1, count) for count in range(5)] == [0, 7, 9, 13, 14]
+    assert [fitting_blocks(demand, 14 + room, 2) for room in (-1, 0, 3, 4, 5, 7, 8, 99)] == [-1, 0, 0, 1, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("gpus, cap_14b, cap_1_3b", [(1, 48, 8), (2, 24, 4), (4, 12, 2), (8, 6, 1)])
@@ -123,7 +135,7 @@ def test_81_frames_at_480p_have_a_place_on_cards_that_shrink_with_their_number(g
         config = PRESETS[size]
         sizes = {name: math.prod(shape) * (2 if len(shape) == 2 else 4) for name, shape in config.shapes().items()}
         activations = activation_bytes(config, math.ceil(REFERENCE_TOKENS / gpus), 1, 2, 8192)
-        demand = demand_of(sizes, activations)
+        demand = demand_of(sizes, config, activations)
         placement = place_weights(demand, [cap * GIB] * gpus, gpus)
         assert placement.share in (1, gpus)
         assert needed_bytes(demand, placement.share, placement.resident) <= cap * GIB

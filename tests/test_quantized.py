@@ -7,10 +7,11 @@ import tiny
 import torch
 from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.specs import ModelSpec
+from wan_parallel.wanvideo.gguf_blocks import GgufWeight
 from wan_parallel.wanvideo.layers import Linear
 from wan_parallel.wanvideo.lora import Difference, LowRank, merge
 from wan_parallel.wanvideo.model import WanModel
-from wan_parallel.wanvideo.quantized import FLOAT8, Fp8Weight, Int8Weight, QuantizedWeight
+from wan_parallel.wanvideo.quantized import FLOAT8, Fp8Weight, Int8Weight, QuantizedWeight, as_tensor, rows_together
 
 GIVEN = tiny.inputs()
 COMPUTE = [torch.float32, torch.float16, torch.bfloat16]
@@ -67,6 +68,17 @@ def test_slices_are_exact(weight):
     assert torch.equal(part.dequantize(torch.float32), whole[:, 24:64])
     again = part.narrow(1, 9, 30).narrow(0, 40, 8)
     assert torch.equal(again.dequantize(torch.float32), whole[40:, 33:63])
+
+
+GGUF = GgufWeight("Q8_0", torch.empty(0, 0, dtype=torch.uint8), 96).requantize(normal(48, 96))
+
+
+@pytest.mark.parametrize("weight", [*WEIGHTS.values(), GGUF, normal(48, 96)], ids=[*WEIGHTS, "GGUF", "plain"])
+def test_rows_from_several_places_are_one_weight(weight):
+    joined, whole = rows_together([weight.narrow(0, 3, 5), weight.narrow(0, 30, 9)]), as_tensor(weight, torch.float32)
+    assert joined.shape == (14, 96)
+    assert torch.equal(as_tensor(joined, torch.float32), torch.cat([whole[3:8], whole[30:39]]))
+    assert rows_together([weight]) is weight
 
 
 def test_a_weight_is_rebuilt_from_its_components(weight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,22 @@ import pytest
 import talk_files
 import tiny
 import torch
-from wan_parallel.distributed.plan import PatchSplit
+from wan_parallel.distributed.choice import Question, Room, choose, placed
+from wan_parallel.distributed.cost import Machine
+from wan_parallel.distributed.division import most_held
+from wan_parallel.distributed.lora import PatchSet
+from wan_parallel.distributed.memory import PlacementError, needed_bytes
+from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
-from wan_parallel.distributed.specs import ModelSpec
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.talk import file_of, has_places, loaded_elsewhere, talk_in, without_talk
+from wan_parallel.wanvideo.audio_shapes import TalkAudio
 from wan_parallel.wanvideo.conditioning import NOTHING, check
-from wan_parallel.wanvideo.config import CheckpointError
+from wan_parallel.wanvideo.config import PRESETS, CheckpointError
 from wan_parallel.wanvideo.grid import Grid
+from wan_parallel.wanvideo.lora import Difference, LowRank, merge
 from wan_parallel.wanvideo.options import Options
 from wan_parallel.wanvideo.talk import OverSequence, Speech, on_the_line
 from wan_parallel.wanvideo.vace_module import read_model
@@ -116,6 +124,59 @@ def test_layers_are_shared_and_step_out_as_the_blocks_do(pool_of, files, model, 
     out = pool.forward(spec_of(files, **options), *inputs[:3], conditioning=inputs[3])
     assert tiny.relative_error(out, model(*inputs)) <= 2e-6
     pool.unload()
+
+
+def test_a_lora_of_the_layers_reaches_ranks_that_have_a_part(pool_of, files):
+    pool, inputs, dim = pool_of(4, tensor_parallel=2), given(3), CONFIG.dim
+    layer = "blocks.1.audio_cross_attn"
+    changes = {
+        f"{layer}.{name}.weight": [LowRank(torch.randn(rows, 4), torch.randn(4, columns), 0.02)]
+        for name, rows, columns in (("q_linear", dim, dim), ("kv_linear", 2 * dim, 48), ("proj", dim, dim))
+    }
+    changes[f"{layer}.kv_linear.bias"] = [Difference(torch.randn(2 * dim), 0.3)]
+    changes[f"{layer}.proj.bias"] = [Difference(torch.randn(dim), 0.3)]
+    out = pool.forward(spec_of(files), *inputs[:3], PatchSet("talk-lora", lambda: changes), conditioning=inputs[3])
+    plain = pool.forward(spec_of(files), *inputs[:3], conditioning=inputs[3])
+    merged = VariantModel.from_checkpoint(files[0], module=files[1])
+    assert tiny.relative_error(plain, merged(*inputs)) <= 2e-6
+    weights = dict(merged.weights())
+    for name, patches in changes.items():
+        merged.set_weight(name, merge(weights[name], patches))
+    assert tiny.relative_error(out, merged(*inputs)) <= 2e-6 < 1e-3 < tiny.relative_error(out, plain)
+    pool.unload()
+
+
+GIB = 2**30
+P480 = 21 * 30 * 52
+LAYERS = 4.5  # GiB of the layers of 14B
+
+
+def test_layers_of_14b_count_where_a_plan_is_chosen(tmp_path):
+    config, audio = replace(PRESETS["14b"], in_dim=36, image_dim=1280), TalkAudio(768)
+    path = str(tiny.write_layout(tmp_path / "i2v.safetensors", tiny.layout(config, "F16")))
+    module = layout(tmp_path / "talk.safetensors", replace(config, talk=audio))
+    choices, held = [], []
+    for beside in ("", module):
+        header = read_model(path, beside)
+        spec = ModelSpec(path, slice_tokens=8192, module=beside)
+        asked = Question(ParallelPlan(4), PoolSettings(ParallelPlan(4)), header.config, spec, P480, 2)
+        with pytest.raises(PlacementError, match="GiB are missing") as refusal:
+            placed(replace(asked, spec=replace(spec, offload="off")), ParallelPlan(4), Room((8 * GIB,) * 4))
+        held.append((most_held(header.config, spec, ParallelPlan(4, tensor_parallel=4)), missing(str(refusal.value))))
+        choices.append(choose(asked, Machine(), Room((12 * GIB,) * 4))[0])
+    without, choice = choices
+    assert choice.demand.whole - without.demand.whole == pytest.approx(LAYERS * GIB, rel=0.01)
+    assert (choice.placement.share, choice.demand.fixed) == (4, without.demand.fixed)
+    assert needed_bytes(choice.demand, 4, choice.placement.resident) <= 12 * GIB
+    assert choice.placement.resident < without.placement.resident
+    assert 1.05 < choice.seconds / without.seconds < 1.15
+    (tensor, lack), (tensor_with, lack_with) = held
+    assert tensor_with - tensor == pytest.approx(LAYERS * GIB / 4, rel=0.01)
+    assert lack_with - lack == pytest.approx(LAYERS * (1 / 4 + 2 / 40), rel=0.02)  # a share, and two blocks in passing
+
+
+def missing(refusal: str) -> float:
+    return float(re.search(r"([\d.]+) GiB are missing", refusal)[1])
 
 
 @pytest.mark.parametrize("weights, compute, most", [("bf16", "bf16", 0.03), ("fp8_e4m3fn", "fp32", 0.1)])

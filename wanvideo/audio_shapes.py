@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .variant_shapes import MUSIC_LAYERS
+
 Shape = tuple[int, ...]
 Sizes = Callable[[str, int], int]
 """The size of a tensor along an axis; 0 where a file lacks it."""
@@ -99,7 +101,7 @@ class DancerMusic:
             width=size("music_projection.weight", 0),
             hidden=size("music_encoder.0.linear1.weight", 0),
             layers=_count(size, "music_encoder.{}.linear1.weight"),
-            injectors=_count(size, "music_injector.injector.{}.q.weight"),
+            injectors=min(_count(size, "music_injector.injector.{}.q.weight"), len(MUSIC_LAYERS)),
             image_dim=size("img_emb_refimage.proj.1.weight", 1),
         )
 
@@ -115,6 +117,9 @@ class TalkAudio:
 
     width: int
     heads: int = 40
+
+    TOKENS = 32
+    """That ComfyUI's projection makes of one speaker's speech for a frame."""
 
     def shapes(self, dim: int, layers: int) -> dict[str, Shape]:
         found: dict[str, Shape] = {}

@@ -18,7 +18,7 @@ from .contents import CheckpointError, TensorInfo, elements, listed
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 from .formats import format_name, logical_tensors
-from .variant_shapes import FACE_STRIDE, FaceDims, SoundDims, acts_at, is_constant
+from .variant_shapes import FACE_STRIDE, SOUND_LAYERS, FaceDims, Hearing, SoundDims, acts_behind, is_constant
 
 BLOCK_NAME = re.compile(r"(vace_)?blocks\.(\d+)\.(?!before_proj)")
 """What the weights of a block are called; `before_proj` makes the control streams before any block runs."""
@@ -133,16 +133,31 @@ class WanConfig:
         return turns
 
     def block_number(self, name: str) -> int | None:
-        """The number, as `in_turn` has it, of the block that a tensor belongs to; None for one of no block."""
+        """The number, as `in_turn` has it, of the block that a tensor belongs to, or acts behind before another block
+        comes; None for one of no block."""
         match = BLOCK_NAME.match(name)
-        return int(match[2]) + (self.num_layers if match[1] else 0) if match else None
+        return int(match[2]) + (self.num_layers if match[1] else 0) if match else acts_behind(name)
 
     def place_of(self, name: str) -> int | None:
         """The block of the video that a tensor belongs to or acts at alone; None for one of no block."""
         number = self.block_number(name)
-        if number is None:
-            return acts_at(name)
-        return number if number < self.num_layers else (number - self.num_layers) * self.vace_stride
+        if name.startswith("vace_blocks."):
+            return 0 if number is None else (number - self.num_layers) * self.vace_stride  # before_proj has no number
+        return number
+
+    @property
+    def hearing(self) -> Hearing:
+        """What tokens attend to of their frame: speech, sound, a face."""
+        if self.talk:
+            return Hearing(1.0, TalkAudio.TOKENS, self.talk.width)
+        if self.humo:
+            return Hearing(1.0, self.humo.tokens, self.humo.width)
+        dims = self.face or self.sound
+        if not dims:
+            return Hearing()
+        places = range(0, self.num_layers, FACE_STRIDE) if self.face else SOUND_LAYERS
+        share = sum(place < self.num_layers for place in places) / self.num_layers
+        return Hearing(share, dims.heads + 1, self.dim)
 
     @property
     def parameters(self) -> int:

@@ -23,7 +23,6 @@ from .rope import THETA, apply_rope
 
 HEADS = 4  # of the music's transformer; nothing in a file tells it
 NORM_EPS = 1e-5
-BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27)  # of the video, behind which music is added
 PER_FRAME = 8  # stretches of tokens in a latent frame, each with a moment of music
 
 

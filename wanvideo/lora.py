@@ -66,8 +66,11 @@ def merge(weight: torch.Tensor, patches: Sequence[WeightPatch]) -> torch.Tensor:
     return merged.to(weight.dtype)
 
 
-def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, start: int, length: int) -> WeightPatch:
-    """What a patch of a whole weight of `shape` changes in `length` of its rows (dim 0) or columns (dim 1).
+def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, runs: Sequence[tuple[int, int]]) -> WeightPatch:
+    """What a patch of a whole weight of `shape` changes in some of its rows (dim 0) or columns (dim 1).
+
+    Args:
+        runs: start and length of each run of them.
 
     Raises:
         PatchError: the patch does not have that shape.
@@ -77,16 +80,21 @@ def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, start: in
             rows, columns = patch.up.shape[0], patch.down.flatten(1).shape[1]
             if (rows, columns) == shape:
                 if dim == 0:
-                    return replace(patch, up=patch.up.narrow(0, start, length))
-                return replace(patch, down=patch.down.flatten(1).narrow(1, start, length))
+                    return replace(patch, up=_runs(patch.up, 0, runs))
+                return replace(patch, down=_runs(patch.down.flatten(1), 1, runs))
             if rows * columns != math.prod(shape):
                 raise _misfit((rows, columns), shape)
             whole = torch.mm(patch.up.flatten(1).float(), patch.down.flatten(1).float())
-            return narrow_patch(Difference(whole, patch.scale, patch.base_scale), shape, dim, start, length)
+            return narrow_patch(Difference(whole, patch.scale, patch.base_scale), shape, dim, runs)
         case Difference():
-            return replace(patch, diff=_shaped(patch.diff, shape).narrow(dim, start, length))
+            return replace(patch, diff=_runs(_shaped(patch.diff, shape), dim, runs))
         case Replacement():
-            return replace(patch, weight=_shaped(patch.weight, shape).narrow(dim, start, length))
+            return replace(patch, weight=_runs(_shaped(patch.weight, shape), dim, runs))
+
+
+def _runs(x: torch.Tensor, dim: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    parts = [x.narrow(dim, *run) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:

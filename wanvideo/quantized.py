@@ -7,7 +7,7 @@ tensor directly and a quantised one through the methods here, and needs no other
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -71,6 +71,20 @@ class QuantizedWeight(ABC):
 
 
 Weight = torch.Tensor | QuantizedWeight
+
+
+def rows_together(parts: Sequence[Weight]) -> Weight:
+    """One weight of the rows of several, which are rows of the same weight; a single one is that weight itself."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if not isinstance(first, QuantizedWeight):
+        return torch.cat(list(parts))
+    joined = {}
+    for name, tensor in first.components().items():
+        of_rows = len(tensor) == first.shape[0]  # else a scale of the whole matrix
+        joined[name] = torch.cat([part.components()[name] for part in parts]) if of_rows else tensor
+    return first.replace(joined)
 
 
 def as_tensor(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -101,13 +101,13 @@ class SpeechAttention(nn.Module):
 
     def __init__(self, dim: int, audio: TalkAudio):
         super().__init__()
-        self.heads = audio.heads
+        self.head_dim = dim // audio.heads  # the number of heads is that of the weights, as in `Attention`
         self.q_linear = Linear(dim, dim)
         self.kv_linear = Linear(audio.width, 2 * dim)
         self.proj = Linear(dim, dim)
 
     def heard(self, speech: Speech) -> Heard:
-        k, v = self.kv_linear(speech.audio).unflatten(-1, (2, self.heads, -1)).unbind(3)
+        k, v = self.kv_linear(speech.audio).unflatten(-1, (2, -1, self.head_dim)).unbind(3)
         if speech.speakers is not None:
             tokens = torch.arange(k.shape[2], device=k.device)
             second = (tokens >= k.shape[2] // 2).long()
@@ -117,7 +117,7 @@ class SpeechAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, heard: Heard, s: slice) -> torch.Tensor:
         """x [B, n, dim], normed, of the tokens at `s` of this rank's."""
-        q = self.q_linear(x).unflatten(-1, (self.heads, -1))
+        q = self.q_linear(x).unflatten(-1, (-1, self.head_dim))
         if heard.places is not None:
             q = rotate(q, heard.places[:, s])
         out = [run.back(few_keys(run.of(q), run.own(heard.k), run.own(heard.v))) for run in heard.speech.runs(s)]

@@ -14,11 +14,24 @@ FACE_STRIDE = 5
 SOUND_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 """S2V hears the sound behind these blocks; a file has an injector for each of them, whatever blocks it has."""
 
+MUSIC_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27)
+"""WanDancer adds music behind these blocks."""
+
 PACKED = {"proj": (1, 2, 2), "proj_2x": (2, 4, 4), "proj_4x": (4, 8, 8)}
 """S2V's convolutions of the video so far, by their size (= stride) in frames, rows and columns of the latent."""
 
 Shape = Callable[[str, int], tuple[int, ...]]
 """(name, dimensions) to the shape of a tensor that must be there."""
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What a token attends to beside the video, the text and an image: `tokens` of its frame, of `width` numbers each,
+    in or behind a `share` of the blocks."""
+
+    share: float = 0.0
+    tokens: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,14 +197,13 @@ def is_constant(name: str) -> bool:
     return name.startswith("motion_encoder.") and name.endswith(".kernel")
 
 
-def acts_at(name: str) -> int | None:
-    """The block that a tensor acts behind, or in front of where that is the first; None for one that acts elsewhere."""
+def acts_behind(name: str) -> int | None:
+    """The block of the video that a tensor outside the blocks acts behind; None for one that acts elsewhere."""
     part, _, rest = name.partition(".")
     if part == "face_adapter":
         return int(rest.split(".")[1]) * FACE_STRIDE
-    if part == "audio_injector":
-        return SOUND_LAYERS[int(rest.split(".")[1])]
-    return 0 if part == "vace_blocks" else None  # before_proj
+    layers = {"audio_injector": SOUND_LAYERS, "music_injector": MUSIC_LAYERS}.get(part)
+    return layers[int(rest.split(".")[1])] if layers else None
 
 
 def _linear(name: str, columns: int, rows: int) -> dict[str, tuple[int, ...]]:

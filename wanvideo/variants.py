@@ -36,6 +36,7 @@ from .grid import Grid, Part, pad_to_patch, patchify, video_part
 from .layers import Block, BlockInputs, Head, Linear, PatchEmbedding
 from .model import WanModel
 from .tail import embed_tail
+from .variant_shapes import MUSIC_LAYERS
 
 
 class ImageEmbedding(nn.Module):
@@ -225,8 +226,8 @@ class VariantModel(WanModel):
         self, x: torch.Tensor, sides: list[torch.Tensor], block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
         if self.config.music:
-            if sides and block in dancer.BLOCKS:
-                injector = self.music_injector.injector[dancer.BLOCKS.index(block)]
+            if sides and block in MUSIC_LAYERS:
+                injector = self.music_injector.injector[MUSIC_LAYERS.index(block)]
                 dancer.add_music(x, *sides, injector, conditioning.options.audio_scale, inputs.compute_dtype)
             return
         if not sides or block % self.config.vace_stride:

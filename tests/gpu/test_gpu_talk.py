@@ -54,6 +54,21 @@ def test_two_gpus_give_the_result_of_one(files, plan):
         pool.close()
 
 
+def test_layers_give_the_same_bits_wherever_they_live(files):
+    path, module = files
+    inputs = tiny.inputs(CONFIG, SIZE, batch=2)
+    conditioning, outs = on_gpu(tiny.conditioning(CONFIG, inputs.x)), []
+    inputs = tuple(tensor.cuda() for tensor in inputs)
+    pool = Pool(PoolSettings(ParallelPlan(2), device="cuda"))
+    try:
+        for shard, offload in (("off", "off"), ("on", "off"), ("off", "on"), ("on", "on")):
+            spec = ModelSpec(path, "bf16", "bf16", shard_weights=shard, offload=offload, module=module)
+            outs.append(pool.forward(spec, *inputs, conditioning=conditioning))
+    finally:
+        pool.close()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 def _alone(files: tuple[str, str], dtype: str, inputs: tuple, conditioning: Conditioning) -> torch.Tensor:
     with torch.inference_mode():
         model = VariantModel.from_checkpoint(files[0], DTYPES[dtype], DTYPES[dtype], "cuda", module=files[1])

@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = (5, 16, 16)
 
 
-@pytest.fixture(scope="module", params=[{}, {"pipeline_parallel": 2}], ids=str)
+@pytest.fixture(scope="module", params=[{}, {"pipeline_parallel": 2}, {"tensor_parallel": 2}], ids=str)
 def pool(request):
     pool = acquire(PoolSettings(ParallelPlan(2, **request.param), device="cuda"))
     yield pool
@@ -48,13 +48,16 @@ def test_two_gpus_give_the_result_of_one(pool, tmp_path, name, dtype):
     pool.unload()
     error, error_alone = relative_error(got, exact), relative_error(alone, exact)
     print(f"{name} {dtype}: relative error {error:.1e}, one GPU {error_alone:.1e}")
-    assert error <= (1e-5 if dtype == "fp32" else 1.25 * error_alone)
+    most = 1.35 if pool.settings.plan.tensor_parallel > 1 else 1.25  # each rank rounds its part of a sum
+    assert error <= (1e-5 if dtype == "fp32" else most * error_alone)
 
 
-def test_vace_blocks_give_the_same_bits_wherever_they_live(pool, tmp_path):
-    path = tiny.write_checkpoint(tmp_path / "vace.safetensors", tiny.VACE)
-    inputs = tiny.inputs(tiny.VACE, SIZE, batch=2)
-    conditioning = on_gpu(tiny.conditioning(tiny.VACE, inputs.x, contexts=2))
+@pytest.mark.parametrize("name", ["vace", "animate", "s2v", "dancer"])
+def test_layers_of_variants_give_the_same_bits_wherever_they_live(pool, tmp_path, name):
+    config = tiny.VARIANTS[name]
+    path = tiny.write_checkpoint(tmp_path / f"{name}.safetensors", config)
+    inputs = tiny.inputs(config, SIZE, batch=2)
+    conditioning = on_gpu(tiny.conditioning(config, inputs.x, contexts=2 if name == "vace" else 1))
     inputs, outs = tuple(tensor.cuda() for tensor in inputs), []
     for shard, offload in (("off", "off"), ("on", "off"), ("off", "on"), ("on", "on")):
         spec = ModelSpec(path, "bf16", "bf16", shard_weights=shard, offload=offload)
