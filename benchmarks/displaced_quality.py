@@ -35,8 +35,9 @@ load_pack()
 from wan_parallel.distributed.patch_buffers import MANAGERS, manager_name  # noqa: E402
 from wan_parallel.distributed.patches import PatchLayout, split_grid, token_pixels  # noqa: E402
 from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError  # noqa: E402
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, acquire, model_config  # noqa: E402
+from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
 from wan_parallel.distributed.schedule import EXACT, FILL, STALE, PatchSettings, Schedule  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
 from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
     T2V_FILE,
     VAE_FILE,
@@ -49,6 +50,7 @@ from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
 )
 from wan_parallel.tools.tiny_wan.vae import WanVAE, load_vae, psnr  # noqa: E402
 from wan_parallel.wanvideo import tiny_text  # noqa: E402
+from wan_parallel.wanvideo.checkpoint import model_config  # noqa: E402
 from wan_parallel.wanvideo.grid import grid_of  # noqa: E402
 from wan_parallel.wanvideo.sampling import euler, flow_sigmas  # noqa: E402
 

@@ -33,19 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
+from wan_parallel.distributed.messages import Exchange  # noqa: E402
 from wan_parallel.distributed.patch_buffers import MANAGERS  # noqa: E402
 from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError  # noqa: E402
-from wan_parallel.distributed.pool import (  # noqa: E402
-    Exchange,
-    ModelSpec,
-    Pool,
-    PoolSettings,
-    WorkerStatus,
-    acquire,
-    model_config,
-)
+from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
 from wan_parallel.distributed.schedule import EXACT, FILL, STALE, PatchSettings, Schedule  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
+from wan_parallel.distributed.statuses import WorkerStatus  # noqa: E402
 from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
+from wan_parallel.wanvideo.checkpoint import model_config  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
 from wan_parallel.wanvideo.sampling import flow_sigmas  # noqa: E402
 

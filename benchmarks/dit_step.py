@@ -28,18 +28,12 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed.memory import CHOICES  # noqa: E402
-from wan_parallel.distributed.messages import ModelStatus  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import (  # noqa: E402
-    ModelSpec,
-    Pool,
-    PoolSettings,
-    WorkerStatus,
-    acquire,
-    model_config,
-)
+from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
+from wan_parallel.distributed.statuses import ModelStatus, WorkerStatus  # noqa: E402
 from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
-from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
+from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES, model_config  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, read_header  # noqa: E402
 from wan_parallel.wanvideo.fp8_mode import MODES, weights_for  # noqa: E402
 from wan_parallel.wanvideo.grid import grid_of  # noqa: E402

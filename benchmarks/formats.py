@@ -30,9 +30,9 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed.memory import CHOICES  # noqa: E402
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
 
 log = logging.getLogger("formats")

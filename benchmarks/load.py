@@ -33,7 +33,8 @@ from bootstrap import load_pack
 load_pack()
 from wan_parallel.distributed.memory import CHOICES  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, acquire  # noqa: E402
+from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
 from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
 

@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bootstrap
 
 bootstrap.load_pack()
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings  # noqa: E402
+from wan_parallel.distributed.lora import PatchSet  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import PatchSet, Pool, acquire  # noqa: E402
+from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
 from wan_parallel.wanvideo.lora import LowRank  # noqa: E402
 

@@ -25,9 +25,12 @@ import torch
 from flops import latent_size, tokens_of
 from rows import Line, installed_versions, publish
 from simulation import choose_plan, simulate
+from wan_parallel.distributed.errors import OutOfMemory
 from wan_parallel.distributed.memory import CHOICES, PlacementError
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, OutOfMemory, Pool, PoolSettings, acquire, model_config
+from wan_parallel.distributed.pool import Pool, acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.checkpoint import model_config
 
 log = logging.getLogger("memory")
 

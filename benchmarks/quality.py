@@ -33,8 +33,9 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.distributed.plan import ParallelPlan, PlanError  # noqa: E402
-from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire  # noqa: E402
+from wan_parallel.distributed.pool import acquire  # noqa: E402
 from wan_parallel.distributed.schedule import PatchSettings, Schedule  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
 from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
     T2V_FILE,
     VAE_FILE,

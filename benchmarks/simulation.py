@@ -30,22 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
-from wan_parallel.distributed import models, residence, worker  # noqa: E402
+from wan_parallel.distributed import membership, models, residence  # noqa: E402
 from wan_parallel.distributed.cost import Machine  # noqa: E402
 from wan_parallel.distributed.mailbox import Letter, Mailbox  # noqa: E402
 from wan_parallel.distributed.memory import PlacementError  # noqa: E402
-from wan_parallel.distributed.messages import (  # noqa: E402
-    ArenaRef,
-    Forward,
-    Load,
-    ModelSpec,
-    PoolSettings,
-    Reply,
-    Surveyed,
-    TensorRef,
-)
+from wan_parallel.distributed.messages import Reply  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.planner import Kind, Planner  # noqa: E402
+from wan_parallel.distributed.refs import ArenaRef, TensorRef  # noqa: E402
+from wan_parallel.distributed.requests import Forward, Load  # noqa: E402
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
+from wan_parallel.distributed.statuses import Surveyed  # noqa: E402
+from wan_parallel.distributed.worker import Worker  # noqa: E402
 from wan_parallel.wanvideo import pointwise  # noqa: E402
 from wan_parallel.wanvideo.attention import AttentionKernel  # noqa: E402
 from wan_parallel.wanvideo.build import model_class  # noqa: E402
@@ -143,7 +139,7 @@ def simulate(
     size = spec.path.partition(":")[2]
     with _process_group(settings.plan.num_gpus), _stand_ins(live, size, settings.plan.num_gpus, host_room):
         nobody = SimpleNamespace(begin=lambda _request: None, check=lambda _rank, _leader: None)  # who would cancel
-        rank = worker.Worker(0, settings, nobody, META)
+        rank = Worker(0, settings, nobody, META)
         rank.models._room = lambda: cap - live.now - models._MARGIN + rank.models.slots.nbytes
         config = PRESETS[size]
         tokens = tokens_of(latent)
@@ -153,7 +149,7 @@ def simulate(
             for shape in ((batch, config.in_dim, *latent), (batch,), (batch, TEXT_TOKENS, config.text_dim))
         ]
         out = TensorRef("float32", (batch, tokens, config.out_dim * 4), 0)
-        rank.arena = _Arena(out)
+        rank.runner.arena = _Arena(out)
         with live:
             try:
                 _check(rank.handle(Load(1, spec, tokens)))
@@ -165,7 +161,7 @@ def simulate(
         return Simulated(
             peak=live.peak,
             peak_of_load=peak_of_load,
-            exchange=sum(mailbox.nbytes for mailbox in rank.mailboxes.values()),
+            exchange=sum(mailbox.nbytes for mailbox in rank.membership.mailboxes.values()),
             weights=loaded.device_bytes,
             host=loaded.residence.host_bytes,
             placement=loaded.placement.reason,
@@ -220,7 +216,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(models, "open_weights", lambda *_asked: _File(size)),
         mock.patch.object(models, "gather_rows", lambda row, *_rest: [list(row)] * world_size),
         mock.patch.object(models, "host_room", lambda: host_room),
-        mock.patch.object(worker, "open_mailbox", lambda group, device: SimulatedMailbox(group, device, uncounted)),
+        mock.patch.object(membership, "open_mailbox", lambda group, device: SimulatedMailbox(group, device, uncounted)),
         mock.patch.object(dist, "barrier", lambda *_group: None),
         mock.patch.object(dist, "batch_isend_irecv", lambda _operations: []),
     ]

@@ -24,13 +24,14 @@ import torch
 from flops import latent_size, tokens_of
 from rows import Row, publish
 from wan_parallel.distributed.choice import Question, choose
+from wan_parallel.distributed.errors import PoolError
 from wan_parallel.distributed.memory import CHOICES, PlacementError
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
 from wan_parallel.distributed.planner import room_of, slowest
-from wan_parallel.distributed.pool import Pool, PoolError, model_config
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention import KERNEL_NAMES
-from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES
+from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES, model_config
 from wan_parallel.wanvideo.config import PRESETS
 
 log = logging.getLogger("strategies")

@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
-from wan_parallel.distributed.messages import PoolSettings, VAEOptions  # noqa: E402
 from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
 from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
+from wan_parallel.distributed.requests import VAEOptions  # noqa: E402
+from wan_parallel.distributed.specs import PoolSettings  # noqa: E402
 from wan_parallel.distributed.vae_client import VAEWeights, decode  # noqa: E402
 from wan_parallel.wanvideo.vae import Decoder  # noqa: E402
 from wan_parallel.wanvideo.vae_layers import WholeFrame  # noqa: E402

@@ -27,10 +27,12 @@ import dit_step  # loads the pack
 import torch
 from flops import latent_size
 from rows import FirstRow, VideoRow, machine_fields, publish
-from wan_parallel.distributed.messages import ModelSpec, VAEOptions
-from wan_parallel.distributed.pool import Pool, model_config
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.requests import VAEOptions
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.distributed.stopwatch import LATENTS
 from wan_parallel.distributed.vae_client import VAEWeights, decode
+from wan_parallel.wanvideo.checkpoint import model_config
 from wan_parallel.wanvideo.grid import grid_of
 from wan_parallel.wanvideo.sampling import euler, flow_sigmas
 from wan_parallel.wanvideo.vae_random import random_weights, vae_shapes

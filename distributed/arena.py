@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .messages import ArenaRef, TensorRef
+from .refs import ArenaRef, TensorRef
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,27 @@ class Arena:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class ReusedArena:
+    """One arena for request after request; another one takes its place when more is needed."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+
+    def of(self, nbytes: int, pinned: bool = False) -> Arena:
+        """An arena of at least so many bytes, without what lay in it. No request may be under way."""
+        if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
+            self.close()
+            self._arena = Arena(nbytes, pinned)
+        self._arena.reset()
+        return self._arena
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
 
 
 class ArenaReader:

@@ -24,8 +24,8 @@ from .memory import (
     demand_of,
     place_weights,
 )
-from .messages import ModelSpec, PoolSettings
 from .plan import ParallelPlan, PlanError
+from .specs import ModelSpec, PoolSettings
 
 _ALIKE = 0.02
 """Plans whose expected times differ by less are taken for equally fast, and the one that divides less is chosen."""

@@ -6,7 +6,7 @@ import torch
 
 from ..wanvideo.conditioning import Conditioning
 from .arena import Arena, needed
-from .messages import ConditioningRef, TensorRef
+from .refs import ConditioningRef, TensorRef
 
 
 class SharedConditioning:

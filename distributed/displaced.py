@@ -24,11 +24,12 @@ from ..wanvideo.layers import SelfAttention
 from ..wanvideo.model import WanModel
 from . import stopwatch
 from .host_exchange import HostManager, Segment
-from .messages import Displaced, Exchange
+from .messages import Exchange
 from .patch_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
 from .patch_exchange import PatchesOfShards, Strips
 from .patches import PatchLayout, split_grid, token_pixels
 from .plan import ParallelPlan
+from .requests import Displaced
 from .schedule import STALE
 from .sequence import SequenceGroup
 

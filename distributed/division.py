@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from ..wanvideo.checkpoint import WEIGHT_DTYPES, held_sizes_of
 from ..wanvideo.config import WanConfig
-from .messages import ModelSpec, PoolSettings
 from .pipeline import Stage
 from .plan import ParallelPlan, PlanError, divisors
+from .specs import ModelSpec, PoolSettings
 from .tensor import TensorShard
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .messages import MemoryUse
+from .statuses import MemoryUse
 
 
 @dataclass(frozen=True)

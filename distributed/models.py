@@ -30,10 +30,10 @@ from ..wanvideo.checkpoint import (
 )
 from ..wanvideo.config import WanConfig
 from ..wanvideo.fp8_mode import use_fp8
-from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
 from .arena import ArenaReader
+from .lora import read_patch
 from .memory import (
     REFERENCE_TOKENS,
     Demand,
@@ -46,10 +46,12 @@ from .memory import (
     place_weights,
 )
 from .memory_use import allocated_on, host_memory
-from .messages import ArenaRef, HeldWeights, ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from .originals import Originals, as_in_file
 from .pipeline import Stage
+from .requests import Patch, StepOut
 from .residence import Residence, ShareGroup, Slots, gather_rows, join_share_group, release_cache, unit_of
+from .specs import ModelSpec, PoolSettings
+from .statuses import HeldWeights
 from .tensor import TensorShard
 
 log = logging.getLogger(__name__)
@@ -166,7 +168,7 @@ class Models:
     def _patched(
         self, loaded: LoadedModel, request: Patch, arena: ArenaReader, shapes: Mapping[str, tuple[int, ...]], name: str
     ) -> Weight:
-        patches = [_weight_patch(arena, request.arena, ref) for ref in request.weights.get(name, ())]
+        patches = [read_patch(arena, request.arena, ref) for ref in request.weights.get(name, ())]
         weight = self._original(loaded, name)
         patches = self.shard.take_patches(name, shapes.get(name, ()), patches)
         if patches:
@@ -393,17 +395,6 @@ class Models:
             for name, shape in shapes.items()
             if stage.holds(name, source.config)
         }
-
-
-def _weight_patch(arena: ArenaReader, lies_in: ArenaRef, ref: PatchRef) -> WeightPatch:
-    tensors = [arena.view(lies_in, t) for t in ref.tensors]
-    match ref.kind:
-        case "LowRank":
-            return LowRank(*tensors, scale=ref.scale, base_scale=ref.base_scale)
-        case "Difference":
-            return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
-        case _:
-            return Replacement(*tensors)
 
 
 def _private_bytes() -> int:

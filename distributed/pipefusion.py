@@ -25,8 +25,8 @@ from ..wanvideo.grid import Grid
 from ..wanvideo.layers import SelfAttention
 from ..wanvideo.model import WanModel
 from .displaced import StaleError
-from .messages import Displaced
 from .plan import bounds, shares
+from .requests import Displaced
 from .residence import release_cache
 from .schedule import STALE
 from .sequence import NativeAttention, SequenceGroup

@@ -13,9 +13,9 @@ from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, held_sizes
 from ..wanvideo.config import Header, WanConfig
 from .division import parts_of
 from .memory import activation_bytes, demand_of, needed_bytes
-from .messages import ModelSpec, PoolSettings
 from .patch_memory import TooLarge, capacity, gib
 from .pipeline import Stage
+from .specs import ModelSpec, PoolSettings
 
 _RESERVE = 2
 """Placements reserve this many times what a forward works with (benchmarks/simulation.py: 2.4 times). A refusal must

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from ..wanvideo.config import WanConfig
 from .choice import Question, Room, better, choose, nearest_text, possible, reason
 from .cost import Machine
 from .division import check_plan
-from .messages import ModelSpec, PoolSettings, Surveyed
-from .plan import ParallelPlan
+from .plan import ParallelPlan, PlanError
+from .specs import ModelSpec, PoolSettings
+from .statuses import Surveyed
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,30 @@ class Planner:
 
     def _question(self, config: WanConfig, kind: Kind) -> Question:
         return Question(self.settings.plan, self.settings, config, kind.spec, kind.tokens, kind.items)
+
+
+def resolved(settings: PoolSettings) -> PoolSettings:
+    """With "auto" replaced by what it means on this machine.
+
+    Raises:
+        PlanError: the machine has too few GPUs, or the backend does not know the plan.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.device_count() < settings.plan.num_gpus:
+        raise PlanError(
+            f"num_gpus is {settings.plan.num_gpus}, but this machine shows {torch.cuda.device_count()} GPUs. "
+            "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    backend = "native" if settings.usp_backend == "auto" else settings.usp_backend
+    if backend == "xfuser" and settings.plan.tensor_parallel * settings.plan.pipeline_parallel > 1:
+        raise PlanError(
+            "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
+            "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
+        )
+    auto = settings.auto and backend == "native" and settings.pipeline_mode == "exact"  # what cost.py knows about
+    return replace(settings, device=device, usp_backend=backend, auto=auto)
 
 
 def slowest(surveyed: Sequence[Surveyed]) -> Machine:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from .messages import PoolReady, PoolSettings, Start, encode
+from .messages import PoolReady, Start, encode
+from .specs import PoolSettings
 
 _CLOSE_SECONDS = 3.0
 _BOOTSTRAP = Path(__file__).resolve().parent.parent / "bootstrap.py"

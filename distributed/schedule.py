@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .messages import Displaced
 from .plan import PatchSplit
+from .requests import Displaced
 
 EXACT, FILL, STALE = "exact", "fill", "stale"
 """A forward on the exact path; one that leaves its keys and values behind for the next; one that uses them."""

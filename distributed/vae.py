@@ -26,10 +26,11 @@ from ..wanvideo.vae_ops import VAEOps
 from .arena import ArenaReader
 from .gate import Gate
 from .memory import PlacementError
-from .messages import DecodeVAE, EncodeVAE, LoadVAE, PoolSettings, VAEOptions
 from .models import Models
 from .plan import bounds
+from .requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from .residence import gather_rows
+from .specs import PoolSettings
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from ..wanvideo.checkpoint import DTYPES
 from ..wanvideo.vae_layout import Half, check_latent, frames_of, kind_of, latent_frames, weights_of, working_bytes
 from ..wanvideo.vae_ops import VAEError
 from .arena import Arena, needed
-from .messages import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
-from .pool import Poll, Pool
+from .conversation import Poll
+from .pool import Pool
+from .requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from .vae import Strips, share_frame
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..distributed.memory import CHOICES
-from ..distributed.messages import PIPELINE_MODES
+from ..distributed.specs import PIPELINE_MODES
 from .settings import DEVICES, PLANS, SettingsError, USPConfig
 
 CATEGORY = "WanVideoWrapper/XDitUSP"

@@ -12,8 +12,8 @@ from comfy_api.latest import io
 from nodes import common_ksampler  # ComfyUI's, not this folder
 
 from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL
+from .model_patcher import RemoteModelPatcher
 from .patch_runs import SYNC_FREQUENCY, PatchRuns
-from .remote_model import RemoteModelPatcher
 
 
 class OfficialDistriFusionSampler(io.ComfyNode):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..distributed.messages import ModelSpec, PoolSettings
 from ..distributed.plan import SPLIT_MODES, PatchSplit
 from ..distributed.schedule import PatchSettings
+from ..distributed.specs import ModelSpec, PoolSettings
 from .settings import SettingsError, USPConfig
 
 PRECISIONS = ("fp16", "bf16", "fp32")

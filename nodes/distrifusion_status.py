@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..distributed.messages import Exchange, WorkerStatus
+from ..distributed.messages import Exchange
 from ..distributed.patch_buffers import official_version
 from ..distributed.patch_memory import gib
 from ..distributed.patches import PatchLayout, token_pixels
 from ..distributed.plan import PlanError
 from ..distributed.pool import PoolStatus
 from ..distributed.schedule import StepInfo
+from ..distributed.statuses import WorkerStatus
 from ..wanvideo.grid import Grid
 from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL, availability
+from .model_patcher import RemoteModelPatcher
 from .patch_picture import draw_layout
 from .patch_runs import PatchRuns, RunRecord
-from .remote_model import RemoteModelPatcher
 
 _EXAMPLE = (832, 480, 21)  # width, height, latent frames of what is shown before a run
 
@@ -59,7 +61,8 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )
-        runs, pool = model.remote.patch_runs, model.remote.pool.status()
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        runs, pool = model.remote.patch_runs, model.remote.pool.status(poll)
         layout, problem = _layout(runs)
         text = "\n".join(_report(runs, pool, layout, problem))
         picture = draw_layout(layout, _caption(runs), None if frame is None else frame[0])

@@ -11,15 +11,16 @@ import comfy.sd
 import comfy.utils
 from comfy_api.latest import io
 
-from ..distributed.pool import acquire, file_stamp
+from ..distributed.pool import acquire
 from ..wanvideo import fp8_mode as fp8_modes
-from ..wanvideo.checkpoint import held_as
+from ..wanvideo.checkpoint import file_stamp, held_as
 from ..wanvideo.config import CheckpointError, read_header
 from ..wanvideo.vace_module import read_model
 from .config import CATEGORY, XDITUSPCONFIG
 from .lora_names import with_native_names
 from .model_files import model_names, model_path
-from .remote_model import RemoteModelPatcher, build_model
+from .model_patcher import RemoteModelPatcher
+from .remote_model import build_model
 from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 from .vace_select import VACEPATH, module_path
 

@@ -18,7 +18,7 @@ from ..distributed.vae_client import VAEWeights, decode, encode
 from ..wanvideo.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
 from ..wanvideo.vae_ops import VAEError
 from .config import CATEGORY
-from .remote_model import RemoteModelPatcher
+from .model_patcher import RemoteModelPatcher, free_shared_gpu
 from .settings import USPConfig
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
             latent,
             _DTYPES[vae.vae_dtype] if precision == "auto" else precision,
             poll=comfy.model_management.throw_exception_if_processing_interrupted,
-            make_room=_make_room,
+            make_room=free_shared_gpu,
             progress=_progress_bar(len(latent) * frames_of(latent.shape[2])),
         )
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
@@ -103,7 +103,7 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
             frames,
             _DTYPES[vae.vae_dtype] if precision == "auto" else precision,
             poll=comfy.model_management.throw_exception_if_processing_interrupted,
-            make_room=_make_room,
+            make_room=free_shared_gpu,
             progress=_progress_bar(latent_frames(len(frames))),
         )
         return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
@@ -190,16 +190,6 @@ def _content_key(state: Mapping[str, torch.Tensor]) -> str:
         content.update(name.encode())
         content.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return content.hexdigest()
-
-
-def _make_room(nbytes: int) -> None:
-    """Let ComfyUI's own models leave the GPU that it shares with a worker, as far as `nbytes` need it."""
-    management = comfy.model_management
-    device = management.get_torch_device()
-    if device.type == "cuda":
-        ours = [m for m in management.current_loaded_models if isinstance(m.model, RemoteModelPatcher)]
-        management.free_memory(nbytes, device, keep_loaded=ours)
-        management.soft_empty_cache()
 
 
 def _progress_bar(total: int) -> Callable[[int], None]:

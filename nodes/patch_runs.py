@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from ..distributed.messages import Displaced, Exchange, ModelSpec
+from ..distributed.messages import Exchange
 from ..distributed.patch_buffers import manager_name
 from ..distributed.patch_memory import PatchMemory, capacity, check_run, patch_memory
 from ..distributed.patches import PatchLayout, split_grid, token_pixels
 from ..distributed.pool import Pool
+from ..distributed.requests import Displaced
 from ..distributed.schedule import STALE, PatchSettings, Schedule, StepInfo
+from ..distributed.specs import ModelSpec
 from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.grid import Grid, grid_of
 from .talk import has_places

@@ -8,8 +8,8 @@ from types import TracebackType
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..distributed.messages import ModelSpec
 from ..distributed.pool import Pool
+from ..distributed.specs import ModelSpec
 
 
 class LoadingText:

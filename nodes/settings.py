@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..distributed.messages import ModelSpec, PoolSettings
 from ..distributed.plan import ParallelPlan, PlanError
-from ..distributed.pool import file_stamp
+from ..distributed.specs import ModelSpec, PoolSettings
+from ..wanvideo.checkpoint import file_stamp
 
 TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
 FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..distributed.messages import ModelSpec, ModelStatus, WorkerStatus
 from ..distributed.pool import PoolStatus
+from ..distributed.specs import ModelSpec
+from ..distributed.statuses import ModelStatus, WorkerStatus
 from ..wanvideo.checkpoint import held_as
 from .config import CATEGORY
-from .remote_model import RemoteModelPatcher
+from .model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, worker_lines
 
 
@@ -53,7 +55,7 @@ class XDitUSPStatus(io.ComfyNode):
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )
         remote = model.remote
-        status = remote.pool.status()
+        status = remote.pool.status(comfy.model_management.throw_exception_if_processing_interrupted)
         text = report(status, remote.spec, held_as(remote.header, remote.spec.weight_dtype))
         return io.NodeOutput(text, draw_status(status, _plan(status)), ui=ui.PreviewText(text))
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..distributed.messages import MemoryUse, WorkerStatus
 from ..distributed.pool import PoolStatus
+from ..distributed.statuses import MemoryUse, WorkerStatus
 from ..distributed.stopwatch import RankTimes
 from .bar_chart import Chart, draw_charts
 from .drawing import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW

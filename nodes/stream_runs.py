@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..distributed.messages import Displaced, ModelSpec
 from ..distributed.pipefusion_memory import check_stream, kept_bytes, stream_memory
 from ..distributed.pool import Pool
+from ..distributed.requests import Displaced
 from ..distributed.schedule import PatchSettings, Schedule
+from ..distributed.specs import ModelSpec
 from ..wanvideo.config import Header, WanConfig
 from ..wanvideo.grid import grid_of
 from .patch_runs import lane_names

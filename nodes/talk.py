@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..distributed.pool import file_stamp
+from ..wanvideo.checkpoint import file_stamp
 from ..wanvideo.conditioning import Conditioning
 from ..wanvideo.contents import CheckpointError
 from ..wanvideo.files import read_contents

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from comfy_api.latest import io
 
-from ..distributed.pool import file_stamp
+from ..wanvideo.checkpoint import file_stamp
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.vace_module import read_module
 from .config import CATEGORY

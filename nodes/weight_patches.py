@@ -16,7 +16,7 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ..distributed.messages import ModelSpec
+from ..distributed.specs import ModelSpec
 from ..wanvideo.checkpoint import DTYPES, WEIGHT_DTYPES, Checkpoint, held_dtype
 from ..wanvideo.contents import TensorInfo, listed
 from ..wanvideo.lora import Difference, LowRank, Replacement, WeightPatch

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, acquire
+from wan_parallel.distributed.pool import Pool, acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.model import WanModel
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other keep the workers waiting

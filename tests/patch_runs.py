@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import tiny
 import torch
-from wan_parallel.distributed.messages import Displaced
 from wan_parallel.distributed.patch_buffers import Codec
 from wan_parallel.distributed.patches import PatchLayout, split_grid
-from wan_parallel.distributed.pool import ModelSpec, Pool
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import EXACT, STALE, PatchSettings, Schedule
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.grid import grid_of, pad_to_patch, patchify, unpatchify
 from wan_parallel.wanvideo.model import WanModel

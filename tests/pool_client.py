@@ -15,7 +15,8 @@ import time
 import pack  # noqa: F401 (registers wan_parallel)
 import tiny
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire
+from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import read_header
 
 

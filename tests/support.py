@@ -14,7 +14,7 @@ import format_files
 import talk_files
 import tiny
 import torch
-from wan_parallel.distributed.messages import ModelSpec
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.config import WanConfig
 
 Tensors = dict[str, torch.Tensor]

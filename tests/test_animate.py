@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from wan_parallel.distributed.messages import ModelSpec
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.animate import AnimateModel
 from wan_parallel.wanvideo.config import CheckpointError, read_header
 from wan_parallel.wanvideo.frames import Run, runs_of

@@ -10,8 +10,8 @@ import tiny
 from wan_parallel.distributed.choice import Choice, Question, Room, better, choose, placed, reason
 from wan_parallel.distributed.cost import Machine
 from wan_parallel.distributed.memory import Demand, PlacementError, needed_bytes
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import PRESETS
 
 GIB = 2**30

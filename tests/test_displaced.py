@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from patch_runs import STEPS, UNEVEN, Ran, Reference, assert_like_the_reference, sample, through
-from wan_parallel.distributed.messages import Displaced
+from wan_parallel.distributed.errors import PoolError, WorkerDied
 from wan_parallel.distributed.patch_buffers import (
     INSTALL_LINE,
     BufferManager,
@@ -25,8 +25,10 @@ from wan_parallel.distributed.patch_buffers import (
     official_version,
 )
 from wan_parallel.distributed.plan import SPLIT_MODES, PatchSplit, PlanError
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolError, WorkerDied
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE, PatchSettings, Schedule
+from wan_parallel.distributed.specs import ModelSpec
 
 CPU = torch.device("cpu")
 GATHERS = [

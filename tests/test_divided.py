@@ -12,10 +12,11 @@ import torch
 import worker_group
 from format_files import write_gguf, written
 from wan_parallel.distributed.division import held_parameters
-from wan_parallel.distributed.messages import Displaced, ModelSpec
 from wan_parallel.distributed.pipefusion import cut
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.attention import AttentionKernel
 from wan_parallel.wanvideo.checkpoint import DTYPES
 from wan_parallel.wanvideo.config import PRESETS, WanConfig

@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 from processes import wait_until_gone
+from wan_parallel.distributed.errors import WorkerDied
 from wan_parallel.distributed.gate import Cancelled, Gate, GateMemory
-from wan_parallel.distributed.messages import PoolSettings
 from wan_parallel.distributed.pipeline import Flow, Stage
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.pool import ModelSpec, Pool, WorkerDied
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.model import WanModel
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -25,9 +26,11 @@ import pytest
 import tiny
 import torch
 from processes import alive, descendants, open_files, wait_until_gone
+from wan_parallel.distributed.errors import PoolError, WorkerDied
 from wan_parallel.distributed.gate import Cancelled, Gate, GateMemory
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolError, PoolSettings, WorkerDied
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.model import WanModel
 
@@ -156,10 +159,10 @@ def test_a_rank_that_fails_alone_ends_the_pool_with_its_error(own_pool, many_lay
 def test_an_error_on_all_ranks_leaves_the_workers_as_they_were(own_pool, many_layers, right):
     right(own_pool)
     pids = own_pool.worker_pids
-    own_pool._loaded[replace(many_layers, slice_tokens=5)] = ""  # the workers have no such model
+    own_pool._holdings.loaded[replace(many_layers, slice_tokens=5)] = ""  # the workers have no such model
     with pytest.raises(PoolError):
         own_pool.forward(replace(many_layers, slice_tokens=5), *tiny.inputs(MANY_LAYERS))
-    own_pool._loaded.pop(replace(many_layers, slice_tokens=5), None)
+    own_pool._holdings.loaded.pop(replace(many_layers, slice_tokens=5), None)
     right(own_pool)
     assert own_pool.worker_pids == pids
 
@@ -265,6 +268,24 @@ def test_cancel_while_a_model_makes_room_is_right(own_pool, many_layers, right):
     own_pool.ensure_ready(coming)
     own_pool.unload(coming)
     right(own_pool)
+    assert own_pool.worker_pids == pids
+
+
+def test_cancel_while_a_slow_worker_tells_its_status_or_lets_weights_out_is_right(own_pool, many_layers, right):
+    own_pool.unload()
+    right(own_pool)
+    pids, other = own_pool.worker_pids, replace(many_layers, slice_tokens=8)
+    for wait in (own_pool.status, functools.partial(own_pool.step_aside, other)):
+        with standing_still(pids[1]):
+            started = time.monotonic()
+            with pytest.raises(Interrupted):
+                wait(poll=interrupt)
+            assert time.monotonic() - started < CANCEL_SECONDS
+        assert own_pool.status().state == "ready"
+    now, whole = own_pool.held(many_layers, range(2))
+    assert now < whole  # they left all the same
+    right(own_pool)
+    assert own_pool.held(many_layers, range(2)) == (whole, whole)
     assert own_pool.worker_pids == pids
 
 

@@ -12,9 +12,10 @@ import pytest
 import tiny
 import torch
 from format_files import STORED, block_matrices, write_gguf, written
-from wan_parallel.distributed.pool import ModelSpec, PatchSet, file_stamp
+from wan_parallel.distributed.lora import PatchSet
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo import gguf_blocks
-from wan_parallel.wanvideo.checkpoint import Checkpoint, held_bytes
+from wan_parallel.wanvideo.checkpoint import Checkpoint, file_stamp, held_bytes
 from wan_parallel.wanvideo.config import read_header
 from wan_parallel.wanvideo.contents import CheckpointError
 from wan_parallel.wanvideo.gguf_blocks import BLOCKS, GgufWeight

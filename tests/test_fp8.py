@@ -15,9 +15,9 @@ import tiny
 import torch
 import worker_group
 from format_files import write_gguf, written
-from wan_parallel.distributed.messages import ModelSpec
+from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import PatchSet
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo import attention, fp8, fp8_attention, fp8_mode
 from wan_parallel.wanvideo.attention import AttentionError
 from wan_parallel.wanvideo.config import read_header

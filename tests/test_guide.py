@@ -35,6 +35,12 @@ def rows(title: str, guide: str = GUIDE) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def test_the_files_that_the_readme_sends_to_are_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+\.py)`", section("Where to change what", readme))
+    assert "pool.py" in named and [name for name in named if not (ROOT / "distributed" / name).exists()] == []
+
+
 def test_the_config_table_has_every_input_with_its_default() -> None:
     shown = [(name.strip("`"), default) for name, default, _ in rows("XDit+USP Config")[1:]]
     assert shown == defaults(USPConfig)

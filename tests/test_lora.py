@@ -13,7 +13,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from wan_parallel.distributed.pool import ModelSpec, PatchSet, PoolError
+from wan_parallel.distributed.errors import PoolError
+from wan_parallel.distributed.lora import PatchSet
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.lora import Difference, LowRank, PatchError, Replacement, merge, narrow_patch
 from wan_parallel.wanvideo.model import WanModel
 

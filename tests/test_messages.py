@@ -10,18 +10,18 @@ from types import ModuleType
 import pack
 import pytest
 import tiny
-from wan_parallel.distributed import messages
+from wan_parallel.distributed import messages, refs, requests, specs, statuses
 from wan_parallel.distributed.cost import Machine
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.wanvideo.options import Options, RopeOptions
 
-SPEC = messages.ModelSpec(
+SPEC = specs.ModelSpec(
     "/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off"
 )
-ARENA = messages.ArenaRef("/proc/12/fd/7", 2**35, 3)
-TENSOR = messages.TensorRef("float32", (2, 16, 21, 60, 104), 64)
+ARENA = refs.ArenaRef("/proc/12/fd/7", 2**35, 3)
+TENSOR = refs.TensorRef("float32", (2, 16, 21, 60, 104), 64)
 READY = messages.Ready(1, 4321, "NVIDIA H200", "2.13.0+cu130", "")
-STATUS = messages.WorkerStatus(
+STATUS = statuses.WorkerStatus(
     rank=1,
     pid=4321,
     device="CPU",
@@ -29,55 +29,55 @@ STATUS = messages.WorkerStatus(
     total=2**37,
     peak_private=2**20,
     fused=True,
-    models=(messages.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
+    models=(statuses.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
     link="NVLink",
-    memory=messages.MemoryUse(2**35, 2**30, 4, 3, 2, 1, 2**37, True),
+    memory=statuses.MemoryUse(2**35, 2**30, 4, 3, 2, 1, 2**37, True),
 )
-WEIGHTS = (messages.HeldWeights(SPEC, 5, 2**35),)
+WEIGHTS = (statuses.HeldWeights(SPEC, 5, 2**35),)
 EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
-SURVEYED = messages.Surveyed(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
+SURVEYED = statuses.Surveyed(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
 STALLS = (messages.Stall.of("ring", (0, 2), [0.25, 1e-6]), messages.Stall.of("weights", (), []))
 REPLY = messages.Reply(
     7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS, STALLS, SURVEYED
 )
-DISPLACED = messages.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
+DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
 SAMPLES = [
-    messages.Start(messages.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
-    messages.Load(1, SPEC),
-    messages.Patch(
+    messages.Start(specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
+    requests.Load(1, SPEC),
+    requests.Patch(
         2,
         SPEC,
         "uuid",
         ARENA,
         {
             "blocks.0.ffn.0.weight": (
-                messages.PatchRef("LowRank", (TENSOR, TENSOR), 1 / 3, 0.5),
-                messages.PatchRef("Replacement", (TENSOR,)),
+                refs.PatchRef("LowRank", (TENSOR, TENSOR), 1 / 3, 0.5),
+                refs.PatchRef("Replacement", (TENSOR,)),
             ),
             "head.head.bias": (),
         },
     ),
-    messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
-    messages.Forward(
+    requests.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
+    requests.Forward(
         3,
         SPEC,
         ARENA,
         *(TENSOR,) * 4,
-        conditioning=messages.ConditioningRef(
+        conditioning=refs.ConditioningRef(
             ARENA, {"vace": TENSOR}, Options(1, (0.7, 1 / 3), (9,), RopeOptions(scale_t=0.5))
         ),
     ),
-    messages.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
-    messages.LoadVAE(4, "vae-bf16", "vae-bf16-decoder", "bf16", ARENA, {"conv2.weight": TENSOR}),
-    messages.DecodeVAE(4, "key", ARENA, TENSOR, ARENA, TENSOR, TENSOR, messages.VAEOptions("conv3d", 64, "rows")),
-    messages.EncodeVAE(4, "key", ARENA, TENSOR, ARENA, TENSOR, TENSOR),
-    messages.Trim(4),
-    messages.Unload(4, (SPEC, SPEC)),
-    messages.Unload(4, ()),
-    messages.StepOut(4, SPEC, (0, 3), 1e30),
-    messages.Report(5),
-    messages.Survey(5),
-    messages.Divide(5, ParallelPlan(4, 2, tensor_parallel=2)),
+    requests.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
+    requests.LoadVAE(4, "vae-bf16", "vae-bf16-decoder", "bf16", ARENA, {"conv2.weight": TENSOR}),
+    requests.DecodeVAE(4, "key", ARENA, TENSOR, ARENA, TENSOR, TENSOR, requests.VAEOptions("conv3d", 64, "rows")),
+    requests.EncodeVAE(4, "key", ARENA, TENSOR, ARENA, TENSOR, TENSOR),
+    requests.Trim(4),
+    requests.Unload(4, (SPEC, SPEC)),
+    requests.Unload(4, ()),
+    requests.StepOut(4, SPEC, (0, 3), 1e30),
+    requests.Report(5),
+    requests.Survey(5),
+    requests.Divide(5, ParallelPlan(4, 2, tensor_parallel=2)),
     messages.Cancel(6),
     READY,
     REPLY,
@@ -98,7 +98,7 @@ def test_every_kind_of_message_is_tried_here():
 
 
 def test_what_arrives_can_be_a_key_as_the_original_can():
-    sent = messages.decode(messages.encode(messages.Load(1, SPEC)))
+    sent = messages.decode(messages.encode(requests.Load(1, SPEC)))
     assert {SPEC: 1}[sent.spec] == 1
 
 

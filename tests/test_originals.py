@@ -11,11 +11,13 @@ import tiny
 import torch
 from wan_parallel.distributed.arena import Arena, ArenaReader, needed
 from wan_parallel.distributed.flat import components
-from wan_parallel.distributed.messages import ModelSpec, Patch, PatchRef, PoolSettings, StepOut
 from wan_parallel.distributed.models import Models
 from wan_parallel.distributed.originals import Originals
 from wan_parallel.distributed.pipeline import Stage
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.refs import PatchRef
+from wan_parallel.distributed.requests import Patch, StepOut
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.tensor import TensorShard
 from wan_parallel.wanvideo.checkpoint import Checkpoint
 

@@ -10,12 +10,13 @@ import tiny
 import torch
 from tiny import sentences
 from wan_parallel.distributed import patch_buffers
-from wan_parallel.distributed.messages import Exchange, ModelSpec, PoolSettings
+from wan_parallel.distributed.messages import Exchange
 from wan_parallel.distributed.patch_memory import TooLarge
 from wan_parallel.distributed.patches import split_grid
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.schedule import PatchSettings
 from wan_parallel.distributed.sequence import MissingPackage
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.distrifusion_settings import DistriFusionConfig
 from wan_parallel.nodes.patch_picture import draw_layout
 from wan_parallel.nodes.patch_runs import SYNC_FREQUENCY, PatchRuns, lane_names

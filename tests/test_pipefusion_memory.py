@@ -9,14 +9,15 @@ import pytest
 import tiny
 import torch
 from tiny import sentences
-from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
 from wan_parallel.distributed.patch_memory import TooLarge, host_memory
 from wan_parallel.distributed.pipefusion import PatchStream
 from wan_parallel.distributed.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.pipeline import Stage
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL
 from wan_parallel.distributed.sequence import place_in
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.stream_runs import BESIDE, Beside, StreamRuns
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.grid import Grid

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import tiny
 from wan_parallel.distributed.plan import ParallelPlan, PlanError, SequenceDegrees, attention_cost, bounds, shares
-from wan_parallel.distributed.pool import PoolSettings, acquire
+from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.specs import PoolSettings
 
 WAN_HEADS = (12, 24, 40)
 

@@ -12,10 +12,13 @@ import pytest
 import tiny
 import torch
 from wan_parallel.distributed.cost import Machine
-from wan_parallel.distributed.messages import PoolSettings, Surveyed
+from wan_parallel.distributed.errors import WorkerDied
+from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
 from wan_parallel.distributed.planner import Kind, Planner, room_of, slowest
-from wan_parallel.distributed.pool import ModelSpec, PatchSet, Pool, WorkerDied
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.statuses import Surveyed
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.lora import LowRank
 from wan_parallel.wanvideo.model import WanModel

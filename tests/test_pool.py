@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -18,10 +19,12 @@ import pytest
 import tiny
 import torch
 from processes import alive, descendants, listening, private_bytes, wait_until_gone
+from wan_parallel.distributed.errors import WorkerDied
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerDied, acquire, file_stamp
+from wan_parallel.distributed.pool import Pool, acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention import AttentionError
-from wan_parallel.wanvideo.checkpoint import CheckpointError
+from wan_parallel.wanvideo.checkpoint import CheckpointError, file_stamp
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.model import WanModel
 
@@ -182,15 +185,24 @@ def test_a_pool_is_closed_and_used_again(own_pool, spec, model):
 
 
 def test_a_pool_ends_when_nobody_holds_it(spec):
+    def arenas() -> int:
+        links = []
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # that of the listing
+                links.append(os.readlink(descriptor))
+        return sum(link.startswith("/memfd:wan-parallel ") for link in links)
+
+    before = arenas()
     pool = acquire(PoolSettings(ParallelPlan(1), device="cpu", memory_fraction=0.3))
-    pool.ensure_ready(spec)
+    pool.forward(spec, *tiny.inputs())
+    assert arenas() > before
     pids = {pool.launcher_pid, *pool.worker_pids}
     del pool
     gc.collect()
     assert all(alive(pid) for pid in pids)  # the one asked for last is kept for the next prompt
-    acquire(PoolSettings(ParallelPlan(2), device="cpu", memory_fraction=0.3))
-    gc.collect()
+    acquire(PoolSettings(ParallelPlan(2), device="cpu", memory_fraction=0.3))  # at once, before any garbage collection
     assert not wait_until_gone(pids, 5)
+    assert arenas() == before
 
 
 # Refusals that leave the pool as usable as before.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.pool import ModelSpec, PatchSet
+from wan_parallel.distributed.lora import PatchSet
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.gguf_blocks import GgufWeight
 from wan_parallel.wanvideo.layers import Linear
 from wan_parallel.wanvideo.lora import Difference, LowRank, merge

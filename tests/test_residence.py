@@ -18,12 +18,14 @@ from format_files import plain_fp8
 from patch_runs import sample, through
 from processes import private_bytes
 from test_lora import patch_set, some_lora
+from wan_parallel.distributed.errors import WorkerDied
 from wan_parallel.distributed.flat import HostBuffer, Layout, components, on_meta
 from wan_parallel.distributed.memory import ALIGN
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings, WorkerDied
+from wan_parallel.distributed.pool import Pool
 from wan_parallel.distributed.residence import Residence, Slots
 from wan_parallel.distributed.schedule import PatchSettings
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.lora import LowRank
 

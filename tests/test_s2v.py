@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.messages import ModelSpec
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.conditioning import check, placed
 from wan_parallel.wanvideo.grid import Grid, patchify, sequence_of
 from wan_parallel.wanvideo.s2v import SoundModel

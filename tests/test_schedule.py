@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wan_parallel.distributed.messages import Displaced
 from wan_parallel.distributed.plan import PatchSplit
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import PatchSettings, Schedule
 
 LETTERS = {"exact": "e", "fill": "f", "stale": "s"}

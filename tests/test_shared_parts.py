@@ -9,8 +9,8 @@ import tiny
 import torch
 import worker_group
 from test_divided import UNEVEN, Case
-from wan_parallel.distributed.messages import Displaced
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
 
 SHARED = [

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 import worker_group
 from wan_parallel.distributed.division import check_plan, held_parameters
+from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.memory import SLOTS, PlacementError, demand_of, needed_bytes, place_weights
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.pool import PatchSet
 from wan_parallel.distributed.residence import Residence, Slots
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.tensor import TensorShard
 from wan_parallel.wanvideo.attention import get_kernel
 from wan_parallel.wanvideo.audio_shapes import TalkAudio

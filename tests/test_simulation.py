@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from test_guide import rows
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import memory

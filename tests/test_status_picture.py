@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wan_parallel.distributed.messages import MemoryUse, PoolSettings, WorkerStatus
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import PoolStatus
+from wan_parallel.distributed.specs import PoolSettings
+from wan_parallel.distributed.statuses import MemoryUse, WorkerStatus
 from wan_parallel.distributed.stopwatch import RankTimes
 from wan_parallel.nodes.bar_chart import BAR, LEFT, RIGHT, ROW, WIDTH
 from wan_parallel.nodes.drawing import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW

@@ -9,10 +9,12 @@ import tiny
 import torch
 import worker_group
 from wan_parallel.distributed import stopwatch
-from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings, Reply, Stall
+from wan_parallel.distributed.messages import Reply, Stall
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.stopwatch import RankTimes, rank_times
 from wan_parallel.wanvideo.config import WanConfig
 

@@ -9,10 +9,11 @@ import tiny
 import torch
 import worker_group
 from test_divided import KeptInOneProcess
-from wan_parallel.distributed.messages import Displaced, ModelSpec
 from wan_parallel.distributed.pipefusion import cut
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning, extended
 from wan_parallel.wanvideo.config import WanConfig

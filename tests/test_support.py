@@ -11,9 +11,9 @@ import pytest
 import support
 import tiny
 import torch
-from wan_parallel.distributed.messages import ModelSpec
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.pool import Pool, PoolSettings
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.build import model_class
 
 TOOL = pack.ROOT / "tools" / "support_table.py"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.pool import ModelSpec
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.conditioning import Conditioning, check
 from wan_parallel.wanvideo.grid import Grid
 from wan_parallel.wanvideo.humo import moments

@@ -11,10 +11,11 @@ from wan_parallel.distributed import residence as residence_module
 from wan_parallel.distributed.arena import Arena, needed
 from wan_parallel.distributed.flat import components
 from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.messages import Forward, Load, ModelSpec, PoolSettings
 from wan_parallel.distributed.models import Models
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.requests import Forward, Load
 from wan_parallel.distributed.residence import Residence, Slots
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.worker import Worker
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.grid import grid_of

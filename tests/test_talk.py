@@ -14,11 +14,12 @@ import torch
 from wan_parallel.distributed.choice import Question, Room, choose, placed
 from wan_parallel.distributed.cost import Machine
 from wan_parallel.distributed.division import most_held
+from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.memory import PlacementError, needed_bytes
-from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
-from wan_parallel.distributed.pool import PatchSet
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.talk import file_of, has_places, loaded_elsewhere, talk_in, without_talk
 from wan_parallel.wanvideo.audio_shapes import TalkAudio

@@ -10,9 +10,9 @@ import tiny
 import torch
 import worker_group
 from wan_parallel.distributed.division import held_parameters, parts_of
-from wan_parallel.distributed.messages import ModelSpec
 from wan_parallel.distributed.pipeline import Stage
 from wan_parallel.distributed.plan import ParallelPlan
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.config import PRESETS, WanConfig

@@ -10,9 +10,11 @@ import format_files
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.messages import Load, ModelSpec, decode, encode
-from wan_parallel.distributed.pool import file_stamp
+from wan_parallel.distributed.messages import decode, encode
+from wan_parallel.distributed.requests import Load
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.nodes.settings import USPConfig
+from wan_parallel.wanvideo.checkpoint import file_stamp
 from wan_parallel.wanvideo.config import CheckpointError, read_header
 from wan_parallel.wanvideo.vace_module import read_model, read_module
 

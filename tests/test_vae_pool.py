@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.messages import ModelSpec, PoolSettings, VAEOptions
+from wan_parallel.distributed.errors import WorkerDied
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool, WorkerDied, acquire, running
+from wan_parallel.distributed.pool import Pool, acquire, running
+from wan_parallel.distributed.requests import VAEOptions
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.vae_client import VAEWeights, decode, encode
 from wan_parallel.wanvideo.vae import Decoder, Encoder
 from wan_parallel.wanvideo.vae_layers import WholeFrame

@@ -9,10 +9,10 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from wan_parallel.distributed.messages import Displaced
 from wan_parallel.distributed.plan import PatchSplit
-from wan_parallel.distributed.pool import ModelSpec
+from wan_parallel.distributed.requests import Displaced
 from wan_parallel.distributed.schedule import FILL, STALE
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo.audio_shapes import HumoAudio
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning, check, extended

@@ -14,20 +14,12 @@ import torch
 from wan_parallel.distributed.arena import Arena, needed
 from wan_parallel.distributed.conditioning import SharedConditioning
 from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.messages import (
-    Displaced,
-    Forward,
-    Load,
-    ModelSpec,
-    PoolSettings,
-    Reply,
-    Unload,
-    decode,
-    encode,
-)
+from wan_parallel.distributed.messages import Reply, decode, encode
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import model_config
+from wan_parallel.distributed.requests import Displaced, Forward, Load, Unload
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.worker import Worker
+from wan_parallel.wanvideo.checkpoint import model_config
 from wan_parallel.wanvideo.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.grid import grid_of, unpatchify
 

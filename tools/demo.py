@@ -37,6 +37,8 @@ try:
     tiny_text = import_module("wan_parallel.wanvideo.tiny_text")
     plans = import_module("wan_parallel.distributed.plan")
     pools = import_module("wan_parallel.distributed.pool")
+    errors = import_module("wan_parallel.distributed.errors")
+    specs = import_module("wan_parallel.distributed.specs")
     tiny_vae = import_module("wan_parallel.tools.tiny_wan.vae")
     tiny_wan = import_module("wan_parallel.tools.tiny_wan.judging")
     classifier = import_module("wan_parallel.tools.tiny_wan.classifier")
@@ -66,7 +68,7 @@ class Result:
 
 def sample(settings: object, prompt: str, seed: int, how: object, label: str) -> Result:
     """Sample with guidance on a pool of its own, which is closed again however this ends."""
-    spec = pools.ModelSpec(path=str(tiny_wan.T2V_FILE), weight_dtype="fp32", compute_dtype="fp32")
+    spec = specs.ModelSpec(path=str(tiny_wan.T2V_FILE), weight_dtype="fp32", compute_dtype="fp32")
     context = torch.stack([tiny_text.encode(prompt), tiny_text.encode("")])
     pool = pools.acquire(settings)
     seconds: list[float] = []
@@ -179,9 +181,9 @@ def run(arguments: argparse.Namespace) -> bool:
     say(f"then the same on one, into {out}")
     say(f"The model, {tiny_wan.T2V_FILE.name}, has {model.parameters / 1e6:.0f} million parameters.")
 
-    settings = pools.PoolSettings(plan=plan, device=device)
+    settings = specs.PoolSettings(plan=plan, device=device)
     shared = sample(settings, arguments.prompt, arguments.seed, how, f"{workers} x {kind}")
-    settings = pools.PoolSettings(plan=plans.ParallelPlan(num_gpus=1), device=device)
+    settings = specs.PoolSettings(plan=plans.ParallelPlan(num_gpus=1), device=device)
     one = sample(settings, arguments.prompt, arguments.seed, how, f"1 x {kind}")
 
     say("Decoding the video")
@@ -303,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("Stopped. Run it again to start from the beginning.", 130)
-    except pools.PoolError as error:
+    except errors.PoolError as error:
         return complain(error, 1)
     except OSError as error:
         where = error.filename or arguments.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from .config import PRESETS, Header, WanConfig
 from .contents import CheckpointError, TensorInfo
-from .files import is_gguf
+from .files import is_gguf, model_files
 from .formats import format_name, is_quantized, weight_of
 from .gguf_file import gguf_tensor, map_file
 from .lora import WeightPatch, merge
@@ -97,6 +98,25 @@ def open_weights(path: str, device: torch.device | str = "cpu", module: str = ""
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
     return Checkpoint(path, module)
+
+
+def model_config(path: str, module: str = "") -> WanConfig:
+    """Dimensions of a checkpoint (`module`: a file beside it) or of random weights, from the headers alone.
+
+    Raises:
+        CheckpointError: see `read_model`.
+    """
+    if path.startswith(RANDOM_PREFIX):
+        return random_config(path.removeprefix(RANDOM_PREFIX))
+    return read_model(path, module).config
+
+
+def file_stamp(path: str) -> str:
+    """Changes when the file does, or one of a folder's; "" for random weights."""
+    if path.startswith(RANDOM_PREFIX):
+        return ""
+    stats = [os.stat(file) for file in model_files(path)]
+    return f"{max(stat.st_mtime_ns for stat in stats)}-{sum(stat.st_size for stat in stats)}"
 
 
 def held_as(header: Header | None, weight_dtype: str) -> str:

@@ -49,7 +49,7 @@ class PlayedPool:
             raise OutOfMemory("cuda:0 ran out of memory. Use fewer frames.")
         return torch.zeros_like(x)
 
-    def step_aside(self, spec):
+    def step_aside(self, spec, poll):
         self.calls.append("aside")
         return self.models - 1
 
@@ -82,8 +82,8 @@ def load_pack(folder: str):
 
 
 load_pack(sys.argv[1])
-from wan_parallel.distributed.messages import ModelSpec
-from wan_parallel.distributed.pool import OutOfMemory
+from wan_parallel.distributed.errors import OutOfMemory
+from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.nodes.remote_model import build_model
 from wan_parallel.wanvideo.config import read_header
 

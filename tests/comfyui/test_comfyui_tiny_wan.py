@@ -11,7 +11,7 @@ from graphs import link, node, pool_model, stock_model
 from PIL import Image
 from tiny import relative_error
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import PoolSettings
+from wan_parallel.distributed.specs import PoolSettings
 from wan_parallel.tools import demo
 from wan_parallel.tools.tiny_wan.classifier import Scene, classify, prompted
 from wan_parallel.tools.tiny_wan.judging import T2V_FILE, VAE_FILE, Sampling

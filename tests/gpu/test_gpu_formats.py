@@ -9,7 +9,8 @@ import torch
 from format_files import STORED, write_gguf, written
 from tiny import relative_error
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire
+from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.checkpoint import held_bytes
 from wan_parallel.wanvideo.gguf_blocks import BLOCKS, GgufWeight
 from wan_parallel.wanvideo.model import WanModel

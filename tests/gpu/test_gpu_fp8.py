@@ -10,8 +10,10 @@ import pytest
 import tiny
 import torch
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire, model_config
+from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo import attention, flash3, fp8, fp8_attention, fp8_mode, pointwise
+from wan_parallel.wanvideo.checkpoint import model_config
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.fp8 import Fp8Error
 from wan_parallel.wanvideo.model import WanModel

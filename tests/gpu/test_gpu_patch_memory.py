@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
 from wan_parallel.distributed.patch_buffers import official_version
 from wan_parallel.distributed.patch_memory import gib, patch_memory
 from wan_parallel.distributed.patches import split_grid, token_pixels
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.requests import Displaced
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import PRESETS
 from wan_parallel.wanvideo.grid import grid_of
 

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 from test_divided import STEPS, STREAMED_SIZES, UNEVEN, step_inputs, streamed_in_one_process
-from wan_parallel.distributed.messages import Displaced, ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
 from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.requests import Displaced
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 
 PLANS = [
     ParallelPlan(2, pipeline_parallel=2),

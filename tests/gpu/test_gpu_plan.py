@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.messages import PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.planner import Kind, Planner
-from wan_parallel.distributed.pool import ModelSpec, Pool
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.model import WanModel
 

@@ -14,15 +14,11 @@ import torch
 from tiny import relative_error
 from wan_parallel.distributed import xfuser_backend
 from wan_parallel.distributed.division import held_parameters
+from wan_parallel.distributed.errors import PoolError, WorkerDied
+from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import (
-    ModelSpec,
-    PatchSet,
-    PoolError,
-    PoolSettings,
-    WorkerDied,
-    acquire,
-)
+from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.lora import LowRank
 from wan_parallel.wanvideo.model import WanModel

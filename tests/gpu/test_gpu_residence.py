@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import pytest
 import tiny
 import torch
+from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.memory import PlacementError
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, PatchSet, Pool, PoolSettings, acquire
+from wan_parallel.distributed.pool import Pool, acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.lora import LowRank
 

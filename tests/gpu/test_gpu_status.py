@@ -21,9 +21,10 @@ import torch.distributed as dist
 from wan_parallel.distributed import stopwatch, worker
 from wan_parallel.distributed.arena import Arena, needed
 from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.messages import Forward, Load, ModelSpec, PoolSettings
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import Pool, PoolStatus
+from wan_parallel.distributed.requests import Forward, Load
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.config import PRESETS
 from wan_parallel.wanvideo.grid import grid_of
 
@@ -224,7 +225,7 @@ def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
 
 def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, folder: str) -> None:
     """Run forwards with and without measuring in turn, and write the seconds of each."""
-    worker._join_world(rank, settings, f"{folder}/store")
+    worker.join_world(rank, settings, f"{folder}/store")
     runner = worker.Worker(rank, settings, Gate(gate))
     handled = [runner.handle(Load(1, request.spec)), runner.handle(request)]
     measuring, told = stopwatch.measuring, {"with": [], "without": []}

@@ -11,7 +11,8 @@ import torch
 from test_gpu_variants import DTYPES, SIZE, on_gpu
 from tiny import relative_error
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, Pool, PoolSettings
+from wan_parallel.distributed.pool import Pool
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.conditioning import Conditioning
 from wan_parallel.wanvideo.variants import VariantModel
 

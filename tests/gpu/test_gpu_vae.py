@@ -12,9 +12,10 @@ from torch.nn import functional as F
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from wan_parallel.distributed.messages import PoolSettings, VAEOptions
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.requests import VAEOptions
+from wan_parallel.distributed.specs import PoolSettings
 from wan_parallel.distributed.vae_client import VAEWeights, decode, encode
 from wan_parallel.wanvideo.vae import Decoder, Encoder
 from wan_parallel.wanvideo.vae_layers import WholeFrame

@@ -9,7 +9,8 @@ import tiny
 import torch
 from tiny import relative_error
 from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import ModelSpec, PoolSettings, acquire
+from wan_parallel.distributed.pool import acquire
+from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.build import model_class
 from wan_parallel.wanvideo.conditioning import Conditioning
 

@@ -1,0 +1,47 @@
+"""What a request to a pool fails with, on the client's side.
+
+Workers tell an error by the name of its class. What the client can do something about has a class of its own here or
+in the part that it comes from; the rest is a `PoolError`, whose text says what is wrong and what to do all the same.
+"""
+
+from __future__ import annotations
+
+from ..wanvideo.attention import AttentionError
+from ..wanvideo.contents import CheckpointError
+from .memory import PlacementError
+from .messages import PoolFailed, Reply
+from .plan import PlanError
+
+
+class PoolError(RuntimeError):
+    """A request failed. The pool can be used again."""
+
+
+class WorkerDied(PoolError):
+    """A process of the pool has ended; the next request starts a new pool."""
+
+
+class OutOfMemory(PoolError):
+    """A GPU had too little memory for the request."""
+
+
+_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
+_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
+_ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
+
+
+def error_of(reply: Reply) -> Exception:
+    """What one worker says to have failed with."""
+    if reply.kind in _ERRORS:
+        return _ERRORS[reply.kind](reply.error)
+    return PoolError(
+        f"Worker rank {reply.rank} failed with {reply.kind}: {reply.error.rstrip('.')}. "
+        "The console has the details; the workers are ready for the next prompt."
+    )
+
+
+def end_of_pool(failed: PoolFailed) -> Exception:
+    """Why the processes have ended."""
+    if failed.kind in _ERRORS:
+        return _ERRORS[failed.kind](failed.reason)
+    return WorkerDied(f"{failed.reason} Queue the prompt again: it starts a new pool.")
