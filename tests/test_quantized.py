@@ -12,6 +12,7 @@ from wan_parallel.wanvideo.layers import Linear
 from wan_parallel.wanvideo.lora import Difference, LowRank, merge
 from wan_parallel.wanvideo.model import WanModel
 from wan_parallel.wanvideo.quantized import FLOAT8, Fp8Weight, Int8Weight, QuantizedWeight, as_tensor, rows_together
+from wan_parallel.wanvideo.variants import VariantModel
 
 GIVEN = tiny.inputs()
 COMPUTE = [torch.float32, torch.float16, torch.bfloat16]
@@ -145,6 +146,21 @@ def test_slices_of_tokens_convert_each_matrix_once_and_keep_nothing(checkpoint, 
         assert len(calls) == 10 * tiny.TINY.num_layers
         assert all(module.ready is None for module in model.modules() if isinstance(module, Linear))
     assert tiny.relative_error(outputs[10], outputs[0]) <= 1e-6
+
+
+def test_what_lies_between_is_converted_once_for_all_slices_too(tmp_path, monkeypatch):
+    path, calls = tiny.write_checkpoint(tmp_path / "humo.safetensors", tiny.HUMO), []
+    dequantize, x = Fp8Weight.dequantize, tiny.inputs(tiny.HUMO, (3, 6, 8))
+    monkeypatch.setattr(Fp8Weight, "dequantize", lambda self, dtype: calls.append(1) or dequantize(self, dtype))
+    counts, outputs = [], []
+    for step in (0, 5):
+        calls.clear()
+        model = VariantModel.from_checkpoint(path, torch.float8_e4m3fn, slice_tokens=step)
+        outputs.append(model(*x, tiny.conditioning(tiny.HUMO, x.x)))
+        counts.append(len(calls))
+        assert all(module.ready is None for module in model.modules() if isinstance(module, Linear))
+    assert counts[0] == counts[1] == 14 * tiny.HUMO.num_layers
+    assert tiny.relative_error(outputs[1], outputs[0]) <= 1e-6
 
 
 def test_fp8_weights_on_workers_take_loras_and_give_them_back(pool_of, checkpoint):

@@ -101,6 +101,9 @@ class HumoBlock(Block):
         super().__init__(config, image)
         self.audio_cross_attn_wrapper = AudioWrapper(config, config.humo.width)
 
+    def used_by_slices(self) -> list[nn.Module]:
+        return [*super().used_by_slices(), *self.audio_cross_attn_wrapper.audio_cross_attn.linears()]
+
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
         if inputs.heard is None or not x.shape[1]:
             return

@@ -261,10 +261,14 @@ class Block(nn.Module):
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
         """Between cross-attention and feed-forward: change the tokens x, those at `s` of this rank's, in place."""
 
+    def used_by_slices(self) -> list[nn.Module]:
+        """The modules that every slice of tokens goes through."""
+        return [self.cross_attn.q, self.cross_attn.o, *self.ffn]
+
     def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
         """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
         runs = list(slices(length, inputs.slice_tokens, self.at_once))
-        linears = [m for m in (self.cross_attn.q, self.cross_attn.o, *self.ffn) if isinstance(m, Linear)]
+        linears = [module for module in self.used_by_slices() if isinstance(module, Linear)]
         try:
             for linear in linears if len(runs) > 1 and not self.fp8 else ():
                 linear.ready = as_tensor(linear.weight, inputs.compute_dtype)

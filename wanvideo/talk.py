@@ -150,6 +150,9 @@ class TalkBlock(Block):
         followed = attend if heard.speech.speakers is not None else inputs.attend
         return super().forward(x, replace(inputs, heard=heard, attend=followed))
 
+    def used_by_slices(self) -> list[nn.Module]:
+        return [*super().used_by_slices(), self.audio_cross_attn.q_linear, self.audio_cross_attn.proj]
+
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
         if inputs.heard is not None and x.shape[1]:
             y = self.audio_cross_attn(self.norm_x(x, inputs.compute_dtype), inputs.heard, s)
