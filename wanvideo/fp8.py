@@ -94,7 +94,7 @@ def product(rows: Fp8Rows, weight: Fp8Weight, bias: torch.Tensor) -> torch.Tenso
     Args:
         rows: [..., columns].
         weight: float8_e4m3fn [rows, columns], each a multiple of 16 on CUDA.
-        bias: float32 [rows].
+        bias: [rows], any float dtype.
 
     Raises:
         Fp8Error: see `check_device`.
@@ -135,7 +135,7 @@ def _by_column(weight: Fp8Weight) -> torch.Tensor:
     return weight.scale.t() if len(weight.scale) > 1 else weight.scale.expand(1, weight.shape[0]).contiguous()
 
 
-# Each takes e4m3 [n, d] with float32 [n, 1] and e4m3 [m, d] with float32 [1, m], and a bias float32 [m].
+# Each takes e4m3 [n, d] with float32 [n, 1] and e4m3 [m, d] with float32 [1, m], and a bias [m] in any float dtype.
 
 Multiplication = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
