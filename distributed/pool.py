@@ -27,7 +27,7 @@ from .arena import Arena, ReusedArena, needed
 from .conditioning import SharedConditioning
 from .conversation import Conversation, Poll
 from .division import most_held
-from .errors import PoolError
+from .errors import OutOfMemory, PoolError
 from .holdings import Holdings
 from .lora import NO_PATCHES, PatchSet
 from .memory import PlacementError
@@ -424,9 +424,15 @@ class Pool:
         try:
             self._holdings.load(spec, kind.tokens, poll)
         except PlacementError as error:
-            ways_out = self._planner.ways_out(_config_of(spec), kind, self.survey(poll))
-            raise PlacementError(f"{error}{ways_out}") from None
+            raise PlacementError(f"{error}{self._ways_out(kind, poll)}") from None
         log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
+
+    def _ways_out(self, kind: Kind, poll: Poll | None) -> str:
+        """Sizes that would fit, as a sentence; nothing where there are none, or no room to find out."""
+        try:
+            return self._planner.ways_out(_config_of(kind.spec), kind, self.survey(poll))
+        except OutOfMemory:
+            return ""
 
     def _make_room_for(self, spec: ModelSpec, make_room: Callable[[int], None] | None) -> None:
         """Have room made for what is to be loaded, or to come back from host memory."""

@@ -25,12 +25,11 @@ def survey(device: torch.device, world_size: int, link: str) -> Machine:
         link: how the device reaches the others (see `links.link_kind`).
     """
     on_gpu = device.type == "cuda"
+    products = _products(device)  # whose tensors are gone before those of the copies come: little may be free
     nbytes = 2**27 if on_gpu else 2**20
     data = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     other = torch.empty_like(data)
     host = torch.zeros(nbytes // 4, dtype=torch.uint8, pin_memory=on_gpu)
-    size, dtype = (4096, torch.bfloat16) if on_gpu else (256, torch.float32)
-    a = torch.ones(size, size, device=device, dtype=dtype)
 
     def seconds(work: Callable[[], object]) -> float:
         return _seconds(work, device)
@@ -40,14 +39,21 @@ def survey(device: torch.device, world_size: int, link: str) -> Machine:
         measured["latency"] += _SKEW_SECONDS
     copy = seconds(lambda: other.copy_(data))
     upload = seconds(lambda: other[: len(host)].copy_(host, non_blocking=True))
-    product = seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)])
     return Machine(
-        products=_PRODUCTS * 2 * size**3 / product,
+        products=products,
         memory=2 * nbytes / copy,
         host=len(host) / upload,
         peers=link in PEERS,
         **measured,
     )
+
+
+def _products(device: torch.device) -> float:
+    """FLOP/s of matrix products."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = _seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)], device)
+    return _PRODUCTS * 2 * size**3 / seconds
 
 
 def _exchange(

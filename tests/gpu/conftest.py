@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
         if HERE not in Path(item.fspath).parents:
             continue
         item.add_marker(pytest.mark.gpu)
-        callspec = getattr(item, "callspec", None)
-        needed = callspec.params["shared"].gpus if callspec and "shared" in callspec.params else 1
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        needed = given["shared"].gpus if "shared" in given else getattr(given.get("plan"), "num_gpus", 1)
         if found < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPUs, this machine has {found}"))
