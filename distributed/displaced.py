@@ -23,7 +23,7 @@ from ..wanvideo.grid import Grid
 from ..wanvideo.layers import SelfAttention
 from ..wanvideo.model import WanModel
 from . import stopwatch
-from .host_exchange import HostManager, Segment
+from .host_exchange import HostManager
 from .messages import Exchange
 from .patch_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
 from .patch_exchange import PatchesOfShards, Strips
@@ -31,7 +31,10 @@ from .patches import PatchLayout, split_grid, token_pixels
 from .plan import ParallelPlan
 from .requests import Displaced
 from .schedule import STALE
+from .segment import Segment
 from .sequence import SequenceGroup
+
+_PURPOSE, _REMEDY = "the patches' keys and values", "Use fewer frames, kv_buffers fp8, or another manager."
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,8 @@ class PatchParallel:
             for small in free:
                 small.close()
                 self._segments.remove(small)
-            segment = Segment(manager.registered_bytes, place, ranks, self.device, groups.gather)
+            nbytes = manager.registered_bytes
+            segment = Segment(nbytes, place, ranks, self.device, groups.gather, _PURPOSE, _REMEDY)
             self._segments.append(segment)
         manager.create_buffer(segment)
         dist.barrier(groups.gather)  # see create_buffer

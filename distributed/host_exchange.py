@@ -13,62 +13,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
+
+from .segment import Segment
 
 FETCHED_AHEAD = 3
 """Tensors of all ranks on the GPU at a time: one being read, and the next ones on their way."""
 
 _SPIN_SECONDS = 20e-6
-_HEADER = mmap.PAGESIZE
 _STORED, _FETCHED = 0, 1  # words of the header: how many tensors this rank has stored, and fetched or passed over
-
-
-class HostMemoryError(RuntimeError):
-    """The host has too little memory for the buffers, or does not let them be pinned."""
-
-
-class Segment:
-    """Host memory of one rank, mapped and pinned by all ranks of a group. Making one is a collective call."""
-
-    def __init__(self, nbytes: int, place: int, ranks: int, device: torch.device, group: dist.ProcessGroup):
-        self.nbytes, self.ranks, self.device = nbytes, ranks, device
-        self._fd = os.memfd_create("wan-parallel-patches")
-        os.ftruncate(self._fd, _HEADER + nbytes)
-        own = mmap.mmap(self._fd, _HEADER + nbytes)
-        torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank brings its own pages in: side by side
-        name = torch.tensor([os.getpid(), self._fd], device=device)
-        names = [torch.empty_like(name) for _ in range(ranks)]
-        dist.all_gather(names, name, group=group)
-        self._maps = [own if rank == place else _open(*names[rank].tolist(), own) for rank in range(ranks)]
-        self.words = [memoryview(m)[:_HEADER].cast("q") for m in self._maps]
-        self.data = [torch.frombuffer(m, dtype=torch.uint8, offset=_HEADER) for m in self._maps]
-        self._pin()
-
-    def _pin(self) -> None:
-        if self.device.type != "cuda":
-            return
-        for data in self.data:
-            code = torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)
-            if int(code) != 0:
-                raise HostMemoryError(
-                    f"The driver does not pin {data.nbytes / 2**30:.1f} GiB of host memory for the patches' keys and "
-                    f"values ({code}). Use fewer frames, kv_buffers fp8, or another manager."
-                )
-
-    def close(self) -> None:
-        """Give the memory back. Nothing may be on its way."""
-        if self.device.type == "cuda":
-            for data in self.data:
-                torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
-        os.close(self._fd)
 
 
 @dataclass
@@ -279,12 +237,3 @@ class HostManager:
 
 def _done(event: torch.cuda.Event | None) -> bool:
     return event is None or event.query()
-
-
-def _open(pid: int, fd: int, own: mmap.mmap) -> mmap.mmap:
-    """Map another rank's memory, which is as long as ours."""
-    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
-    try:
-        return mmap.mmap(opened, len(own))
-    finally:
-        os.close(opened)

@@ -17,7 +17,8 @@ from ..wanvideo.layers import SelfAttention
 from ..wanvideo.model import WanModel
 from ..wanvideo.talk import OverSequence
 from . import xfuser_backend
-from .mailbox import Mailbox, open_mailbox
+from .gpu_mailbox import open_mailbox
+from .mailbox import Mailbox
 from .overlapped import OverlappedAttention
 from .pipeline import Stage
 from .plan import ParallelPlan, SequenceDegrees

@@ -79,3 +79,9 @@ def host_memory() -> tuple[int, int]:
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     return available, total
+
+
+def host_room() -> int:
+    """Bytes of host memory that may be taken for long: what is available less a reserve for everybody else."""
+    available, total = host_memory()
+    return available - total // 20

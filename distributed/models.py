@@ -45,7 +45,7 @@ from .memory import (
     needed_bytes,
     place_weights,
 )
-from .memory_use import allocated_on, host_memory
+from .memory_use import allocated_on, host_room
 from .originals import Originals, as_in_file
 from .pipeline import Stage
 from .requests import Patch, StepOut
@@ -403,12 +403,6 @@ def _private_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def host_room() -> int:
-    """Bytes of host memory that weights may take: what is available less a reserve for everybody else."""
-    available, total = host_memory()
-    return available - total // 20
 
 
 def _step_out(residence: Residence, nbytes: float) -> int:

@@ -14,8 +14,8 @@ read all that it had been sent; and the output goes to a rank that has sent its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -106,6 +106,44 @@ class Layout:
         """The same for the output of all heads for its tokens."""
         return 3 * self._all_heads(rank)
 
+    def letters(self, kind: str, sender: int, receiver: int) -> list[Letter]:
+        """What `receiver` gets of the queries, keys or values ("q", "k", "v") [B, n, heads, head_dim] of `sender`."""
+        before, n = sum(self.lengths[:sender]), self.lengths[sender]
+        vector, row = self.nbytes_of(1), self.nbytes_of(sum(self.heads))
+        letters = []
+        for base, first, count, channel in self._parcels(kind, receiver):
+            width = count * vector
+            letters.append(
+                Letter(
+                    receiver,
+                    channel,
+                    (self.batch, n, width),
+                    start=(sum(self.heads[:receiver]) + first) * vector,
+                    strides=(n * row, row),
+                    offset=base + before * width,
+                    strides_there=(self.tokens * width, width),
+                    packed=base + self.batch * before * width,
+                )
+            )
+        return letters
+
+    def output_letter(self, part: int, sender: int, receiver: int) -> Letter:
+        """What `receiver` gets of the output [B, tokens of all, heads of slice `part`, head_dim] of `sender`."""
+        first, count = self.slices(sender)[part]
+        first += sum(self.heads[:sender])
+        n, vector, row = self.lengths[receiver], self.nbytes_of(1), self.nbytes_of(sum(self.heads))
+        width = count * vector
+        return Letter(
+            receiver,
+            _OUTPUT + part,
+            (self.batch, n, width),
+            start=sum(self.lengths[:receiver]) * width,
+            strides=(self.tokens * width, width),
+            offset=self.output(receiver) + first * vector,
+            strides_there=(n * row, row),
+            packed=self.output(receiver) + self.batch * n * first * vector,
+        )
+
     def nbytes_of(self, vectors: int) -> int:
         """Bytes of so many vectors of a head."""
         return vectors * self.head_dim * self.dtype.itemsize
@@ -115,6 +153,16 @@ class Layout:
         """Bytes that the fullest memory needs."""
         own = (self.nbytes_of(self.batch * length * sum(self.heads)) for length in self.lengths)
         return max(self.output(rank) + size for rank, size in enumerate(own))
+
+    def _parcels(self, kind: str, receiver: int) -> Iterator[tuple[int, int, int, int]]:
+        """Into which byte, which of its heads, from which on and how many, on which channel."""
+        if kind == "q":
+            for part, (start, count) in enumerate(self.slices(receiver)):
+                yield self.queries(receiver, part), start, count, _QUERIES + part
+        elif kind == "k":
+            yield self.keys(receiver), 0, self.heads[receiver], _KEYS
+        else:
+            yield self.values(receiver), 0, self.heads[receiver], _VALUES
 
     def _all_heads(self, rank: int) -> int:
         """Bytes of the keys, values or queries."""
@@ -136,6 +184,51 @@ class Arrivals:
     values: torch.Tensor
     queries: tuple[torch.Tensor, ...]
     output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What one rank sends for each block, and what it waits for.
+
+    Args:
+        inputs: of queries, keys and values ("q", "k", "v").
+        outputs: of each slice of its heads.
+        awaited: before each slice of its heads.
+        awaited_output: at the end.
+    """
+
+    inputs: dict[str, list[Letter]]
+    outputs: list[list[Letter]]
+    awaited: list[list[Letter]]
+    awaited_output: list[Letter]
+
+    @classmethod
+    def of(cls, layout: Layout, place: int, order: Sequence[int]) -> Mail:
+        """That of the rank at `place`, which takes the ranks in this order. What is needed first sets out first."""
+
+        def of_channel(letter: Letter) -> int:
+            return letter.channel
+
+        sent = {
+            kind: sorted((x for rank in order for x in layout.letters(kind, place, rank)), key=of_channel)
+            for kind in "vkq"
+        }
+        parts = range(len(layout.slices(place)))
+        coming = [replace(x, rank=rank) for kind in "vkq" for rank in order for x in layout.letters(kind, rank, place)]
+        awaited = [[x for x in coming if x.channel == _QUERIES + part] for part in parts]
+        if awaited:
+            awaited[0] = [x for x in coming if x.channel in (_VALUES, _KEYS)] + awaited[0]
+        return cls(
+            sent,
+            [[layout.output_letter(part, place, rank) for rank in order] for part in parts],
+            awaited,
+            [
+                replace(layout.output_letter(part, rank, place), rank=rank)
+                for part in range(SLICES)
+                for rank in order
+                if part < len(layout.slices(rank))
+            ],
+        )
 
 
 class OverlappedAttention:
@@ -160,7 +253,7 @@ class OverlappedAttention:
         """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
         self._prepare(x)
         x = self._announced[kind] = x.contiguous()  # not given back before it has left
-        self.mailbox.send(self._letters[kind], x)
+        self.mailbox.send(self._mail.inputs[kind], x)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape.
@@ -170,28 +263,22 @@ class OverlappedAttention:
         for kind, x in (("v", v), ("k", k), ("q", q)):
             if kind not in self._announced:
                 self.announce(kind, x)
-        arrivals, among = self._arrivals, self.mailbox.members
-        slices = self._layout.slices(self.place)
-        with standing(ALL_TO_ALL, among):
-            self.mailbox.wait(self.order, _KEYS, _VALUES, *([_QUERIES] if slices else []))
-        for part, (start, count) in enumerate(slices):
-            if part:
-                with standing(LATER_SLICES, among):
-                    self.mailbox.wait(self.order, _QUERIES + part)
+        arrivals, mail, among = self._arrivals, self._mail, self.mailbox.members
+        for part, (start, count) in enumerate(self._layout.slices(self.place)):
+            with standing(LATER_SLICES if part else ALL_TO_ALL, among):
+                self.mailbox.wait(mail.awaited[part])
             heads = slice(start, start + count)
             out = self.kernel(arrivals.queries[part], arrivals.keys[:, :, heads], arrivals.values[:, :, heads])
             self._send_output(part, out.contiguous())
         with standing(ALL_TO_ALL, among):
-            for part in range(SLICES):
-                senders = [rank for rank in self.order if part < len(self._layout.slices(rank))]
-                self.mailbox.wait(senders, _OUTPUT + part)
+            self.mailbox.wait(mail.awaited_output)
         # who has sent its output has had all of this rank's queries, keys and values
         self._announced.clear()
         return arrivals.output
 
     def _send_output(self, part: int, out: torch.Tensor) -> None:
         self.mailbox.hold(out)
-        self.mailbox.send(self._letters_of_output[part], out)
+        self.mailbox.send(self._mail.outputs[part], out)
 
     def _prepare(self, x: torch.Tensor) -> None:
         given = len(x), x.shape[-1], x.dtype
@@ -204,58 +291,7 @@ class OverlappedAttention:
             self.mailbox.arrange(layout, layout.nbytes)
         self._layout, self._given = layout, given
         self._arrivals = self._all_arrivals(layout)
-        self._letters = {kind: self._letters_of(kind, layout) for kind in "vkq"}
-        self._letters_of_output = [
-            self._output_letters(part, layout) for part in range(len(layout.slices(self.place)))
-        ]
-
-    def _letters_of(self, kind: str, layout: Layout) -> list[Letter]:
-        """What each rank gets of this one's queries, keys or values [B, n, heads, head_dim]."""
-        before, n, width = sum(layout.lengths[: self.place]), layout.lengths[self.place], layout.head_dim
-        row, letters = sum(layout.heads) * width, []
-        for rank in self.order:
-            first = sum(layout.heads[:rank])
-            for offset, start, count, channel in self._parcels(kind, rank, layout):
-                columns = count * width
-                letters.append(
-                    Letter(
-                        rank,
-                        channel,
-                        (layout.batch, n, columns),
-                        start=(first + start) * width,
-                        strides=(n * row, row),
-                        offset=offset + layout.nbytes_of(before * count),
-                        strides_there=(layout.tokens * columns, columns),
-                    )
-                )
-        return sorted(letters, key=lambda letter: letter.channel)  # what is needed first sets out first
-
-    def _parcels(self, kind: str, rank: int, layout: Layout) -> Iterator[tuple[int, int, int, int]]:
-        """Into which byte, which of its heads, from which on and how many, on which channel."""
-        if kind == "k":
-            yield layout.keys(rank), 0, layout.heads[rank], _KEYS
-        elif kind == "v":
-            yield layout.values(rank), 0, layout.heads[rank], _VALUES
-        else:
-            for part, (start, count) in enumerate(layout.slices(rank)):
-                yield layout.queries(rank, part), start, count, _QUERIES + part
-
-    def _output_letters(self, part: int, layout: Layout) -> list[Letter]:
-        """What each rank gets of the output [B, tokens of all, heads of a slice, head_dim] of this one."""
-        start, count = layout.slices(self.place)[part]
-        columns, row = count * layout.head_dim, sum(layout.heads) * layout.head_dim
-        return [
-            Letter(
-                rank,
-                _OUTPUT + part,
-                (layout.batch, layout.lengths[rank], columns),
-                start=sum(layout.lengths[:rank]) * columns,
-                strides=(layout.tokens * columns, columns),
-                offset=layout.output(rank) + layout.nbytes_of(sum(layout.heads[: self.place]) + start),
-                strides_there=(layout.lengths[rank] * row, row),
-            )
-            for rank in self.order
-        ]
+        self._mail = Mail.of(layout, self.place, self.order)
 
     def _all_arrivals(self, layout: Layout) -> Arrivals:
         me = self.place

@@ -1,4 +1,4 @@
-"""Words in GPU memory that streams write and wait for, without a kernel: CUDA's driver, "Stream Memory Operations".
+"""Words in memory that streams write and wait for, without a kernel: CUDA's driver, "Stream Memory Operations".
 
 torch has no call for the waiting half, and its copies take ten times as long to launch as the driver's: with four GPUs
 a block sends eighteen times, and waits for as many.
@@ -7,13 +7,17 @@ a block sends eighteen times, and waits for as many.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
+
+import torch
 
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32
 _GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _WRITE_DEFAULT = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: everything before it on the stream is visible first
 
-_ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+_ANYWHERE = 4  # CU_MEMORYTYPE_UNIFIED: the address says where
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 Word = tuple[int, int]
 """An address, and a 32-bit number."""
@@ -35,6 +39,13 @@ class _Copy(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Bytes:
+    """Bytes on a device, as torch takes them from other libraries; given back with the last tensor that shows them."""
+
+    def __init__(self, address: int, nbytes: int):
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 2}
+
+
 class StreamMemoryError(RuntimeError):
     """The driver cannot do it, or refused."""
 
@@ -50,18 +61,44 @@ class StreamMemory:
         try:
             library = ctypes.CDLL("libcuda.so.1")
             self._batch, self._copy = library.cuStreamBatchMemOp_v2, library.cuMemcpy2DAsync_v2
+            self._allocate, self._free = library.cuMemAlloc_v2, library.cuMemFree_v2
+            self._mapped = library.cuMemHostGetDevicePointer_v2
         except (OSError, AttributeError) as error:
             raise StreamMemoryError(f"the CUDA driver has no stream memory operations ({error})") from error
         self._batch.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
         self._batch.restype = ctypes.c_int
         self._copy.argtypes = (ctypes.POINTER(_Copy), ctypes.c_void_p)
         self._copy.restype = ctypes.c_int
+        self._allocate.argtypes = (ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t)
+        self._free.argtypes = (ctypes.c_uint64,)
+        self._mapped.argtypes = (ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p, ctypes.c_uint)
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Bytes [nbytes] on the current device, which torch's allocator has no part in.
+
+        Raises:
+            torch.OutOfMemoryError: the device has not as many.
+        """
+        address = ctypes.c_uint64()
+        code = self._allocate(ctypes.byref(address), nbytes)
+        if code == _OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes / 2**20:.2f} MiB.")
+        self._check(code)
+        there = _Bytes(address.value, nbytes)
+        weakref.finalize(there, self._free, address.value).atexit = False
+        return torch.as_tensor(there, device=device)
+
+    def address_of(self, host: int) -> int:
+        """The address that devices have for page-locked memory of the host."""
+        address = ctypes.c_uint64()
+        self._check(self._mapped(ctypes.byref(address), host, 0))
+        return address.value
 
     def copy(self, stream: int, to: Rows, source: Rows, width: int, rows: int) -> None:
-        """Copy `rows` rows of `width` bytes between two places in the memory of GPUs, by a copy engine."""
+        """Copy `rows` rows of `width` bytes by a copy engine, between GPUs or page-locked memory of the host."""
         copy = _Copy(
-            from_kind=_ON_DEVICE, from_device=source[0], from_pitch=source[1],
-            to_kind=_ON_DEVICE, to_device=to[0], to_pitch=to[1], width=width, rows=rows,
+            from_kind=_ANYWHERE, from_device=source[0], from_pitch=source[1],
+            to_kind=_ANYWHERE, to_device=to[0], to_pitch=to[1], width=width, rows=rows,
         )  # fmt: skip
         self._check(self._copy(ctypes.byref(copy), stream))
 

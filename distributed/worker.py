@@ -29,7 +29,6 @@ from .cost import Machine
 from .displaced import StaleError
 from .forward import ForwardRunner
 from .gate import Cancelled, Gate
-from .host_exchange import HostMemoryError
 from .membership import Membership
 from .memory import PlacementError
 from .memory_use import MemoryMeter
@@ -51,6 +50,7 @@ from .requests import (
     Trim,
     Unload,
 )
+from .segment import HostMemoryError
 from .sequence import MissingPackage
 from .specs import ModelSpec, PoolSettings
 from .statuses import Surveyed

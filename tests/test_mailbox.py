@@ -22,7 +22,7 @@ def test_each_letter_raises_its_flag_by_one_also_where_several_leave_together(tm
     try:
         mailbox = Noted(dist.group.WORLD, torch.device("cpu"))
         mailbox.arrange(None, 64)
-        letter, one = Letter(0, 3, (1, 1, 1), 0, (1, 1), 0, (1, 1)), torch.ones(1)
+        letter, one = Letter(0, 3, (1, 1, 4), 0, (4, 4), 0, (4, 4), 0), torch.ones(1)
         mailbox.send([letter, replace(letter, channel=4, offset=8), letter], one)
         assert mailbox.flags == [(0, 3, 1), (0, 4, 1), (0, 3, 2)]
         mailbox.send([letter], one)

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import gloo_group
@@ -14,7 +14,8 @@ import pack  # noqa: F401 (registers wan_parallel, also in the processes of a gr
 import pytest
 import tiny
 import torch
-from wan_parallel.distributed.mailbox import Mailbox, open_mailbox
+from wan_parallel.distributed.gpu_mailbox import open_mailbox
+from wan_parallel.distributed.mailbox import HostMailbox, Letter, Mailbox, Word, strided
 from wan_parallel.distributed.overlapped import OverlappedAttention
 from wan_parallel.distributed.plan import SequenceDegrees, bounds
 from wan_parallel.distributed.sequence import NativeAttention, SequenceGroup, join_group
@@ -44,7 +45,7 @@ class Case:
     overlap: bool = True
     content: str = "normal"
     kernel: str = "sdpa"
-    hidden: bool = False  # the exchange hides behind computation
+    way: str = ""  # "hidden": the exchange hides behind computation; "staged": and is set down on the way
 
     @property
     def degrees(self) -> SequenceDegrees:
@@ -73,7 +74,8 @@ def attention_cases() -> dict[int, list[Case]]:
             cases[world] += [replace(uneven, tokens=tokens) for tokens in {1, ulysses * ring - 1}]
             cases[world] += [replace(uneven, content="far below zero")]
             cases[world] += [replace(uneven, tokens=509, heads=6, head_dim=64, dtype="bfloat16")]
-        cases[world] += [replace(case, hidden=True) for case in cases[world] if case.ring == 1 and case.overlap]
+        shared_by_heads = [case for case in cases[world] if case.ring == 1 and case.overlap]
+        cases[world] += [replace(case, way=way) for case in shared_by_heads for way in ("hidden", "staged")]
     loud = Case(1, 4, tokens=1021, heads=4, head_dim=64, dtype="bfloat16")
     cases[4] += [loud, *(replace(loud, kernel=kernel) for kernel in BROKEN_KERNELS)]
     return cases
@@ -94,9 +96,34 @@ def make_kernel(case: Case) -> AttentionKernel:
     return AttentionKernel(case.kernel, forward)
 
 
+class StagedOnCPU(HostMailbox):
+    """Sets letters down where `StagedMailbox` does between GPUs, in the second half of the memory."""
+
+    def _make(self, nbytes: int) -> None:
+        super()._make(2 * nbytes)
+
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
+        set_down = [x if x.rank == self.place else self._set_down(x) for x in letters]
+        super()._write(set_down, values, tensor)
+
+    def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
+        super()._await(letters, words)
+        own = self._segment.data[self.place]
+        for letter in letters:
+            if letter.rank != self.place:
+                there = strided(own, letter.shape, letter.offset, letter.strides_there)
+                down = self._set_down(letter)
+                there.copy_(strided(own, letter.shape, down.offset, down.strides_there))
+
+    def _set_down(self, letter: Letter) -> Letter:
+        _, rows, width = letter.shape
+        return replace(letter, offset=self.nbytes + letter.packed, strides_there=(rows * width, width))
+
+
 @functools.cache
-def mailbox(degrees: SequenceDegrees, rank: int, world: int) -> Mailbox:
-    box = open_mailbox(joined(degrees, rank, world).ulysses, CPU)
+def mailbox(degrees: SequenceDegrees, rank: int, world: int, way: str) -> Mailbox:
+    group = joined(degrees, rank, world).ulysses
+    box = open_mailbox(group, CPU) if way == "hidden" else StagedOnCPU(group, CPU)
     box.processors = tuple(3 + place for place in range(box.ranks))  # so that slices of heads are uneven, and not alike
     return box
 
@@ -113,8 +140,8 @@ def run_attention(rank: int, world: int, cases: list[Case]) -> gloo_group.Result
         group = joined(case.degrees, rank, world)
         start, stop = group.shard(case.tokens)
         q, k, v = (x[:, start:stop] for x in case.inputs(group.ranks[0]))
-        if case.hidden:
-            box = mailbox(case.degrees, rank, world)
+        if case.way:
+            box = mailbox(case.degrees, rank, world, case.way)
             attend = OverlappedAttention(group, make_kernel(case), case.tokens, case.heads, box)
             for block in range(rank % 3, rank % 3 + 3):  # ranks that are ahead must not disturb the others
                 time.sleep(block % 3 / 1000)
@@ -177,7 +204,7 @@ def run_model(rank: int, world: int, path: str, cases: list[ModelCase]) -> gloo_
         attend = NativeAttention(group, model.kernel, grid.tokens, model.config.num_heads)
         results[str(case)] = model.transform(tokens, grid, part, timestep, context, attend)
         if case.ring == 1:
-            box = mailbox(group.degrees, rank, world)
+            box = mailbox(group.degrees, rank, world, "hidden")
             attend = OverlappedAttention(group, model.kernel, grid.tokens, model.config.num_heads, box)
             for _ in range(2):
                 results[f"{case} hidden"] = model.transform(tokens, grid, part, timestep, context, attend)
@@ -248,7 +275,7 @@ def parameters(choose: Callable[[Case], bool]) -> pytest.MarkDecorator:
     chosen = [(world, case) for world, cases in attention_cases().items() for case in cases if choose(case)]
     names = [
         f"ulysses {c.ulysses} x ring {c.ring}, {c.tokens} tokens, {c.heads} heads, batch {c.batch}"
-        f"{', hidden' if c.hidden else ''}"
+        f"{c.way and ', '}{c.way}"
         for _, c in chosen
     ]
     return pytest.mark.parametrize("world, case", chosen, ids=names)
