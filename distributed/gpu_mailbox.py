@@ -142,6 +142,8 @@ class StagedMailbox(GpuMailbox):
     from it, so that letter has left host memory too.
     """
 
+    hops = 2
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._in, self._arrived = torch.cuda.Stream(device), torch.cuda.Event()
         self._segment: Segment | None = None

@@ -63,7 +63,10 @@ class Mailbox(ABC):
     Attributes:
         members: the ranks of the group.
         processors: multiprocessors of the GPU of each of them; 0 without one.
+        hops: how often what is sent is copied on its way.
     """
+
+    hops = 1
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device

@@ -99,6 +99,8 @@ def make_kernel(case: Case) -> AttentionKernel:
 class StagedOnCPU(HostMailbox):
     """Sets letters down where `StagedMailbox` does between GPUs, in the second half of the memory."""
 
+    hops = 2
+
     def _make(self, nbytes: int) -> None:
         super()._make(2 * nbytes)
 
