@@ -40,7 +40,9 @@ class GpuMailbox(Mailbox):
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         super().__init__(group, device)
         self.processors = tuple(torch.cuda.get_device_properties(rank).multi_processor_count for rank in self.members)
-        self._out, self._computed = torch.cuda.Stream(device), torch.cuda.Event()
+        self._computed = torch.cuda.Event()
+        # apart, as copies within a GPU are kernels, which wait until the computation leaves them room
+        self._out, self._to_itself = torch.cuda.Stream(device), torch.cuda.Stream(device)
         try:
             self._driver = StreamMemory()
             self.arrange(None, _FLAG_BYTES)
@@ -60,13 +62,19 @@ class GpuMailbox(Mailbox):
 
     def hold(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._out)
+        tensor.record_stream(self._to_itself)
 
     def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
         self._computed.record(torch.cuda.current_stream(self.device.index))
-        self._out.wait_event(self._computed)
-        stream, address = self._out.cuda_stream, tensor.data_ptr()
-        for _, together in groupby(zip(letters, values, strict=True), key=lambda sent: sent[0].channel):
-            words = []
+        for stream in (self._out, self._to_itself):
+            stream.wait_event(self._computed)
+        address = tensor.data_ptr()
+
+        def of_one_flag(sent: tuple[Letter, int]) -> tuple[bool, int]:
+            return sent[0].rank == self.place, sent[0].channel
+
+        for (to_itself, _), together in groupby(zip(letters, values, strict=True), key=of_one_flag):
+            stream, words = (self._to_itself if to_itself else self._out).cuda_stream, []
             for letter, value in together:
                 self._copy(stream, letter.shape, self._destination(letter), (address + letter.start, letter.strides))
                 words.append((self._flags_of(letter.rank) + 4 * self._flag(letter), value))
