@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bootstrap import load_pack
 
 load_pack()
+from wan_parallel.distributed.links import link_kind  # noqa: E402
 from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -170,6 +171,7 @@ def main() -> None:
                     compiled=options.compile,
                     ulysses=world_size,
                     ring=1,
+                    link=link_kind(torch.device("cuda", 0), world_size) if world_size > 1 else None,
                 )
                 publish(row, options.out)
     dist.barrier()

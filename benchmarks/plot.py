@@ -80,6 +80,7 @@ def label(row: Row) -> str:
     words += [f"{kind} {row[kind]}" for kind in ("tensor", "pipeline", "ring") if row.get(kind, 1) > 1]
     words += ["xfuser backend"] if row.get("backend") == "xfuser" else []
     words += ["no overlap"] if row.get("overlapped") is False and row["gpus"] > 1 else []
+    words += ["through host memory"] if row.get("link", "").startswith("host memory") else []
     words += [f"fp8 {row['fp8']}"] if row.get("fp8") else []
     words += [f"{row['weights']} weights"] if row.get("weights") else []
     words += ["lossy"] if row["lossy"] else []

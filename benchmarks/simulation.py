@@ -113,7 +113,7 @@ def choose_plan(
         PlacementError: none fits.
     """
     planner, config = Planner(settings), PRESETS[spec.path.partition(":")[2]]
-    there = Surveyed(Machine(peers=True), cap - CUBLAS_BYTES - models._MARGIN, host_room, 0, "NVLink")
+    there = Surveyed(Machine(), cap - CUBLAS_BYTES - models._MARGIN, host_room, 0, "NVLink")
     kind = Kind(spec, tokens_of(latent), batch)
     plan = planner.choose(config, kind, [there] * settings.plan.num_gpus, planner.first_plan, loaded=False)
     return plan, planner.reason
@@ -254,7 +254,7 @@ class SimulatedMailbox(Mailbox):
 
     def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None: ...
 
-    def _await(self, words: Sequence[tuple[int, int]]) -> None: ...
+    def _await(self, letters: Sequence[Letter], words: Sequence[tuple[int, int]]) -> None: ...
 
     def hold(self, tensor: torch.Tensor) -> None: ...
 

@@ -130,7 +130,6 @@ def _row(pool: Pool, strategy: Strategy, spec: ModelSpec, res: str, options: arg
     return replace(
         row,
         expected_s=round(expected.seconds, 4),
-        link=surveyed[0].link,
         link_gbps=round(machine.link / 1e9, 1),
     )
 

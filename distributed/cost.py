@@ -31,9 +31,9 @@ _HOP_SECONDS = 6e-3
 _SUMS, _HIDDEN_SUMS = 3, 1
 """Of tensor-parallel ranks in a block, and what of them travels during computation: half of two (see tensor.py). That
 behind an attention to something else is one more."""
-_EXPOSED_HEADS = 1 / 2
+_EXPOSED_HEADS = 0.3
 """What Ulysses' exchange costs though it runs beside the computation (see overlapped.py), as a share of its time: 14B
-at 480p on 4 H200s takes 0.694 s with it and 0.711 s without, and 40 ms are the bytes."""
+at 480p on 2 H200s through host memory takes 1.364 s with it and 1.760 s without (benchmarks/LOG.md, 12)."""
 _GATHER_COST = 0.5
 """What a gather of weights costs though it is hidden, as a share of its time: NCCL's kernels take multiprocessors from
 the computation beside it (benchmarks/LOG.md, 5)."""
@@ -68,7 +68,6 @@ class Machine:
         link: bytes/s that each worker sends while all send to all.
         latency: seconds of an exchange apart from its bytes: its start, and the wait for the slowest rank.
         host: bytes/s from host memory to each device while all of them copy.
-        peers: whether devices write into each other's memory, which hides Ulysses' exchange (see mailbox.py).
     """
 
     products: float = 770e12
@@ -76,7 +75,6 @@ class Machine:
     link: float = 250e9
     latency: float = 4e-4
     host: float = 40e9
-    peers: bool = False
 
     @property
     def attention(self) -> float:
@@ -194,7 +192,7 @@ def _block_exchange(
     own = math.ceil(work.tokens / degrees.ranks) * config.dim * work.itemsize
     ulysses, ring = degrees.ulysses, degrees.ring
     heads = 4 * own / tensor * (ulysses - 1) / ulysses / machine.link
-    if work.overlap and machine.peers and ring == 1:
+    if work.overlap and ring == 1:
         heads *= _EXPOSED_HEADS
     around = 2 * own / tensor * (ring - 1) / machine.link
     if work.overlap:

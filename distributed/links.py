@@ -8,8 +8,6 @@ from importlib import import_module
 import torch
 
 CPU, NVLINK, PEER_ACCESS = "CPU", "NVLink", "peer access"
-PEERS = (CPU, NVLINK, PEER_ACCESS)
-"""Links over which workers write into each other's memory."""
 
 
 def link_kind(device: torch.device, num_gpus: int) -> str:

@@ -133,7 +133,6 @@ def slowest(surveyed: Sequence[Surveyed]) -> Machine:
         link=min(machine.link for machine in machines),
         latency=max(machine.latency for machine in machines),
         host=min(machine.host for machine in machines),
-        peers=all(machine.peers for machine in machines),
     )
 
 

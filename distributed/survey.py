@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from .cost import Machine
-from .links import PEERS
 
 _SKEW_SECONDS = 3e-4
 """How long ranks wait for the slowest one at an exchange, beyond its latency: 4 H200s (see tests/test_cost.py)."""
@@ -18,12 +17,8 @@ _REPEATS = 3
 _PRODUCTS = 4  # in a row, so that a start of work weighs less
 
 
-def survey(device: torch.device, world_size: int, link: str) -> Machine:
-    """Time an exchange among all ranks, copies and products (a collective call).
-
-    Args:
-        link: how the device reaches the others (see `links.link_kind`).
-    """
+def survey(device: torch.device, world_size: int) -> Machine:
+    """Time an exchange among all ranks, copies and products (a collective call)."""
     on_gpu = device.type == "cuda"
     products = _products(device)  # whose tensors are gone before those of the copies come: little may be free
     nbytes = 2**27 if on_gpu else 2**20
@@ -43,7 +38,6 @@ def survey(device: torch.device, world_size: int, link: str) -> Machine:
         products=products,
         memory=2 * nbytes / copy,
         host=len(host) / upload,
-        peers=link in PEERS,
         **measured,
     )
 

@@ -171,7 +171,7 @@ class Worker:
     def survey(self) -> Surveyed:
         """What the machine does, measured the first time, and what there is room for (a collective call)."""
         if self.machine is None:
-            self.machine = survey(self.device, self.membership.plan.num_gpus, link(self))
+            self.machine = survey(self.device, self.membership.plan.num_gpus)
             self.models.give_back()
         return Surveyed(self.machine, *self.models.rooms(), link(self))
 

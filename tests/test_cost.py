@@ -21,8 +21,7 @@ from wan_parallel.wanvideo.variant_shapes import FaceDims, SoundDims
 
 P480, P720 = 21 * 30 * 52, 21 * 45 * 80
 NVLINK = Machine()
-PEERS = replace(NVLINK, peers=True)  # the exchange beside the computation
-HOST_LINK = replace(NVLINK, link=40e9)  # NCCL_P2P_DISABLE=1
+HOST_LINK = replace(NVLINK, link=30e9)  # NCCL_P2P_DISABLE=1
 U4 = ParallelPlan(4)
 D2U2 = ParallelPlan(4, data_parallel=2)
 T4 = ParallelPlan(4, tensor_parallel=4)
@@ -31,33 +30,48 @@ BLOCK = 660 * 10**6
 
 
 def seconds(
-    plan: ParallelPlan, machine: Machine = NVLINK, items: int = 1, tokens: int = P480, size: str = "14b", **blocks: int
+    plan: ParallelPlan,
+    machine: Machine = NVLINK,
+    items: int = 1,
+    tokens: int = P480,
+    size: str = "14b",
+    overlap: bool = True,
+    **blocks: int,
 ) -> float:
-    return expect(PRESETS[size], plan, Work(tokens, items), machine, Blocks(**blocks)).seconds
+    return expect(PRESETS[size], plan, Work(tokens, items, overlap=overlap), machine, Blocks(**blocks)).seconds
+
+
+U2 = ParallelPlan(2)
 
 
 @pytest.mark.parametrize(
-    "plan, machine, tokens, size, measured",
+    "plan, machine, tokens, size, overlap, measured",
     [
-        (ParallelPlan(1), NVLINK, P480, "14b", 2.45),
-        (ParallelPlan(1), NVLINK, P720, "14b", 9.52),
-        (ParallelPlan(2), NVLINK, P480, "14b", 1.39),
-        (ParallelPlan(2), NVLINK, P720, "14b", 4.90),
-        (ParallelPlan(3), NVLINK, P480, "14b", 0.916),
-        (U4, NVLINK, P480, "14b", 0.706),
-        (U4, NVLINK, P720, "14b", 2.48),
-        (U4, PEERS, P480, "14b", 0.694),
-        (U4, PEERS, P720, "14b", 2.48),
-        (U4, HOST_LINK, P480, "14b", 0.906),
-        (U4, HOST_LINK, P720, "14b", 3.00),
-        (ParallelPlan(4, ulysses_degree=2), NVLINK, P480, "14b", 0.792),
-        (ParallelPlan(4, ulysses_degree=1), NVLINK, P480, "14b", 0.785),
-        (ParallelPlan(1), NVLINK, P480, "1.3b", 0.438),
-        (ParallelPlan(1), NVLINK, P720, "1.3b", 1.900),
+        (ParallelPlan(1), NVLINK, P480, "14b", True, 2.36),
+        (ParallelPlan(1), NVLINK, P720, "14b", True, 9.27),
+        (U2, NVLINK, P480, "14b", True, 1.323),
+        (U2, NVLINK, P720, "14b", True, 4.82),
+        (U2, NVLINK, P480, "14b", False, 1.39),
+        (U2, HOST_LINK, P480, "14b", True, 1.364),
+        (U2, HOST_LINK, P720, "14b", True, 4.84),
+        (U2, HOST_LINK, P480, "14b", False, 1.760),
+        (U2, HOST_LINK, P720, "14b", False, 5.80),
+        (ParallelPlan(3), NVLINK, P480, "14b", False, 0.916),
+        (U4, NVLINK, P480, "14b", True, 0.677),
+        (U4, NVLINK, P720, "14b", True, 2.45),
+        (U4, NVLINK, P480, "14b", False, 0.706),
+        (U4, NVLINK, P720, "14b", False, 2.48),
+        (U4, HOST_LINK, P480, "14b", False, 0.906),
+        (U4, HOST_LINK, P720, "14b", False, 3.00),
+        (ParallelPlan(4, ulysses_degree=2), NVLINK, P480, "14b", True, 0.792),
+        (ParallelPlan(4, ulysses_degree=1), NVLINK, P480, "14b", True, 0.785),
+        (ParallelPlan(1), NVLINK, P480, "1.3b", True, 0.435),
+        (ParallelPlan(1), NVLINK, P720, "1.3b", True, 1.900),
     ],
 )
-def test_the_expectation_is_near_what_was_measured(plan, machine, tokens, size, measured):
-    assert seconds(plan, machine, tokens=tokens, size=size) == pytest.approx(measured, rel=0.1)
+def test_the_expectation_is_near_what_was_measured(plan, machine, tokens, size, overlap, measured):
+    expected = seconds(plan, machine, tokens=tokens, size=size, overlap=overlap)
+    assert expected == pytest.approx(measured, rel=0.1)
 
 
 def test_ulysses_is_expected_to_beat_rings_as_it_does():
@@ -71,7 +85,7 @@ def test_two_branches_on_two_halves_of_the_gpus_exchange_less(machine):
 
 
 def test_the_gain_of_two_halves_is_clear_where_links_are_slow():
-    assert seconds(D2U2, HOST_LINK, items=2) < 0.92 * seconds(U4, HOST_LINK, items=2)
+    assert seconds(D2U2, HOST_LINK, items=2) < 0.95 * seconds(U4, HOST_LINK, items=2)
 
 
 def test_one_item_takes_the_same_under_either_plan_as_all_gpus_share_it():
@@ -79,10 +93,8 @@ def test_one_item_takes_the_same_under_either_plan_as_all_gpus_share_it():
 
 
 def test_an_exchange_beside_the_computation_costs_less():
-    assert seconds(ParallelPlan(1)) / 4 < seconds(U4, PEERS) < seconds(U4)
-    assert seconds(U4, replace(HOST_LINK, peers=True)) < seconds(U4, HOST_LINK)
-    rings = ParallelPlan(4, ulysses_degree=2)
-    assert seconds(rings, PEERS) == seconds(rings)
+    for machine in (NVLINK, HOST_LINK):
+        assert seconds(ParallelPlan(1)) / 4 < seconds(U4, machine) < seconds(U4, machine, overlap=False)
 
 
 def test_three_items_are_better_shared_by_all_than_split_two_to_one():

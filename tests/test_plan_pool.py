@@ -160,7 +160,7 @@ def test_xfuser_and_pipefusion_run_as_set():
 
 
 def test_all_wait_for_the_slowest_worker_and_host_memory_is_shared():
-    fast, slow = Machine(2e14, 2e12, 2e11, 1e-4, 2e10, True), Machine(1e14, 3e12, 1e11, 2e-4, 1e10)
+    fast, slow = Machine(2e14, 2e12, 2e11, 1e-4, 2e10), Machine(1e14, 3e12, 1e11, 2e-4, 1e10)
     surveyed = (Surveyed(fast, 10, 100, 7, "NVLink"), Surveyed(slow, 20, 90, 3, "NVLink"))
     assert slowest(surveyed) == Machine(1e14, 2e12, 1e11, 2e-4, 1e10)
     assert room_of(surveyed).devices == (10, 20) and room_of(surveyed).host == 100
