@@ -171,7 +171,8 @@ class ForwardRunner:
         self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
     ) -> list[Portion]:
         """What this rank does for some batch items: its tokens, and how they see the others."""
-        attend, start, stop = self.membership.attention(group, model, grid), *group.shard(grid.tokens)
+        attend = self.membership.attention(group, model, grid, items.stop - items.start)
+        start, stop = group.shard(grid.tokens)
         if step is None or step.kind == EXACT:
             return [Portion(items, slice(start, stop), stop - start, attend)]
         if self.stream is not None:

@@ -76,21 +76,26 @@ class Mailbox(ABC):
         self.nbytes = 0
         self._layout: Hashable = None
 
-    def arrange(self, layout: Hashable, nbytes: int) -> None:
-        """Have at least `nbytes` on every rank, for use in another way than before if `layout` is another one.
+    def reserve(self, nbytes: int) -> None:
+        """Have at least `nbytes` on every rank. A collective call; whatever was sent has been waited for.
 
-        A collective call; whatever was sent has been waited for.
+        Raises:
+            HostMemoryError: on every rank. The host has no room for what is set down there.
         """
-        if nbytes > self.nbytes:
-            self.close()
-            self._make(nbytes)
-            self.nbytes = nbytes
-            self._sent = [[0] * CHANNELS for _ in range(self.ranks)]
-            self._awaited = [[0] * CHANNELS for _ in range(self.ranks)]
-        elif layout == self._layout:
+        if nbytes <= self.nbytes:
             return
-        self._layout = layout
-        dist.barrier(self.group)  # all have read what lay there, and all flags of a new memory are down
+        self.close()
+        self._make(nbytes)
+        self.nbytes, self._layout = nbytes, None
+        self._sent = [[0] * CHANNELS for _ in range(self.ranks)]
+        self._awaited = [[0] * CHANNELS for _ in range(self.ranks)]
+
+    def arrange(self, layout: Hashable, nbytes: int) -> None:
+        """The same, for use in another way than before if `layout` is another one."""
+        self.reserve(nbytes)
+        if layout != self._layout:
+            self._layout = layout
+            dist.barrier(self.group)  # all have read what lay there, and all flags of a new memory are down
 
     def close(self) -> None:
         """Give the memory back, on all ranks, or lose count after a run that was given up."""

@@ -7,6 +7,7 @@ ranks make and leave them together.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from .mailbox import Mailbox
 from .overlapped import OverlappedAttention
 from .pipeline import Stage
 from .plan import ParallelPlan, SequenceDegrees
+from .segment import HostMemoryError
 from .sequence import (
     NativeAttention,
     SequenceGroup,
@@ -33,6 +35,8 @@ from .sequence import (
 )
 from .specs import PoolSettings
 from .tensor import TensorShard
+
+log = logging.getLogger(__name__)
 
 
 class Membership:
@@ -93,8 +97,8 @@ class Membership:
         """Heads of this rank's part of a model, over its whole sequence group."""
         return model.config.num_heads // self.shard.size
 
-    def attention(self, group: SequenceGroup, model: WanModel, grid: Grid) -> SelfAttention:
-        """Exact self-attention of this rank's tokens to those of the whole group."""
+    def attention(self, group: SequenceGroup, model: WanModel, grid: Grid, batch: int) -> SelfAttention:
+        """Exact self-attention of this rank's tokens to those of the whole group, for so many items at a time."""
         kernel, heads = model.self_kernel, self.heads(model)
         if group.degrees.ranks == 1:
             return kernel
@@ -102,8 +106,18 @@ class Membership:
             xfuser_group = self._xfuser_groups[group.degrees]
             return xfuser_backend.XfuserAttention(xfuser_group, kernel, grid.tokens, heads)
         if group.degrees in self.mailboxes:
-            return OverlappedAttention(group, kernel, grid.tokens, heads, self.mailboxes[group.degrees])
+            attend = OverlappedAttention(group, kernel, grid.tokens, heads, self.mailboxes[group.degrees])
+            try:
+                attend.reserve(batch, model.config.head_dim, model.compute_dtype)
+                return attend
+            except HostMemoryError as error:
+                self._leave_mailbox(group.degrees)
+                log.warning("%s Until the workers start anew, exchanges go through NCCL one after the other.", error)
         return NativeAttention(group, kernel, grid.tokens, heads, self.settings.overlap)
+
+    def _leave_mailbox(self, degrees: SequenceDegrees) -> None:
+        mailbox = self.mailboxes.pop(degrees)
+        self._joined = {key: (group, None if box is mailbox else box) for key, (group, box) in self._joined.items()}
 
     def over_sequence(self, group: SequenceGroup) -> OverSequence | None:
         """Sums and maxima over the ranks of a group; None where there is one."""

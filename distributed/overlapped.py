@@ -54,9 +54,17 @@ class OverlappedAttention:
         self._given: tuple[int, int, torch.dtype] | None = None  # of what the layout depends on, what can change
         self._announced: dict[str, torch.Tensor] = {}
 
+    def reserve(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Have memory for queries, keys and values [batch, n, heads, head_dim] that are to come; a collective call.
+
+        Raises:
+            HostMemoryError: on every rank. The host has no room for what is set down there.
+        """
+        self.mailbox.reserve(self._layout_of(batch, head_dim, dtype).nbytes)
+
     def announce(self, kind: str, x: torch.Tensor) -> None:
         """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
-        self._prepare(x)
+        self._prepare(len(x), x.shape[-1], x.dtype)
         x = self._announced[kind] = x.contiguous()  # not given back before it has left
         for sent, letters in self._mail.sent[kind]:
             self.mailbox.send(letters, self._announced[sent])
@@ -84,20 +92,23 @@ class OverlappedAttention:
         self.mailbox.hold(out)
         self.mailbox.send(self._mail.sent_output[part], out)
 
-    def _prepare(self, x: torch.Tensor) -> None:
-        given = len(x), x.shape[-1], x.dtype
+    def _prepare(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
+        given = batch, head_dim, dtype
         if given == self._given:
             return
-        far = self.mailbox.hops > 1
-        cut_heads, tokens = cut_for_two_hops if far else cut, sum(self.lengths)
-        ranks = zip(self.heads, self.mailbox.processors, strict=True)
-        cuts = tuple(cut_heads(heads, tokens, len(x), processors) for heads, processors in ranks)
-        layout = Layout(self.lengths, cuts, *given, apart=far)
+        layout = self._layout_of(*given)
         with standing(ALL_TO_ALL, self.mailbox.members):
             self.mailbox.arrange(layout, layout.nbytes)
         self._given = given
         self._arrivals = self._all_arrivals(layout)
         self._mail = Mail.of(layout, self.place, self.order)
+
+    def _layout_of(self, batch: int, head_dim: int, dtype: torch.dtype) -> Layout:
+        far = self.mailbox.hops > 1
+        cut_heads, tokens = cut_for_two_hops if far else cut, sum(self.lengths)
+        ranks = zip(self.heads, self.mailbox.processors, strict=True)
+        cuts = tuple(cut_heads(heads, tokens, batch, processors) for heads, processors in ranks)
+        return Layout(self.lengths, cuts, batch, head_dim, dtype, apart=far)
 
     def _all_arrivals(self, layout: Layout) -> Arrivals:
         me = self.place

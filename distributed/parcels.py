@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, groupby
 from operator import itemgetter
 
@@ -28,6 +28,7 @@ _HOP = 0.1
 tokens, less for slower GPUs and more tokens."""
 
 
+@lru_cache(maxsize=64)
 def cut(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
     """Heads of each slice of a rank, where they travel fast: two, as more make attention kernels smaller.
 
@@ -46,6 +47,7 @@ def cut(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...
     return min(ways, key=lambda way: (_turns(way, tiles, processors), abs(way[0] - way[1])))
 
 
+@lru_cache(maxsize=64)
 def cut_for_two_hops(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
     """The same where they travel through host memory: a short slice, soon there, a long one, and a short one, whose
     output is soon away.

@@ -28,7 +28,7 @@ class Segment:
         remedy: what to do where there is too little of it, a sentence.
 
     Raises:
-        HostMemoryError: on every rank, where the host has too little memory; the driver does not pin it.
+        HostMemoryError: on every rank. The host has too little memory, or a driver does not pin it.
     """
 
     def __init__(
@@ -62,12 +62,13 @@ class Segment:
         pinned = self.data if device.type == "cuda" else []
         self._give_back = weakref.finalize(self, _give_back, fd, pinned)
         self._give_back.atexit = False
-        for data in pinned:
-            code = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, _MAPPED))
-            if code:
-                raise HostMemoryError(
-                    f"The driver does not pin {nbytes / 2**30:.1f} GiB of host memory for {purpose} ({code}). {remedy}"
-                )
+        codes = [int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, _MAPPED)) for x in pinned]
+        code = max(row[0] for row in _all_gathered((max(codes, default=0),), ranks, device, group))
+        if code:
+            self.close()
+            raise HostMemoryError(
+                f"The driver does not pin {needed / 2**30:.1f} GiB of host memory for {purpose} ({code}). {remedy}"
+            )
 
     def close(self) -> None:
         """Give the memory back. Nothing may be on its way."""

@@ -196,9 +196,9 @@ def test_the_reason_is_one_line_with_figures():
     choices = choose(asked, NVLINK, room(120, 4))
     text = reason(choices, choices[0], asked, NVLINK, "NVLink")
     assert text.startswith("4 workers: data 2 x Ulysses 2 x ring 1, for 2 items of 32760 tokens: 1.28 s expected")
-    assert "Ulysses 4 x ring 1 1.37 s" in text and "250 GB/s between workers (NVLink)" in text and "\n" not in text
+    assert "Ulysses 4 x ring 1 1.32 s" in text and "250 GB/s between workers (NVLink)" in text and "\n" not in text
     kept = reason(choices, choices[1], asked, NVLINK, "NVLink")
-    assert "though data 2 x Ulysses 2 x ring 1 1.31 s: that does not make up for a change" in kept
+    assert "though data 2 x Ulysses 2 x ring 1 1.28 s: that does not make up for a change" in kept
     single = question(ParallelPlan(2), items=1)
     others = choose(single, NVLINK, room(120, 2))
     assert "data 2" not in reason(others, others[0], single, NVLINK, "NVLink")  # both share the item: the same again

@@ -8,17 +8,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import gloo_group
 import pack  # noqa: F401 (registers wan_parallel, also in the processes of a group)
 import pytest
 import tiny
 import torch
+from wan_parallel.distributed import segment
 from wan_parallel.distributed.gpu_mailbox import open_mailbox
 from wan_parallel.distributed.mailbox import HostMailbox, Letter, Mailbox, Word, strided
+from wan_parallel.distributed.membership import Membership
 from wan_parallel.distributed.overlapped import OverlappedAttention
-from wan_parallel.distributed.plan import SequenceDegrees, bounds
+from wan_parallel.distributed.plan import ParallelPlan, SequenceDegrees, bounds
 from wan_parallel.distributed.sequence import NativeAttention, SequenceGroup, join_group
+from wan_parallel.distributed.specs import PoolSettings
 from wan_parallel.wanvideo.attention import AttentionKernel, get_kernel
 from wan_parallel.wanvideo.config import WanConfig
 from wan_parallel.wanvideo.grid import grid_of, pad_to_patch, patchify, unpatchify
@@ -213,11 +217,27 @@ def run_model(rank: int, world: int, path: str, cases: list[ModelCase]) -> gloo_
     return results
 
 
+def run_without_room(rank: int, world: int, path: str) -> gloo_group.Results:
+    """On each process: a forward where the host has no memory for what the ranks send each other."""
+    case = ModelCase(world, 1)
+    model, (x, timestep, context) = case.model(path), case.inputs()
+    membership, grid = Membership(rank, PoolSettings(ParallelPlan(world, ulysses_degree=world), "cpu"), CPU), grid_of(x)
+    membership.join(model.config.num_heads)
+    (group,) = membership.groups.values()
+    had = len(membership.mailboxes)
+    with mock.patch.object(segment, "host_room", lambda: 0):
+        attend = membership.attention(group, model, grid, 1)
+    part = slice(*group.shard(grid.tokens))
+    out = model.transform(patchify(pad_to_patch(x))[:, part], grid, part, timestep, context, attend)
+    return {"without room": out, "mailboxes": torch.tensor([had, len(membership.mailboxes)])}
+
+
 # Each world starts once and runs all of its cases.
 
 
 def run_all(rank: int, world: int, path: str) -> gloo_group.Results:
-    return run_attention(rank, world, attention_cases()[world]) | run_model(rank, world, path, model_cases()[world])
+    results = run_attention(rank, world, attention_cases()[world]) | run_model(rank, world, path, model_cases()[world])
+    return results | (run_without_room(rank, world, path) if world == 4 else {})
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +369,13 @@ def test_a_hidden_exchange_changes_nothing(results, world, compute):
             assert torch.equal(hidden, plain)
         else:  # the output lies otherwise in memory, and a product of it rounds otherwise
             assert plain.numel() == 0 or tiny.relative_error(hidden, plain) <= 1e-6
+
+
+def test_without_host_memory_for_the_exchange_it_goes_another_way(world_of_4):
+    """On all ranks, and the mailbox is gone."""
+    for rank in world_of_4:
+        assert rank["mailboxes"].tolist() == [1, 0]
+        assert torch.equal(rank["without room"], rank[str(ModelCase(4, 1))])
 
 
 @model_parameters("bfloat16")
