@@ -209,8 +209,8 @@ def _communication() -> list[io.Input]:
             default=True,
             tooltip=(
                 "What GPUs send each other travels while they compute: queries, keys and values of Ulysses by the "
-                "copy engines, where GPUs reach each other's memory; the next keys and values of a ring; with "
-                "tensor_parallel_size above 1 the sums of one slice of tokens while the next one is computed. "
+                "copy engines, through host memory where there is no peer access; the next keys and values of a ring; "
+                "with tensor_parallel_size above 1 the sums of one slice of tokens while the next one is computed. "
                 "Same result. Off: it waits for them first, for comparison."
             ),
         ),
