@@ -68,7 +68,8 @@ class ForwardRunner:
     @property
     def kept_bytes(self) -> int:
         """Bytes on the device of keys and values that are kept between steps."""
-        return self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0)
+        texts = sum(loaded.text_bytes for loaded in self.models.loaded.values())
+        return self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0) + texts
 
     def trim(self) -> None:
         """Give back what only a sampling run needs."""

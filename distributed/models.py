@@ -32,6 +32,7 @@ from ..wanvideo.config import WanConfig
 from ..wanvideo.fp8_mode import use_fp8
 from ..wanvideo.model import WanModel
 from ..wanvideo.quantized import QuantizedWeight, Weight
+from ..wanvideo.text_keys import TextKeys
 from .arena import ArenaReader
 from .lora import read_patch
 from .memory import (
@@ -73,6 +74,28 @@ class LoadedModel:
     reserve: int = 0  # bytes that activations took beyond their estimate, learned by running out of memory
     patched: set[str] = field(default_factory=set)
     uuid: str = ""
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of keys and values of texts."""
+        return self.model.text_keys.nbytes if self.model.text_keys is not None else 0
+
+    @property
+    def spared_bytes(self) -> int:
+        """Bytes of what only saves time."""
+        return self.originals.nbytes + self.text_bytes
+
+    def drop_spared(self) -> int:
+        """Give that back; returns its bytes."""
+        freed = self.spared_bytes
+        self.originals.drop()
+        self.forget_texts()
+        return freed
+
+    def forget_texts(self) -> None:
+        """Give back the keys and values of texts, as where the weights change."""
+        if self.model.text_keys is not None:
+            self.model.text_keys.clear()
 
     @property
     def fixed(self) -> int:
@@ -142,6 +165,8 @@ class Models:
                 model.set_weight(name, self._weight(source, spec, name))
         residence.load(resident, self._note_peak)
         self.shard.apply(model)
+        if self.shard.size == 1 and self.device.type != "meta":  # a norm of shards is collective; meta has no numbers
+            model.text_keys = TextKeys(functools.partial(self._spare, spec))
         originals = Originals(functools.partial(self._spare, spec))
         self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident, originals)
         if self.rank == 0:
@@ -150,6 +175,7 @@ class Models:
     def patch(self, request: Patch, arena: ArenaReader) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""
         loaded = self.loaded[request.spec]
+        loaded.forget_texts()
         shapes = loaded.source.config.shapes()
         patched = functools.partial(self._patched, loaded, request, arena, shapes)
         loaded.originals.look_for_room()
@@ -196,6 +222,11 @@ class Models:
         for spec in specs:
             self.loaded.pop(spec, None)
 
+    def forget_texts(self) -> None:
+        """Give back what all models keep of texts."""
+        for loaded in self.loaded.values():
+            loaded.forget_texts()
+
     def give_back(self) -> None:
         """Free the blocks in passing, and torch's cache."""
         for loaded in self.loaded.values():
@@ -208,7 +239,9 @@ class Models:
         loaded = self.loaded.get(request.spec)
         if loaded is None or self.rank not in request.ranks:
             return
-        _step_out(loaded.residence, request.nbytes - self._drop_originals())
+        self.forget_texts()  # which count as activations
+        originals = sum(other.originals.drop() for other in self.loaded.values())
+        _step_out(loaded.residence, request.nbytes - originals)
         self.give_back()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
@@ -255,16 +288,16 @@ class Models:
 
     def _room(self) -> int:
         """Bytes that this rank's tensors may take on its device beside the weights that are there."""
-        return self._free() + sum(loaded.originals.nbytes for loaded in self.loaded.values())
+        return self._free() + sum(loaded.spared_bytes for loaded in self.loaded.values())
 
     def _spare(self, spec: ModelSpec) -> int:
         """Bytes that neither weights nor the activations of this model need."""
         loaded = self.loaded[spec]
         return self._free() - loaded.demand.activations - loaded.reserve
 
-    def _drop_originals(self) -> int:
-        """Free the originals of all models; returns their bytes."""
-        return sum(loaded.originals.drop() for loaded in self.loaded.values())
+    def _drop_spared(self) -> int:
+        """Free what only saves time, of all models; returns its bytes."""
+        return sum(loaded.drop_spared() for loaded in self.loaded.values())
 
     def _free(self) -> int:
         """Bytes that this rank's tensors may still take on its device; no limit on a CPU."""
@@ -332,14 +365,14 @@ class Models:
 
     def learn(self, spec: ModelSpec) -> None:
         """After a forward that ran out of memory: the next one leaves more of it to the activations."""
-        self._drop_originals()
+        self._drop_spared()
         if spec in self.loaded:
             self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
 
     def _make_way(self, spec: ModelSpec | None, nbytes: int) -> None:
         """Let other models step out until the device has `nbytes` more room, the one used longest ago first."""
         if nbytes > self._free():
-            self._drop_originals()
+            self._drop_spared()
         missing = nbytes - self._room()
         for other, loaded in self.loaded.items():
             if other != spec and missing > 0 and loaded.residence.device_bytes:

@@ -162,9 +162,10 @@ class Worker:
         self.models.give_back()
 
     def trim(self) -> None:
-        """Give back what only a sampling run needs: displaced patches, the blocks in passing, what the exchanges write
-        to, and torch's cache."""
+        """Give back what only a sampling run needs: displaced patches, keys and values of texts, the blocks in passing,
+        what the exchanges write to, and torch's cache."""
         self.runner.trim()
+        self.models.forget_texts()
         self.membership.close_mailboxes()
         self.models.give_back()
 

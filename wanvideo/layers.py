@@ -25,6 +25,7 @@ from .fp8 import Fp8Rows
 from .grid import PATCH
 from .pointwise import ByToken, Vectors
 from .quantized import Fp8Weight, as_tensor
+from .text_keys import Keys
 
 TIMESTEP_PERIOD = 10000.0
 
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         announce("q", q)
         return self.o(attend(q, k, v).flatten(2))
 
-    def context_keys(self, inputs: BlockInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def context_keys(self, inputs: BlockInputs) -> Keys:
         """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
         sources = [(inputs.context, self.k, self.v, self.norm_k)]
         if self.image:
@@ -171,7 +172,7 @@ class Attention(nn.Module):
         ]
 
     def cross_attention(
-        self, x: torch.Tensor | Fp8Rows, keys: list[tuple[torch.Tensor, torch.Tensor]], kernel: AttentionKernel
+        self, x: torch.Tensor | Fp8Rows, keys: Keys, kernel: AttentionKernel
     ) -> torch.Tensor:
         """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained; the image is apart."""
         q = self.q(x)
@@ -236,7 +237,7 @@ class Block(nn.Module):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
         y = _norm(x, scale, shift, self.eps, dtype, self.fp8)
         attended = self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce)
-        keys = self.cross_attn.context_keys(inputs)
+        keys = inputs.keys_of(self.cross_attn)
         goes_on = type(self).between is Block.between  # nothing comes between cross-attention and feed-forward
 
         def work(s: slice) -> Iterator[None]:
@@ -323,6 +324,15 @@ class BlockInputs:
     compute_dtype: torch.dtype
     slice_tokens: int
     heard: Any = None  # what a variant's blocks listen to (see humo.py)
+    kept: dict[nn.Module, Keys] | None = None  # by cross-attention, where they are kept (see text_keys.py)
+
+    def keys_of(self, attention: Attention) -> Keys:
+        """Those of the text and the image; computed once where they are kept."""
+        if self.kept is None:
+            return attention.context_keys(self)
+        if attention not in self.kept:
+            self.kept[attention] = attention.context_keys(self)
+        return self.kept[attention]
 
     def modulation(self, block: torch.Tensor) -> list[Vectors]:
         """The six vectors (shift, 1 + scale, gate) x 2 of a block, each [B, 1 or n, dim]."""

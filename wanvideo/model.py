@@ -31,6 +31,7 @@ from .layers import (
 )
 from .quantized import QuantizedWeight, Weight
 from .rope import sequence_table
+from .text_keys import TextKeys
 
 
 def _no_wait(_block: int) -> None:
@@ -64,6 +65,7 @@ class WanModel(nn.Module):
         self.config, self.kernel, self.self_kernel = config, kernel, kernel
         self.compute_dtype, self.slice_tokens = compute_dtype, slice_tokens
         self.span = range(config.num_layers)
+        self.text_keys: TextKeys | None = None  # for whoever runs step after step
         d = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, d)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
@@ -170,11 +172,13 @@ class WanModel(nn.Module):
         times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
         embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
         text = self.text_embedding(context.to(self.compute_dtype))
+        image = self.image_context(conditioning, text)
+        blocks = len(self.config.in_turn(self.span))
         inputs = BlockInputs(
             time=time_vectors(self.time_projection(embedding)),
             row_of_token=row_of_token,
             context=text,
-            image=self.image_context(conditioning, text),
+            image=image,
             rope=sequence_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options)[part],
             attend=attend or self.self_kernel,
             announce=getattr(attend, "announce", to_nobody),
@@ -182,6 +186,7 @@ class WanModel(nn.Module):
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
             heard=self.heard(grid, part, conditioning, tokens.device),
+            kept=self.text_keys.of(text, image, blocks) if self.text_keys is not None else None,
         )
         if self.span.start == 0:
             x, carried = self.embed(tokens, grid, part, conditioning), []
