@@ -43,7 +43,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
                 "A Wan 2.1/2.2 model whose video is cut into patches, one for each GPU. A GPU sees the "
                 "other patches as they were one step before (DistriFusion, CVPR 2024), so that the GPUs need not wait "
                 "for each other. Not exact, and it needs much host memory: XDit+USP WanVideo Model Loader is exact and "
-                "needs less. Meant for GPUs without NVLink."
+                "needs less. Meant for four GPUs or more without NVLink: try both."
             ),
             inputs=[*_model(), *_patches(), *_hosts(), *_optional()],
             outputs=[
