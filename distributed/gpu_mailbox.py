@@ -31,7 +31,7 @@ _FLAG_BYTES = 4096
 
 
 class GpuMailbox(Mailbox):
-    """Between GPUs; which have it in common that streams carry and wait.
+    """Between GPUs: streams carry what is sent, and wait for it.
 
     Raises:
         MailboxError: it does not work between these.
@@ -144,7 +144,7 @@ class PeerMailbox(GpuMailbox):
 
 
 class StagedMailbox(GpuMailbox):
-    """Between GPUs that do not: through memory of the host.
+    """Between GPUs that do not reach it: through memory of the host.
 
     Nothing is acknowledged here either: who may send what replaces a letter has had something back that was computed
     from it, so that letter has left host memory too.
@@ -168,6 +168,7 @@ class StagedMailbox(GpuMailbox):
         """Have so much host memory. It stays when the device's is given back: locking takes a second for each GiB."""
         if self._segment is not None:
             self._segment.close()
+            self._segment = None
         self._segment = Segment(
             nbytes, self.place, self.ranks, self.device, self.group, "what the GPUs send each other", REMEDY
         )

@@ -89,13 +89,14 @@ class Mailbox(ABC):
         self.nbytes, self._layout = nbytes, None
         self._sent = [[0] * CHANNELS for _ in range(self.ranks)]
         self._awaited = [[0] * CHANNELS for _ in range(self.ranks)]
+        dist.barrier(self.group)  # all flags are down
 
     def arrange(self, layout: Hashable, nbytes: int) -> None:
         """The same, for use in another way than before if `layout` is another one."""
         self.reserve(nbytes)
         if layout != self._layout:
             self._layout = layout
-            dist.barrier(self.group)  # all have read what lay there, and all flags of a new memory are down
+            dist.barrier(self.group)  # all have read what lay there
 
     def close(self) -> None:
         """Give the memory back, on all ranks, or lose count after a run that was given up."""
