@@ -7,6 +7,9 @@ the processes have anything to do with it.
 Where GPUs reach each other's memory, that of the sender writes straight into that of the receiver. Where they do not,
 as most GeForce cards on PCIe, it writes into memory of the host that all ranks have page-locked, and the receiver's own
 copy engine brings it in from there once the flag is up.
+
+Streams may share a queue of the hardware, where one that waits holds up another. That cannot be for ever as long as all
+ranks launch a letter's way out before they wait for it: each wait is then for what was launched earlier everywhere.
 """
 
 from __future__ import annotations
