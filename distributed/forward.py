@@ -104,7 +104,9 @@ class ForwardRunner:
         batches = self._batches(request.spec, len(x), self.membership.place.data)
         with stopwatch.standing(stopwatch.WEIGHTS):
             kept = self._to_keep(step, batches, model, grid, group)
-            self.models.settle(request.spec, stop - start, kept, len(conditioning.options.vace_strengths))
+            patches = request.displaced is not None and self.stream is None  # whose buffers have all that is left
+            contexts = len(conditioning.options.vace_strengths)
+            self.models.settle(request.spec, stop - start, kept, contexts, keep_texts=not patches)
         self.memory.begin()
         portions = [portion for items in batches for portion in self._portions(items, step, model, grid, group)]
         # ranks that gather weights from each other run the blocks equally often, and leave them together

@@ -72,6 +72,8 @@ class LoadedModel:
     resident: int  # blocks that belong on the device, as they fitted last
     originals: Originals
     reserve: int = 0  # bytes that activations took beyond their estimate, learned by running out of memory
+    coming: int = 0  # bytes beside weights that the last forward was expected to take
+    keep_texts: bool = True
     patched: set[str] = field(default_factory=set)
     uuid: str = ""
 
@@ -166,7 +168,7 @@ class Models:
         residence.load(resident, self._note_peak)
         self.shard.apply(model)
         if self.shard.size == 1 and self.device.type != "meta":  # a norm of shards is collective; meta has no numbers
-            model.text_keys = TextKeys(functools.partial(self._spare, spec))
+            model.text_keys = TextKeys(functools.partial(self._room_for_texts, spec))
         originals = Originals(functools.partial(self._spare, spec))
         self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident, originals)
         if self.rank == 0:
@@ -293,7 +295,10 @@ class Models:
     def _spare(self, spec: ModelSpec) -> int:
         """Bytes that neither weights nor the activations of this model need."""
         loaded = self.loaded[spec]
-        return self._free() - loaded.demand.activations - loaded.reserve
+        return self._free() - max(loaded.demand.activations, loaded.coming) - loaded.reserve
+
+    def _room_for_texts(self, spec: ModelSpec) -> int:
+        return self._spare(spec) if self.loaded[spec].keep_texts else 0
 
     def _drop_spared(self) -> int:
         """Free what only saves time, of all models; returns its bytes."""
@@ -339,22 +344,26 @@ class Models:
             return placement.resident
         return max(0, fitting_blocks(demand, room, placement.share))
 
-    def settle(self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0) -> None:
+    def settle(
+        self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0, keep_texts: bool = True
+    ) -> None:
         """Before a forward of `tokens` tokens on this rank: weights that stepped out come back as far as they fit.
 
         Args:
             more: bytes that the forward takes beside its activations.
             contexts: of VACE.
+            keep_texts: whether keys and values of texts may take what is left.
         """
         loaded = self.loaded[spec]
-        if spec.offload == "on":
-            return
         residence, share = loaded.residence, loaded.placement.share
         itemsize = DTYPES[spec.compute_dtype].itemsize
         activations = activation_bytes(
             loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens, contexts=contexts
         )
-        demand = replace(loaded.demand, activations=activations + loaded.reserve + more)
+        loaded.coming, loaded.keep_texts = activations + more, keep_texts
+        if spec.offload == "on":
+            return
+        demand = replace(loaded.demand, activations=loaded.coming + loaded.reserve)
         self._make_way(spec, needed_bytes(demand, share, demand.blocks) - loaded.device_bytes)
         loaded.resident = demand.blocks
         if spec.offload == "auto":
