@@ -298,7 +298,8 @@ class Models:
         return self._free() - max(loaded.demand.activations, loaded.coming) - loaded.reserve
 
     def _room_for_texts(self, spec: ModelSpec) -> int:
-        return self._spare(spec) if self.loaded[spec].keep_texts else 0
+        """Half of what is to spare: they lie among activations, which then find holes in place of one piece."""
+        return self._spare(spec) // 2 if self.loaded[spec].keep_texts else 0
 
     def _drop_spared(self) -> int:
         """Free what only saves time, of all models; returns its bytes."""
@@ -352,7 +353,7 @@ class Models:
         Args:
             more: bytes that the forward takes beside its activations.
             contexts: of VACE.
-            keep_texts: whether keys and values of texts may take what is left.
+            keep_texts: whether keys and values of texts may take what is left where all weights have come.
         """
         loaded = self.loaded[spec]
         residence, share = loaded.residence, loaded.placement.share
@@ -360,7 +361,7 @@ class Models:
         activations = activation_bytes(
             loaded.model.config, tokens, spec.max_batch, itemsize, spec.slice_tokens, contexts=contexts
         )
-        loaded.coming, loaded.keep_texts = activations + more, keep_texts
+        loaded.coming, loaded.keep_texts = activations + more, False
         if spec.offload == "on":
             return
         demand = replace(loaded.demand, activations=loaded.coming + loaded.reserve)
@@ -371,6 +372,7 @@ class Models:
         if (beyond := residence.bytes_beyond(loaded.resident)) > 0:
             _step_out(residence, beyond)
         residence.step_in(loaded.resident)
+        loaded.keep_texts = keep_texts and loaded.resident == demand.blocks
 
     def learn(self, spec: ModelSpec) -> None:
         """After a forward that ran out of memory: the next one leaves more of it to the activations."""
