@@ -97,6 +97,13 @@ def test_an_exchange_beside_the_computation_costs_less():
         assert seconds(ParallelPlan(1)) / 4 < seconds(U4, machine) < seconds(U4, machine, overlap=False)
 
 
+def test_with_a_ring_the_exchange_of_heads_is_waited_for():
+    config, slow = PRESETS["14b"], replace(NVLINK, link=1e9)
+    rings = expect(config, ParallelPlan(4, ulysses_degree=2), Work(P480), slow).exchange
+    heads = config.num_layers * 4 * (P480 / 4) * config.dim * 2 / 2 / slow.link  # half of each of the four leaves
+    assert rings >= heads > expect(config, U4, Work(P480), slow).exchange
+
+
 def test_three_items_are_better_shared_by_all_than_split_two_to_one():
     assert seconds(U4, items=3) < seconds(D2U2, items=3)
 
