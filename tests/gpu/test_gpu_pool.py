@@ -230,12 +230,12 @@ def test_a_killed_worker_fails_the_prompt_and_the_next_one_starts_a_new_pool(sha
     expected = shared.forward(spec(checkpoints[FOUR_HEADS], "fp32"), *inputs(FOUR_HEADS, EVEN))
     big = spec("random:1.3b")
     work = inputs(PRESETS["1.3b"], LONG)
-    shared.ensure_ready(big)
+    shared.forward(big, *work)  # all is in place, so that exchanges are under way when it is killed
     pids = shared.worker_pids
-    killed = []
+    started, killed = time.perf_counter(), []
 
     def poll():
-        if not killed:
+        if not killed and time.perf_counter() - started > 1.0:
             killed.append(time.perf_counter())
             os.kill(pids[1], signal.SIGKILL)
 
