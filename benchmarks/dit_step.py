@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from busy import busy
 from flops import latent_size
 from rows import Row, Timing, make_row, publish
 
@@ -97,10 +98,12 @@ def main() -> int:
 
 def _ours(options: argparse.Namespace) -> list[Row]:
     pool, spec = pool_of(options), spec_of(options)
-    try:
-        return [our_row(pool, spec, res, options) for res in options.res.split(",")]
-    finally:
-        pool.close()
+    more = {"shares": options.gpu_shares or None, "busy": options.busy or None}
+    with busy(options.busy, torch.device(pool.settings.device)):
+        try:
+            return [our_row(pool, spec, res, options, **more) for res in options.res.split(",")]
+        finally:
+            pool.close()
 
 
 def pool_of(options: argparse.Namespace) -> Pool:
@@ -111,6 +114,7 @@ def pool_of(options: argparse.Namespace) -> Pool:
         tensor_parallel=options.tensor,
         ulysses_degree=options.ulysses,
         ring_degree=options.ring,
+        speeds=tuple(map(int, options.gpu_shares.split(","))) if options.gpu_shares else (),
     )
     return acquire(
         PoolSettings(
@@ -232,6 +236,7 @@ def add_options_of_ours(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="exchange meanwhile")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--gpu-shares", default="", help="of a sequence, by rank, such as 2,1; even without")
     parser.add_argument("--shard-weights", choices=CHOICES, default="auto")
     parser.add_argument("--offload", choices=CHOICES, default="auto")
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="cap on each GPU's memory")
@@ -246,6 +251,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=5, help="timed forwards, after one that is not")
     parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")
     parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")
+    parser.add_argument("--busy", default="", help="GPUs that run busy.py beside ours, such as 1")
     parser.add_argument("--no-ours", action="store_true", help="peers alone")
     parser.add_argument("--out", type=Path, help="append the rows to this file too")
     options = parser.parse_args()

@@ -48,7 +48,8 @@ class Row(Line):
     memory in all. allocated_gib: the most that torch's allocator gave out on any GPU, of memory_fraction of it.
     overlapped: whether Ulysses' exchanges ran beside the computation. strategy: its short name (see strategies.py),
     expected_s: what the cost model says, link: how the GPUs reach each other, link_gbps: what each sends while all of
-    them do (these are ours only).
+    them do, shares: how much each GPU takes, in proportion, unless all take the same, busy: GPUs that had another
+    program (busy.py) too (these are ours only).
     """
 
     lib: str
@@ -87,6 +88,8 @@ class Row(Line):
     expected_s: float | None = None
     link: str | None = None
     link_gbps: float | None = None
+    shares: str | None = None
+    busy: str | None = None
 
 
 @dataclass(frozen=True)

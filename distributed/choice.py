@@ -23,6 +23,7 @@ from .memory import (
     activation_bytes,
     demand_of,
     place_weights,
+    room_beside,
 )
 from .plan import ParallelPlan, PlanError
 from .specs import ModelSpec, PoolSettings
@@ -87,7 +88,7 @@ class Question:
 
     def free(self) -> Question:
         """The same with all sizes left to us."""
-        return replace(self, asked=ParallelPlan(self.asked.num_gpus))
+        return replace(self, asked=ParallelPlan(self.asked.num_gpus, speeds=self.asked.speeds))
 
 
 def possible(question: Question) -> list[ParallelPlan]:
@@ -180,13 +181,15 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
         PlacementError: it does not fit.
     """
     spec, work = question.spec, question.work
-    own = math.ceil(work.tokens / plan.sequence_ranks)
-    activations = activation_bytes(question.config, own, spec.max_batch, work.itemsize, spec.slice_tokens)
     unit = SEGMENT if question.settings.device == "cuda" else 1
     parts, ways = parts_of(question.config, plan, _held_sizes(spec)), []
     for ranks in plan.replicas():
-        demand = demand_of(parts[plan.place(ranks[0]).stage], question.config, activations, unit)
-        there, on_host = [room.devices[rank] for rank in ranks], room.host * len(ranks) // plan.num_gpus
+        own = [plan.tokens_of(rank, work.tokens) for rank in ranks]
+        size = work.itemsize, spec.slice_tokens
+        activations = [activation_bytes(question.config, tokens, spec.max_batch, *size) for tokens in own]
+        demand = demand_of(parts[plan.place(ranks[0]).stage], question.config, max(activations), unit)
+        there = room_beside([room.devices[rank] for rank in ranks], activations)
+        on_host = room.host * len(ranks) // plan.num_gpus
         choices = spec.shard_weights, spec.offload
         ways.append((demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)))
     return max(ways, key=lambda way: (way[0].blocks - way[1].resident, way[0].whole))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..wanvideo.variant_shapes import Hearing
-from .plan import ParallelPlan, SequenceDegrees, attention_cost, bounds
+from .plan import ParallelPlan, SequenceDegrees, bounds
 
 TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
@@ -138,7 +138,7 @@ def expect(
     slices = math.ceil(items / min(work.max_batch, math.ceil(items / stages)))
     spans = (range(*bounds(config.num_layers, stages, stage)) for stage in range(stages))
     layers = max(len(config.in_turn(span)) for span in spans)  # VACE with one context
-    compute = layers * _block_compute(config, degrees, plan.tensor_parallel, work, machine)
+    compute = layers * _block_compute(config, plan, degrees, work, machine)
     exchange = layers * _block_exchange(config, degrees, plan.tensor_parallel, work, machine)
     waits = layers * _exchanges(config, degrees, plan.tensor_parallel) * machine.latency  # for each slice
     passing = 0.0
@@ -173,13 +173,15 @@ def block_flops(config: Dimensions, tokens: int, ranks: int = 1, tensor: int = 1
 
 
 def _block_compute(
-    config: Dimensions, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
+    config: Dimensions, plan: ParallelPlan, degrees: SequenceDegrees, work: Work, machine: Machine
 ) -> float:
-    """Seconds of one item in one block; a ring's smaller pieces and uneven heads included."""
+    """Seconds of one item in one block; a ring's smaller pieces, uneven heads and unlike GPUs included."""
+    tensor, pace = plan.tensor_parallel, plan.token_cost(work.tokens, degrees.ranks)
     products, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
-    attention *= attention_cost(degrees, config.num_heads // tensor)
+    products *= pace
+    attention *= plan.attention_cost(degrees, config.num_heads // tensor)
     moved = _MEMORY_BYTES + _HEARD_BYTES * config.hearing.share
-    moved *= math.ceil(work.tokens / degrees.ranks) * config.dim
+    moved *= math.ceil(work.tokens / degrees.ranks) * config.dim * pace
     moved *= (1 + 1 / tensor) / 2  # the residual stream is whole on each tensor-parallel rank
     scale = work.itemsize / 2  # of float32 products, which are several times slower than 16 bit ones on most GPUs
     return scale * (products / machine.products + attention / machine.attention) + moved / machine.memory

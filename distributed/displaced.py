@@ -121,7 +121,7 @@ class FillAttention:
     ):
         self.branch, self.exact, self.groups = branch, exact, groups
         self.part = slice(*group.shard(branch.layout.grid.tokens))
-        self._patches = PatchesOfShards(branch.layout, group.index, device)
+        self._patches = PatchesOfShards(branch.layout, group, device)
         self._layer = 0
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,8 @@ class Membership:
                 self._xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
                 self.groups[degrees] = place_in(degrees, self.rank, members)
             else:
-                self.groups[degrees], mailbox = self._join_sequence(degrees, members)
+                group, mailbox = self._join_sequence(degrees, members)
+                self.groups[degrees] = replace(group, speeds=plan.sequence_speeds(group.ranks))
                 if mailbox is not None:
                     self.mailboxes[degrees] = mailbox
 

@@ -147,6 +147,11 @@ def activation_bytes(
     return batch * (stream + hidden) + workspace
 
 
+def room_beside(room: Sequence[int], activations: Sequence[int]) -> list[int]:
+    """Bytes that each GPU would have if all took as many for activations as the one that takes most does."""
+    return [there + max(activations) - own for there, own in zip(room, activations, strict=True)]
+
+
 def fitting_blocks(demand: Demand, room: int, share: int) -> int:
     """How many blocks (or shares of them) can stay on a GPU of `room` bytes; -1 where it cannot run at all."""
     left = room - demand.fixed - demand.activations

@@ -45,6 +45,7 @@ from .memory import (
     fitting_blocks,
     needed_bytes,
     place_weights,
+    room_beside,
 )
 from .memory_use import allocated_on, host_room
 from .originals import Originals, as_in_file
@@ -314,8 +315,8 @@ class Models:
         most = min(int(total * self.settings.memory_fraction) - there.now, free + there.reserved - there.now)
         return most - _MARGIN + self.slots.nbytes
 
-    def _activations(self, spec: ModelSpec, config: WanConfig, tokens: int) -> int:
-        share = math.ceil((tokens or REFERENCE_TOKENS) / self.settings.plan.sequence_ranks)
+    def _activations(self, spec: ModelSpec, config: WanConfig, tokens: int, rank: int) -> int:
+        share = self.settings.plan.tokens_of(rank, tokens or REFERENCE_TOKENS)
         return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
 
     def _place(
@@ -326,18 +327,19 @@ class Models:
         Every rank does the arithmetic for all parts: so all refuse alike, and know whether somebody shares.
         """
         plan, placed = self.settings.plan, {}
-        activations = self._activations(spec, source.config, tokens)
         for ranks in plan.replicas():
             sizes = self._held_sizes(source, spec, ranks[0])
-            demand = demand_of(sizes, source.config, activations, unit_of(self.device))
-            there = [rooms[rank] for rank in ranks]
+            activations = {rank: self._activations(spec, source.config, tokens, rank) for rank in ranks}
+            demand = demand_of(sizes, source.config, max(activations.values()), unit_of(self.device))
+            there = room_beside([rooms[rank] for rank in ranks], list(activations.values()))
             on_host = free * len(ranks) // plan.num_gpus
             choices = spec.shard_weights, spec.offload
             placed[ranks] = demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)
         most = max(placement.share for _, placement in placed.values())
         if most not in self.share_groups:
             self.share_groups[most] = join_share_group(plan.replicas(), self.rank)
-        return next(mine for ranks, mine in placed.items() if self.rank in ranks)
+        demand, placement = next(mine for ranks, mine in placed.items() if self.rank in ranks)
+        return replace(demand, activations=self._activations(spec, source.config, tokens, self.rank)), placement
 
     def _fitting(self, spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
         """How many blocks stay on this rank's device, which may have more room than the tightest."""

@@ -19,7 +19,6 @@ import torch
 from ..wanvideo.attention import AttentionKernel
 from .mailbox import Mailbox
 from .parcels import Layout, Mail, cut, cut_for_two_hops
-from .plan import shares
 from .sequence import SequenceGroup
 from .stopwatch import ALL_TO_ALL, LATER_SLICES, standing
 
@@ -47,8 +46,8 @@ class OverlappedAttention:
 
     def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, mailbox: Mailbox):
         self.kernel, self.mailbox, self.place = kernel, mailbox, group.ulysses_index
-        self.lengths = tuple(shares(tokens, group.degrees.ulysses))
-        self.heads = tuple(shares(heads, group.degrees.ulysses))
+        self.lengths = tuple(group.lengths(tokens))
+        self.heads = tuple(group.heads(heads))
         ranks = len(self.lengths)  # an order of its own for each, so that not all send to one at a time; itself last
         self.order = [(self.place + i) % ranks for i in range(1, ranks + 1)]
         self._given: tuple[int, int, torch.dtype] | None = None  # of what the layout depends on, what can change

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 import torch.distributed as dist
 
 from .patches import Patch, PatchLayout
-from .plan import bounds
+from .sequence import SequenceGroup
 
 
 class Strips:
@@ -50,9 +51,10 @@ class Strips:
 class PatchesOfShards:
     """From the shards of the sequence, as the exact path has them, to the patches."""
 
-    def __init__(self, layout: PatchLayout, place: int, device: torch.device):
-        ranks = range(len(layout.patches))
-        shards = [bounds(layout.grid.tokens, len(ranks), rank) for rank in ranks]
+    def __init__(self, layout: PatchLayout, group: SequenceGroup, device: torch.device):
+        place, ranks = group.index, range(len(layout.patches))
+        ends = list(itertools.accumulate(group.lengths(layout.grid.tokens), initial=0))
+        shards = list(itertools.pairwise(ends))
         sent = [_within(layout.index(patch), shards[place]) for patch in ranks]
         self._places = torch.cat(sent).to(device)
         self._sent = [len(places) for places in sent]

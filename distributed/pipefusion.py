@@ -25,7 +25,7 @@ from ..wanvideo.grid import Grid
 from ..wanvideo.layers import SelfAttention
 from ..wanvideo.model import WanModel
 from .displaced import StaleError
-from .plan import bounds, shares
+from .plan import bounds
 from .requests import Displaced
 from .residence import release_cache
 from .schedule import STALE
@@ -178,5 +178,5 @@ class PatchStream:
     @staticmethod
     def _shape(batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> tuple[int, ...]:
         """[2, B, tokens, heads, head_dim] of a self-attention."""
-        own = shares(heads, group.degrees.ulysses)[group.ulysses_index]
+        own = group.heads(heads)[group.ulysses_index]
         return 2, batch, grid.tokens, own, model.config.head_dim

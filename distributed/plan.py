@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 MAX_GPUS = 8
@@ -57,7 +57,11 @@ class Place:
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """What the user asked for; a degree of 0 is chosen once the model is known."""
+    """What the user asked for; a degree of 0 is chosen once the model is known.
+
+    Attributes:
+        speeds: of the GPUs by rank, in any unit, after which they share a sequence; empty where all are alike.
+    """
 
     num_gpus: int = 2
     data_parallel: int = 1
@@ -65,6 +69,7 @@ class ParallelPlan:
     tensor_parallel: int = 1
     ulysses_degree: int = 0
     ring_degree: int = 0
+    speeds: tuple[int, ...] = ()
 
     @property
     def sequence_ranks(self) -> int:
@@ -100,6 +105,24 @@ class ParallelPlan:
             return self._groups(lambda at: (at.stage, at.tensor))
         return self._groups(lambda at: (at.data, at.stage, at.tensor))
 
+    def sequence_speeds(self, members: Sequence[int]) -> tuple[int, ...]:
+        """How fast the ranks of a sequence group are, with those that have the same tokens as each of them in other
+        stages or for other parts of the matrices: the slowest counts. Empty where all GPUs are alike."""
+        if not self.speeds:
+            return ()
+        places = (self.place(rank) for rank in members)
+        return tuple(
+            min(self.speeds[self.rank_at(replace(place, stage=stage, tensor=tensor))] for stage, tensor in self._parts)
+            for place in places
+        )
+
+    def tokens_of(self, rank: int, tokens: int) -> int:
+        """Tokens of a sequence that `rank` has while every data-parallel group has work; at least those."""
+        if not self.speeds:
+            return math.ceil(tokens / self.sequence_ranks)
+        members = next(group for group in self.sequence_groups(self.sequence_ranks) if rank in group)
+        return shares(tokens, len(members), self.sequence_speeds(members))[members.index(rank)]
+
     def replicas(self) -> list[tuple[int, ...]]:
         """The ranks that hold the same weights, for every part into which stages and tensor ranks divide a model."""
         return self._groups(lambda at: (at.stage, at.tensor))
@@ -118,6 +141,11 @@ class ParallelPlan:
         """
         if not 1 <= self.num_gpus <= MAX_GPUS:
             raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 to {MAX_GPUS}.")
+        if self.speeds and (len(self.speeds) != self.num_gpus or min(self.speeds) < 1):
+            raise PlanError(
+                f"The speeds of the GPUs are {_words(self.speeds)}. "
+                f"Give {self.num_gpus} numbers above 0, as that is num_gpus."
+            )
         sizes = self._sizes()
         for name, size in sizes.items():
             if size < 1 or self.num_gpus % size:
@@ -158,6 +186,11 @@ class ParallelPlan:
         if not plans:
             self.validate()
         return plans
+
+    @property
+    def _parts(self) -> list[tuple[int, int]]:
+        """Every stage with every part of the matrices."""
+        return list(itertools.product(range(self.pipeline_parallel), range(self.tensor_parallel)))
 
     def _part(self, rank: int) -> tuple[int, int]:
         place = self.place(rank)
@@ -206,8 +239,8 @@ class ParallelPlan:
         """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
 
         Tensor-parallel ranks have a part of the heads each, and share out that part. Heads are shared unevenly where
-        they do not divide: the rank with the most heads sets the pace, so the choice weighs that against the cost of
-        a ring. Among equals the shortest ring is taken.
+        they do not divide, or where GPUs are unlike: the rank that needs longest for its own sets the pace, so the
+        choice weighs that against the cost of a ring. Among equals the shortest ring is taken.
 
         Raises:
             PlanError: more Ulysses ranks than heads.
@@ -225,7 +258,29 @@ class ParallelPlan:
                 f"{num_heads} heads cannot be shared by ulysses_degree {self.ulysses_degree}. "
                 f"Set it to {num_heads} or less, or to 0 (automatic)."
             )
-        return min(possible, key=lambda degrees: (attention_cost(degrees, num_heads), degrees.ring))
+        return min(possible, key=lambda degrees: (self.attention_cost(degrees, num_heads), degrees.ring))
+
+    def attention_cost(self, degrees: SequenceDegrees, num_heads: int) -> float:
+        """Expected time of one self-attention, relative to a perfect split among GPUs like the slowest, without a ring.
+
+        `num_heads` is that of one tensor-parallel part.
+        """
+        groups = (self._relative_speeds(members) for members in self.sequence_groups(degrees.ranks))
+        imbalance = max(_slowest_heads(degrees, num_heads, speeds) for speeds in groups)
+        return imbalance * (1 + (RING_COST if degrees.ring > 1 else 0))
+
+    def token_cost(self, tokens: int, ranks: int) -> float:
+        """Expected time of what is done with `tokens` tokens each by itself, relative to an even split over `ranks`
+        GPUs like the slowest."""
+        if not self.speeds:
+            return 1.0
+        groups = (self._relative_speeds(members) for members in self.sequence_groups(ranks))
+        pairs = ((n, speed) for group in groups for n, speed in zip(shares(tokens, ranks, group), group, strict=True))
+        return max(n / speed for n, speed in pairs) / math.ceil(tokens / ranks)
+
+    def _relative_speeds(self, members: Sequence[int]) -> tuple[float, ...]:
+        """Of a sequence group, as multiples of that of the slowest GPU of all; empty where all are alike."""
+        return tuple(speed / min(self.speeds) for speed in self.sequence_speeds(members))
 
     def group_ranks(self, batch: int) -> int:
         """Ranks that share one token sequence for a batch: all of them where it has too few items to split."""
@@ -236,7 +291,8 @@ class ParallelPlan:
         workers = "1 worker" if self.num_gpus == 1 else f"{self.num_gpus} workers"
         pipeline = f"pipeline {self.pipeline_parallel} x " if self.pipeline_parallel > 1 else ""
         tensor = f" x tensor {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        return f"{workers}: data {self.data_parallel} x {pipeline}{self.sequence_degrees(num_heads)}{tensor}"
+        speeds = f" at speeds {':'.join(map(str, self.speeds))}" if self.speeds else ""
+        return f"{workers}: data {self.data_parallel} x {pipeline}{self.sequence_degrees(num_heads)}{tensor}{speeds}"
 
 
 SPLIT_MODES = ("spatial", "temporal", "spatiotemporal")
@@ -259,17 +315,39 @@ class PatchSplit:
     overlap: int = 0
 
 
-def attention_cost(degrees: SequenceDegrees, num_heads: int) -> float:
-    """Expected time of one self-attention, relative to a perfect split without a ring."""
-    most_heads = math.ceil(num_heads / degrees.ulysses)
-    imbalance = most_heads * degrees.ulysses / num_heads
-    return imbalance * (1 + (RING_COST if degrees.ring > 1 else 0))
+def shares(total: int, parts: int, speeds: Sequence[float] = ()) -> list[int]:
+    """`total` in `parts` whole numbers such that the last one is done as early as can be, at these speeds.
 
-
-def shares(total: int, parts: int) -> list[int]:
-    """`total` in `parts` whole numbers that differ by 1 at most, the larger ones first."""
+    Where these are equal, or none are given, they differ by 1 at most, the larger ones first. None is 0 unless `total`
+    is less than `parts`.
+    """
     small, larger = divmod(total, parts)
-    return [small + (i < larger) for i in range(parts)]
+    if len(set(speeds)) < 2 or small == 0:
+        return [small + (i < larger) for i in range(parts)]
+    split = [max(1, int(total * speed / sum(speeds))) for speed in speeds]
+    while sum(split) > total:  # very slow ones took from the others
+        split[max(range(parts), key=lambda i: (split[i] > 1, split[i] / speeds[i]))] -= 1
+    while sum(split) < total:
+        split[min(range(parts), key=lambda i: (split[i] + 1) / speeds[i])] += 1
+    return split
+
+
+def head_speeds(degrees: SequenceDegrees, speeds: Sequence[float]) -> tuple[float, ...]:
+    """Speeds after which an Ulysses group shares out heads, which are the same all around a ring."""
+    return tuple(sum(speeds[place :: degrees.ulysses]) for place in range(degrees.ulysses)) if speeds else ()
+
+
+def _slowest_heads(degrees: SequenceDegrees, num_heads: int, speeds: Sequence[float]) -> float:
+    """How long the busiest rank attends with its heads, relative to a perfect split among ranks of speed 1."""
+    heads = shares(num_heads, degrees.ulysses, head_speeds(degrees, speeds))
+    if not speeds:
+        return max(heads) * degrees.ulysses / num_heads
+    longest = 0.0
+    for start in range(0, degrees.ranks, degrees.ulysses):
+        group = speeds[start : start + degrees.ulysses]
+        tokens = sum(group) / sum(speeds)
+        longest = max(longest, *(tokens * n / speed for n, speed in zip(heads, group, strict=True)))
+    return longest * degrees.ranks / num_heads
 
 
 def bounds(total: int, parts: int, index: int) -> tuple[int, int]:
@@ -283,5 +361,5 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _words(numbers: list[int]) -> str:
+def _words(numbers: Sequence[int]) -> str:
     return ", ".join(str(n) for n in numbers)

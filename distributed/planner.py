@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 
@@ -17,6 +18,7 @@ from .specs import ModelSpec, PoolSettings
 from .statuses import Surveyed
 
 log = logging.getLogger(__name__)
+_SPEED_STEP = 5  # percent
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Planner:
     def __init__(self, settings: PoolSettings):
         self.settings = settings
         self.reason = ""
+        self._speeds_known = not settings.by_speed
         self._chosen: dict[Kind, ParallelPlan] = {}
 
     @property
@@ -66,6 +69,8 @@ class Planner:
 
         Kinds that take turns, such as steps with more items than others, so have a plan each.
         """
+        if not self._speeds_known:
+            return None
         if not self.settings.auto:
             return current
         plan = self._chosen.get(kind)
@@ -84,6 +89,11 @@ class Planner:
         Raises:
             PlanError, PlacementError: nothing that was asked for can run.
         """
+        if not self._speeds_known:
+            plan, self._speeds_known = replace(self.settings.plan, speeds=speeds_of(surveyed)), True
+            self.settings = replace(self.settings, plan=plan)
+        if not self.settings.auto:
+            return self.settings.plan
         question, machine = self._question(config, kind), slowest(surveyed)
         choices = choose(question, machine, room_of(surveyed))
         taken = better(choices, current, loaded)
@@ -120,8 +130,28 @@ def resolved(settings: PoolSettings) -> PoolSettings:
             "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
             "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
         )
-    auto = settings.auto and backend == "native" and settings.pipeline_mode == "exact"  # what cost.py knows about
-    return replace(settings, device=device, usp_backend=backend, auto=auto)
+    exact = backend == "native" and settings.pipeline_mode == "exact"
+    if settings.plan.speeds and not exact:
+        raise PlanError(
+            "GPUs can have unlike shares of a video in this pack's own exact attention alone. "
+            "Set gpu_shares to even, or usp_backend to native and pipeline_mode to exact."
+        )
+    auto, by_speed = settings.auto and exact, settings.by_speed and exact  # cost.py knows about exact plans
+    return replace(settings, device=device, usp_backend=backend, auto=auto, by_speed=by_speed)
+
+
+def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:
+    """How fast the workers' GPUs are, in percent of the fastest; empty where all are of one kind, or as fast.
+
+    Those of one kind count as alike, whatever was measured; steps of 5 % keep shares the same from start to start.
+    """
+    measured: dict[str, list[float]] = {}
+    for worker in surveyed:
+        measured.setdefault(worker.device, []).append(worker.machine.products)
+    rates = {kind: median(products) for kind, products in measured.items()}
+    parts = (rates[worker.device] / max(rates.values()) for worker in surveyed)
+    speeds = tuple(max(_SPEED_STEP, _SPEED_STEP * round(100 * part / _SPEED_STEP)) for part in parts)
+    return speeds if len(set(speeds)) > 1 else ()
 
 
 def slowest(surveyed: Sequence[Surveyed]) -> Machine:

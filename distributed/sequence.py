@@ -24,7 +24,7 @@ import torch.distributed as dist
 from ..wanvideo.attention import AttentionKernel
 from ..wanvideo.talk import OverSequence
 from . import stopwatch
-from .plan import SequenceDegrees, bounds, shares
+from .plan import SequenceDegrees, head_speeds, shares
 
 
 class MissingPackage(RuntimeError):
@@ -37,6 +37,9 @@ class SequenceGroup:
 
     Shard i of the sequence belongs to rank `ranks[i]`; an Ulysses group is a run of `ranks`, and a ring goes
     through the ranks with the same place in their Ulysses groups.
+
+    Attributes:
+        speeds: of its ranks, after which they share tokens and heads; empty where all are alike.
     """
 
     degrees: SequenceDegrees
@@ -44,6 +47,7 @@ class SequenceGroup:
     index: int
     ulysses: dist.ProcessGroup | None = None
     ring: dist.ProcessGroup | None = None
+    speeds: tuple[int, ...] = ()
 
     @property
     def ulysses_index(self) -> int:
@@ -55,7 +59,17 @@ class SequenceGroup:
 
     def shard(self, tokens: int) -> tuple[int, int]:
         """Start and stop of this rank's tokens."""
-        return bounds(tokens, self.degrees.ranks, self.index)
+        lengths = self.lengths(tokens)
+        start = sum(lengths[: self.index])
+        return start, start + lengths[self.index]
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Tokens of each rank."""
+        return shares(tokens, self.degrees.ranks, self.speeds)
+
+    def heads(self, heads: int) -> list[int]:
+        """Heads of each place in an Ulysses group."""
+        return shares(heads, self.degrees.ulysses, head_speeds(self.degrees, self.speeds))
 
 
 def place_in(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
@@ -124,8 +138,8 @@ class NativeAttention:
 
     def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True):
         self.group, self.kernel, self.overlap = group, kernel, overlap
-        self.lengths = shares(tokens, group.degrees.ranks)
-        self.heads = shares(heads, group.degrees.ulysses)
+        self.lengths = group.lengths(tokens)
+        self.heads = group.heads(heads)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape."""

@@ -28,6 +28,8 @@ class PoolSettings:
             patches through the stages (see pipefusion.py).
         auto: sizes of the plan that are 1, and degrees that are 0, are chosen for the model and its video (see
             choice.py).
+        by_speed: GPUs of different kinds share a sequence after their measured speeds (see `planner.speeds_of`), which
+            then are the plan's.
     """
 
     plan: ParallelPlan
@@ -37,6 +39,7 @@ class PoolSettings:
     overlap: bool = True
     pipeline_mode: str = "exact"
     auto: bool = False
+    by_speed: bool = False
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class Surveyed:
         host_room: bytes of host memory that is free for weights, of all workers together.
         hosted: bytes that the loaded models of this worker take there.
         link: how it reaches the others (see links.py).
+        device: what it is called, as all of its kind are.
     """
 
     machine: Machine
@@ -110,3 +111,4 @@ class Surveyed:
     host_room: int
     hosted: int
     link: str
+    device: str = ""

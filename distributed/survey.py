@@ -44,10 +44,15 @@ def survey(device: torch.device, world_size: int) -> Machine:
 
 def _products(device: torch.device) -> float:
     """FLOP/s of matrix products."""
-    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    size, dtype = (256, torch.float32) if device.type == "cpu" else (4096, _fast_dtype())
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = _seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)], device)
     return _PRODUCTS * 2 * size**3 / seconds
+
+
+def _fast_dtype() -> torch.dtype:
+    """Of 16 bits; GPUs before Ampere only imitate bf16."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _exchange(

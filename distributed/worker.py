@@ -56,7 +56,7 @@ from .specs import ModelSpec, PoolSettings
 from .statuses import Surveyed
 from .survey import survey
 from .vae import VAEs
-from .worker_report import held_bytes, link, out_of_memory, ready, worker_status
+from .worker_report import device_name, held_bytes, link, out_of_memory, ready, worker_status
 from .xfuser_backend import BackendError
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class Worker:
         if self.machine is None:
             self.machine = survey(self.device, self.membership.plan.num_gpus)
             self.models.give_back()
-        return Surveyed(self.machine, *self.models.rooms(), link(self))
+        return Surveyed(self.machine, *self.models.rooms(), link(self), device_name(self.device))
 
     def divide(self, plan: ParallelPlan) -> None:
         """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""

@@ -27,7 +27,7 @@ def ready(worker: Worker) -> Ready:
         xfuser = importlib.metadata.version("xfuser")
     except importlib.metadata.PackageNotFoundError:
         xfuser = ""
-    return Ready(worker.rank, os.getpid(), _device_name(worker.device), torch.__version__, xfuser)
+    return Ready(worker.rank, os.getpid(), device_name(worker.device), torch.__version__, xfuser)
 
 
 def worker_status(worker: Worker) -> WorkerStatus:
@@ -36,7 +36,7 @@ def worker_status(worker: Worker) -> WorkerStatus:
     return WorkerStatus(
         rank=worker.rank,
         pid=os.getpid(),
-        device=_device_name(worker.device),
+        device=device_name(worker.device),
         used=used,
         total=total,
         peak_private=worker.models.peak_private,
@@ -97,7 +97,8 @@ def _model_status(worker: Worker, spec: ModelSpec, loaded: LoadedModel) -> Model
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What it is called, as all of its kind are."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..distributed.memory import CHOICES
 from ..distributed.specs import PIPELINE_MODES
-from .settings import DEVICES, PLANS, SettingsError, USPConfig
+from .settings import DEVICES, PLANS, SHARES, SettingsError, USPConfig
 
 CATEGORY = "WanVideoWrapper/XDitUSP"
 XDITUSPCONFIG = io.Custom("XDITUSPCONFIG")
@@ -52,6 +52,7 @@ class XDitUSPConfig(io.ComfyNode):
         ring_degree: int | None = 0,
         device: str | None = "auto",
         parallel_plan: str | None = PLANS[0],
+        gpu_shares: str | None = SHARES[0],
     ) -> bool | str:
         named = {
             "num_gpus": num_gpus,
@@ -64,6 +65,7 @@ class XDitUSPConfig(io.ComfyNode):
             "ring_degree": ring_degree,
             "device": device,
             "parallel_plan": parallel_plan,
+            "gpu_shares": gpu_shares,
         }
         if None in named.values():
             return True
@@ -319,6 +321,17 @@ def _later_inputs() -> list[io.Input]:
                 "with the first sampling step, so that the model fits and a step is expected to take the least time on "
                 "these GPUs and the links between them; a size that you set is kept. All of it is exact. The console "
                 "and XDit+USP Status say what was chosen and why. as_set: the sizes as they stand here."
+            ),
+        ),
+        io.String.Input(
+            "gpu_shares",
+            default=SHARES[0],
+            optional=True,
+            tooltip=(
+                "How much of a video's tokens and attention heads each GPU takes. auto: the same, or where GPUs are of "
+                "different kinds after their speed, which is measured when the workers start. even: the same. Or a "
+                "number for each GPU, such as 2, 1 where the first one is twice as fast or the second one has other "
+                "work too. The result is exact either way. Tensor and pipeline parallelism divide evenly."
             ),
         ),
     ]

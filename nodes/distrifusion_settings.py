@@ -89,4 +89,5 @@ class DistriFusionConfig:
             use_bf16=self.precision == "bf16",
             device=self.device,
             parallel_plan="as_set",
+            gpu_shares="even",
         )

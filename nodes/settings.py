@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
 WEIGHT_PRECISIONS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 DEVICES = ("auto", "cuda", "cpu")
 PLANS = ("auto", "as_set")
+SHARES = ("auto", "even")
 ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
 
 
@@ -48,6 +51,7 @@ class USPConfig:
     shard_weights: str = "auto"
     offload: str = "auto"
     parallel_plan: str = PLANS[0]
+    gpu_shares: str = SHARES[0]
 
     @property
     def plan(self) -> ParallelPlan:
@@ -59,7 +63,32 @@ class USPConfig:
             tensor_parallel=self.tensor_parallel_size,
             ulysses_degree=self.ulysses_degree,
             ring_degree=self.ring_degree,
+            speeds=self.speeds,
         )
+
+    @property
+    def speeds(self) -> tuple[int, ...]:
+        """The numbers in gpu_shares; empty where there are none, or all are the same.
+
+        Raises:
+            SettingsError: they are not one for each GPU.
+        """
+        if self.gpu_shares.strip() in SHARES:
+            return ()
+        try:
+            numbers = [float(word) for word in re.split(r"[\s,;:/%]+", self.gpu_shares.strip(" %"))]
+        except ValueError:
+            numbers = []
+        if len(numbers) != self.num_gpus or not all(0 < number < math.inf for number in numbers):
+            raise SettingsError(
+                f'gpu_shares is "{self.gpu_shares}", and num_gpus is {self.num_gpus}. Write auto, even, or '
+                f"{'1 number' if self.num_gpus == 1 else f'{self.num_gpus} numbers'} above 0, such as "
+                f"{', '.join(['2', *['1'] * (self.num_gpus - 1)])}."
+            )
+        if not all(number.is_integer() for number in numbers):
+            numbers = [max(1.0, round(1000 * number / max(numbers))) for number in numbers]
+        speeds = tuple(int(number) // math.gcd(*map(int, numbers)) for number in numbers)
+        return speeds if len(set(speeds)) > 1 else ()
 
     @property
     def chooses_sizes(self) -> bool:
@@ -123,6 +152,7 @@ class USPConfig:
             overlap=self.overlap_p2p_comm,
             pipeline_mode=self.pipeline_mode if self.pipeline_parallel_size > 1 else "exact",
             auto=self.chooses_sizes,
+            by_speed=self.gpu_shares.strip() == "auto" and self.runs_on_cuda and _unlike_gpus(self.num_gpus),
         )
 
     def model_spec(
@@ -174,6 +204,10 @@ class USPConfig:
                 "use_sdpa and use_flash_attention are both off, which leaves no attention kernel. "
                 "Switch one of them on in XDit+USP Config, or set attention_mode to sageattn in the loader."
             )
+
+
+def _unlike_gpus(count: int) -> bool:
+    return len({torch.cuda.get_device_name(index) for index in range(count)}) > 1
 
 
 def _gpus(count: int) -> str:

@@ -71,6 +71,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
     lines = [
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
         f"sizes: {f'chosen: {status.plan_reason}' if status.plan_reason else 'as set'}",
+        *([f"shares of tokens and heads: as {' to '.join(map(str, plan.speeds))}, by rank"] if plan.speeds else []),
         forward_line(status),
         *(
             line

@@ -61,7 +61,12 @@ def test_dit_step(run, toy, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     for row in rows:
         assert row["finite"] and not row["lossy"] and row["ulysses"] == 2 and row["s"] > 0 and row["first_s"] > 0
-        assert 0 < row["hop_s"] < row["s"]
+        assert 0 < row["hop_s"] < row["s"] and "shares" not in row and "busy" not in row
+
+
+def test_busy(run, toy):
+    (row,) = run("dit_step", *toy, "--res", "2x4x4", "--gpus", 2, "--iters", 1, "--gpu-shares", "2,1", "--busy", "1")
+    assert row["finite"] and (row["shares"], row["busy"]) == ("2,1", "1")
 
 
 def test_video(run, toy):

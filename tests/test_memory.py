@@ -17,6 +17,7 @@ from wan_parallel.distributed.memory import (
     leaving_order,
     needed_bytes,
     place_weights,
+    room_beside,
 )
 from wan_parallel.wanvideo.config import PRESETS
 
@@ -140,3 +141,8 @@ def test_81_frames_at_480p_have_a_place_on_cards_that_shrink_with_their_number(g
         assert placement.share in (1, gpus)
         assert needed_bytes(demand, placement.share, placement.resident) <= cap * GIB
         assert abs(demand.whole - 2 * config.parameters) < 0.02 * demand.whole
+
+
+def test_a_gpu_that_takes_fewer_tokens_has_more_room_for_weights():
+    assert room_beside([20, 12], [9, 4]) == [20, 17]
+    assert room_beside([20, 12], [9, 9]) == [20, 12]

@@ -31,6 +31,12 @@ def test_the_defaults_are_accepted():
         {"num_gpus": 4, "ulysses_degree": 3},
         {"use_fp16": True, "use_bf16": True},
         {"device": "tpu"},
+        {"gpu_shares": "2"},
+        {"gpu_shares": "2, 1, 1"},
+        {"gpu_shares": "2, 0"},
+        {"gpu_shares": "2, nan"},
+        {"gpu_shares": "fast, slow"},
+        {"gpu_shares": ""},
     ],
     ids=str,
 )
@@ -38,6 +44,33 @@ def test_what_cannot_work_is_refused_in_two_sentences(widgets):
     with pytest.raises(SettingsError) as refusal:
         replace(CPU, **widgets).validate()
     assert sentences(str(refusal.value)) >= 2
+
+
+@pytest.mark.parametrize(
+    "written, speeds",
+    [
+        ("auto", ()),
+        ("even", ()),
+        ("2, 1", (2, 1)),
+        (" 60% / 30% ", (2, 1)),
+        ("1:2", (1, 2)),
+        ("1.5 1", (1000, 667)),
+        ("5,5", ()),
+    ],
+)
+def test_shares_of_the_gpus(written, speeds):
+    config = replace(CPU, gpu_shares=written)
+    config.validate()
+    assert config.pool_settings().plan.speeds == speeds
+
+
+@pytest.mark.parametrize(
+    "written, names, by_speed", [("auto", "AB", True), ("auto", "AA", False), ("even", "AB", False)]
+)
+def test_only_gpus_of_different_kinds_are_measured(monkeypatch, written, names, by_speed):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    assert USPConfig(device="cuda", gpu_shares=written).pool_settings().by_speed is by_speed
 
 
 @pytest.mark.parametrize("present", [0, 1])

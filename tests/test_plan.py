@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import tiny
-from wan_parallel.distributed.plan import ParallelPlan, PlanError, SequenceDegrees, attention_cost, bounds, shares
+from wan_parallel.distributed.plan import ParallelPlan, PlanError, SequenceDegrees, bounds, shares
 from wan_parallel.distributed.pool import acquire
 from wan_parallel.distributed.specs import PoolSettings
 
@@ -34,10 +34,11 @@ def test_every_number_of_gpus_runs_every_wan(num_gpus, heads):
 @pytest.mark.parametrize("heads", WAN_HEADS)
 @pytest.mark.parametrize("num_gpus", range(1, 9))
 def test_the_choice_is_the_cheapest_of_all(num_gpus, heads):
-    chosen = attention_cost(ParallelPlan(num_gpus).sequence_degrees(heads), heads)
+    plan = ParallelPlan(num_gpus)
+    chosen = plan.attention_cost(plan.sequence_degrees(heads), heads)
     for ulysses in range(1, num_gpus + 1):
         if num_gpus % ulysses == 0:
-            assert chosen <= attention_cost(SequenceDegrees(ulysses, num_gpus // ulysses), heads)
+            assert chosen <= plan.attention_cost(SequenceDegrees(ulysses, num_gpus // ulysses), heads)
 
 
 @pytest.mark.parametrize(
@@ -235,3 +236,59 @@ def test_bounds_cover_everything_once(total, parts):
     assert edges[0][0] == 0 and edges[-1][1] == total
     assert all(one[1] == two[0] for one, two in itertools.pairwise(edges))
     assert [stop - start for start, stop in edges] == shares(total, parts)
+
+
+# GPUs of different speeds.
+
+
+@pytest.mark.parametrize(
+    "total, speeds, expected",
+    [
+        (40, (2, 1), [27, 13]),
+        (12, (100, 45), [8, 4]),  # done after 8.9; 9 and 3 would be after 9
+        (12, (3, 3, 2, 2), [4, 4, 2, 2]),
+        (6, (1000, 1, 1, 1), [3, 1, 1, 1]),
+        (40, (7, 7), [20, 20]),
+        (41, (1, 1, 1), [14, 14, 13]),
+        (2, (1, 5, 5), [1, 1, 0]),
+    ],
+)
+def test_unlike_shares(total, speeds, expected):
+    assert shares(total, len(speeds), speeds) == expected
+
+
+UNLIKE = [(12, (100, 45)), (13, (5, 4, 3)), (9, (1, 9)), (11, (7, 2, 2)), (8, (1, 1, 30))]
+
+
+@pytest.mark.parametrize("total, speeds", UNLIKE)
+def test_no_other_shares_are_done_earlier(total, speeds):
+    ways = (way for way in itertools.product(range(1, total), repeat=len(speeds)) if sum(way) == total)
+    earliest = min(max(n / speed for n, speed in zip(way, speeds, strict=True)) for way in ways)
+    assert max(n / speed for n, speed in zip(shares(total, len(speeds), speeds), speeds, strict=True)) == earliest
+
+
+def test_who_has_the_same_tokens_as_a_slower_rank_goes_at_its_pace():
+    tensor = ParallelPlan(4, tensor_parallel=2, speeds=(9, 4, 5, 8))
+    assert [tensor.sequence_speeds(group) for group in tensor.sequence_groups(2)] == [(4, 5), (4, 5)]
+    stages = ParallelPlan(4, pipeline_parallel=2, speeds=(9, 4, 5, 8))
+    assert [stages.sequence_speeds(group) for group in stages.sequence_groups(2)] == [(5, 4), (5, 4)]
+    data = ParallelPlan(4, data_parallel=2, speeds=(9, 4, 5, 8))
+    assert [data.sequence_speeds(group) for group in data.sequence_groups(2)] == [(9, 4), (5, 8)]
+    assert data.sequence_speeds(data.sequence_groups(4)[0]) == (9, 4, 5, 8)
+    assert [data.tokens_of(rank, 130) for rank in range(4)] == [90, 40, 50, 80]
+    assert ParallelPlan(4).tokens_of(3, 130) == 33
+
+
+def test_unlike_gpus_share_a_sequence_after_their_speed():
+    plan = ParallelPlan(2, speeds=(2, 1))
+    plan.validate()
+    assert plan.token_cost(3000, 2) == pytest.approx(2 / 3)  # half the even share would be 1
+    assert plan.attention_cost(SequenceDegrees(2, 1), 40) == pytest.approx(27 / 40)
+    assert plan.attention_cost(SequenceDegrees(1, 2), 40) == pytest.approx(1.2 * 2 / 3)
+    assert plan.describe(40) == "2 workers: data 1 x Ulysses 2 x ring 1 at speeds 2:1"
+    assert ParallelPlan(2).token_cost(3001, 2) == 1.0
+
+
+@pytest.mark.parametrize("speeds", [(1, 2, 3), (1, 0), (3,)])
+def test_speeds_that_are_not_one_for_each_gpu_are_refused(speeds):
+    assert "Give 2 numbers above 0" in refusal(num_gpus=2, speeds=speeds)

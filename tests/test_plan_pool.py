@@ -15,11 +15,11 @@ from wan_parallel.distributed.cost import Machine
 from wan_parallel.distributed.errors import WorkerDied
 from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.planner import Kind, Planner, room_of, slowest
+from wan_parallel.distributed.planner import Kind, Planner, room_of, slowest, speeds_of
 from wan_parallel.distributed.pool import Pool
 from wan_parallel.distributed.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.statuses import Surveyed
-from wan_parallel.wanvideo.config import WanConfig
+from wan_parallel.wanvideo.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.lora import LowRank
 from wan_parallel.wanvideo.model import WanModel
 
@@ -101,6 +101,30 @@ def test_workers_go_from_plan_to_plan(scripted, model, whole):
             )
 
 
+def test_speeds_change_what_each_worker_computes_and_nothing_else(scripted, model, whole):
+    given = tiny.inputs(FIVE_LAYERS, batch=2)
+    expected, held, pids = whole(*given), set(), set()
+    for speeds in ((), (8, 1, 3, 2), (1, 2, 2, 1), ()):
+        for sizes in ({}, {"ulysses_degree": 2}, {"data_parallel": 2}):
+            scripted._planner.plan = ParallelPlan(4, **sizes, speeds=speeds)
+            assert tiny.relative_error(scripted.forward(model, *given), expected) <= 2e-6, (speeds, sizes)
+            held.add(scripted.held(model, range(4)))
+            pids.add(scripted.worker_pids)
+    assert len(held) == len(pids) == 1
+    for sizes in ({"tensor_parallel": 2}, {"pipeline_parallel": 2}):
+        scripted._planner.plan = ParallelPlan(4, **sizes, speeds=(8, 1, 3, 2))
+        assert tiny.relative_error(scripted.forward(model, *given), expected) <= 2e-6, sizes
+
+
+def test_weights_in_shares_and_in_host_memory_do_not_mind_speeds(scripted, model, whole):
+    given = tiny.inputs(FIVE_LAYERS, batch=2)
+    scripted._planner.plan = ParallelPlan(4, speeds=(8, 1, 3, 2))
+    for shard, offload in (("on", "off"), ("on", "on"), ("off", "on")):
+        spec = replace(model, shard_weights=shard, offload=offload)
+        assert tiny.relative_error(scripted.forward(spec, *given), whole(*given)) <= 2e-6, (shard, offload)
+        scripted.unload(spec)
+
+
 def test_shares_and_loras_outlive_a_change_that_moves_no_weights(scripted, model):
     given = tiny.inputs(FIVE_LAYERS, batch=2)
     low_rank = LowRank(torch.full((512, 4), 0.1), torch.full((4, 512), 0.1), 0.5)
@@ -151,6 +175,49 @@ def test_kinds_of_forwards_that_take_turns_keep_a_plan_each_if_no_weights_move(m
     assert planner.recall(Kind(model, 36, 4), halves) is None
 
 
+def surveyed(*kinds: tuple[str, float]) -> tuple[Surveyed, ...]:
+    """Workers on devices of these names and rates of products."""
+    return tuple(Surveyed(Machine(products=rate, link=1e10), 2**40, 2**40, 0, "PCIe", name) for name, rate in kinds)
+
+
+def test_gpus_of_one_kind_are_alike_and_others_as_fast_as_they_are_measured():
+    assert speeds_of(surveyed(("H200", 7e14), ("H200", 6e14))) == ()
+    assert speeds_of(surveyed(("5090", 2.09e14), ("3090", 0.69e14))) == (100, 35)
+    assert speeds_of(surveyed(("3090", 0.71e14), ("5090", 2.1e14), ("3090", 0.69e14))) == (35, 100, 35)
+    assert speeds_of(surveyed(("A100 PCIe", 2.5e14), ("A100 SXM", 2.54e14))) == ()
+    assert speeds_of(surveyed(("H200", 7e14), ("ancient", 1e12))) == (100, 5)
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_speeds_are_measured_once_and_are_the_plans_from_then_on(auto):
+    planner = Planner(PoolSettings(ParallelPlan(2), auto=auto, by_speed=True))
+    kind, workers = Kind(ModelSpec("random:14b"), 32760, 1), surveyed(("fast", 2e14), ("slow", 1e14))
+    assert planner.recall(kind, ParallelPlan(2)) is None
+    plan = planner.choose(PRESETS["14b"], kind, workers, ParallelPlan(2), False)
+    assert plan == ParallelPlan(2, speeds=(100, 50)) == planner.recall(kind, plan)
+    assert planner.reason == "" or "at speeds 100:50" in planner.reason
+
+
+def test_branches_of_cfg_are_not_split_between_unlike_gpus():
+    """The slow one would take its branch alone; together they are as fast as 1.5 of the fast one."""
+    kind, slow = Kind(ModelSpec("random:14b"), 32760, 2), surveyed(("slow", 1e14), ("slow", 1e14))
+    unlike = Planner(PoolSettings(ParallelPlan(2), auto=True, by_speed=True))
+    plan = unlike.choose(PRESETS["14b"], kind, surveyed(("fast", 2e14), ("slow", 1e14)), ParallelPlan(2), False)
+    assert plan == ParallelPlan(2, speeds=(100, 50))
+    alike = Planner(PoolSettings(ParallelPlan(2), auto=True, by_speed=True))
+    assert alike.choose(PRESETS["14b"], kind, slow, ParallelPlan(2), False) == ParallelPlan(2, data_parallel=2)
+
+
+def test_unlike_shares_are_for_exact_attention_of_our_own():
+    plan = ParallelPlan(2, speeds=(2, 1))
+    for settings in (
+        PoolSettings(plan, device="cpu", usp_backend="xfuser"),
+        PoolSettings(replace(plan, pipeline_parallel=2), device="cpu", pipeline_mode="pipefusion"),
+    ):
+        with pytest.raises(PlanError, match="Set gpu_shares to even"):
+            Pool(settings)
+
+
 def test_xfuser_and_pipefusion_run_as_set():
     for settings in (
         PoolSettings(ParallelPlan(2), device="cpu", usp_backend="xfuser", auto=True),
@@ -161,6 +228,6 @@ def test_xfuser_and_pipefusion_run_as_set():
 
 def test_all_wait_for_the_slowest_worker_and_host_memory_is_shared():
     fast, slow = Machine(2e14, 2e12, 2e11, 1e-4, 2e10), Machine(1e14, 3e12, 1e11, 2e-4, 1e10)
-    surveyed = (Surveyed(fast, 10, 100, 7, "NVLink"), Surveyed(slow, 20, 90, 3, "NVLink"))
-    assert slowest(surveyed) == Machine(1e14, 2e12, 1e11, 2e-4, 1e10)
-    assert room_of(surveyed).devices == (10, 20) and room_of(surveyed).host == 100
+    workers = (Surveyed(fast, 10, 100, 7, "NVLink"), Surveyed(slow, 20, 90, 3, "NVLink"))
+    assert slowest(workers) == Machine(1e14, 2e12, 1e11, 2e-4, 1e10)
+    assert room_of(workers).devices == (10, 20) and room_of(workers).host == 100

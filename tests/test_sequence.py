@@ -20,7 +20,7 @@ from wan_parallel.distributed.gpu_mailbox import open_mailbox
 from wan_parallel.distributed.mailbox import HostMailbox, Letter, Mailbox, Word, strided
 from wan_parallel.distributed.membership import Membership
 from wan_parallel.distributed.overlapped import OverlappedAttention
-from wan_parallel.distributed.plan import ParallelPlan, SequenceDegrees, bounds
+from wan_parallel.distributed.plan import ParallelPlan, SequenceDegrees, shares
 from wan_parallel.distributed.sequence import NativeAttention, SequenceGroup, join_group
 from wan_parallel.distributed.specs import PoolSettings
 from wan_parallel.wanvideo.attention import AttentionKernel, get_kernel
@@ -49,6 +49,7 @@ class Case:
     overlap: bool = True
     content: str = "normal"
     kernel: str = "sdpa"
+    speeds: tuple[int, ...] = ()
     way: str = ""  # "hidden": the exchange hides behind computation; "staged": and is set down on the way
 
     @property
@@ -78,6 +79,8 @@ def attention_cases() -> dict[int, list[Case]]:
             cases[world] += [replace(uneven, tokens=tokens) for tokens in {1, ulysses * ring - 1}]
             cases[world] += [replace(uneven, content="far below zero")]
             cases[world] += [replace(uneven, tokens=509, heads=6, head_dim=64, dtype="bfloat16")]
+            unlike, tail = UNLIKE[: ulysses * ring], (1,) * (ulysses * ring - 1)
+            cases[world] += [replace(uneven, heads=12, speeds=speeds) for speeds in (unlike, (1000, *tail))]
         shared_by_heads = [case for case in cases[world] if case.ring == 1 and case.overlap]
         cases[world] += [replace(case, way=way) for case in shared_by_heads for way in ("hidden", "staged")]
     loud = Case(1, 4, tokens=1021, heads=4, head_dim=64, dtype="bfloat16")
@@ -85,6 +88,7 @@ def attention_cases() -> dict[int, list[Case]]:
     return cases
 
 
+UNLIKE = (5, 2, 3, 8, 1, 4)
 BROKEN_KERNELS = ("log-sum-exp rounded to bf16", "log-sum-exp of zero")
 
 
@@ -143,7 +147,7 @@ def run_attention(rank: int, world: int, cases: list[Case]) -> gloo_group.Result
     """On each process: this rank's part of every case."""
     results = {}
     for case in cases:
-        group = joined(case.degrees, rank, world)
+        group = replace(joined(case.degrees, rank, world), speeds=case.speeds)
         start, stop = group.shard(case.tokens)
         q, k, v = (x[:, start:stop] for x in case.inputs(group.ranks[0]))
         if case.way:
@@ -268,9 +272,9 @@ def whole_outputs(results: list[gloo_group.Results], case: Case) -> list[torch.T
     """The output over the whole sequence, of every group."""
     parts = [rank[str(case)] for rank in results]
     ranks = case.degrees.ranks
+    lengths = shares(case.tokens, ranks, case.speeds)
     for index, part in enumerate(parts):
-        start, stop = bounds(case.tokens, ranks, index % ranks)
-        assert part.shape == (case.batch, stop - start, case.heads, case.head_dim)
+        assert part.shape == (case.batch, lengths[index % ranks], case.heads, case.head_dim)
         assert part.dtype == getattr(torch, case.dtype)
     return [torch.cat(parts[first : first + ranks], dim=1) for first in range(0, len(parts), ranks)]
 
@@ -297,7 +301,7 @@ def parameters(choose: Callable[[Case], bool]) -> pytest.MarkDecorator:
     chosen = [(world, case) for world, cases in attention_cases().items() for case in cases if choose(case)]
     names = [
         f"ulysses {c.ulysses} x ring {c.ring}, {c.tokens} tokens, {c.heads} heads, batch {c.batch}"
-        f"{c.way and ', '}{c.way}"
+        f"{', speeds ' if c.speeds else ''}{':'.join(map(str, c.speeds))}{c.way and ', '}{c.way}"
         for _, c in chosen
     ]
     return pytest.mark.parametrize("world, case", chosen, ids=names)

@@ -35,10 +35,10 @@ def inputs(config: WanConfig, latent: tuple[int, int, int], batch: int) -> tuple
     return tuple(tensor.cuda() for tensor in tiny.inputs(config, latent, batch, text_tokens=512))
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[str, Pool]]:
+@pytest.fixture(scope="module", params=[(), (5, 2)], ids=["alike", "unlike"])
+def pools(request) -> Iterator[dict[str, Pool]]:
     """With exchanges by NCCL, between GPUs that reach each other, and through host memory."""
-    plan = ParallelPlan(GPUS)
+    plan = ParallelPlan(GPUS, speeds=request.param)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("NCCL_P2P_DISABLE", "1")
         staged = Pool(PoolSettings(plan, device="cuda"))

@@ -44,6 +44,7 @@ class Shared:
     data: int = 1
     tensor: int = 1
     pipeline: int = 1
+    speeds: tuple[int, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -57,14 +58,18 @@ class Shared:
             tensor_parallel=self.tensor,
             ulysses_degree=self.ulysses,
             ring_degree=self.ring,
+            speeds=self.speeds,
         )
         return PoolSettings(plan, device="cuda", usp_backend=self.backend)
 
     def __str__(self) -> str:
-        return f"{self.backend}-u{self.ulysses}r{self.ring}d{self.data}t{self.tensor}p{self.pipeline}"
+        speeds = f"at{''.join(map(str, self.speeds))}" if self.speeds else ""
+        return f"{self.backend}-u{self.ulysses}r{self.ring}d{self.data}t{self.tensor}p{self.pipeline}{speeds}"
 
 
 NATIVE = [Shared("native", *degrees) for degrees in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (2, 1, 2))]
+NATIVE += [Shared("native", *degrees, speeds=(5, 2)) for degrees in ((2, 1), (1, 2))]
+NATIVE += [Shared("native", *degrees, speeds=(1, 4, 2, 2)) for degrees in ((4, 1), (2, 2))]
 XFUSER = [Shared("xfuser", *degrees) for degrees in ((2, 1), (1, 2), (4, 1), (2, 2), (2, 1, 2))]
 TWO = Shared("native", 2, 1)
 TENSOR, PIPELINE = Shared("native", 1, 1, tensor=2), Shared("native", 1, 1, pipeline=2)
