@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from .arena import Arena
-from .errors import PoolError, end_of_pool, error_of
+from .errors import PoolError, end_of_pool, error_among
 from .messages import Cancel, PoolFailed, PoolReady, Ready, Replies, Reply, decode, encode
 from .processes import PoolProcesses
 from .requests import Request, Trim
@@ -190,9 +190,8 @@ class Conversation:
             raise
         self._abandoned = 0
         self._note(message)
-        for reply in message.replies:
-            if reply.error:
-                raise error_of(reply)
+        if (error := error_among(message.replies)) is not None:
+            raise error
         return message
 
     def _note(self, message: Replies) -> None:

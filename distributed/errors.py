@@ -6,6 +6,8 @@ in the part that it comes from; the rest is a `PoolError`, whose text says what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..wanvideo.attention import AttentionError
 from ..wanvideo.contents import CheckpointError
 from .memory import PlacementError
@@ -26,8 +28,16 @@ class OutOfMemory(PoolError):
 
 
 _ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
-_WORKERS_OWN = ("BackendError", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
+_WORKERS_OWN = ("BackendError", "Fp8Error", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
 _ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
+
+
+def error_among(replies: Sequence[Reply]) -> Exception | None:
+    """What a request failed with, in the words of the first worker that has its own; None where it did not."""
+    failed = [reply for reply in replies if reply.error]
+    if not failed:
+        return None
+    return error_of(next((reply for reply in failed if reply.kind != "AnotherRankRefused"), failed[0]))
 
 
 def error_of(reply: Reply) -> Exception:

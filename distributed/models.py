@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -59,6 +60,10 @@ from .tensor import TensorShard
 log = logging.getLogger(__name__)
 _MARGIN = 2**26
 """Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
+
+
+class AnotherRankRefused(Exception):
+    """A rank cannot do what was asked of all, and says why. The others did nothing."""
 
 
 @dataclass
@@ -139,14 +144,9 @@ class Models:
         rooms, free = self._agree(spec)
         if not rooms:
             return
-        dtype = DTYPES[spec.compute_dtype]
-        kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device, spec.module)
+        with self._all_or_none():  # GPUs may be unlike
+            source, model = self._empty_model(spec)
         join(source.config.num_heads)
-        with torch.device("meta"):
-            model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)
-        use_fp8(model, spec.fp8_mode, self.device)
-        model.span = self.stage.span(source.config.num_layers)
         demand, placement = self._place(source, spec, tokens, rooms, free)
         group = self.share_groups[placement.share]
         resident = self._fitting(spec, demand, placement, rooms[self.rank])
@@ -174,6 +174,35 @@ class Models:
         self.loaded[spec] = LoadedModel(source, model.eval(), residence, placement, demand, resident, originals)
         if self.rank == 0:
             log.info("Weights of %s: %s.", spec.name, placement.reason)
+
+    def _empty_model(self, spec: ModelSpec) -> tuple[WeightSource, WanModel]:
+        """The model without its weights, as it runs on this rank's device, and where they are."""
+        dtype = DTYPES[spec.compute_dtype]
+        kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
+        source = open_weights(spec.path, self.device, spec.module)
+        with torch.device("meta"):
+            model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)
+        use_fp8(model, spec.fp8_mode, self.device)
+        model.span = self.stage.span(source.config.num_layers)
+        return source, model
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """What one rank fails with in here ends the request on all of them, which else would wait for it. Collective.
+
+        Raises:
+            AnotherRankRefused: not this one.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failed:  # told below, once all know
+            error = failed
+        failures = gather_rows([int(error is not None)], self.device, self.settings.plan.num_gpus)
+        if error is not None:
+            raise error
+        if any(failed for (failed,) in failures):
+            raise AnotherRankRefused("Another worker cannot do this. See what that one says.")
 
     def patch(self, request: Patch, arena: ArenaReader) -> None:
         """Set the patched weights anew from the file, so that nothing of an earlier patch remains."""

@@ -106,11 +106,13 @@ class VAEOptions:
         convolution: see `wanvideo.vae_ops.CONVOLUTIONS`.
         piece_mib: MiB of the largest tensor of a piece; less where memory is short.
         axis: what is shared among the ranks: "rows", "columns", or "auto" (the longer side).
+        speeds: of the GPUs by rank, after which they share it; empty where all are alike.
     """
 
     convolution: str = "auto"
     piece_mib: int = 512
     axis: str = "auto"
+    speeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of the video: they are shared more evenly then, and the edges are shorter.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -27,7 +28,7 @@ from .arena import ArenaReader
 from .gate import Gate
 from .memory import PlacementError
 from .models import Models
-from .plan import bounds
+from .plan import shares
 from .requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from .residence import gather_rows
 from .specs import PoolSettings
@@ -61,12 +62,13 @@ class Strips:
         return (mine, slice(None)) if self.axis == 0 else (slice(None), mine)
 
 
-def share_frame(rows: int, columns: int, ranks: int, axis: str = "auto") -> Strips:
+def share_frame(rows: int, columns: int, ranks: int, options: VAEOptions) -> Strips:
     """Cut a frame of the latent for as many of `ranks` as there are rows or columns."""
-    across = columns > rows if axis == "auto" else axis == "columns"
+    across = columns > rows if options.axis == "auto" else options.axis == "columns"
     length = columns if across else rows
     used = min(ranks, length)
-    return Strips(int(across), tuple(bounds(length, used, i) for i in range(used)), rows, columns)
+    ends = itertools.accumulate(shares(length, used, options.speeds[:used]), initial=0)
+    return Strips(int(across), tuple(itertools.pairwise(ends)), rows, columns)
 
 
 class Strip:
@@ -175,7 +177,7 @@ class VAEs:
 
     def _decode(self, request: DecodeVAE) -> None:
         latent = self._inputs.view(request.arena, request.latent)
-        strips = share_frame(*latent.shape[-2:], self.ranks, request.options.axis)
+        strips = share_frame(*latent.shape[-2:], self.ranks, request.options)
         piece_bytes = self._fitting_pieces(request.key, Decoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
@@ -195,7 +197,7 @@ class VAEs:
         frames = self._inputs.view(request.arena, request.frames)
         out = self._outputs.view(request.out_arena, request.out)
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
-        strips = share_frame(*out.shape[-2:], self.ranks, request.options.axis)
+        strips = share_frame(*out.shape[-2:], self.ranks, request.options)
         piece_bytes = self._fitting_pieces(request.key, Encoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return

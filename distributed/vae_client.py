@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,7 +66,7 @@ def decode(
         VAEError: the VAE or the latent is none that can be decoded here.
         PlacementError: the video does not fit into the GPUs' memory.
     """
-    options = options or VAEOptions()
+    options = _with_speeds(options, pool)
     scale = kind_of(vae.shapes, "decoder").scale
     check_latent(vae.shapes, tuple(latent.shape))
     batch, _, frames, rows, columns = latent.shape
@@ -98,7 +98,7 @@ def encode(
     Returns:
         The mean of the latent, float32 [1, C, t, h, w].
     """
-    options = options or VAEOptions()
+    options = _with_speeds(options, pool)
     scale = kind_of(vae.shapes, "encoder").scale
     count, height, width, channels = frames.shape
     if channels != 3 or height % scale or width % scale or not frames.numel():
@@ -115,6 +115,10 @@ def encode(
     return latent.unsqueeze(0)
 
 
+def _with_speeds(options: VAEOptions | None, pool: Pool) -> VAEOptions:
+    return replace(options or VAEOptions(), speeds=pool.settings.plan.speeds)
+
+
 @dataclass(frozen=True)
 class _Work:
     """One decode or encode of a frame of `size` latent rows and columns."""
@@ -129,7 +133,7 @@ class _Work:
 
     @property
     def strips(self) -> Strips:
-        return share_frame(*self.size, self.pool.settings.plan.num_gpus, self.options.axis)
+        return share_frame(*self.size, self.pool.settings.plan.num_gpus, self.options)
 
     @property
     def name(self) -> str:

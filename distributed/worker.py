@@ -33,7 +33,7 @@ from .membership import Membership
 from .memory import PlacementError
 from .memory_use import MemoryMeter
 from .messages import Reply, Start, decode, encode
-from .models import Models
+from .models import AnotherRankRefused, Models
 from .plan import ParallelPlan, PlanError
 from .requests import (
     DecodeVAE,
@@ -62,6 +62,7 @@ from .xfuser_backend import BackendError
 log = logging.getLogger(__name__)
 
 _FOR_THE_USER = (
+    AnotherRankRefused,
     AttentionError,
     BackendError,
     CheckpointError,

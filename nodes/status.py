@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import comfy.model_management
 from comfy_api.latest import io, ui
 
@@ -11,7 +13,7 @@ from ..distributed.statuses import ModelStatus, WorkerStatus
 from ..wanvideo.checkpoint import held_as
 from .config import CATEGORY
 from .model_patcher import RemoteModelPatcher
-from .status_figures import draw_status, forward_line, worker_lines
+from .status_figures import draw_status, forward_line, shares_lines, worker_lines
 
 
 class XDitUSPStatus(io.ComfyNode):
@@ -71,27 +73,33 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
     lines = [
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
         f"sizes: {f'chosen: {status.plan_reason}' if status.plan_reason else 'as set'}",
-        *([f"shares of tokens and heads: as {' to '.join(map(str, plan.speeds))}, by rank"] if plan.speeds else []),
         forward_line(status),
-        *(
-            line
-            for model in status.workers[0].models
-            for line in (_model(model, status.settings.pipeline_mode), f"  weights: {model.placement}")
-        ),
+        *shares_lines(status),
+        *(line for index in range(len(status.workers[0].models)) for line in _model_lines(status, index)),
         *(line for worker in status.workers for line in (_worker(worker), *worker_lines(status, worker))),
         f"torch {status.torch}, xfuser {status.xfuser or 'not installed'}, launcher pid {status.launcher_pid}",
     ]
     return "\n".join(lines)
 
 
-def _model(model: ModelStatus, mode: str) -> str:
+def _kernels(status: PoolStatus, index: int) -> str:
+    """The attention kernel of a model; by rank where GPUs are unlike and have several."""
+    kernels = [worker.models[index].kernel for worker in status.workers if index < len(worker.models)]
+    if len(set(kernels)) == 1:
+        return kernels[0]
+    return " and ".join(f"{kernel} on rank {rank}" for rank, kernel in enumerate(kernels))
+
+
+def _model_lines(status: PoolStatus, index: int) -> Iterator[str]:
+    model = status.workers[0].models[index]
     patches = "with LoRA" if model.patches else "no LoRA"
     exchange = ", exchange beside computation" if model.overlapped else ""
-    return (
+    yield (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
-        f"{model.kernel}, {_degrees(model, mode)} ({model.backend}{exchange}), {patches}"
-        f"{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
+        f"{_kernels(status, index)}, {_degrees(model, status.settings.pipeline_mode)} ({model.backend}{exchange}), "
+        f"{patches}{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
     )
+    yield f"  weights: {model.placement}"
 
 
 def _degrees(model: ModelStatus, mode: str) -> str:

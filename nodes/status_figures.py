@@ -23,6 +23,9 @@ _MEMORY = (
     ("free", (52, 56, 64)),
 )
 
+_UNLIKE = 1.25
+"""GPUs that compute longer by this factor than others are pointed out; those of one kind differ by up to 1.07."""
+
 
 def forward_line(status: PoolStatus) -> str:
     """What is known of the last forward as a whole."""
@@ -32,6 +35,24 @@ def forward_line(status: PoolStatus) -> str:
         f"last forward {status.last_forward_seconds:.3f} s, hop to the workers and back "
         f"{status.last_hop_seconds * 1000:.1f} ms"
     )
+
+
+def shares_lines(status: PoolStatus) -> Iterator[str]:
+    """How unlike GPUs share a video, and how they had better where some computed for much longer than others."""
+    plan = status.settings.plan
+    if plan.speeds:
+        yield f"shares of the video: as {' to '.join(map(str, plan.speeds))}, by rank"
+    computed = [times.compute for times in status.times]
+    even = plan.sequence_ranks == plan.num_gpus and not status.exchanges  # patches are not shared out by speed
+    if not even or status.settings.device != "cuda" or len(computed) < 2 or min(computed) <= 0:
+        return
+    if max(computed) > _UNLIKE * min(computed):
+        speeds = [speed / own for speed, own in zip(plan.speeds or [1] * len(computed), computed, strict=True)]
+        better = ", ".join(str(max(1, round(100 * speed / max(speeds)))) for speed in speeds)
+        yield (
+            f"rank {computed.index(max(computed))} computed {max(computed) / min(computed):.1f} times as long as rank "
+            f"{computed.index(min(computed))}: if that stays so, set gpu_shares in XDit+USP Config to {better}"
+        )
 
 
 def worker_lines(status: PoolStatus, worker: WorkerStatus) -> Iterator[str]:

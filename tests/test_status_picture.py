@@ -13,7 +13,7 @@ from wan_parallel.distributed.statuses import MemoryUse, WorkerStatus
 from wan_parallel.distributed.stopwatch import RankTimes
 from wan_parallel.nodes.bar_chart import BAR, LEFT, RIGHT, ROW, WIDTH
 from wan_parallel.nodes.drawing import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW
-from wan_parallel.nodes.status_figures import draw_status, forward_line, worker_lines
+from wan_parallel.nodes.status_figures import draw_status, forward_line, shares_lines, worker_lines
 
 GIB = 2**30
 SECONDS = 2.0
@@ -113,3 +113,30 @@ def test_the_lines_say_what_the_bars_do():
         "values 4.0 GiB, exchange buffers 1.0 GiB, torch's unused cache 3.0 GiB, CUDA and others 8.0 GiB, "
         "free 20.0 GiB, of 80.0 GiB"
     )
+
+
+def computing(*seconds: float) -> tuple[RankTimes, ...]:
+    return tuple(RankTimes(own, 0.1, max(seconds) - own) for own in seconds)
+
+
+def test_a_slower_gpu_is_pointed_out_with_the_shares_that_suit_it():
+    (line,) = shares_lines(status(2, times=computing(1.2, 2.4)))
+    assert line.startswith("rank 1 computed 2.0 times as long as rank 0")
+    assert line.endswith("gpu_shares in XDit+USP Config to 100, 50")
+    assert not list(shares_lines(status(3, times=computing(1.2, 1.3, 1.4))))
+
+
+def test_shares_are_named_and_those_that_suit_are_counted_from_them():
+    unlike = replace(status(2).settings, plan=ParallelPlan(2, speeds=(2, 1)))
+    assert list(shares_lines(status(2, settings=unlike))) == ["shares of the video: as 2 to 1, by rank"]
+    _, line = shares_lines(status(2, settings=unlike, times=computing(2.0, 1.0)))
+    assert line.endswith("to 100, 100")
+
+
+@pytest.mark.parametrize("sizes", [{"tensor_parallel": 2}, {"data_parallel": 2}, {"pipeline_parallel": 2}], ids=str)
+def test_nothing_is_said_of_what_is_not_shared_by_speed(sizes):
+    divided = replace(status(2).settings, plan=ParallelPlan(2, **sizes))
+    assert not list(shares_lines(status(2, settings=divided, times=computing(1.0, 2.0))))
+    on_cpu = replace(status(2).settings, device="cpu")
+    assert not list(shares_lines(status(2, settings=on_cpu, times=computing(1.0, 2.0))))
+    assert not list(shares_lines(status(2, times=())))

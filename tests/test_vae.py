@@ -12,6 +12,7 @@ import torch
 import vae_reference
 from safetensors.torch import load_file, save_file
 from tiny import relative_error, sentences
+from wan_parallel.distributed.requests import VAEOptions
 from wan_parallel.distributed.vae import Strip, Strips, share_frame
 from wan_parallel.wanvideo.vae import Decoder, Encoder
 from wan_parallel.wanvideo.vae_layers import WholeFrame
@@ -32,10 +33,11 @@ EXACT = 1e-5  # relative error
 CPU = torch.device("cpu")
 DIMS = {"2.1": 8, "2.2": 4}
 SHAPES = vae_shapes("2.1", "decoder", DIMS["2.1"])
-STRIPS = [  # which VAE, latent rows and columns, what is shared, and among how many ranks
-    *(("2.1", (5, 7), "auto", 2), ("2.1", (5, 7), "rows", 3), ("2.1", (7, 3), "auto", 4)),
-    *(("2.1", (7, 3), "columns", 4), ("2.2", (2, 5), "auto", 2)),
-    *(("2.2", (3, 5), "rows", 3), ("2.2", (5, 2), "auto", 4)),
+STRIPS = [  # which VAE, latent rows and columns, what is shared, among how many ranks, and how fast these are
+    *(("2.1", (5, 7), "auto", 2, ()), ("2.1", (5, 7), "rows", 3, ()), ("2.1", (7, 3), "auto", 4, ())),
+    *(("2.1", (7, 3), "columns", 4, ()), ("2.2", (2, 5), "auto", 2, ())),
+    *(("2.2", (3, 5), "rows", 3, ()), ("2.2", (5, 2), "auto", 4, ())),
+    *(("2.1", (5, 9), "auto", 3, (5, 1, 2)), ("2.2", (5, 3), "auto", 2, (1, 4))),
 ]
 SIZES = [(3, 5, 7), (2, 7, 3), (1, 4, 4)]  # latent frames, rows and columns: odd, upright, a single image
 
@@ -122,8 +124,8 @@ def test_strips_of_2_to_4_ranks_are_the_whole(tmp_path):
         save_file(reference.weights, tmp_path / f"{vae}.safetensors")
     results = gloo_group.run(4, _run_strips, tmp_path, tmp_path)
     for case in STRIPS:
-        vae, size, axis, ranks = case
-        strips, reference = share_frame(*size, ranks, axis), references[vae]
+        vae, size, axis, ranks, speeds = case
+        strips, reference = share_frame(*size, ranks, VAEOptions(axis=axis, speeds=speeds)), references[vae]
         frames = joined([rank.get(f"decoder {case}") for rank in results], strips, reference.kind.scale)
         assert relative_error(frames.clamp(-1, 1), reference.decode(latent(vae, (3, *size)))) <= EXACT, case
         latents = joined([rank.get(f"encoder {case}") for rank in results], strips, 1)
@@ -140,8 +142,9 @@ def joined(parts: list[torch.Tensor | None], strips: Strips, scale: int) -> torc
 def _run_strips(rank: int, _world: int, folder: Path) -> gloo_group.Results:
     results, ops = {}, VAEOps(CPU, torch.float32)
     for case in STRIPS:
-        vae, size, axis, ranks = case
-        strips, piece_bytes = share_frame(*size, ranks, axis), 60_000 if ranks == 3 else 2**29
+        vae, size, axis, ranks, speeds = case
+        strips = share_frame(*size, ranks, VAEOptions(axis=axis, speeds=speeds))
+        piece_bytes = 60_000 if ranks == 3 else 2**29
         if rank >= len(strips.parts):
             continue
         weights, frame = load_file(folder / f"{vae}.safetensors"), Strip(rank, strips)
@@ -153,10 +156,12 @@ def _run_strips(rank: int, _world: int, folder: Path) -> gloo_group.Results:
 
 
 def test_the_longer_side_is_shared_and_no_rank_without_rows():
-    assert share_frame(90, 160, 4).parts == ((0, 40), (40, 80), (80, 120), (120, 160))
-    assert share_frame(90, 160, 4).axis == 1 and share_frame(160, 90, 4).axis == 0
-    assert share_frame(2, 3, 8).parts == ((0, 1), (1, 2), (2, 3))
-    assert share_frame(23, 4, 8).most == (3, 4)
+    assert share_frame(90, 160, 4, VAEOptions()).parts == ((0, 40), (40, 80), (80, 120), (120, 160))
+    assert share_frame(90, 160, 4, VAEOptions()).axis == 1 and share_frame(160, 90, 4, VAEOptions()).axis == 0
+    assert share_frame(2, 3, 8, VAEOptions()).parts == ((0, 1), (1, 2), (2, 3))
+    assert share_frame(23, 4, 8, VAEOptions()).most == (3, 4)
+    assert share_frame(90, 160, 3, VAEOptions(speeds=(2, 1, 1))).parts == ((0, 80), (80, 120), (120, 160))
+    assert share_frame(2, 1, 3, VAEOptions(speeds=(1, 9, 9))).parts == ((0, 1), (1, 2))
 
 
 @pytest.mark.parametrize("vae", KINDS)
