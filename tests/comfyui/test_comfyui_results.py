@@ -7,7 +7,7 @@ from collections.abc import Callable
 import graphs
 import pytest
 import torch
-from comfy_server import ComfyServer
+from comfy_server import ComfyServer, QueueRefused
 from graphs import conditions, custom_sampler, ksampler, link, lora, node, pool_model, stage, stock_model, video
 from PIL import Image
 from tiny import relative_error
@@ -128,6 +128,7 @@ def test_a_batch_of_videos(server):
         {"num_gpus": 2, "pipeline_parallel_size": 2},
         {"num_gpus": 4, "pipeline_parallel_size": 2, "tensor_parallel_size": 2},
         {"num_gpus": 4, "parallel_plan": "auto"},
+        {"num_gpus": 2, "gpu_shares": "3, 1"},
     ],
     ids=str,
 )
@@ -264,6 +265,16 @@ def test_status_says_what_was_chosen_and_why(server):
     assert "sizes: as set" in as_set
 
 
+def test_unlike_shares_are_shown_and_checked_when_queued(server):
+    graph = {**plain(pool_model), **pool_model(gpu_shares="3, 1")}
+    graph["status"] = node("XDitUSPStatus", model=link("model"), after=link("sampler"))
+    assert "shares of the video: as 3 to 1, by rank" in server.run(graph).outputs["status"]["text"][0]
+    saved = node("SaveLatentTensor", samples=link("sampler"), name="refused")
+    with pytest.raises(QueueRefused) as refusal:
+        server.queue({**plain(pool_model), **pool_model(gpu_shares="3"), "out": saved})
+    assert 'gpu_shares is "3", and num_gpus is 2' in " ".join(refusal.value.texts)
+
+
 def test_nodes_show_the_promised_inputs(server):
     info = server.get("/object_info/XDitUSPConfig")["XDitUSPConfig"]
     assert info["display_name"] == "XDit+USP Config"
@@ -279,6 +290,7 @@ def test_nodes_show_the_promised_inputs(server):
         "shard_weights",
         "offload",
         "parallel_plan",
+        "gpu_shares",
     ]
     required = info["input"]["required"]
     limits = {name: (options["min"], options["max"]) for name, (_, options) in required.items() if "min" in options}

@@ -141,9 +141,9 @@ def test_memory_stays_within_what_is_expected(vae, size, half):
         assert used <= working_bytes(vae_shapes(vae, half), half, size[1:], 2, piece)
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 4])
+@pytest.mark.parametrize("gpus, speeds", [(1, ()), (2, ()), (2, (3, 1)), (4, ())], ids=str)
 @pytest.mark.parametrize("vae", KINDS)
-def test_strips_on_gpus_give_the_frames_and_the_latent_of_one(vae, gpus, no_tf32):
+def test_strips_on_gpus_give_the_frames_and_the_latent_of_one(vae, gpus, speeds, no_tf32):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} CUDA GPUs")
     latent, video = latent_of(vae, SIZE[vae]), video_of(vae, SIZE[vae])
@@ -153,7 +153,7 @@ def test_strips_on_gpus_give_the_frames_and_the_latent_of_one(vae, gpus, no_tf32
     latent_error = relative_error(encoded(torch.bfloat16, "conv3d", vae, video), exact_latent)
     whole = {name: tensor for half in HALVES for name, tensor in weights_of(vae, half).items()}
     sent = VAEWeights(f"random {vae}", {name: tuple(tensor.shape) for name, tensor in whole.items()}, lambda: whole)
-    pool = acquire(PoolSettings(ParallelPlan(gpus), device="cuda"))
+    pool = acquire(PoolSettings(ParallelPlan(gpus, speeds=speeds), device="cuda"))
     try:
         for options in (VAEOptions(), VAEOptions(axis="rows", piece_mib=1), VAEOptions(convolution="conv3d")):
             frames = decode(pool, sent, latent[None], "bf16", options).frames[0]
