@@ -198,6 +198,28 @@ def test_speeds_are_measured_once_and_are_the_plans_from_then_on(auto):
     assert planner.reason == "" or "at speeds 100:50" in planner.reason
 
 
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_pool_of_unlike_devices_shares_after_their_speed(monkeypatch, model, whole, auto):
+    pool = Pool(PoolSettings(ParallelPlan(2, ulysses_degree=2), device="cpu", auto=auto, by_speed=True))
+    real, asked = pool.survey, []
+
+    def survey(poll: object = None) -> tuple[Surveyed, ...]:
+        asked.append(poll)
+        return tuple(
+            replace(worker, device=name, machine=replace(worker.machine, products=rate))
+            for worker, (name, rate) in zip(real(poll), (("slow", 1e10), ("fast", 3e10)), strict=True)
+        )
+
+    monkeypatch.setattr(pool, "survey", survey)
+    try:
+        for _ in range(2):
+            given = tiny.inputs(FIVE_LAYERS)
+            assert tiny.relative_error(pool.forward(model, *given), whole(*given)) <= 2e-6
+        assert pool.settings.plan == ParallelPlan(2, ulysses_degree=2, speeds=(35, 100)) and len(asked) == 1
+    finally:
+        pool.close()
+
+
 def test_branches_of_cfg_are_not_split_between_unlike_gpus():
     """The slow one would take its branch alone; together they are as fast as 1.5 of the fast one."""
     kind, slow = Kind(ModelSpec("random:14b"), 32760, 2), surveyed(("slow", 1e14), ("slow", 1e14))
