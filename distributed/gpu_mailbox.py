@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
@@ -31,6 +32,10 @@ from .stream_memory import StreamMemory, StreamMemoryError
 log = logging.getLogger(__name__)
 
 _FLAG_BYTES = 4096
+_RAISED = 0x3F
+"""A byte of flags that are above whatever is awaited."""
+_TRY_SECONDS = 20.0
+"""How long the first letters, of 8 bytes, may take until a mailbox is given up."""
 
 
 class GpuMailbox(Mailbox):
@@ -51,6 +56,7 @@ class GpuMailbox(Mailbox):
             self.arrange(None, _FLAG_BYTES)
             self._try_out()
         except (ImportError, AttributeError, RuntimeError, StreamMemoryError, HostMemoryError) as error:
+            self.close()
             raise MailboxError(str(error).splitlines()[0]) from error
 
     def _try_out(self) -> None:
@@ -59,6 +65,13 @@ class GpuMailbox(Mailbox):
         self.hold(mine)
         self.send([_number(rank, self.place) for rank in range(self.ranks)], mine)
         self.wait([_number(rank, rank) for rank in range(self.ranks)])
+        arrived, deadline = torch.cuda.Event(), time.monotonic() + _TRY_SECONDS
+        arrived.record(torch.cuda.current_stream(self.device.index))
+        while not arrived.query():  # a driver may take these operations and not do them
+            if time.monotonic() > deadline:
+                self._raise_flags()
+                raise StreamMemoryError(f"what the ranks wrote did not arrive within {_TRY_SECONDS:.0f} s")
+            time.sleep(1e-3)
         got = self.own(0, (self.ranks,), torch.int64).tolist()
         if got != list(range(self.ranks)):
             raise StreamMemoryError(f"what the ranks wrote did not arrive ({got})")
@@ -109,6 +122,10 @@ class GpuMailbox(Mailbox):
     def _flags_of(self, rank: int) -> int:
         """The address of that rank's flags, as this rank's GPU has it."""
 
+    @abstractmethod
+    def _raise_flags(self) -> None:
+        """Let this rank's streams go on, whatever they wait for."""
+
 
 def _number(rank: int, sender: int) -> Letter:
     """One of 8 bytes."""
@@ -140,6 +157,10 @@ class PeerMailbox(GpuMailbox):
 
     def _flags_of(self, rank: int) -> int:
         return self._addresses[rank]
+
+    def _raise_flags(self) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            self._memory[:_FLAG_BYTES].fill_(_RAISED)
 
     def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
         stream, own = torch.cuda.current_stream(self.device.index).cuda_stream, self._addresses[self.place]
@@ -196,6 +217,9 @@ class StagedMailbox(GpuMailbox):
 
     def _flags_of(self, rank: int) -> int:
         return self._staging[rank]
+
+    def _raise_flags(self) -> None:
+        self._segment.data[self.place][:_FLAG_BYTES].fill_(_RAISED)
 
     def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
         stream, own = self._in.cuda_stream, self._staging[self.place]
