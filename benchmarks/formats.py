@@ -129,6 +129,8 @@ FORMATS = {
     "GGUF Q5_K": Format(kind="Q5_K"),
     "GGUF Q4_K": Format(kind="Q4_K"),
     "int8 convrot": Format(format_files.convrot),
+    "nvfp4": Format(format_files.nvfp4),
+    "mxfp8": Format(format_files.mxfp8),
 }
 
 

@@ -110,6 +110,48 @@ def plain_int8(weights: Tensors) -> tuple[Tensors, Tensors]:
     return stored, meant
 
 
+def nvfp4(weights: Tensors) -> tuple[Tensors, Tensors]:
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    stored, meant = dict(weights), dict(weights)
+    for name in block_matrices(weights):
+        groups, layer = weights[name].unflatten(1, (-1, 16)), name.removesuffix("weight")
+        largest = groups.abs().amax(dim=2)
+        whole = largest.max() / (448 * 6)
+        scales = (largest / (6 * whole)).to(torch.float8_e4m3fn)
+        factors = (scales.float() * whole)[:, :, None]
+        codes = (groups.abs() / factors).unsqueeze(-1).sub(values).abs().argmin(-1)
+        meant[name] = (values[codes] * groups.sign() * factors).flatten(1)
+        codes = (codes + 8 * (groups < 0)).flatten(1).to(torch.uint8)
+        stored[name] = codes[:, ::2] << 4 | codes[:, 1::2]
+        stored |= {f"{layer}weight_scale": in_tiles(scales), f"{layer}weight_scale_2": whole}
+        stored |= {f"{layer}input_scale": torch.tensor(0.3), f"{layer}comfy_quant": note(format="nvfp4")}
+    return stored, meant
+
+
+def mxfp8(weights: Tensors) -> tuple[Tensors, Tensors]:
+    stored, meant = dict(weights), dict(weights)
+    for name in block_matrices(weights):
+        groups, layer = weights[name].unflatten(1, (-1, 32)), name.removesuffix("weight")
+        exponents = (groups.abs().amax(dim=2) / 448).log2().ceil()
+        factors = exponents.exp2()[:, :, None]
+        numbers = (groups / factors).to(torch.float8_e4m3fn)
+        meant[name], stored[name] = (numbers.float() * factors).flatten(1), numbers.flatten(1)
+        stored[f"{layer}weight_scale"] = in_tiles((exponents + 127).to(torch.uint8))
+        stored[f"{layer}comfy_quant"] = note(format="mxfp8")
+    return stored, meant
+
+
+def in_tiles(scales: torch.Tensor) -> torch.Tensor:
+    """Scales [rows, groups] in the order of the tensor cores, after cuBLAS' formula for where each of them is."""
+    rows, groups = scales.shape
+    across = -(-groups // 4)
+    row, group = torch.meshgrid(torch.arange(rows), torch.arange(groups), indexing="ij")
+    place = (row // 128 * across + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+    tiles = torch.zeros(-(-rows // 128) * across * 512, dtype=torch.uint8)
+    tiles[place.flatten()] = scales.contiguous().view(torch.uint8).flatten()
+    return tiles.view(scales.dtype).view(-(-rows // 128) * 128, across * 4)
+
+
 def write_shards(folder: Path, config: WanConfig) -> None:
     """A folder as diffusers' save_pretrained leaves it for a large model: its names, shards and an index."""
     folder.mkdir(parents=True)
@@ -139,6 +181,8 @@ STORED: dict[str, tuple[Callable[[Tensors], tuple[Tensors, Tensors]], str, dict]
     "kijai's": (kijai, "scaled fp8 e5m2", {}),
     "int8": (plain_int8, "int8", {}),
     "int8 convrot": (convrot, "int8 convrot", {}),
+    "nvfp4": (nvfp4, "nvfp4", {}),
+    "mxfp8": (mxfp8, "mxfp8", {}),
 }
 
 

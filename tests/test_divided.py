@@ -239,7 +239,7 @@ def test_streamed_patches_see_fresh_keys_behind_them_and_stale_ones_ahead(outcom
 
 # Quantised weights.
 
-QUANTISED = ["ComfyUI's newer scaled", "int8 convrot", "GGUF Q8_0", "GGUF Q4_K"]
+QUANTISED = ["ComfyUI's newer scaled", "int8 convrot", "nvfp4", "mxfp8", "GGUF Q8_0", "GGUF Q4_K"]
 QUANTISED_CONFIG = WanConfig(dim=512, ffn_dim=768, num_heads=4, num_layers=2, text_dim=64)
 QUANTISED_PLANS = [PLANS[0], PLANS[-1]]
 

@@ -11,10 +11,12 @@ import numpy
 import pytest
 import tiny
 import torch
-from format_files import STORED, block_matrices, write_gguf, written
+from format_files import STORED, block_matrices, in_tiles, write_gguf, written
+from safetensors.torch import load_file
 from wan_parallel.distributed.lora import PatchSet
 from wan_parallel.distributed.specs import ModelSpec
 from wan_parallel.wanvideo import gguf_blocks
+from wan_parallel.wanvideo.block_scaled import BlockScaledWeight
 from wan_parallel.wanvideo.checkpoint import Checkpoint, file_stamp, held_bytes
 from wan_parallel.wanvideo.config import read_header
 from wan_parallel.wanvideo.contents import CheckpointError
@@ -46,7 +48,8 @@ def test_a_quantised_file_computes_what_it_stands_for_in_its_own_bytes(tmp_path,
         assert tiny.relative_error(as_tensor(weight, torch.float32), reference.get_parameter(name)) < 1e-7
         if name in block_matrices(tiny.random_weights(tiny.TINY)):
             assert isinstance(weight, QuantizedWeight)
-            assert weight.nbytes <= weight.shape.numel() + 4 * len(weight.components().get("scale", ()))
+            of_rows, of_groups = (weight.components().get(name, torch.empty(0)) for name in ("scale", "scales"))
+            assert weight.nbytes <= weight.shape.numel() + 4 * len(of_rows) + of_groups.numel()
     held = sum(weight.nbytes for _, weight in model.weights())
     assert 0.99 < held_bytes(path, torch.float32) / held <= 1.0
 
@@ -69,8 +72,7 @@ def test_base_precision_applies_to_what_the_file_has_in_float(tmp_path):
 @pytest.mark.parametrize(
     "dtype, fields, name",
     [
-        ("U8", {"format": "nvfp4"}, "nvfp4"),
-        ("F8_E4M3", {"format": "mxfp8"}, "mxfp8"),
+        ("U8", {"format": "mxfp6"}, "mxfp6"),
         ("I8", {"format": "convrot_w4a4"}, "convrot_w4a4"),
         ("I8", None, "I8"),
         ("F4", None, "F4"),
@@ -118,6 +120,47 @@ def test_lost_and_unknown_tensors_are_named_the_first_five_and_how_many(tmp_path
     extra = {f"blocks.0.adapter.{i}": ("BF16", (2,)) for i in range(7)}
     with pytest.raises(CheckpointError, match=r"has 7 tensors.*adapter\.0, .*adapter\.4 and 2 more"):
         read_header(tiny.write_layout(tmp_path / "model.safetensors", {**tiny.layout(), **extra}))
+
+
+# NVFP4 and MXFP8.
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("what", ["lost", "short", "whole"])
+def test_scales_that_do_not_fit_their_groups_are_refused(tmp_path, kind, what):
+    path, _ = written(tmp_path, kind)
+    tensors, layer = dict(load_file(path)), "blocks.0.ffn.0."
+    if what == "short":
+        tensors[f"{layer}weight_scale"] = tensors[f"{layer}weight_scale"][:128].clone()
+    else:
+        name = "weight_scale_2" if what == "whole" and kind == "nvfp4" else "weight_scale"
+        del tensors[layer + name]
+    with pytest.raises(CheckpointError, match=f"{layer}weight in {kind}, of which a scale is missing") as error:
+        read_header(tiny.write_weights(tmp_path / "other.safetensors", tensors))
+    assert tiny.sentences(str(error.value)) == 2
+
+
+def test_inputs_that_are_scaled_before_are_refused_by_the_formats_name(tmp_path):
+    path, _ = written(tmp_path, "nvfp4")
+    tensors = {**load_file(path), "blocks.0.ffn.0.pre_quant_scale": torch.ones(tiny.TINY.dim)}
+    with pytest.raises(CheckpointError, match="has nvfp4 weights"):
+        read_header(tiny.write_weights(tmp_path / "other.safetensors", tensors))
+
+
+def test_every_number_of_four_bits_and_every_scale():
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat((values, -values))
+    packed = torch.arange(16, dtype=torch.uint8).view(8, 2)
+    packed = (packed[:, 0] << 4 | packed[:, 1]).repeat(256, 1)  # a group for each scale there is
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    weight = BlockScaledWeight.of_file("NVFP4", packed, in_tiles(scales), torch.tensor(0.37))
+    expected = values * scales.view(torch.float8_e4m3fn).double() * torch.tensor(0.37).double()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        rounding = torch.finfo(dtype).eps
+        assert torch.allclose(weight.dequantize(dtype), expected.to(dtype), rtol=rounding, atol=0, equal_nan=True)
+    data = torch.full((256, 32), 1.5).to(torch.float8_e4m3fn)
+    weight = BlockScaledWeight.of_file("MXFP8", data, in_tiles(scales), None).dequantize(torch.float32)
+    assert torch.equal(weight[1:255, 0].double(), 1.5 * 2.0 ** (torch.arange(1.0, 255, dtype=torch.float64) - 127))
 
 
 # GGUF.

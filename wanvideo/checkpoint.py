@@ -15,7 +15,7 @@ from safetensors import safe_open
 from .config import PRESETS, Header, WanConfig
 from .contents import CheckpointError, TensorInfo
 from .files import is_gguf, model_files
-from .formats import format_name, is_quantized, weight_of
+from .formats import format_name, is_quantized, quantized_bytes, weight_of
 from .gguf_file import gguf_tensor, map_file
 from .lora import WeightPatch, merge
 from .quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
@@ -52,7 +52,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Weight:
         """The weight as it stands in the file, on the CPU."""
         info = self.header.tensors[name]
-        return weight_of(info, self._read(info), self._read(info.scale) if info.scale else None)
+        return weight_of(info, *(self._read(part) if part else None for part in (info, info.scale, info.whole_scale)))
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if is_gguf(info.file):
@@ -131,7 +131,7 @@ def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dty
     """Bytes of each weight of a model as `place` holds it; reads none. Random weights have no header."""
     sizes = {name: _held(name, shape, weight_dtype) for name, shape in config.shapes().items()}
     tensors = header.tensors if header else {}
-    return sizes | {name: info.nbytes for name, info in tensors.items() if is_quantized(info)}
+    return sizes | {name: quantized_bytes(info) for name, info in tensors.items() if is_quantized(info)}
 
 
 def held_sizes_of(path: str, weight_dtype: torch.dtype, module: str = "") -> dict[str, int]:

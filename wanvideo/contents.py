@@ -15,11 +15,13 @@ class TensorInfo:
     """One tensor of a checkpoint.
 
     Args:
-        dtype: safetensors' or GGUF's name for how the numbers are written, such as BF16, F8_E4M3 or Q4_K.
+        dtype: safetensors' or GGUF's name for how the numbers are written, such as BF16, F8_E4M3 or Q4_K, or NVFP4 or
+            MXFP8.
         shape: its shape as a float tensor.
         file, key: the file that holds it, and its name there.
         offset, nbytes: where its bytes are in the file, and how many.
-        scale: what its numbers are to be multiplied by.
+        scale: what its numbers are to be multiplied by; of NVFP4 and MXFP8 a number for each group of them.
+        whole_scale: beside that, of NVFP4, one for all.
         rotation: columns that were rotated together before the numbers were rounded (see `Int8Weight`), or 0.
     """
 
@@ -30,6 +32,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     scale: TensorInfo | None = None
+    whole_scale: TensorInfo | None = None
     rotation: int = 0
 
 

@@ -2,7 +2,8 @@
 
 Known are float tensors; fp8 without scales; ComfyUI's scaled fp8, both the older (`scaled_fp8`, `X.scale_weight`,
 `X.scale_input`) and the newer kind (`X.comfy_quant` or the metadata `_quantization_metadata`, `X.weight_scale`,
-`X.input_scale`), which kijai's files resemble; ComfyUI's int8, rotated (ConvRot) or not; the blocks of GGUF.
+`X.input_scale`), which kijai's files resemble; ComfyUI's int8, rotated (ConvRot) or not, its NVFP4 (with
+`X.weight_scale_2`) and MXFP8; the blocks of GGUF.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .block_scaled import GROUPS, BlockScaledWeight, scales_in_file
 from .contents import CheckpointError, Contents, TensorInfo, elements
 from .gguf_blocks import BLOCKS, GgufWeight
 from .quantized import Fp8Weight, Int8Weight, QuantizedWeight, Weight, scale_of
@@ -22,7 +24,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (".weight_scale", ".scale_weight")
 _UNUSED = (".scale_input", ".input_scale", ".comfy_quant")  # inputs are not rounded here
-_DESCRIBING = (*_SCALES, *_UNUSED, ".weight_scale_2", ".pre_quant_scale")
+_WHOLE_SCALE, _SMOOTHING = ".weight_scale_2", ".pre_quant_scale"
+_DESCRIBING = (*_SCALES, *_UNUSED, _WHOLE_SCALE, _SMOOTHING)
+_BLOCK_SCALED = {"nvfp4": ("U8",), "mxfp8": ("F8_E4M3",)}  # what their numbers are stored as
+_BYTES = ("U8", "F8_E4M3", "F8_E8M0")  # what their scales are
 _KNOWN = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _LARGEST_NOTE = 4096  # bytes of a layer's comfy_quant
 _METADATA = "_quantization_metadata"
@@ -44,15 +49,22 @@ def logical_tensors(path: str, contents: Contents, prefix: str = "") -> dict[str
         layer = name.removesuffix(".weight")
         note = notes.get(layer, {}) if layer != name else {}
         scale = next((tensors[layer + end] for end in _SCALES if layer != name and layer + end in tensors), None)
-        logical[name] = _described(path, name, info, scale, note)
+        if note.get("format") in _BLOCK_SCALED and layer + _SMOOTHING not in tensors:
+            logical[name] = _block_scaled(path, name, info, scale, tensors.get(layer + _WHOLE_SCALE), note["format"])
+        else:
+            logical[name] = _described(path, name, info, scale, note)
     return logical
 
 
-def weight_of(info: TensorInfo, data: torch.Tensor, scale: torch.Tensor | None) -> Weight:
+def weight_of(
+    info: TensorInfo, data: torch.Tensor, scale: torch.Tensor | None, whole_scale: torch.Tensor | None = None
+) -> Weight:
     """A weight from the tensors of its file: quantised if it is a matrix that the file has quantised.
 
     `data` is the tensor as stored; of a GGUF block format, uint8 [rows, bytes].
     """
+    if info.dtype in GROUPS:
+        return BlockScaledWeight.of_file(info.dtype, data, scale, whole_scale)
     if info.dtype in BLOCKS:
         weight: QuantizedWeight = GgufWeight(info.dtype, data.view(-1, data.shape[-1]), info.shape[-1])
     elif info.dtype == "I8":
@@ -79,7 +91,14 @@ def is_quantized(info: TensorInfo) -> bool:
     return info.dtype not in FLOATS and len(info.shape) == 2
 
 
+def quantized_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor that `is_quantized`, without what is as small as a scale for each row."""
+    return info.nbytes + (elements(info.shape) // GROUPS[info.dtype] if info.dtype in GROUPS else 0)
+
+
 def _name(info: TensorInfo) -> str:
+    if info.dtype in GROUPS:
+        return info.dtype.lower()
     if info.dtype in BLOCKS:
         return f"GGUF {info.dtype}"
     if info.dtype == "I8":
@@ -106,6 +125,24 @@ def _described(path: str, name: str, info: TensorInfo, scale: TensorInfo | None,
     if info.dtype in FLOATS or info.dtype in BLOCKS:
         return info
     raise _unknown(path, str(kind or info.dtype))
+
+
+def _block_scaled(
+    path: str, name: str, info: TensorInfo, scale: TensorInfo | None, whole: TensorInfo | None, kind: str
+) -> TensorInfo:
+    """A matrix in NVFP4 or MXFP8."""
+    packed = 2 if kind == "nvfp4" else 1
+    groups, rest = divmod(packed * info.shape[-1], GROUPS[kind.upper()])
+    scales = elements(scale.shape) if scale is not None and scale.dtype in _BYTES else 0
+    one = whole is not None and whole.dtype in FLOATS and elements(whole.shape) == 1
+    matrix = len(info.shape) == 2 and not rest and info.dtype in _BLOCK_SCALED[kind]
+    if not matrix or scales != scales_in_file(info.shape[0], groups) or (packed > 1 and not one):
+        raise CheckpointError(
+            f"{Path(path).name} has {name} in {kind}, of which a scale is missing or of another size. "
+            "Download it again, or use the fp8_scaled, GGUF or bf16 version of the model."
+        )
+    shape = info.shape[0], packed * info.shape[1]
+    return replace(info, dtype=kind.upper(), shape=shape, scale=scale, whole_scale=whole if packed > 1 else None)
 
 
 def _check_scale(path: str, name: str, info: TensorInfo, scale: TensorInfo) -> None:

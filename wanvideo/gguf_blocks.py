@@ -80,11 +80,15 @@ class GgufWeight(QuantizedWeight):
         return GgufWeight(self.dtype, blocks, length, self.skip + start - first * block.numbers)
 
     def requantize(self, weight: torch.Tensor) -> QuantizedWeight:
-        """In Q8_0, whose error (0.5 %) is far below that of the smaller formats, or in 8 bits and a scale for each
-        channel where a row is no multiple of its blocks."""
-        if weight.shape[1] % BLOCKS["Q8_0"].numbers:
-            return Int8Weight.quantize(weight)
-        return GgufWeight("Q8_0", _quantize_q8_0(weight), weight.shape[1])
+        return to_eight_bits(weight)
+
+
+def to_eight_bits(weight: torch.Tensor) -> QuantizedWeight:
+    """A float matrix in Q8_0, whose error (0.5 %) is far below that of smaller formats, or in 8 bits and a scale for
+    each channel where a row is no multiple of its blocks."""
+    if weight.shape[1] % BLOCKS["Q8_0"].numbers:
+        return Int8Weight.quantize(weight)
+    return GgufWeight("Q8_0", _quantize_q8_0(weight), weight.shape[1])
 
 
 def _float16(block_bytes: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,8 @@ def _write_vace_modules(models: Path) -> None:
 
 
 def _write_formats(models: Path) -> None:
-    for name, kind in (("fp8-older", "ComfyUI's older scaled"), ("fp8-newer", "ComfyUI's newer scaled")):
+    kinds = {"fp8-older": "ComfyUI's older scaled", "fp8-newer": "ComfyUI's newer scaled"}
+    for name, kind in (*kinds.items(), ("nvfp4", "nvfp4"), ("mxfp8", "mxfp8")):
         folder = models / name
         folder.mkdir()
         format_files.written(folder, kind, config=TINY)  # quantised.safetensors and meant.safetensors

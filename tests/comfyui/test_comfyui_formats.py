@@ -15,13 +15,13 @@ def sampled(server: ComfyServer, model: dict, sampler: dict | None = None) -> to
     return server.sample({**model, **conditions(), **video(), **(sampler or ksampler())}, link("sampler"))
 
 
-@pytest.mark.parametrize("kind", ["fp8-older", "fp8-newer"])
-def test_a_scaled_fp8_file_gives_what_its_numbers_mean_and_what_comfyui_makes_of_it(server, kind):
+@pytest.mark.parametrize("kind", ["fp8-older", "fp8-newer", "nvfp4", "mxfp8"])
+def test_a_quantised_file_gives_what_its_numbers_mean_and_what_comfyui_makes_of_it(server, kind):
     file = f"{kind}/quantised.safetensors"
     ours = sampled(server, pool_model(file=file))
     assert relative_error(ours, sampled(server, stock_model(file=f"{kind}/meant.safetensors"))) <= EXACT
-    if kind == "fp8-newer" and not (server.comfyui / "comfy" / "quant_ops.py").is_file():
-        return  # this ComfyUI is older than the format, ignores the scales, and makes noise of the file
+    if kind != "fp8-older" and not (server.comfyui / "comfy" / "quant_ops.py").is_file():
+        return  # this ComfyUI is older than the format, and makes noise of the file or refuses it
     assert relative_error(ours, sampled(server, stock_model(file=file))) <= EXACT
 
 
@@ -69,6 +69,7 @@ def test_a_gguf_file_that_is_cut_short_is_refused_when_queued(gguf_server):
 def test_the_status_says_how_the_weights_are_held(server):
     for file, text in (
         ("fp8-newer/quantised.safetensors", "weights scaled fp8 e4m3 and fp32"),
+        ("nvfp4/quantised.safetensors", "weights nvfp4 and fp32"),
         ("tiny.safetensors", "weights fp32,"),
     ):
         status = {"status": node("XDitUSPStatus", model=link("model"), after=link("sampler"))}

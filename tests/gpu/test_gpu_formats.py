@@ -11,6 +11,7 @@ from tiny import relative_error
 from wan_parallel.distributed.plan import ParallelPlan
 from wan_parallel.distributed.pool import acquire
 from wan_parallel.distributed.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.block_scaled import GROUPS, BlockScaledWeight
 from wan_parallel.wanvideo.checkpoint import held_bytes
 from wan_parallel.wanvideo.gguf_blocks import BLOCKS, GgufWeight
 from wan_parallel.wanvideo.model import WanModel
@@ -31,12 +32,17 @@ def quantised(kind: str, rows: int, columns: int) -> QuantizedWeight:
         raw = numpy.random.default_rng(0).integers(0, 256, (rows, width), dtype=numpy.uint8)
         return GgufWeight(kind, torch.from_numpy(raw), columns)
     plain = torch.randn(rows, columns, generator=generator)
+    if kind in GROUPS:
+        width = columns // (2 if kind == "NVFP4" else 1)
+        data = torch.randint(120, (rows, width), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(100, 120, (rows, columns // GROUPS[kind]), dtype=torch.uint8, generator=generator)
+        return BlockScaledWeight(kind, data, scales, torch.full((1, 1), 0.03), columns)
     if kind == "int8 convrot":
         return Int8Weight(plain.mul(30).to(torch.int8), torch.full((rows, 1), 0.03), 256)
     return Fp8Weight.quantize(plain, torch.float8_e4m3fn if kind == "e4m3" else torch.float8_e5m2)
 
 
-KINDS = ["e4m3", "e5m2", "int8 convrot", *BLOCKS]
+KINDS = ["e4m3", "e5m2", "int8 convrot", *GROUPS, *BLOCKS]
 
 
 @pytest.mark.parametrize("dtype", COMPUTE, ids=str)
@@ -74,6 +80,7 @@ def test_a_model_takes_the_bytes_of_its_format_and_computes_what_they_mean(tmp_p
         path, weight_dtype = write_gguf(tmp_path / "wan.gguf", kind)[0], torch.bfloat16
     else:
         path, weight_dtype = written(tmp_path, kind)[0], torch.bfloat16
+    torch.ones(1, 1, device="cuda") @ torch.ones(1, 1, device="cuda")  # has cuBLAS take its memory
     before = torch.cuda.memory_allocated()
     model = WanModel.from_checkpoint(path, weight_dtype, torch.float32, "cuda")
     taken = torch.cuda.memory_allocated() - before
