@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 MAX_GPUS = 8
@@ -110,11 +110,13 @@ class ParallelPlan:
         stages or for other parts of the matrices: the slowest counts. Empty where all GPUs are alike."""
         if not self.speeds:
             return ()
-        places = (self.place(rank) for rank in members)
-        return tuple(
-            min(self.speeds[self.rank_at(replace(place, stage=stage, tensor=tensor))] for stage, tensor in self._parts)
-            for place in places
-        )
+        parts = list(itertools.product(range(self.pipeline_parallel), range(self.tensor_parallel)))
+
+        def with_its_tokens(rank: int) -> Iterator[int]:
+            place = self.place(rank)
+            return (self.rank_at(replace(place, stage=stage, tensor=tensor)) for stage, tensor in parts)
+
+        return tuple(min(self.speeds[peer] for peer in with_its_tokens(rank)) for rank in members)
 
     def tokens_of(self, rank: int, tokens: int) -> int:
         """Tokens of a sequence that `rank` has while every data-parallel group has work; at least those."""
@@ -186,11 +188,6 @@ class ParallelPlan:
         if not plans:
             self.validate()
         return plans
-
-    @property
-    def _parts(self) -> list[tuple[int, int]]:
-        """Every stage with every part of the matrices."""
-        return list(itertools.product(range(self.pipeline_parallel), range(self.tensor_parallel)))
 
     def _part(self, rank: int) -> tuple[int, int]:
         place = self.place(rank)

@@ -52,7 +52,7 @@ def _products(device: torch.device) -> float:
 
 def _fast_dtype() -> torch.dtype:
     """Of 16 bits; GPUs before Ampere only imitate bf16."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
 
 
 def _exchange(
