@@ -1,9 +1,9 @@
-"""Time how a matrix in each of GGUF's block formats is dequantised on this machine's first GPU, by torch and by Triton.
+"""Time how a matrix in a format of blocks is dequantised on this machine's first GPU, by torch and by Triton.
 
-    python3 benchmarks/dequantise.py --kinds Q8_0 Q6_K Q5_K Q4_K
+    python3 benchmarks/dequantise.py --kinds Q8_0 Q6_K Q5_K Q4_K NVFP4 MXFP8
 
-takes seconds and prints a JSON line for each. With --sweep it tries other programs than those that the kernels choose,
-with --shares 4 a slice of columns as tensor parallelism makes it.
+takes seconds and prints a JSON line for each. With --sweep it tries other programs than those that GGUF's kernels
+choose, with --shares 4 a slice of columns as tensor parallelism makes it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bootstrap import load_pack
 
 load_pack()
 from wan_parallel.wanvideo import pointwise  # noqa: E402
+from wan_parallel.wanvideo.block_scaled import GROUPS, BlockScaledWeight  # noqa: E402
 from wan_parallel.wanvideo.checkpoint import DTYPES  # noqa: E402
 from wan_parallel.wanvideo.gguf_blocks import BLOCKS, GgufWeight  # noqa: E402
 
@@ -58,20 +59,28 @@ class DequantiseRow(Line):
     program: tuple[int, int] | None = None
 
 
-def random_weight(kind: str, rows: int, columns: int, device: torch.device) -> GgufWeight:
+def random_weight(kind: str, rows: int, columns: int, device: torch.device) -> GgufWeight | BlockScaledWeight:
     """Any bytes: scales are of every size, some no numbers."""
-    block = BLOCKS[kind]
-    size = rows, columns // block.numbers * block.nbytes
-    return GgufWeight(kind, torch.randint(0, 256, size, dtype=torch.uint8, device=device), columns)
+
+    def random(width: int) -> torch.Tensor:
+        return torch.randint(0, 256, (rows, width), dtype=torch.uint8, device=device)
+
+    if kind in GROUPS:
+        scale = torch.ones(1, 1, device=device)
+        data = random(columns // 2 if kind == "NVFP4" else columns)
+        return BlockScaledWeight(kind, data, random(columns // GROUPS[kind]), scale, columns)
+    return GgufWeight(kind, random(columns // BLOCKS[kind].numbers * BLOCKS[kind].nbytes), columns)
 
 
-def measure(weight: GgufWeight, options: argparse.Namespace) -> Iterator[DequantiseRow]:
+def measure(
+    kind: str, weight: GgufWeight | BlockScaledWeight, options: argparse.Namespace
+) -> Iterator[DequantiseRow]:
     """A row for the kernels' own choice, and with --sweep for others."""
     dtype, device = DTYPES[options.precision], weight.device
     plain = weight.dequantize_by_torch(dtype)
     by_torch = _cost(lambda: weight.dequantize_by_torch(dtype), device, options.iters)
     row = DequantiseRow(
-        kind=weight.dtype,
+        kind=kind,
         rows=weight.shape[0],
         columns=weight.columns,
         precision=options.precision,
@@ -82,12 +91,13 @@ def measure(weight: GgufWeight, options: argparse.Namespace) -> Iterator[Dequant
     if not pointwise.use_triton(device):
         yield row
         return
-    from wan_parallel.wanvideo import gguf_triton
+    from wan_parallel.wanvideo import block_scaled_triton, gguf_triton
 
+    module = block_scaled_triton if kind in GROUPS else gguf_triton
     copy = _cost(plain.clone, device, options.iters)
-    others = itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)) if options.sweep else ()
+    others = itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)) if options.sweep and kind in BLOCKS else ()
     for program in ((), *others):
-        run = partial(gguf_triton.dequantize, weight, dtype, *program)
+        run = partial(module.dequantize, weight, dtype, *program)
         begin = time.perf_counter()
         got = run()
         torch.cuda.synchronize()
@@ -148,14 +158,14 @@ def main() -> int:
         if options.shares > 1:
             share = options.columns // options.shares
             weight = weight.narrow(1, share, share).contiguous()
-        for row in measure(weight, options):
+        for row in measure(kind, weight, options):
             publish(row, options.out)
     return 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=BLOCKS, default=list(BLOCKS), metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", choices=(*BLOCKS, *GROUPS), default=[*BLOCKS, *GROUPS], metavar="KIND")
     parser.add_argument("--rows", type=int, default=5120)
     parser.add_argument("--columns", type=int, default=13824, help="a multiple of 256")
     parser.add_argument("--shares", type=int, default=1, help="GPUs that share the columns; the second's are taken")

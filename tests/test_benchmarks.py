@@ -144,7 +144,7 @@ def test_formats(run):
 
 
 def test_dequantise(run):
-    kinds = ("Q4_K", "Q8_0")
+    kinds = ("Q4_K", "Q8_0", "NVFP4")
     rows = run("dequantise", *ON_CPU, "--kinds", *kinds, "--rows", 8, "--columns", 1024, "--shares", 2, "--iters", 1)
     assert tuple(row["kind"] for row in rows) == kinds
     assert all((row["rows"], row["columns"]) == (8, 512) and row["torch_ms"] > 0 for row in rows)
