@@ -6,33 +6,19 @@ there.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
 import torch
-from wan_parallel.wanvideo import pointwise
+from interpreted import DEVICE, INTERPRETED, assert_same_bits, kernels_of, on_triton, run_interpreted
 from wan_parallel.wanvideo.block_scaled import GROUPS, BlockScaledWeight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-on_triton = [] if INTERPRETED else [pytest.mark.gpu]
-on_triton.append(
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="Triton's kernels run on a CUDA GPU")
-)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    if not (INTERPRETED or pointwise.use_triton(DEVICE)):
-        pytest.skip("Triton does not work on this machine")
-    return import_module("wan_parallel.wanvideo.block_scaled_triton")
+    return kernels_of("block_scaled_triton")
 
 
 def random_weight(kind: str, rows: int, columns: int) -> BlockScaledWeight:
@@ -47,34 +33,32 @@ def random_weight(kind: str, rows: int, columns: int) -> BlockScaledWeight:
     return BlockScaledWeight(kind, *(x.to(DEVICE) for x in (data, scales, scale)), columns)
 
 
-def same(kernels: ModuleType, weight: BlockScaledWeight, dtype: torch.dtype) -> None:
-    got, expected = kernels.dequantize(weight, dtype), weight.dequantize_by_torch(dtype)
-    assert got.dtype == dtype and got.shape == expected.shape and got.is_contiguous()
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    expected_bits = expected.contiguous().view(bits)
-    if INTERPRETED and dtype == torch.bfloat16:  # which cuts off what it should round
-        expected = weight.dequantize_by_torch(torch.float32).contiguous()
-        expected_bits = (expected.view(torch.int32) >> 16).to(bits)
-    assert ((got.view(bits) == expected_bits) | (got.isnan() & expected.isnan())).all()
-
-
 @pytest.mark.parametrize("kind", GROUPS)
 class TestKernel:
     pytestmark = on_triton
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_every_byte_means_what_it_means_to_torch(self, kernels, kind, dtype):
-        same(kernels, random_weight(kind, 33, 1536), dtype)
+        assert_same_bits(kernels, random_weight(kind, 33, 1536), dtype)
 
     @pytest.mark.parametrize("rows, columns", [(0, 64), (1, 32), (3, 96), (130, 32), (16, 5120)])
     def test_any_number_of_groups(self, kernels, kind, rows, columns):
-        same(kernels, random_weight(kind, rows, columns), torch.bfloat16)
+        assert_same_bits(kernels, random_weight(kind, rows, columns), torch.bfloat16)
 
     @pytest.mark.parametrize("start, length", [(0, 512), (512, 512), (16, 96), (1, 700), (100, 301), (31, 1), (12, 0)])
     def test_slices_of_rows_and_columns(self, kernels, kind, start, length):
         part = random_weight(kind, 9, 1024).narrow(1, start, length)
         for weight in (part, part.narrow(0, 2, 5), part.contiguous().narrow(0, 3, 2), part.narrow(1, length // 3, 0)):
-            same(kernels, weight, torch.bfloat16)
+            assert_same_bits(kernels, weight, torch.bfloat16)
+
+    @pytest.mark.parametrize("offset", [1, 2, 4, 8, 20, 256])
+    @pytest.mark.parametrize("apart", [0, 3, 8])
+    def test_numbers_anywhere_in_a_buffer(self, kernels, kind, offset, apart):
+        plain = random_weight(kind, 3, 512)
+        width = plain.data.shape[1] + apart
+        buffer = torch.zeros(offset + 3 * width, dtype=torch.uint8, device=DEVICE)
+        there = buffer[offset:].view(3, width)[:, : plain.data.shape[1]].copy_(plain.data)
+        assert_same_bits(kernels, plain.replace({**plain.components(), "data": there}), torch.bfloat16)
 
     @pytest.mark.skipif(INTERPRETED, reason="torch is taken on a CPU")
     def test_weights_on_a_gpu_take_the_kernel_which_needs_no_room_of_its_own(self, kernels, kind):
@@ -86,9 +70,4 @@ class TestKernel:
 
 
 def test_the_kernel_in_tritons_interpreter():
-    if INTERPRETED or find_spec("triton") is None:
-        pytest.skip("in it already" if INTERPRETED else "triton is not installed")
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+    run_interpreted(__file__)

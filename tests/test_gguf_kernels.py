@@ -6,34 +6,20 @@ there.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
 import torch
-from wan_parallel.wanvideo import pointwise
+from interpreted import DEVICE, INTERPRETED, assert_same_bits, kernels_of, on_triton, run_interpreted
 from wan_parallel.wanvideo.gguf_blocks import BLOCKS, GgufWeight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COLUMNS = 1536  # of the 1.3B's narrower matrices
-
-on_triton = [] if INTERPRETED else [pytest.mark.gpu]
-on_triton.append(
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="Triton's kernels run on a CUDA GPU")
-)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    if not (INTERPRETED or pointwise.use_triton(DEVICE)):
-        pytest.skip("Triton does not work on this machine")
-    return import_module("wan_parallel.wanvideo.gguf_triton")
+    return kernels_of("gguf_triton")
 
 
 def random_bytes(*shape: int) -> torch.Tensor:
@@ -46,42 +32,31 @@ def random_weight(kind: str, rows: int, columns: int) -> GgufWeight:
     return GgufWeight(kind, random_bytes(rows, columns // block.numbers * block.nbytes), columns)
 
 
-def same(kernels: ModuleType, weight: GgufWeight, dtype: torch.dtype) -> None:
-    got, expected = kernels.dequantize(weight, dtype), weight.dequantize_by_torch(dtype)
-    assert got.dtype == dtype and got.shape == expected.shape and got.is_contiguous()
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    got_bits, expected_bits = got.view(bits), expected.view(bits)
-    if INTERPRETED and dtype == torch.bfloat16:  # which cuts off what it should round
-        expected = weight.dequantize_by_torch(torch.float32)
-        expected_bits = (expected.view(torch.int32) >> 16).to(bits)
-    assert ((got_bits == expected_bits) | (got.isnan() & expected.isnan())).all()
-
-
 class TestKernels:
     pytestmark = on_triton
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("kind", BLOCKS)
     def test_every_byte_means_what_it_means_to_torch(self, kernels, kind, dtype):
-        same(kernels, random_weight(kind, 7, COLUMNS), dtype)
+        assert_same_bits(kernels, random_weight(kind, 7, COLUMNS), dtype)
 
     @pytest.mark.parametrize("kind", BLOCKS)
     @pytest.mark.parametrize("rows, blocks", [(0, 2), (1, 1), (1, 3), (65, 1)])
     def test_any_number_of_blocks(self, kernels, kind, rows, blocks):
-        same(kernels, random_weight(kind, rows, blocks * BLOCKS[kind].numbers), torch.bfloat16)
+        assert_same_bits(kernels, random_weight(kind, rows, blocks * BLOCKS[kind].numbers), torch.bfloat16)
 
     @pytest.mark.parametrize("kind", BLOCKS)
     def test_shares_of_rows_and_columns(self, kernels, kind):
         weight = random_weight(kind, 8, 1792)  # 7 large blocks
-        same(kernels, weight.narrow(0, 2, 5), torch.bfloat16)
+        assert_same_bits(kernels, weight.narrow(0, 2, 5), torch.bfloat16)
         for start, length in ((0, 448), (448, 448), (256, 512), (8, 40)):
-            same(kernels, weight.narrow(1, start, length), torch.bfloat16)
-            same(kernels, weight.narrow(1, start, length).contiguous().narrow(0, 3, 2), torch.bfloat16)
+            assert_same_bits(kernels, weight.narrow(1, start, length), torch.bfloat16)
+            assert_same_bits(kernels, weight.narrow(1, start, length).contiguous().narrow(0, 3, 2), torch.bfloat16)
 
     @pytest.mark.parametrize("kind", BLOCKS)
     @pytest.mark.parametrize("start, length", [(1, 700), (100, 301), (31, 1), (0, 44), (12, 0)])
     def test_slices_of_odd_width(self, kernels, kind, start, length):
-        same(kernels, random_weight(kind, 3, 1024).narrow(1, start, length), torch.bfloat16)
+        assert_same_bits(kernels, random_weight(kind, 3, 1024).narrow(1, start, length), torch.bfloat16)
 
     @pytest.mark.parametrize("kind", ["Q4_K", "Q5_1", "Q2_K", "Q6_K"])  # whose blocks begin at 16, 8, 4 and 2 bytes
     @pytest.mark.parametrize("offset", [1, 2, 4, 8, 18, 256])
@@ -90,15 +65,16 @@ class TestKernels:
         width = plain.blocks.shape[1]
         buffer = random_bytes(offset + 3 * (width + 6))
         for blocks in (buffer[offset:][: 3 * width].view(3, width), buffer[offset:].view(3, -1)[:, :width]):
-            same(kernels, plain.replace({"blocks": blocks.copy_(plain.blocks)}), torch.bfloat16)
-        same(kernels, plain.replace({"blocks": buffer[offset:].as_strided((2, width), (width + 3, 1))}), torch.bfloat16)
+            assert_same_bits(kernels, plain.replace({"blocks": blocks.copy_(plain.blocks)}), torch.bfloat16)
+        apart = buffer[offset:].as_strided((2, width), (width + 3, 1))
+        assert_same_bits(kernels, plain.replace({"blocks": apart}), torch.bfloat16)
 
     @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
     def test_rows_more_than_2_gib_apart(self, kernels, kind):
         block = BLOCKS[kind]
         width = 512 // block.numbers * block.nbytes
         rows = torch.empty(2**31 + 2 * width, dtype=torch.uint8, device=DEVICE).as_strided((2, width), (2**31, 1))
-        same(kernels, GgufWeight(kind, rows.copy_(random_bytes(2, width)), 512), torch.bfloat16)
+        assert_same_bits(kernels, GgufWeight(kind, rows.copy_(random_bytes(2, width)), 512), torch.bfloat16)
 
     @pytest.mark.skipif(INTERPRETED, reason="needs 6 GiB and a GPU's speed")
     def test_more_than_2_31_numbers(self, kernels):
@@ -124,9 +100,4 @@ class TestKernels:
 
 
 def test_the_kernels_in_tritons_interpreter():
-    if INTERPRETED or find_spec("triton") is None:
-        pytest.skip("in it already" if INTERPRETED else "triton is not installed")
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+    run_interpreted(__file__)
