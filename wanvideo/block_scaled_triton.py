@@ -6,8 +6,6 @@ to the bit. All conversions are by hand: GPUs before Ada have no fp8.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -46,34 +44,26 @@ def _e2m1(code):
 @triton.jit(do_not_specialize=["total", "of_row", "stride", "stride_of_scales", "columns", "skip"])
 def _dequantize_kernel(
     data, scales, scale, out, total, of_row, stride, stride_of_scales, columns, skip,
-    PACKED: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr,
-    ALIGNED: tl.constexpr, RAGGED: tl.constexpr, UNIT: tl.constexpr,
+    PACKED: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """`total` groups of GROUP numbers, `of_row` of them a row. The constants are those of gguf_triton.py."""
-    group = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    group = tl.minimum(group, total - 1)  # those past the end write the last one again
+    """`total` groups of GROUP numbers, `of_row` of them a row. RAGGED: the matrix begins or ends within groups."""
+    group = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    inside, row, place = group < total, group // of_row, group % of_row
+    byte = tl.load(scales + row * stride_of_scales + place, mask=inside, other=0).to(tl.int32)
     nbytes: tl.constexpr = GROUP // 2 if PACKED else GROUP
-    if RAGGED:
-        columns, row, place = columns * UNIT, (group // of_row).to(tl.int64), group % of_row
-        first = place * GROUP - skip * UNIT
-        at, at_scale = data + (row * stride + place * nbytes), scales + (row * stride_of_scales + place)
-        to = out + (row * columns + first)
-    else:
-        first = group
-        at, at_scale, to = data + group.to(tl.int64) * nbytes, scales + group, out + group.to(tl.int64) * GROUP
-    byte = tl.load(at_scale).to(tl.int32)
-    packed = tl.load(tl.multiple_of(at, ALIGNED)[:, None] + tl.arange(0, nbytes)[None, :]).to(tl.int32)
+    i = tl.arange(0, nbytes)[None, :]
+    at = data + (row * stride + place * nbytes)[:, None] + i
+    packed = tl.load(at, mask=inside[:, None], other=0).to(tl.int32)
     if PACKED:
         factor = (_e4m3(byte) * tl.load(scale))[:, None]
         numbers = tl.interleave(_e2m1(packed >> 4) * factor, _e2m1(packed & 15) * factor)
     else:
         numbers = _e4m3(packed) * (byte << 23).to(tl.float32, bitcast=True)[:, None]
-    column = tl.arange(0, GROUP)[None, :]
+    column = (place * GROUP - skip)[:, None] + tl.arange(0, GROUP)[None, :]
+    wanted = inside[:, None]
     if RAGGED:
-        wanted = (first[:, None] + column >= 0) & (first[:, None] + column < columns)
-        tl.store(to[:, None] + column, numbers.to(out.dtype.element_ty), mask=wanted)
-    else:
-        tl.store(to[:, None] + column, numbers.to(out.dtype.element_ty))
+        wanted = wanted & (column >= 0) & (column < columns)
+    tl.store(out + row[:, None] * columns + column, numbers.to(out.dtype.element_ty), mask=wanted)
 
 
 _dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
@@ -86,11 +76,8 @@ def dequantize(weight: BlockScaledWeight, dtype: torch.dtype) -> torch.Tensor:
         return out
     data, scales = (x if x.stride(1) == 1 else x.contiguous() for x in (weight.data, weight.scales))
     group, (rows, of_row) = GROUPS[weight.kind], scales.shape
-    ragged = not (data.is_contiguous() and scales.is_contiguous()) or weight.columns != of_row * group
-    unit = 8 if math.gcd(weight.columns, weight.skip, 8) == 8 else 1
-    total, count, stride = rows * of_row, _NUMBERS // group, data.stride(0)
-    aligned = math.gcd(data.data_ptr(), stride if ragged else 0, data.shape[1] // of_row, 8)
-    numbers = total, of_row, stride, scales.stride(0), weight.columns // unit, weight.skip // unit
-    constants = weight.kind == "NVFP4", group, count, aligned, ragged, unit
-    _dequantize((triton.cdiv(total, count),), (data, scales, weight.scale, out), numbers, constants)
+    count = _NUMBERS // group
+    numbers = rows * of_row, of_row, data.stride(0), scales.stride(0), weight.columns, weight.skip
+    constants = weight.kind == "NVFP4", group, count, weight.columns != of_row * group
+    _dequantize((triton.cdiv(rows * of_row, count),), (data, scales, weight.scale, out), numbers, constants)
     return out
