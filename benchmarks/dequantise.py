@@ -66,9 +66,8 @@ def random_weight(kind: str, rows: int, columns: int, device: torch.device) -> G
         return torch.randint(0, 256, (rows, width), dtype=torch.uint8, device=device)
 
     if kind in GROUPS:
-        scale = torch.ones(1, 1, device=device)
-        data = random(columns // 2 if kind == "NVFP4" else columns)
-        return BlockScaledWeight(kind, data, random(columns // GROUPS[kind]), scale, columns)
+        groups, scale = columns // GROUPS[kind].numbers, torch.ones(1, 1, device=device)
+        return BlockScaledWeight(kind, random(groups * GROUPS[kind].nbytes), random(groups), scale, columns)
     return GgufWeight(kind, random(columns // BLOCKS[kind].numbers * BLOCKS[kind].nbytes), columns)
 
 

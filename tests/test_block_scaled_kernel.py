@@ -24,8 +24,8 @@ def kernels() -> ModuleType:
 def random_weight(kind: str, rows: int, columns: int) -> BlockScaledWeight:
     """Any bytes: scales are of every size, some no numbers; those of MXFP8 as far as torch does not round to zero."""
     generator = torch.Generator().manual_seed(0)
-    nbytes, groups = columns // (2 if kind == "NVFP4" else 1), columns // GROUPS[kind]
-    data = torch.randint(256, (rows, nbytes), dtype=torch.uint8, generator=generator)
+    groups = columns // GROUPS[kind].numbers
+    data = torch.randint(256, (rows, groups * GROUPS[kind].nbytes), dtype=torch.uint8, generator=generator)
     scales = torch.randint(256, (rows, groups), dtype=torch.uint8, generator=generator)
     if kind == "MXFP8":
         scales = scales.clamp(20, 200)

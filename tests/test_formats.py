@@ -140,6 +140,23 @@ def test_scales_that_do_not_fit_their_groups_are_refused(tmp_path, kind, what):
     assert tiny.sentences(str(error.value)) == 2
 
 
+@pytest.mark.parametrize(
+    "note, shape, text",
+    [
+        ({"format": ["nvfp4"]}, (512, 128), "weights, which this version cannot read"),
+        ({"format": {}}, (512, 128), "weights, which this version cannot read"),
+        ({"format": "nvfp4"}, (), "in nvfp4, of which a scale is missing"),
+        ({"format": "mxfp8"}, (4,), "in mxfp8, of which a scale is missing"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_in_words(tmp_path, note, shape, text):
+    tensors = {**tiny.layout(), "blocks.0.ffn.0.weight": ("U8", shape)}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"blocks.0.ffn.0": note}})}
+    with pytest.raises(CheckpointError, match=text):
+        read_header(tiny.write_layout(tmp_path / "model.safetensors", tensors, metadata))
+
+
 def test_inputs_that_are_scaled_before_are_refused_by_the_formats_name(tmp_path):
     path, _ = written(tmp_path, "nvfp4")
     tensors = {**load_file(path), "blocks.0.ffn.0.pre_quant_scale": torch.ones(tiny.TINY.dim)}

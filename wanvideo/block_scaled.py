@@ -17,8 +17,16 @@ from .gguf_blocks import to_eight_bits
 from .pointwise import triton_in_use
 from .quantized import QuantizedWeight, covering
 
-GROUPS = {"NVFP4": 16, "MXFP8": 32}
-"""Columns that share a scale."""
+
+@dataclass(frozen=True)
+class Group:
+    """Numbers of a row that share a scale, and the bytes that hold them."""
+
+    numbers: int
+    nbytes: int
+
+
+GROUPS = {"NVFP4": Group(16, 8), "MXFP8": Group(32, 32)}
 _TILE_ROWS, _TILE_GROUPS = 128, 4
 
 
@@ -43,9 +51,9 @@ class BlockScaledWeight(QuantizedWeight):
         """From the tensors of a file: `data` of any type of one byte [rows, bytes], `scales` likewise in the order of
         the tensor cores, `scale` a number, or None for 1."""
         data, whole = data.view(torch.uint8), torch.ones(1) if scale is None else scale.float()
-        columns = data.shape[1] * _in_a_byte(kind)
-        scales = in_rows(scales.view(torch.uint8), len(data), columns // GROUPS[kind])
-        return cls(kind, data, scales, whole.view(1, 1), columns)
+        groups = data.shape[1] // GROUPS[kind].nbytes
+        scales = in_rows(scales.view(torch.uint8), len(data), groups)
+        return cls(kind, data, scales, whole.view(1, 1), groups * GROUPS[kind].numbers)
 
     @property
     def shape(self) -> torch.Size:
@@ -68,7 +76,8 @@ class BlockScaledWeight(QuantizedWeight):
 
     def dequantize_by_torch(self, dtype: torch.dtype) -> torch.Tensor:
         """The same on any device, in plain torch."""
-        numbers = self._numbers().to(dtype).unflatten(1, (-1, GROUPS[self.kind]))  # exact: all floats hold these
+        numbers = self._numbers().to(dtype)  # exact: all floats hold these
+        numbers = numbers.unflatten(1, (-1, GROUPS[self.kind].numbers))
         out = torch.empty_like(numbers)
         # a 16-bit number times a float32 scale, rounded once, without a float32 matrix in memory on a GPU
         torch.mul(numbers, self._factors()[:, :, None], out=out)
@@ -78,14 +87,13 @@ class BlockScaledWeight(QuantizedWeight):
         if dim == 0:
             return replace(self, data=self.data.narrow(0, start, length), scales=self.scales.narrow(0, start, length))
         group = GROUPS[self.kind]
-        first, last = covering(self.skip + start, length, group)
-        nbytes = group // _in_a_byte(self.kind)
+        first, last = covering(self.skip + start, length, group.numbers)
         return replace(
             self,
-            data=self.data.narrow(1, first * nbytes, (last - first) * nbytes),
+            data=self.data.narrow(1, first * group.nbytes, (last - first) * group.nbytes),
             scales=self.scales.narrow(1, first, last - first),
             columns=length,
-            skip=self.skip + start - first * group,
+            skip=self.skip + start - first * group.numbers,
         )
 
     def requantize(self, weight: torch.Tensor) -> QuantizedWeight:
@@ -116,17 +124,18 @@ def in_rows(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     Raises:
         ValueError: there are more or fewer.
     """
-    down, across = -(-rows // _TILE_ROWS), -(-groups // _TILE_GROUPS)
-    if scales.numel() != down * across * _TILE_ROWS * _TILE_GROUPS:
+    if scales.numel() != scales_in_file(rows, groups):
         raise ValueError(f"{scales.numel()} scales for {rows} rows of {groups} groups")
+    down, across = _tiles(rows, groups)
     tiles = scales.reshape(down, across, 32, 4, _TILE_GROUPS).permute(0, 3, 2, 1, 4)
     return tiles.reshape(down * _TILE_ROWS, across * _TILE_GROUPS)[:rows, :groups].contiguous()
 
 
 def scales_in_file(rows: int, groups: int) -> int:
     """How many a file has for so many, padding included."""
-    return -(-rows // _TILE_ROWS) * _TILE_ROWS * -(-groups // _TILE_GROUPS) * _TILE_GROUPS
+    down, across = _tiles(rows, groups)
+    return down * _TILE_ROWS * across * _TILE_GROUPS
 
 
-def _in_a_byte(kind: str) -> int:
-    return 2 if kind == "NVFP4" else 1
+def _tiles(rows: int, groups: int) -> tuple[int, int]:
+    return -(-rows // _TILE_ROWS), -(-groups // _TILE_GROUPS)

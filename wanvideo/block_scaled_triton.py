@@ -75,7 +75,7 @@ def dequantize(weight: BlockScaledWeight, dtype: torch.dtype) -> torch.Tensor:
     if not out.numel():
         return out
     data, scales = (x if x.stride(1) == 1 else x.contiguous() for x in (weight.data, weight.scales))
-    group, (rows, of_row) = GROUPS[weight.kind], scales.shape
+    group, (rows, of_row) = GROUPS[weight.kind].numbers, scales.shape
     count = _NUMBERS // group
     numbers = rows * of_row, of_row, data.stride(0), scales.stride(0), weight.columns, weight.skip
     constants = weight.kind == "NVFP4", group, count, weight.columns != of_row * group

@@ -26,7 +26,7 @@ _SCALES = (".weight_scale", ".scale_weight")
 _UNUSED = (".scale_input", ".input_scale", ".comfy_quant")  # inputs are not rounded here
 _WHOLE_SCALE, _SMOOTHING = ".weight_scale_2", ".pre_quant_scale"
 _DESCRIBING = (*_SCALES, *_UNUSED, _WHOLE_SCALE, _SMOOTHING)
-_BLOCK_SCALED = {"nvfp4": ("U8",), "mxfp8": ("F8_E4M3",)}  # what their numbers are stored as
+_BLOCK_SCALED = {"nvfp4": "U8", "mxfp8": "F8_E4M3"}  # what their numbers are stored as
 _BYTES = ("U8", "F8_E4M3", "F8_E8M0")  # what their scales are
 _KNOWN = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _LARGEST_NOTE = 4096  # bytes of a layer's comfy_quant
@@ -49,8 +49,9 @@ def logical_tensors(path: str, contents: Contents, prefix: str = "") -> dict[str
         layer = name.removesuffix(".weight")
         note = notes.get(layer, {}) if layer != name else {}
         scale = next((tensors[layer + end] for end in _SCALES if layer != name and layer + end in tensors), None)
-        if note.get("format") in _BLOCK_SCALED and layer + _SMOOTHING not in tensors:
-            logical[name] = _block_scaled(path, name, info, scale, tensors.get(layer + _WHOLE_SCALE), note["format"])
+        kind = str(note.get("format"))
+        if kind in _BLOCK_SCALED and layer + _SMOOTHING not in tensors:
+            logical[name] = _block_scaled(path, name, info, scale, tensors.get(layer + _WHOLE_SCALE), kind)
         else:
             logical[name] = _described(path, name, info, scale, note)
     return logical
@@ -93,7 +94,7 @@ def is_quantized(info: TensorInfo) -> bool:
 
 def quantized_bytes(info: TensorInfo) -> int:
     """Bytes of a tensor that `is_quantized`, without what is as small as a scale for each row."""
-    return info.nbytes + (elements(info.shape) // GROUPS[info.dtype] if info.dtype in GROUPS else 0)
+    return info.nbytes + (elements(info.shape) // GROUPS[info.dtype].numbers if info.dtype in GROUPS else 0)
 
 
 def _name(info: TensorInfo) -> str:
@@ -131,18 +132,18 @@ def _block_scaled(
     path: str, name: str, info: TensorInfo, scale: TensorInfo | None, whole: TensorInfo | None, kind: str
 ) -> TensorInfo:
     """A matrix in NVFP4 or MXFP8."""
-    packed = 2 if kind == "nvfp4" else 1
-    groups, rest = divmod(packed * info.shape[-1], GROUPS[kind.upper()])
+    group, whole = GROUPS[kind.upper()], whole if kind == "nvfp4" else None
+    rows, width = info.shape if len(info.shape) == 2 else (0, 1)
     scales = elements(scale.shape) if scale is not None and scale.dtype in _BYTES else 0
     one = whole is not None and whole.dtype in FLOATS and elements(whole.shape) == 1
-    matrix = len(info.shape) == 2 and not rest and info.dtype in _BLOCK_SCALED[kind]
-    if not matrix or scales != scales_in_file(info.shape[0], groups) or (packed > 1 and not one):
+    fits = info.dtype == _BLOCK_SCALED[kind] and width % group.nbytes == 0 and (one or kind != "nvfp4")
+    if not fits or scales != scales_in_file(rows, width // group.nbytes):
         raise CheckpointError(
             f"{Path(path).name} has {name} in {kind}, of which a scale is missing or of another size. "
             "Download it again, or use the fp8_scaled, GGUF or bf16 version of the model."
         )
-    shape = info.shape[0], packed * info.shape[1]
-    return replace(info, dtype=kind.upper(), shape=shape, scale=scale, whole_scale=whole if packed > 1 else None)
+    shape = rows, width // group.nbytes * group.numbers
+    return replace(info, dtype=kind.upper(), shape=shape, scale=scale, whole_scale=whole)
 
 
 def _check_scale(path: str, name: str, info: TensorInfo, scale: TensorInfo) -> None:

@@ -33,9 +33,9 @@ def quantised(kind: str, rows: int, columns: int) -> QuantizedWeight:
         return GgufWeight(kind, torch.from_numpy(raw), columns)
     plain = torch.randn(rows, columns, generator=generator)
     if kind in GROUPS:
-        width = columns // (2 if kind == "NVFP4" else 1)
-        data = torch.randint(120, (rows, width), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(100, 120, (rows, columns // GROUPS[kind]), dtype=torch.uint8, generator=generator)
+        groups, nbytes = columns // GROUPS[kind].numbers, GROUPS[kind].nbytes
+        data = torch.randint(120, (rows, groups * nbytes), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(100, 120, (rows, groups), dtype=torch.uint8, generator=generator)
         return BlockScaledWeight(kind, data, scales, torch.full((1, 1), 0.03), columns)
     if kind == "int8 convrot":
         return Int8Weight(plain.mul(30).to(torch.int8), torch.full((rows, 1), 0.03), 256)
