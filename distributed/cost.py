@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..wanvideo.variant_shapes import Hearing
+from .machine import Machine
 from .plan import ParallelPlan, SequenceDegrees, bounds
 
 TEXT_TOKENS = 512
@@ -20,8 +21,6 @@ IMAGE_TOKENS = 257
 """Of a start image, where a model has no positions for more."""
 _FRAME_TOKENS = 30 * 52
 """Of a latent frame at 480p: a forward's tokens do not tell its frames, on which little depends."""
-ATTENTION_RATE = 0.89
-"""Of the rate of matrix products: FlashAttention-3 685, products 770 TFLOP/s."""
 _MEMORY_BYTES = 70
 """Through memory for each token, channel and block outside products and attention (benchmarks/LOG.md, 4)."""
 _HEARD_BYTES = 20
@@ -56,30 +55,6 @@ class Dimensions(Protocol):
 
     def in_turn(self, blocks: range) -> list[int]:
         """The numbers of these blocks and of the VACE blocks behind them."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What one worker's device does, and its ways to the others. The defaults are an H200's with NVLink.
-
-    Args:
-        products: FLOP/s of matrix products.
-        memory: bytes/s through the device's memory, read or written.
-        link: bytes/s that each worker sends while all send to all.
-        latency: seconds of an exchange apart from its bytes: its start, and the wait for the slowest rank.
-        host: bytes/s from host memory to each device while all of them copy.
-    """
-
-    products: float = 770e12
-    memory: float = 4e12
-    link: float = 250e9
-    latency: float = 4e-4
-    host: float = 40e9
-
-    @property
-    def attention(self) -> float:
-        """FLOP/s of self-attention."""
-        return self.products * ATTENTION_RATE
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from .host import host_memory
 from .statuses import MemoryUse
 
 
@@ -72,16 +72,3 @@ class MemoryMeter:
         reserved = max(allocated, reserved)
         activations = max(0, allocated - weights - cache)
         return MemoryUse(weights, activations, cache, mailboxes, reserved - allocated, others, total, measured)
-
-
-def host_memory() -> tuple[int, int]:
-    """Bytes of the host's memory that are available, and all of them."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    return available, total
-
-
-def host_room() -> int:
-    """Bytes of host memory that may be taken for long: what is available less a reserve for everybody else."""
-    available, total = host_memory()
-    return available - total // 20

@@ -7,9 +7,7 @@ from comfy_api.latest import io
 from ..distributed.memory import CHOICES
 from ..distributed.specs import PIPELINE_MODES
 from .settings import DEVICES, PLANS, SHARES, SettingsError, USPConfig
-
-CATEGORY = "WanVideoWrapper/XDitUSP"
-XDITUSPCONFIG = io.Custom("XDITUSPCONFIG")
+from .sockets import CATEGORY, XDITUSPCONFIG
 
 
 class XDitUSPConfig(io.ComfyNode):

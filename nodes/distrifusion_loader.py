@@ -21,11 +21,10 @@ from .model_files import model_names, model_path
 from .patch_runs import PatchRuns
 from .remote_model import build_model
 from .settings import ATTENTION_MODES, DEVICES, SettingsError
+from .sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 
 log = logging.getLogger(__name__)
 
-CATEGORY = "WanVideoWrapper/Official DistriFusion"
-DISTRIFUSION_MODEL = io.Custom("OFFICIAL_DISTRIFUSION_MODEL,MODEL")
 _SIZES = ((832, 480), (1280, 720))
 _FRAMES = 21  # latent frames of a video of 81
 
@@ -38,7 +37,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         return io.Schema(
             node_id="OfficialDistriFusionModelLoader",
             display_name="🎯 Official DistriFusion Model Loader",
-            category=CATEGORY,
+            category=DISTRIFUSION_CATEGORY,
             description=(
                 "A Wan 2.1/2.2 model whose video is cut into patches, one for each GPU. A GPU sees the "
                 "other patches as they were one step before (DistriFusion, CVPR 2024), so that the GPUs need not wait "

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 
 from nodes import common_ksampler  # ComfyUI's, not this folder
 
-from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL
 from .model_patcher import RemoteModelPatcher
 from .patch_runs import SYNC_FREQUENCY, PatchRuns
+from .sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 
 
 class OfficialDistriFusionSampler(io.ComfyNode):
@@ -24,7 +24,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         return io.Schema(
             node_id="OfficialDistriFusionSampler",
             display_name="🎯 Official DistriFusion Sampler",
-            category=CATEGORY,
+            category=DISTRIFUSION_CATEGORY,
             description=(
                 "KSampler, with sync_frequency. Steps between synchronous ones take the other GPUs' patches as they "
                 "were one step before, which saves waiting. Refuses a video whose buffers do not fit, before it starts."

@@ -17,10 +17,11 @@ from ..distributed.pool import PoolStatus
 from ..distributed.schedule import StepInfo
 from ..distributed.statuses import WorkerStatus
 from ..wanvideo.grid import Grid
-from .distrifusion_loader import CATEGORY, DISTRIFUSION_MODEL, availability
+from .distrifusion_loader import availability
 from .model_patcher import RemoteModelPatcher
 from .patch_picture import draw_layout
 from .patch_runs import PatchRuns, RunRecord
+from .sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 
 _EXAMPLE = (832, 480, 21)  # width, height, latent frames of what is shown before a run
 
@@ -33,7 +34,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
         return io.Schema(
             node_id="OfficialDistriFusionStatus",
             display_name="🎯 Official DistriFusion Status",
-            category=CATEGORY,
+            category=DISTRIFUSION_CATEGORY,
             description=(
                 "Availability of the official package, GPUs and their links, who owns which patch, and what the last "
                 "run did: synchronous and stale steps, seconds, bytes exchanged and how much of that was hidden. Runs "

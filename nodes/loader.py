@@ -16,12 +16,12 @@ from ..wanvideo import fp8_mode as fp8_modes
 from ..wanvideo.checkpoint import file_stamp, held_as
 from ..wanvideo.config import CheckpointError, read_header
 from ..wanvideo.vace_module import read_model
-from .config import CATEGORY, XDITUSPCONFIG
 from .lora_names import with_native_names
 from .model_files import model_names, model_path
 from .model_patcher import RemoteModelPatcher
 from .remote_model import build_model
 from .settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
+from .sockets import CATEGORY, XDITUSPCONFIG
 from .vace_select import VACEPATH, module_path
 
 log = logging.getLogger(__name__)

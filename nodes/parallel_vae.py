@@ -17,9 +17,9 @@ from ..distributed.pool import Pool, acquire, running
 from ..distributed.vae_client import VAEWeights, decode, encode
 from ..wanvideo.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
 from ..wanvideo.vae_ops import VAEError
-from .config import CATEGORY
 from .model_patcher import RemoteModelPatcher, free_shared_gpu
 from .settings import USPConfig
+from .sockets import CATEGORY
 
 log = logging.getLogger(__name__)
 

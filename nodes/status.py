@@ -11,8 +11,8 @@ from ..distributed.pool import PoolStatus
 from ..distributed.specs import ModelSpec
 from ..distributed.statuses import ModelStatus, WorkerStatus
 from ..wanvideo.checkpoint import held_as
-from .config import CATEGORY
 from .model_patcher import RemoteModelPatcher
+from .sockets import CATEGORY
 from .status_figures import draw_status, forward_line, shares_lines, worker_lines
 
 

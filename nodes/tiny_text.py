@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..wanvideo.tiny_text import EXAMPLE, VOCABULARY, encode, tokenize
-from .config import CATEGORY
+from .sockets import CATEGORY
 
 
 class TinyWanTextEncode(io.ComfyNode):

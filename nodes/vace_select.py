@@ -13,8 +13,8 @@ from comfy_api.latest import io
 from ..wanvideo.checkpoint import file_stamp
 from ..wanvideo.config import CheckpointError
 from ..wanvideo.vace_module import read_module
-from .config import CATEGORY
 from .model_files import model_names, model_path
+from .sockets import CATEGORY
 
 VACEPATH = io.Custom("VACEPATH")
 
