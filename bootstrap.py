@@ -4,7 +4,7 @@ The pack's folder may have any name (often one that is no Python identifier), an
 `sys.path` would clash with other modules. Workers, scripts and tests load it through here; ComfyUI loads it
 in its own way. As a program it runs one module's `main` with the remaining arguments:
 
-    python bootstrap.py distributed.launcher 3
+    python bootstrap.py distributed.executors.launcher 3
 """
 
 from __future__ import annotations

@@ -27,18 +27,13 @@ from pathlib import Path
 
 import torch
 from quality import LARGEST_PSNR, ssim
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from wan_parallel.distributed.patch_buffers import MANAGERS, manager_name  # noqa: E402
-from wan_parallel.distributed.patches import PatchLayout, split_grid, token_pixels  # noqa: E402
-from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError  # noqa: E402
-from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
-from wan_parallel.distributed.schedule import EXACT, FILL, STALE, PatchSettings, Schedule  # noqa: E402
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
-from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
+from wan_parallel.distributed.approximate.kv_buffers import MANAGERS, manager_name
+from wan_parallel.distributed.approximate.patch_layout import PatchLayout, split_grid, token_pixels
+from wan_parallel.distributed.approximate.schedule import EXACT, FILL, STALE, PatchSettings, Schedule
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.tools.tiny_wan.judging import (
     T2V_FILE,
     VAE_FILE,
     Case,
@@ -48,11 +43,11 @@ from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
     judge,
     start_noise,
 )
-from wan_parallel.tools.tiny_wan.vae import WanVAE, load_vae, psnr  # noqa: E402
-from wan_parallel.wanvideo import tiny_text  # noqa: E402
-from wan_parallel.wanvideo.checkpoint import model_config  # noqa: E402
-from wan_parallel.wanvideo.grid import grid_of  # noqa: E402
-from wan_parallel.wanvideo.sampling import euler, flow_sigmas  # noqa: E402
+from wan_parallel.tools.tiny_wan.vae import WanVAE, load_vae, psnr
+from wan_parallel.wanvideo.base.grid import grid_of
+from wan_parallel.wanvideo.checkpoint.weight_source import model_config
+from wan_parallel.wanvideo.example import tiny_text
+from wan_parallel.wanvideo.example.sampling import euler, flow_sigmas
 
 log = logging.getLogger("displaced_quality")
 

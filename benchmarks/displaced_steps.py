@@ -26,24 +26,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from flops import latent_size
-from rows import Line, installed_versions, publish
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from wan_parallel.distributed.messages import Exchange  # noqa: E402
-from wan_parallel.distributed.patch_buffers import MANAGERS  # noqa: E402
-from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError  # noqa: E402
-from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
-from wan_parallel.distributed.schedule import EXACT, FILL, STALE, PatchSettings, Schedule  # noqa: E402
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
-from wan_parallel.distributed.statuses import WorkerStatus  # noqa: E402
-from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
-from wan_parallel.wanvideo.checkpoint import model_config  # noqa: E402
-from wan_parallel.wanvideo.config import PRESETS  # noqa: E402
-from wan_parallel.wanvideo.sampling import flow_sigmas  # noqa: E402
+from benchlib.flops import latent_size
+from benchlib.rows import Line, installed_versions, publish
+from wan_parallel.distributed.approximate.kv_buffers import MANAGERS
+from wan_parallel.distributed.approximate.schedule import EXACT, FILL, STALE, PatchSettings, Schedule
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError
+from wan_parallel.distributed.protocol.messages import Exchange
+from wan_parallel.distributed.protocol.reports import WorkerStatus
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
+from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.checkpoint.weight_source import model_config
+from wan_parallel.wanvideo.example.sampling import flow_sigmas
 
 log = logging.getLogger("displaced_steps")
 

@@ -20,24 +20,20 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from busy import busy
-from flops import latent_size
-from rows import Row, Timing, make_row, publish
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from wan_parallel.distributed.memory import CHOICES  # noqa: E402
-from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
-from wan_parallel.distributed.statuses import ModelStatus, WorkerStatus  # noqa: E402
-from wan_parallel.wanvideo.attention import KERNEL_NAMES  # noqa: E402
-from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES, model_config  # noqa: E402
-from wan_parallel.wanvideo.config import PRESETS, read_header  # noqa: E402
-from wan_parallel.wanvideo.fp8_mode import MODES, weights_for  # noqa: E402
-from wan_parallel.wanvideo.grid import grid_of  # noqa: E402
+from benchlib.busy import busy
+from benchlib.flops import latent_size
+from benchlib.rows import Row, Timing, make_row, publish
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.plan.placement import CHOICES
+from wan_parallel.distributed.protocol.reports import ModelStatus, WorkerStatus
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
+from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.base.grid import grid_of
+from wan_parallel.wanvideo.checkpoint.header import read_header
+from wan_parallel.wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, model_config
+from wan_parallel.wanvideo.model.fp8_mode import MODES, weights_for
 
 log = logging.getLogger("dit_step")
 
@@ -64,7 +60,7 @@ class Peer:
         """Runs peers.py with one process a GPU. The address is spelt out: a hostname may not resolve."""
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += ["--nproc-per-node", str(options.gpus), "--master-addr", "127.0.0.1"]
-        command += ["--master-port", str(free_port()), str(HERE / "peers.py")]
+        command += ["--master-port", str(free_port()), str(HERE / "peers" / "peers.py")]
         command += ["--lib", self.lib, "--attention", self.attention, "--precision", options.precision]
         command += ["--size", options.size, "--res", options.res, "--iters", str(options.iters)]
         command += ["--compile"] if self.compiled else []

@@ -25,18 +25,13 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from rows import Line, installed_versions, publish
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from wan_parallel.distributed.memory import CHOICES  # noqa: E402
-from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
-from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES  # noqa: E402
-from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
+from benchlib.rows import Line, installed_versions, publish
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.plan.placement import CHOICES
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.checkpoint.weight_source import WEIGHT_DTYPES
 
 log = logging.getLogger("load")
 

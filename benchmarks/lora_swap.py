@@ -24,18 +24,14 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import benchlib  # noqa: F401 (registers wan_parallel)
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bootstrap
-
-bootstrap.load_pack()
-from wan_parallel.distributed.lora import PatchSet  # noqa: E402
-from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
-from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
-from wan_parallel.wanvideo.lora import LowRank  # noqa: E402
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.base.lora import LowRank
 
 log = logging.getLogger("lora_swap")
 

@@ -22,15 +22,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from flops import latent_size, tokens_of
-from rows import Line, installed_versions, publish
-from simulation import choose_plan, simulate
-from wan_parallel.distributed.errors import OutOfMemory
-from wan_parallel.distributed.memory import CHOICES, PlacementError
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool, acquire
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.checkpoint import model_config
+from benchlib.flops import latent_size, tokens_of
+from benchlib.rows import Line, installed_versions, publish
+from benchlib.simulation import choose_plan, simulate
+from wan_parallel.distributed.client.errors import OutOfMemory
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.plan.placement import CHOICES, PlacementError
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.checkpoint.weight_source import model_config
 
 log = logging.getLogger("memory")
 

@@ -34,14 +34,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from rows import Line, installed_versions, publish
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from prompt_files import DTYPES, ModelFiles, TextDims, write_files  # noqa: E402
-from wan_parallel.wanvideo.config import PRESETS, WanConfig  # noqa: E402
+from benchlib.prompt_files import DTYPES, ModelFiles, TextDims, write_files
+from benchlib.rows import Line, installed_versions, publish
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 
 log = logging.getLogger("prompts")
 
@@ -278,7 +273,7 @@ def _answer(process: subprocess.Popen) -> dict:
 @contextmanager
 def comfyui_process(options: argparse.Namespace, settings: dict) -> Iterator[ComfyUI]:
     """ComfyUI in a process of its own, by this Python."""
-    command = [sys.executable, str(HERE / "headless.py"), str(options.comfyui), json.dumps(settings)]
+    command = [sys.executable, str(HERE / "benchlib" / "headless.py"), str(options.comfyui), json.dumps(settings)]
     command += ["--cpu"] if options.cpu else []
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([*command, *options.comfyui_options.split()], text=True, **pipes)
@@ -291,7 +286,7 @@ def comfyui_process(options: argparse.Namespace, settings: dict) -> Iterator[Com
 @contextmanager
 def ballast(gib: float, gpus: int) -> Iterator[int]:
     """Each GPU has `gib` GiB left in here; yields the bytes that the first has in all."""
-    command = [sys.executable, str(HERE / "ballast.py"), "--gib", str(gib), "--gpus", str(gpus)]
+    command = [sys.executable, str(HERE / "benchlib" / "ballast.py"), "--gib", str(gib), "--gpus", str(gpus)]
     process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         line = process.stdout.readline()

@@ -27,16 +27,11 @@ from statistics import fmean
 
 import torch
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from wan_parallel.distributed.plan import ParallelPlan, PlanError  # noqa: E402
-from wan_parallel.distributed.pool import acquire  # noqa: E402
-from wan_parallel.distributed.schedule import PatchSettings, Schedule  # noqa: E402
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings  # noqa: E402
-from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
+from wan_parallel.distributed.approximate.schedule import PatchSettings, Schedule
+from wan_parallel.distributed.client.pool import acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.tools.tiny_wan.judging import (
     T2V_FILE,
     VAE_FILE,
     Case,
@@ -45,9 +40,9 @@ from wan_parallel.tools.tiny_wan.judging import (  # noqa: E402
     held_out_cases,
     start_noise,
 )
-from wan_parallel.tools.tiny_wan.vae import load_vae, psnr  # noqa: E402
-from wan_parallel.wanvideo import tiny_text  # noqa: E402
-from wan_parallel.wanvideo.sampling import euler, flow_sigmas  # noqa: E402
+from wan_parallel.tools.tiny_wan.vae import load_vae, psnr
+from wan_parallel.wanvideo.example import tiny_text
+from wan_parallel.wanvideo.example.sampling import euler, flow_sigmas
 
 log = logging.getLogger("quality")
 

@@ -21,18 +21,18 @@ from pathlib import Path
 
 import dit_step  # loads the pack
 import torch
-from flops import latent_size, tokens_of
-from rows import Row, publish
-from wan_parallel.distributed.choice import Question, choose
-from wan_parallel.distributed.errors import PoolError
-from wan_parallel.distributed.memory import CHOICES, PlacementError
-from wan_parallel.distributed.plan import ParallelPlan, PlanError
-from wan_parallel.distributed.planner import room_of, slowest
-from wan_parallel.distributed.pool import Pool
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.attention import KERNEL_NAMES
-from wan_parallel.wanvideo.checkpoint import WEIGHT_DTYPES, model_config
-from wan_parallel.wanvideo.config import PRESETS
+from benchlib.flops import latent_size, tokens_of
+from benchlib.rows import Row, publish
+from wan_parallel.distributed.client.errors import PoolError
+from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
+from wan_parallel.distributed.plan.placement import CHOICES, PlacementError
+from wan_parallel.distributed.planner.planner import room_of, slowest
+from wan_parallel.distributed.planner.search import Question, choose
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
+from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, model_config
 
 log = logging.getLogger("strategies")
 

@@ -24,23 +24,18 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from flops import MODELS, latent_size, vae_decode_flops
-from rows import Timing, VAERow, make_vae_row, publish
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bootstrap import load_pack
-
-load_pack()
-from wan_parallel.distributed.plan import ParallelPlan  # noqa: E402
-from wan_parallel.distributed.pool import Pool, acquire  # noqa: E402
-from wan_parallel.distributed.requests import VAEOptions  # noqa: E402
-from wan_parallel.distributed.specs import PoolSettings  # noqa: E402
-from wan_parallel.distributed.vae_client import VAEWeights, decode  # noqa: E402
-from wan_parallel.wanvideo.vae import Decoder  # noqa: E402
-from wan_parallel.wanvideo.vae_layers import WholeFrame  # noqa: E402
-from wan_parallel.wanvideo.vae_layout import KINDS  # noqa: E402
-from wan_parallel.wanvideo.vae_ops import CONVOLUTIONS, VAEOps  # noqa: E402
-from wan_parallel.wanvideo.vae_random import RELEASED, random_weights, vae_shapes  # noqa: E402
+from benchlib.flops import MODELS, latent_size, vae_decode_flops
+from benchlib.rows import Timing, VAERow, make_vae_row, publish
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.client.vae_client import VAEWeights, decode
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.requests import VAEOptions
+from wan_parallel.distributed.protocol.specs import PoolSettings
+from wan_parallel.wanvideo.example.vae_random import RELEASED, random_weights, vae_shapes
+from wan_parallel.wanvideo.vae.vae_coder import Decoder
+from wan_parallel.wanvideo.vae.vae_layers import WholeFrame
+from wan_parallel.wanvideo.vae.vae_layout import KINDS
+from wan_parallel.wanvideo.vae.vae_ops import CONVOLUTIONS, VAEOps
 
 log = logging.getLogger("vae_decode")
 
@@ -155,7 +150,7 @@ def _run_peer(name: str, vae: str, options: argparse.Namespace) -> bool:
         return True
     workers = options.gpus if name == "distvae" else 1
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port()), str(HERE / "vae_peers.py")]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port()), str(HERE / "peers" / "vae_peers.py")]
     command += ["--lib", name, "--vae", vae, "--res", options.res, "--iters", str(options.iters)]
     command += ["--precision", options.precision, "--device", options.device]
     command += ["--dim", str(options.dim)] if options.dim else []

@@ -25,17 +25,17 @@ from statistics import median
 
 import dit_step  # loads the pack
 import torch
-from flops import latent_size
-from rows import FirstRow, VideoRow, machine_fields, publish
-from wan_parallel.distributed.pool import Pool
-from wan_parallel.distributed.requests import VAEOptions
-from wan_parallel.distributed.specs import ModelSpec
-from wan_parallel.distributed.stopwatch import LATENTS
-from wan_parallel.distributed.vae_client import VAEWeights, decode
-from wan_parallel.wanvideo.checkpoint import model_config
-from wan_parallel.wanvideo.grid import grid_of
-from wan_parallel.wanvideo.sampling import euler, flow_sigmas
-from wan_parallel.wanvideo.vae_random import random_weights, vae_shapes
+from benchlib.flops import latent_size
+from benchlib.rows import FirstRow, VideoRow, machine_fields, publish
+from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.client.vae_client import VAEWeights, decode
+from wan_parallel.distributed.comm.timing import LATENTS
+from wan_parallel.distributed.protocol.requests import VAEOptions
+from wan_parallel.distributed.protocol.specs import ModelSpec
+from wan_parallel.wanvideo.base.grid import grid_of
+from wan_parallel.wanvideo.checkpoint.weight_source import model_config
+from wan_parallel.wanvideo.example.sampling import euler, flow_sigmas
+from wan_parallel.wanvideo.example.vae_random import random_weights, vae_shapes
 
 log = logging.getLogger("video")
 
@@ -261,7 +261,7 @@ def _run_peer(name: str, options: argparse.Namespace) -> bool:
     for gpus in options.peer_gpus.split(",") if options.peer_gpus else [str(options.gpus)]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", gpus]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(dit_step.free_port())]
-        command += [str(HERE / "video_peers.py"), "--size", options.size, "--res", options.res]
+        command += [str(HERE / "peers" / "video_peers.py"), "--size", options.size, "--res", options.res]
         command += ["--videos", str(options.videos), "--steps", str(options.steps), "--shift", str(options.shift)]
         command += ["--precision", options.precision, "--vae-precision", options.vae_precision]
         command += ["--vae-dim", str(options.vae_dim), "--device", options.device]

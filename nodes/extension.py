@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .config import XDitUSPConfig
-from .distrifusion_loader import OfficialDistriFusionModelLoader
-from .distrifusion_sampler import OfficialDistriFusionSampler
-from .distrifusion_status import OfficialDistriFusionStatus
-from .loader import XDitUSPWanVideoModelLoader
-from .parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
-from .status import XDitUSPStatus
-from .tiny_text import TinyWanTextEncode
-from .vace_select import XDitUSPVACEModuleSelect
+from .distrifusion.distrifusion_loader import OfficialDistriFusionModelLoader
+from .distrifusion.distrifusion_sampler import OfficialDistriFusionSampler
+from .distrifusion.distrifusion_status import OfficialDistriFusionStatus
+from .example.tiny_text_node import TinyWanTextEncode
+from .usp.config_node import XDitUSPConfig
+from .usp.loader_node import XDitUSPWanVideoModelLoader
+from .usp.parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
+from .usp.status import XDitUSPStatus
+from .usp.vace_select import XDitUSPVACEModuleSelect
 
 
 class WanParallelExtension(ComfyExtension):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import pack  # noqa: F401 (registers wan_parallel)
 import pytest
-import tiny
+import testkit  # noqa: F401 (registers wan_parallel)
 import torch
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool, acquire
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.model import WanModel
+from testkit import tiny
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.model.model import WanModel
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other keep the workers waiting
 

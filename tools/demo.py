@@ -32,13 +32,13 @@ try:
     _bootstrap = util.module_from_spec(_spec)
     _spec.loader.exec_module(_bootstrap)
     _bootstrap.load_pack()
-    config = import_module("wan_parallel.wanvideo.config")
-    sampling = import_module("wan_parallel.wanvideo.sampling")
-    tiny_text = import_module("wan_parallel.wanvideo.tiny_text")
-    plans = import_module("wan_parallel.distributed.plan")
-    pools = import_module("wan_parallel.distributed.pool")
-    errors = import_module("wan_parallel.distributed.errors")
-    specs = import_module("wan_parallel.distributed.specs")
+    config = import_module("wan_parallel.wanvideo.base.config")
+    sampling = import_module("wan_parallel.wanvideo.example.sampling")
+    tiny_text = import_module("wan_parallel.wanvideo.example.tiny_text")
+    plans = import_module("wan_parallel.distributed.plan.degrees")
+    pools = import_module("wan_parallel.distributed.client.pool")
+    errors = import_module("wan_parallel.distributed.client.errors")
+    specs = import_module("wan_parallel.distributed.protocol.specs")
     tiny_vae = import_module("wan_parallel.tools.tiny_wan.vae")
     tiny_wan = import_module("wan_parallel.tools.tiny_wan.judging")
     classifier = import_module("wan_parallel.tools.tiny_wan.classifier")
@@ -63,7 +63,7 @@ class Result:
 
     latent: torch.Tensor
     seconds_per_step: float
-    status: object  # distributed.pool.PoolStatus
+    status: object  # distributed.client.pool.PoolStatus
 
 
 def sample(settings: object, prompt: str, seed: int, how: object, label: str) -> Result:
@@ -221,7 +221,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def read_model() -> object:
-    """The configuration of the shipped DiT (wanvideo.config.WanConfig); both files are there then."""
+    """The configuration of the shipped DiT (wanvideo.base.config.WanConfig); both files are there then."""
     for path in (tiny_wan.T2V_FILE, tiny_wan.VAE_FILE):
         if not path.is_file():
             raise DemoError(f"{path} is missing. Restore it with 'git checkout', or get the whole pack again.")

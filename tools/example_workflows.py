@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import bootstrap  # noqa: E402
 
 bootstrap.load_pack()
-from wan_parallel.nodes.settings import USPConfig  # noqa: E402
+from wan_parallel.nodes.common.settings import USPConfig  # noqa: E402
 
 FOLDER = ROOT / "example_workflows"
 WAN21 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"

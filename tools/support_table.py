@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the README's support table from what the tests run (tests/support.py, gone through by tests/test_support.py).
+"""Write the README's support table from what the tests run (tests/support/testkit/support_matrix.py, gone through by
+tests/project/test_support.py).
 
     python3 tools/support_table.py            # writes it; --check only says whether it is up to date
 """
@@ -11,8 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import support  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+from testkit import support_matrix  # noqa: E402
 
 BEGIN, END = "<!-- support table -->", "<!-- end of support table -->"
 
@@ -28,7 +29,7 @@ def main() -> int:
         return 2
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    written = f"{before}{BEGIN}\n{support.table()}\n{END}{after}"
+    written = f"{before}{BEGIN}\n{support_matrix.table()}\n{END}{after}"
     if options.check:
         if written != text:
             sys.stderr.write(f"The support table in {options.readme} is out of date. Run tools/support_table.py.\n")

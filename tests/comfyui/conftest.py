@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import format_files
-import loras
 import pytest
-import tiny
 import torch
-from comfy_server import ComfyServer
-from wan_parallel.wanvideo.config import WanConfig
+from testkit import format_files, tiny
+from testkit.comfyui import loras
+from testkit.comfyui.comfy_server import ComfyServer
+from wan_parallel.wanvideo.base.config import WanConfig
 
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2)
 FOUR_HEADS = WanConfig(dim=512, ffn_dim=1024, num_heads=4, num_layers=2)

@@ -9,18 +9,18 @@ import time
 from dataclasses import dataclass, replace
 
 import pytest
-import tiny
 import torch
-from patch_runs import Reference, assert_like_the_reference, sample, through
-from tiny import relative_error
-from wan_parallel.distributed.errors import WorkerDied
-from wan_parallel.distributed.patch_buffers import INSTALL_LINE, manager_name, official_version
-from wan_parallel.distributed.plan import SPLIT_MODES, ParallelPlan, PatchSplit
-from wan_parallel.distributed.pool import acquire
-from wan_parallel.distributed.schedule import STALE, PatchSettings, Schedule
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.model import WanModel
+from testkit import tiny
+from testkit.patch_runs import Reference, assert_like_the_reference, sample, through
+from testkit.tiny import relative_error
+from wan_parallel.distributed.approximate.kv_buffers import INSTALL_LINE, manager_name, official_version
+from wan_parallel.distributed.approximate.schedule import STALE, PatchSettings, Schedule
+from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.pool import acquire
+from wan_parallel.distributed.plan.degrees import SPLIT_MODES, ParallelPlan, PatchSplit
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.model.model import WanModel
 
 DEVICE = "cuda"
 if not torch.cuda.is_available():

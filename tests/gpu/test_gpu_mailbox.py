@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import PRESETS, WanConfig
+from testkit import tiny
+from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 
 GPUS = 2
 if torch.cuda.device_count() < GPUS:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wan_parallel.distributed.patch_buffers import official_version
-from wan_parallel.distributed.patch_memory import gib, patch_memory
-from wan_parallel.distributed.patches import split_grid, token_pixels
-from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
-from wan_parallel.distributed.pool import Pool
-from wan_parallel.distributed.requests import Displaced
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import PRESETS
-from wan_parallel.wanvideo.grid import grid_of
+from wan_parallel.distributed.approximate.displaced_memory import gib, patch_memory
+from wan_parallel.distributed.approximate.kv_buffers import official_version
+from wan_parallel.distributed.approximate.patch_layout import split_grid, token_pixels
+from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
+from wan_parallel.distributed.protocol.requests import Displaced
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.base.grid import grid_of
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)

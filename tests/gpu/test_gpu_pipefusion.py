@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 from test_divided import STEPS, STREAMED_SIZES, UNEVEN, step_inputs, streamed_in_one_process
-from wan_parallel.distributed.plan import ParallelPlan, PatchSplit
-from wan_parallel.distributed.pool import acquire
-from wan_parallel.distributed.requests import Displaced
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
+from testkit import tiny
+from wan_parallel.distributed.client.pool import acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
+from wan_parallel.distributed.protocol.requests import Displaced
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 
 PLANS = [
     ParallelPlan(2, pipeline_parallel=2),

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.planner import Kind, Planner
-from wan_parallel.distributed.pool import Pool
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import WanConfig
-from wan_parallel.wanvideo.model import WanModel
+from testkit import tiny
+from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.planner.planner import Kind, Planner
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.config import WanConfig
+from wan_parallel.wanvideo.model.model import WanModel
 
 GPUS = 4
 if torch.cuda.device_count() < GPUS:

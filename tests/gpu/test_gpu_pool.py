@@ -9,19 +9,19 @@ import time
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
-from tiny import relative_error
-from wan_parallel.distributed import xfuser_backend
-from wan_parallel.distributed.division import held_parameters
-from wan_parallel.distributed.errors import PoolError, WorkerDied
-from wan_parallel.distributed.lora import PatchSet
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import acquire
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.lora import LowRank
-from wan_parallel.wanvideo.model import WanModel
+from testkit import tiny
+from testkit.tiny import relative_error
+from wan_parallel.distributed.client.errors import PoolError, WorkerDied
+from wan_parallel.distributed.client.pool import acquire
+from wan_parallel.distributed.parallel import xfuser_backend
+from wan_parallel.distributed.parallel.partition import held_parameters
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.base.lora import LowRank
+from wan_parallel.wanvideo.model.model import WanModel
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

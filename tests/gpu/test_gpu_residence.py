@@ -7,15 +7,15 @@ import time
 from dataclasses import dataclass, replace
 
 import pytest
-import tiny
 import torch
-from wan_parallel.distributed.lora import PatchSet
-from wan_parallel.distributed.memory import PlacementError
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool, acquire
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.lora import LowRank
+from testkit import tiny
+from wan_parallel.distributed.client.pool import Pool, acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.plan.placement import PlacementError
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.base.lora import LowRank
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

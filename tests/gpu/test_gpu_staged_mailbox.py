@@ -6,14 +6,14 @@ import itertools
 import time
 from unittest import mock
 
-import gloo_group
-import pack  # noqa: F401 (registers wan_parallel, also in the processes of the group)
 import pytest
+import testkit  # noqa: F401 (registers wan_parallel, also in the processes of the group)
 import torch
 import torch.distributed as dist
-from wan_parallel.distributed import gpu_mailbox
-from wan_parallel.distributed.gpu_mailbox import MailboxError, StagedMailbox
-from wan_parallel.distributed.mailbox import Letter
+from testkit import gloo_group
+from wan_parallel.distributed.comm import peer_memory_cuda
+from wan_parallel.distributed.comm.peer_memory import Letter
+from wan_parallel.distributed.comm.peer_memory_cuda import MailboxError, StagedMailbox
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -61,8 +61,8 @@ def _send(rank: int, _world: int) -> gloo_group.Results:
 
 def _wait_in_vain(rank: int, _world: int) -> gloo_group.Results:
     started, refused = time.monotonic(), False
-    lost = mock.patch.object(gpu_mailbox.StreamMemory, "write", lambda *_words: None)
-    with mock.patch.object(gpu_mailbox, "_TRY_SECONDS", SECONDS):
+    lost = mock.patch.object(peer_memory_cuda.StreamMemory, "write", lambda *_words: None)
+    with mock.patch.object(peer_memory_cuda, "_TRY_SECONDS", SECONDS):
         if rank == 0:  # whose flags all wait for, itself too
             lost.start()
         try:

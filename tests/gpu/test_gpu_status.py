@@ -15,18 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-from wan_parallel.distributed import stopwatch, worker
-from wan_parallel.distributed.arena import Arena, needed
-from wan_parallel.distributed.gate import Gate, GateMemory
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool, PoolStatus
-from wan_parallel.distributed.requests import Forward, Load
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.config import PRESETS
-from wan_parallel.wanvideo.grid import grid_of
+from testkit import tiny
+from wan_parallel.distributed.client.pool import Pool, PoolStatus
+from wan_parallel.distributed.comm import timing
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.requests import Forward, Load
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.shm.arena import Arena, needed
+from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.worker import worker
+from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.base.grid import grid_of
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -168,9 +169,9 @@ def test_a_pair_of_events_costs_microseconds(shared):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         started = time.perf_counter()
         begin.record()
-        with stopwatch.measuring(device) as watch:
+        with timing.measuring(device) as watch:
             for _ in range(pairs):
-                with stopwatch.standing("ring", (0, 1)):
+                with timing.standing("ring", (0, 1)):
                     pass
             end.record()
             host = time.perf_counter() - started
@@ -228,10 +229,10 @@ def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, fol
     worker.join_world(rank, settings, f"{folder}/store")
     runner = worker.Worker(rank, settings, Gate(gate))
     handled = [runner.handle(Load(1, request.spec)), runner.handle(request)]
-    measuring, told = stopwatch.measuring, {"with": [], "without": []}
+    measuring, told = timing.measuring, {"with": [], "without": []}
     for _ in range(7):
         for key, context in (("with", measuring), ("without", _quiet)):
-            stopwatch.measuring = context
+            timing.measuring = context
             dist.barrier()
             torch.cuda.synchronize()
             handled.append(runner.handle(replace(request, id=len(handled))))
@@ -242,5 +243,5 @@ def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, fol
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[stopwatch.Watch]:
-    yield stopwatch.Watch(device)
+def _quiet(device: torch.device) -> Iterator[timing.Watch]:
+    yield timing.Watch(device)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import talk_files
-import tiny
 import torch
 from test_gpu_variants import DTYPES, SIZE, on_gpu
-from tiny import relative_error
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import Pool
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.conditioning import Conditioning
-from wan_parallel.wanvideo.variants import VariantModel
+from testkit import infinitetalk_files, tiny
+from testkit.tiny import relative_error
+from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.conditioning import Conditioning
+from wan_parallel.wanvideo.variants.variant_model import VariantModel
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)
@@ -26,8 +25,9 @@ PLANS = [{}, {"ulysses_degree": 1, "ring_degree": 2}, {"tensor_parallel": 2}, {"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[str, str]:
     folder, weights = tmp_path_factory.mktemp("talk"), tiny.random_weights(CONFIG)
-    base = {name: weight for name, weight in weights.items() if not talk_files.is_talk(name)}
-    module = talk_files.write_patch(folder / "talk.safetensors", CONFIG, dtype=torch.float32, blocks=CONFIG.num_layers)
+    base = {name: weight for name, weight in weights.items() if not infinitetalk_files.is_talk(name)}
+    path, blocks = folder / "talk.safetensors", CONFIG.num_layers
+    module = infinitetalk_files.write_patch(path, CONFIG, dtype=torch.float32, blocks=blocks)
     return tiny.write_weights(folder / "i2v.safetensors", base), module
 
 

@@ -6,22 +6,22 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import relative_error
+from testkit.tiny import relative_error
 from torch.nn import functional as F
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import acquire
-from wan_parallel.distributed.requests import VAEOptions
-from wan_parallel.distributed.specs import PoolSettings
-from wan_parallel.distributed.vae_client import VAEWeights, decode, encode
-from wan_parallel.wanvideo.vae import Decoder, Encoder
-from wan_parallel.wanvideo.vae_layers import WholeFrame
-from wan_parallel.wanvideo.vae_layout import HALVES, KINDS, working_bytes
-from wan_parallel.wanvideo.vae_ops import VAEOps, norm
-from wan_parallel.wanvideo.vae_random import RELEASED, random_weights, vae_shapes
+from wan_parallel.distributed.client.pool import acquire
+from wan_parallel.distributed.client.vae_client import VAEWeights, decode, encode
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.requests import VAEOptions
+from wan_parallel.distributed.protocol.specs import PoolSettings
+from wan_parallel.wanvideo.example.vae_random import RELEASED, random_weights, vae_shapes
+from wan_parallel.wanvideo.vae.vae_coder import Decoder, Encoder
+from wan_parallel.wanvideo.vae.vae_layers import WholeFrame
+from wan_parallel.wanvideo.vae.vae_layout import HALVES, KINDS, working_bytes
+from wan_parallel.wanvideo.vae.vae_ops import VAEOps, norm
 
 CUDA = torch.device("cuda", 0)
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-import tiny
 import torch
-from tiny import relative_error
-from wan_parallel.distributed.plan import ParallelPlan
-from wan_parallel.distributed.pool import acquire
-from wan_parallel.distributed.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.build import model_class
-from wan_parallel.wanvideo.conditioning import Conditioning
+from testkit import tiny
+from testkit.tiny import relative_error
+from wan_parallel.distributed.client.pool import acquire
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.wanvideo.base.conditioning import Conditioning
+from wan_parallel.wanvideo.variants.build import model_class
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
-from ...wanvideo.tiny_text import COLOURS, DIRECTIONS, EXAMPLE, SHAPES, tokenize
+from ...wanvideo.example.tiny_text import COLOURS, DIRECTIONS, EXAMPLE, SHAPES, tokenize
 from .scenes import MOTIONS, PALETTE
 
 SMALLEST_AREA = 0.004

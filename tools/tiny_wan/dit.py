@@ -14,17 +14,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...wanvideo.config import WanConfig
-from ...wanvideo.grid import Grid, grid_of, patchify, unpatchify
-from ...wanvideo.layers import sinusoid
-from ...wanvideo.rope import rope_table
-from ...wanvideo.tiny_text import TEXT_LENGTH
+from ...wanvideo.base.config import WanConfig
+from ...wanvideo.base.grid import Grid, grid_of, patchify, unpatchify
+from ...wanvideo.example.tiny_text import TEXT_LENGTH
+from ...wanvideo.model.layers import sinusoid
+from ...wanvideo.ops.rope import rope_table
 
 CONFIG = WanConfig(dim=512, ffn_dim=768, num_heads=4, num_layers=4)
 
 
 class Linear(nn.Linear):
-    """In the dtype of its input, as in wanvideo/layers.py."""
+    """In the dtype of its input, as in wanvideo/model/layers.py."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -78,7 +78,7 @@ def rotation(grid: Grid, head_dim: int, device: torch.device) -> Rotation:
 
 
 def rotate(x: torch.Tensor, rope: Rotation) -> torch.Tensor:
-    """What wanvideo.rope.apply_rope does, without complex numbers, which torch.compile leaves alone."""
+    """What wanvideo.ops.rope.apply_rope does, without complex numbers, which torch.compile leaves alone."""
     cos, sin = rope
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

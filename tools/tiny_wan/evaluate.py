@@ -20,7 +20,7 @@ load_pack()
 from wan_parallel.tools.tiny_wan.judging import T2V_FILE, VAE_FILE, Sampling, evaluate, report  # noqa: E402
 from wan_parallel.tools.tiny_wan.scenes import SIZE  # noqa: E402
 from wan_parallel.tools.tiny_wan.vae import load_vae  # noqa: E402
-from wan_parallel.wanvideo.model import WanModel  # noqa: E402
+from wan_parallel.wanvideo.model.model import WanModel  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ...wanvideo import tiny_text
-from ...wanvideo.model import WanModel
-from ...wanvideo.sampling import euler, flow_sigmas
+from ...wanvideo.example import tiny_text
+from ...wanvideo.example.sampling import euler, flow_sigmas
+from ...wanvideo.model.model import WanModel
 from .classifier import Scene, classify, prompted
 from .scenes import FRAMES, SIZE, draw_scenes, generator, render
 from .vae import LATENT_CHANNELS, WanVAE, denormalise, psnr

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from ...wanvideo.tiny_text import COLOURS, SHAPES
+from ...wanvideo.example.tiny_text import COLOURS, SHAPES
 
 FRAMES = 17
 SIZE = 128

@@ -12,9 +12,9 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from ...wanvideo import tiny_text
-from ...wanvideo.attention import get_kernel
-from ...wanvideo.model import WanModel
+from ...wanvideo.attention.kernels import get_kernel
+from ...wanvideo.example import tiny_text
+from ...wanvideo.model.model import WanModel
 from .dit import CONFIG, TrainableWan
 from .files import join, save_shipped
 from .judging import DATA_SEED, Sampling, decode, evaluate, held_out_cases, judge, report, sample

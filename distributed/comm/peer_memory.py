@@ -1,0 +1,198 @@
+"""Memory of each rank into which the other ranks of its host write, with flags that say what has arrived.
+
+peer_memory_cuda.py has those between GPUs. On the CPU the memory is shared between processes, and the flags are words
+in it that the receiver looks at.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from ..shm.pinned import Segment
+
+CHANNELS = 32
+"""Flags from each rank to each other one."""
+
+Word = tuple[int, int]
+"""Which flag, and its value."""
+
+REMEDY = "Use fewer frames or a smaller size, or switch overlap_p2p_comm off."
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
+
+
+@dataclass(frozen=True)
+class Letter:
+    """Some columns of the matrices of a tensor, from one rank for the memory of another. All sizes are bytes.
+
+    Args:
+        rank: who gets them; where they are waited for, who sends them.
+        channel: whose flag tells of them.
+        shape: matrices, rows, and the bytes of a row.
+        start: where in the tensor the first row begins.
+        strides: from a matrix to the next, and from a row to the next.
+        offset: where in the receiver's memory the first row is to begin.
+        strides_there: from a matrix and from a row to the next there.
+        packed: where they lie row after row if they are set down on the way, in memory as large as the receiver's.
+            No other letter lies there.
+    """
+
+    rank: int
+    channel: int
+    shape: tuple[int, int, int]
+    start: int
+    strides: tuple[int, int]
+    offset: int
+    strides_there: tuple[int, int]
+    packed: int
+
+
+class Mailbox(ABC):
+    """The memory of the ranks of `group`, as one of them sees it.
+
+    What `send` writes, the receiver's `wait` for that letter makes available to the work that its device does next; the
+    nth `wait` for a sender and channel is for the nth letter. Nothing is acknowledged: whoever sends must know by other
+    means that what lies there has been read.
+
+    Attributes:
+        members: the ranks of the group.
+        processors: multiprocessors of the GPU of each of them; 0 without one.
+        hops: how often what is sent is copied on its way.
+    """
+
+    hops = 1
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+        self.members = tuple(dist.get_process_group_ranks(group))
+        self.place, self.ranks = dist.get_rank(group), len(self.members)
+        self.processors = (0,) * self.ranks
+        self.nbytes = 0
+        self._layout: Hashable = None
+
+    def reserve(self, nbytes: int) -> None:
+        """Have at least `nbytes` on every rank. A collective call; whatever was sent has been waited for.
+
+        Raises:
+            HostMemoryError: on every rank. The host has no room for what is set down there.
+        """
+        if nbytes <= self.nbytes:
+            return
+        self.close()
+        self._make(nbytes)
+        self.nbytes, self._layout = nbytes, None
+        self._sent = [[0] * CHANNELS for _ in range(self.ranks)]
+        self._awaited = [[0] * CHANNELS for _ in range(self.ranks)]
+        dist.barrier(self.group)  # all flags are down
+
+    def arrange(self, layout: Hashable, nbytes: int) -> None:
+        """The same, for use in another way than before if `layout` is another one."""
+        self.reserve(nbytes)
+        if layout != self._layout:
+            self._layout = layout
+            dist.barrier(self.group)  # all have read what lay there
+
+    def close(self) -> None:
+        """Give the memory back, on all ranks, or lose count after a run that was given up."""
+        if self.nbytes:
+            self.nbytes = 0
+            self._drop()
+
+    def own(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A part of this rank's memory, from byte `offset` on."""
+        return self._part(self.place, offset, shape, dtype)
+
+    def send(self, letters: Sequence[Letter], tensor: torch.Tensor) -> None:
+        """Write parts of a contiguous tensor, as the device has computed it by then, into the memory of ranks.
+
+        In this order. Keep the tensor until all have it, or give it to `hold`.
+        """
+        self._write(letters, [self._count(letter) for letter in letters], tensor)
+
+    def wait(self, letters: Sequence[Letter]) -> None:
+        """Let the device go on once these letters are there, the next ones of their senders on their channels.
+
+        Best in the order in which they come.
+        """
+        words = []
+        for letter in letters:
+            self._awaited[letter.rank][letter.channel] += 1
+            words.append((letter.rank * CHANNELS + letter.channel, self._awaited[letter.rank][letter.channel]))
+        if words:
+            self._await(letters, words)
+
+    def _count(self, letter: Letter) -> int:
+        """Count it; the number of letters to its receiver on its channel by now."""
+        self._sent[letter.rank][letter.channel] += 1
+        return self._sent[letter.rank][letter.channel]
+
+    def _flag(self, letter: Letter) -> int:
+        """Which of the receiver's flags is raised for it."""
+        return self.place * CHANNELS + letter.channel
+
+    @abstractmethod
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Should `tensor` be dropped, let nothing else have its memory before what was sent of it has left."""
+
+    @abstractmethod
+    def _make(self, nbytes: int) -> None: ...
+
+    @abstractmethod
+    def _drop(self) -> None: ...
+
+    @abstractmethod
+    def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
+        """Have these letters in their places; the own flag that tells of each has the value beside it then."""
+
+
+class HostMailbox(Mailbox):
+    """Between processes on CPUs."""
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Nothing to do: `send` has copied it when it returns."""
+
+    def _make(self, nbytes: int) -> None:
+        self._segment = Segment(
+            nbytes, self.place, self.ranks, self.device, self.group, "what the workers send each other", REMEDY
+        )
+
+    def _drop(self) -> None:
+        self._segment.close()
+        del self._segment
+
+    def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        length = prod(shape) * dtype.itemsize
+        return self._segment.data[rank][offset : offset + length].view(dtype).view(*shape)
+
+    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
+        source = tensor.view(-1).view(torch.uint8)
+        for letter, value in zip(letters, values, strict=True):
+            if all(letter.shape):
+                there = strided(self._segment.data[letter.rank], letter.shape, letter.offset, letter.strides_there)
+                there.copy_(strided(source, letter.shape, letter.start, letter.strides))
+            self._segment.words[letter.rank][self._flag(letter)] = value
+
+    def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
+        flags = self._segment.words[self.place]
+        pause = _SHORTEST_PAUSE
+        for flag, value in words:
+            while flags[flag] < value:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def strided(data: torch.Tensor, shape: tuple[int, int, int], start: int, strides: tuple[int, int]) -> torch.Tensor:
+    """Matrices of bytes among the bytes of `data`."""
+    return data.as_strided(shape, (*strides, 1), data.storage_offset() + start)

@@ -1,0 +1,208 @@
+"""Where the time of a forward went: computing, exchanging with other ranks, waiting for them.
+
+A rank's device stands still where it needs what others have: an all-to-all, a block of a ring, a sum, the residual
+stream of the stage before, weights that are gathered or copied from host memory, latents that come in and go out.
+Strategies put `standing` around these places. On CUDA that is a pair of events in the stream that computes, read once
+the forward is over, so nothing is synchronised in between, and what is hidden behind computation is not counted. On a
+CPU it is the clock.
+
+What stands still may be on its way, or not even sent. No rank gets what it waits for before all have come to the same
+place, and the one that comes last waits for the transfer alone. So of each exchange
+
+- **exchange** is the shortest time for which any rank of its group stood still,
+- **waiting** is what another rank stood still beyond that: the time until the last one came.
+  So is the time for which a rank holds back until its leader has come to a block (cancel.py), and that from its own
+  end of the forward to the end of the slowest rank.
+- **compute** is the rest of the forward: kernels, and the launching of them.
+
+These add up to the seconds of the forward on every rank. The border between the last two is sharp where all take part
+in a transfer. Where ranks write into each other's memory (peer_memory.py), the last one may find all that it needs
+there, and the transfer from it to the others counts as waiting for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..protocol.messages import Stall
+
+ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums", "pipeline", "weights", "patches"
+LATER_SLICES = "all-to-all of later slices"
+"""Apart from the others, as not every rank has heads for as many slices (ulysses_overlap.py)."""
+USP = "USP"
+"""xfuser's attention less the kernel in it: its exchanges, with the copies around them."""
+LATENTS = "latents"
+"""Copies of the inputs from the client's memory, and of the result back."""
+GATE = "gate"
+"""Waiting alone, nothing is exchanged."""
+
+_Key = tuple[str, tuple[int, ...]]
+"""Kind of an exchange, and the ranks that take part; none where a rank needs no other."""
+
+
+class Spans:
+    """Stretches of time on a device, without making the host wait. Use on the stream that stands still."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: list[float] = []
+        self._begin = 0.0
+
+    def start(self) -> None:
+        if self._cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds.append(time.perf_counter() - self._begin)
+
+    def each(self) -> list[float]:
+        """Seconds of every stretch. Waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return self._seconds + [start.elapsed_time(stop) / 1000 for start, stop in self._events]
+
+
+class Watch:
+    """What `standing` notes down during one forward of this rank."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._spans: dict[_Key, list[Spans]] = {}
+        self._own: dict[_Key, Spans] = {}
+        self.open: Spans | None = None
+
+    def spans(self, kind: str, ranks: tuple[int, ...]) -> Spans:
+        """Where the stretches of one kind and group go."""
+        key = (kind, ranks)
+        if key not in self._own:
+            self._own[key] = self.add(kind, ranks, Spans(self._device))
+        return self._own[key]
+
+    def add(self, kind: str, ranks: tuple[int, ...], spans: Spans) -> Spans:
+        """Count stretches that somebody else takes down."""
+        self._spans.setdefault((kind, ranks), []).append(spans)
+        return spans
+
+    def stalls(self) -> tuple[Stall, ...]:
+        """All of them. Waits for the stream that computes, not for what others still send for a later forward."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return tuple(
+            Stall.of(kind, ranks, itertools.chain.from_iterable(part.each() for part in parts))
+            for (kind, ranks), parts in self._spans.items()
+        )
+
+
+_current: Watch | None = None
+"""Of the forward that runs: a process has one device and does one request at a time."""
+
+
+@contextmanager
+def measuring(device: torch.device) -> Iterator[Watch]:
+    """One forward, of which `standing` takes notes."""
+    global _current
+    _current = Watch(device)
+    try:
+        yield _current
+    finally:
+        _current = None
+
+
+@contextmanager
+def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Around the place where the stream that computes waits for an exchange of `kind` among some ranks.
+
+    All of `among` come by the same such places in the same order. Does nothing outside a forward, for a rank alone, and
+    inside another `standing`, which counts the whole.
+    """
+    watch = _current
+    if watch is None or watch.open is not None or (ranks := _ranks(among)) is None:
+        yield
+        return
+    watch.open = watch.spans(kind, ranks)
+    watch.open.start()
+    try:
+        yield
+    finally:
+        spans, watch.open = watch.open, None
+        spans.stop()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Around what is computed in the middle of a `standing`, which does not count it."""
+    watch = _current
+    if watch is None or watch.open is None:
+        yield
+        return
+    spans, watch.open = watch.open, None
+    spans.stop()
+    try:
+        yield
+    finally:
+        watch.open = spans
+        spans.start()
+
+
+def counted(kind: str, among: Sequence[int] | dist.ProcessGroup | None, spans: Spans) -> Spans:
+    """Let the forward that runs count `spans`, which are taken down and read elsewhere too."""
+    return spans if _current is None else _current.add(kind, _ranks(among) or (), spans)
+
+
+def _ranks(among: Sequence[int] | dist.ProcessGroup | None) -> tuple[int, ...] | None:
+    """The ranks that exchange: none of them for one that needs no other; None for one that is alone with itself."""
+    if among is None:
+        return ()
+    ranks = tuple(among if isinstance(among, Sequence) else dist.get_process_group_ranks(among))
+    return ranks if len(ranks) > 1 else None
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Where the seconds of a forward went on one rank; see the module. `exchanges` has the exchange by kind."""
+
+    compute: float
+    exchange: float
+    waiting: float
+    exchanges: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exchange + self.waiting
+
+
+def rank_times(seconds: Sequence[float], stalls: Sequence[Sequence[Stall]]) -> tuple[RankTimes, ...]:
+    """What each rank's time was spent on, from the seconds of its forward and its stalls, both by rank."""
+    stood = [{(stall.kind, stall.ranks): stall.seconds for stall in own} for own in stalls]
+    times = []
+    for rank, own in enumerate(stood):
+        exchanges: dict[str, float] = {}
+        for (kind, ranks), spans in own.items():
+            if kind != GATE:
+                groups = (stood[other].get((kind, ranks), []) for other in ranks or (rank,))
+                least = sum(_least(groups)[: len(spans)])
+                exchanges[kind] = exchanges.get(kind, 0.0) + least
+        exchange, still = sum(exchanges.values()), sum(sum(spans) for spans in own.values())
+        compute = max(0.0, seconds[rank] - still)  # a GPU's clock and the host's differ by microseconds
+        waiting = max(0.0, max(seconds) - compute - exchange)
+        times.append(RankTimes(compute, exchange, waiting, tuple(sorted(exchanges.items()))))
+    return tuple(times)
+
+
+def _least(groups: Iterator[list[float]]) -> list[float]:
+    """The shortest of each exchange over the ranks that took part in it."""
+    return [min(s for s in one if s is not None) for one in itertools.zip_longest(*groups)]

@@ -1,0 +1,268 @@
+"""Exact self-attention over a token sequence that several ranks share: Ulysses x ring, any lengths and heads.
+
+Each rank holds a run of tokens with all heads. Within an Ulysses group one exchange turns that into all tokens
+of the group with a share of the heads; around a ring the keys and values of the other groups pass by, and the
+blocks are merged with float32 log-sum-exps. Nothing is padded: token counts and head counts may be uneven.
+
+The ring's point-to-point exchange is yunchang's. Its process groups are not used, because they are runs of
+consecutive ranks, which the ranks of a sequence are not where tensor-parallel ranks lie between them; nor are its
+attention wrappers, because their log-sum-exp is zero or rounded for several kernels (see
+tests/distributed/parallel/test_sequence.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...wanvideo.attention.kernels import AttentionKernel
+from ...wanvideo.variants.infinitetalk import OverSequence
+from ..comm import timing
+from ..plan.degrees import SequenceDegrees, head_speeds, shares
+
+
+class MissingPackage(RuntimeError):
+    """A package that several workers need is not installed. The text has the line that installs it."""
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """This rank's place among the ranks that share a sequence.
+
+    Shard i of the sequence belongs to rank `ranks[i]`; an Ulysses group is a run of `ranks`, and a ring goes
+    through the ranks with the same place in their Ulysses groups.
+
+    Attributes:
+        speeds: of its ranks, after which they share tokens and heads; empty where all are alike.
+    """
+
+    degrees: SequenceDegrees
+    ranks: tuple[int, ...]
+    index: int
+    ulysses: dist.ProcessGroup | None = None
+    ring: dist.ProcessGroup | None = None
+    speeds: tuple[int, ...] = ()
+
+    @property
+    def ulysses_index(self) -> int:
+        return self.index % self.degrees.ulysses
+
+    @property
+    def ring_index(self) -> int:
+        return self.index // self.degrees.ulysses
+
+    def shard(self, tokens: int) -> tuple[int, int]:
+        """Start and stop of this rank's tokens."""
+        lengths = self.lengths(tokens)
+        start = sum(lengths[: self.index])
+        return start, start + lengths[self.index]
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Tokens of each rank."""
+        return shares(tokens, self.degrees.ranks, self.speeds)
+
+    def heads(self, heads: int) -> list[int]:
+        """Heads of each place in an Ulysses group."""
+        return shares(heads, self.degrees.ulysses, head_speeds(self.degrees, self.speeds))
+
+
+def place_in(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
+    """The place of `rank` in the one of `groups` that has it, without process groups."""
+    ranks = next(group for group in groups if rank in group)
+    return SequenceGroup(degrees, ranks, ranks.index(rank))
+
+
+def join_group(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
+    """Make the process groups of `degrees` (a collective call: every rank names the same `groups`).
+
+    Raises:
+        MissingPackage: yunchang is not installed, and there is a ring.
+    """
+    group = place_in(degrees, rank, groups)
+    if degrees.ring > 1:
+        _import_yunchang("ring.utils")
+    ulysses, ring = [], []
+    for ranks in groups:
+        ulysses += [ranks[start : start + degrees.ulysses] for start in range(0, len(ranks), degrees.ulysses)]
+        ring += [ranks[start :: degrees.ulysses] for start in range(degrees.ulysses)]
+    return replace(group, ulysses=own_process_group(ulysses, rank), ring=own_process_group(ring, rank))
+
+
+def own_process_group(groups: Iterable[Sequence[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make a process group of each of `groups` and return the one that has `rank`; None where that is alone.
+
+    A collective call: torch wants every rank to make all groups, and in the same order.
+    """
+    own = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks))
+            own = group if rank in ranks else own
+    return own
+
+
+def leave_groups(groups: Iterable[dist.ProcessGroup | None]) -> None:
+    """End process groups of this rank (their other ranks do the same)."""
+    for group in groups:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
+def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
+    """Sums and maxima over all ranks of a sequence, whose process groups are an Ulysses group and a ring."""
+
+    def reduce(op: dist.ReduceOp, x: torch.Tensor) -> torch.Tensor:
+        for group in groups:
+            if group is not None:
+                with timing.standing(timing.SUMS, group):
+                    dist.all_reduce(x, op, group)
+        return x
+
+    return OverSequence(partial(reduce, dist.ReduceOp.SUM), partial(reduce, dist.ReduceOp.MAX))
+
+
+class NativeAttention:
+    """Self-attention over the shards of `group`, on torch.distributed.
+
+    Args:
+        tokens: length of the whole sequence.
+        heads: heads of the model.
+        overlap: start each ring exchange before the block at hand is computed.
+    """
+
+    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True):
+        self.group, self.kernel, self.overlap = group, kernel, overlap
+        self.lengths = group.lengths(tokens)
+        self.heads = group.heads(heads)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape."""
+        if self.group.degrees.ulysses > 1:
+            q, k, v = self._tokens_for_heads(q, k, v)
+        out = self._attend(q, k, v)
+        return self._heads_for_tokens(out) if self.group.degrees.ulysses > 1 else out
+
+    def _ulysses_lengths(self, ring_index: int) -> list[int]:
+        """Tokens of each rank of the Ulysses group at `ring_index`."""
+        start = ring_index * self.group.degrees.ulysses
+        return self.lengths[start : start + self.group.degrees.ulysses]
+
+    def _tokens_for_heads(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each [B, n, heads, d] becomes [B, tokens of the Ulysses group, share of the heads, d].
+
+        All three travel in one exchange. Tokens lead in its layout, so that what arrives from the ranks in
+        their order is the longer sequence without another copy.
+        """
+        batch, n, _, d = qkv[0].shape
+        lengths = self._ulysses_lengths(self.group.ring_index)
+        mine = self.heads[self.group.ulysses_index]
+        token = batch * 3 * d  # elements of one token with one head
+        outgoing = qkv[0].new_empty(n * token * sum(self.heads))
+        for part, start, heads in _runs(outgoing, self.heads, n * token):
+            packed = part.view(n, batch, 3, heads, d)
+            for i, x in enumerate(qkv):
+                packed[:, :, i].copy_(x[:, :, start : start + heads].transpose(0, 1))
+        arrived = self._exchange(
+            outgoing, [n * token * h for h in self.heads], [length * token * mine for length in lengths]
+        )
+        packed = arrived.view(sum(lengths), batch, 3, mine, d)
+        return tuple(packed[:, :, i].transpose(0, 1) for i in range(3))
+
+    def _heads_for_tokens(self, out: torch.Tensor) -> torch.Tensor:
+        """The way back: [B, tokens of the group, share of heads, d] to [B, n, heads, d]."""
+        batch, _, mine, d = out.shape
+        n = self._ulysses_lengths(self.group.ring_index)[self.group.ulysses_index]
+        lengths = self._ulysses_lengths(self.group.ring_index)
+        arrived = self._exchange(
+            out.transpose(0, 1).contiguous().view(-1),
+            [length * batch * mine * d for length in lengths],
+            [n * batch * h * d for h in self.heads],
+        )
+        parts = [part.view(n, batch, h, d) for part, _, h in _runs(arrived, self.heads, n * batch * d)]
+        return torch.cat(parts, dim=2).transpose(0, 1)
+
+    def _exchange(self, outgoing: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        arrived = outgoing.new_empty(sum(received))
+        with timing.standing(timing.ALL_TO_ALL, self.group.ulysses):
+            dist.all_to_all_single(arrived, outgoing, received, sent, group=self.group.ulysses)
+        return arrived
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.group.degrees.ring == 1:
+            return self.kernel(q, k, v)
+        merged: _Merge | None = None
+        for _, keys, values in self._passing(k, v, self.overlap):
+            out, lse = self.kernel.with_lse(q, keys, values)
+            merged = _Merge(out, lse) if merged is None else merged.add(out, lse)
+        return merged.out.to(q.dtype)
+
+    def _passing(
+        self, k: torch.Tensor, v: torch.Tensor, overlap: bool
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The keys and values of every place in the ring, this one's first, as they pass by.
+
+        Args:
+            overlap: the next ones travel while the caller works with those that it was given.
+        """
+        steps = self.group.degrees.ring
+        comm = _import_yunchang("ring.utils").RingComm(self.group.ring)
+        held, origin = torch.stack((k, v)), self.group.ring_index
+        for step in range(steps - 1):
+            following = (self.group.ring_index - step - 1) % steps
+            incoming = held.new_empty(2, len(k), sum(self._ulysses_lengths(following)), *k.shape[2:])
+            comm.send_recv(held, incoming)
+            comm.commit()
+            if not overlap:
+                self._wait(comm)
+            yield origin, held[0], held[1]
+            if overlap:
+                self._wait(comm)
+            held, origin = incoming, following
+        yield origin, held[0], held[1]
+
+    def _wait(self, comm: Any) -> None:
+        with timing.standing(timing.RING, self.group.ring):
+            comm.wait()
+
+
+class _Merge:
+    """Attention over keys that came in blocks, from the output and the log-sum-exp of each block."""
+
+    def __init__(self, out: torch.Tensor, lse: torch.Tensor):
+        self.out, self.lse = out.float(), _by_token(lse)
+
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> _Merge:
+        """out [B, n, heads, d], lse [B, heads, n] of one more block."""
+        share = torch.sigmoid(_by_token(lse) - self.lse)  # of the new block in the sum of both
+        self.out = torch.lerp(self.out, out.float(), share)
+        self.lse = torch.logaddexp(self.lse, _by_token(lse))
+        return self
+
+
+def _import_yunchang(module: str) -> ModuleType:
+    try:
+        return import_module(f"yunchang.{module}")
+    except ModuleNotFoundError as error:
+        raise MissingPackage(
+            f"{error.name} is not installed, and a ring of workers needs it. "
+            "Run ./install_xdit_usp.sh in the WanParallel folder, or set ring_degree to 1."
+        ) from error
+
+
+def _by_token(lse: torch.Tensor) -> torch.Tensor:
+    return lse.float().transpose(1, 2).unsqueeze(-1)
+
+
+def _runs(buffer: torch.Tensor, counts: list[int], size: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Cut a flat buffer into runs of count * size elements: (run, sum of the counts before, count)."""
+    start = 0
+    for count in counts:
+        yield buffer[start * size : (start + count) * size], start, count
+        start += count

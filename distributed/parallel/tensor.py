@@ -1,0 +1,169 @@
+"""Tensor parallelism on one page: each rank has some heads and some hidden columns (Megatron-LM, arXiv 1909.08053).
+
+q, k, v and the first matrix of a feed-forward are cut by rows, o and the second by columns: a rank goes from its
+heads or hidden columns to a partial sum over the full width without asking anybody, and one all-reduce completes it.
+So are the attentions beside those of every Wan model: to speech, to a face, to sound, to music.
+The norms of q and k go over the full width, of which a rank has a part: the sums of squares are reduced, one number a
+token. The residual stream is the same on all ranks of a group.
+
+The sums travel in the compute dtype. In float32 that is exact to its rounding. In 16 bit each rank rounds its part of a
+sum, which the residual stream then takes in float32: on a random model the error against float32 becomes 1.09, 1.16
+and 1.32 times that of one process on 2, 4 and 8 ranks (bf16, gloo). Sums in float32 would keep it, at twice the bytes
+of what is by far the largest exchange of all strategies: three sums of the full width in each block. Those of
+cross-attention and feed-forward can travel while another slice of tokens is computed (`overlapped`), over a
+communicator of their own, as the norms' small reduces would queue behind them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ...wanvideo.base.lora import WeightPatch, narrow_patch
+from ...wanvideo.model.layers import Attention, Block
+from ...wanvideo.model.model import WanModel
+from ...wanvideo.quant.quantized import Weight, rows_together
+from ...wanvideo.variants.infinitetalk import TalkBlock
+from ..comm import timing
+from ..plan.degrees import bounds
+
+_UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
+ROWS, PAIRS, COLUMNS, GATHERED, ONCE = "rows", "pairs", "columns", "gathered", "once"
+
+_ATTENTION = r"((self|cross|audio_cross)_attn|(audio|music)_injector\.injector\.\d+)"
+_SPEECH, _FACE = r"audio_cross_attn", r"face_adapter\.fuser_blocks\.\d+"  # keys and values of one matrix
+
+# How each tensor is divided: its rows; those of each half, which are keys and values; its columns, the products being
+# summed; its rows, the products being put together; or not at all, on the first rank alone, as a bias that must enter a
+# sum once. Others are on every rank.
+_SPLITS = (
+    (rf"{_ATTENTION}\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
+    (rf"{_ATTENTION}\.norm_(q|k|k_img)\.weight", ROWS),
+    (rf"{_ATTENTION}\.o\.weight", COLUMNS),
+    (rf"{_ATTENTION}\.o\.bias", ONCE),
+    (rf"({_SPEECH}\.q_linear|{_FACE}\.linear1_q)\.(weight|bias)", ROWS),
+    (rf"({_SPEECH}\.kv_linear|{_FACE}\.linear1_kv)\.(weight|bias)", PAIRS),
+    (rf"({_SPEECH}\.proj|{_FACE}\.linear2)\.weight", COLUMNS),
+    (rf"({_SPEECH}\.proj|{_FACE}\.linear2)\.bias", ONCE),
+    (r"(ffn|text_embedding)\.0\.(weight|bias)", ROWS),
+    (r"(ffn|text_embedding)\.2\.weight", COLUMNS),
+    (r"(ffn|text_embedding)\.2\.bias", ONCE),
+    (r"time_projection\.1\.(weight|bias)", GATHERED),
+    (r"injector_adain_layers\.\d+\.linear\.(weight|bias)", GATHERED),
+)
+_USED_LATER = re.compile(r"(^|\.)(cross_attn\.o|ffn\.2)$")  # outputs that a block asks to have `arrived`
+_PATTERNS = tuple((re.compile(rf"(^|\.){pattern}$"), how) for pattern, how in _SPLITS)
+
+
+def split_of(name: str) -> str | None:
+    """How the tensor of that name is divided; None if every rank has the whole."""
+    return next((how for pattern, how in _PATTERNS if pattern.search(name)), None)
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """What one of `size` tensor-parallel ranks holds and sums. A size of 1 is the whole model.
+
+    Attention is cut between heads because the number of heads is a multiple of `size` (`ParallelPlan.check_model`).
+    """
+
+    size: int = 1
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+    overlapped: dist.ProcessGroup | None = None
+    _travelling: dict[int, dist.Work] = field(default_factory=dict, compare=False)
+
+    def held_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of this rank's part of a tensor."""
+        dim, runs = self._cut(name, shape)
+        return (*shape[:dim], sum(length for _, length in runs), *shape[dim + 1 :])
+
+    def take(self, name: str, weight: Weight) -> Weight:
+        """This rank's part of a tensor; of one mapped from a file, no other part is read."""
+        if split_of(name) == ONCE and self.index > 0:
+            return torch.zeros_like(weight)
+        dim, runs = self._cut(name, tuple(weight.shape))
+        if runs == [(0, weight.shape[dim])]:
+            return weight
+        return rows_together([weight.narrow(dim, *run) for run in runs])
+
+    def take_patches(self, name: str, shape: tuple[int, ...], patches: Sequence[WeightPatch]) -> Sequence[WeightPatch]:
+        """What `patches` of a whole tensor of that shape change in this rank's part.
+
+        Raises:
+            PatchError: a patch does not have the shape of the whole.
+        """
+        if split_of(name) == ONCE and self.index > 0:
+            return ()
+        dim, runs = self._cut(name, shape)
+        if runs == [(0, shape[dim])]:
+            return patches
+        return [narrow_patch(patch, shape, dim, runs) for patch in patches]
+
+    def apply(self, model: WanModel) -> None:
+        """Let a model that holds this rank's parts give what the whole one gives."""
+        if self.size == 1:
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, Attention):
+                module.mean_squares = self.mean_squares
+            if isinstance(module, TalkBlock):
+                module.over_heads = self.sum
+            if isinstance(module, Block) and self.overlapped is not None:
+                module.at_once, module.arrived = 2, self._arrived
+            how = split_of(f"{name}.weight")
+            if how == COLUMNS:
+                later = self.overlapped is not None and _USED_LATER.search(name) is not None
+                module.register_forward_hook(self._start_sum if later else self._sum_output)
+            elif how == GATHERED:
+                module.register_forward_hook(self._gather_output)
+
+    def mean_squares(self, *rows: torch.Tensor) -> list[torch.Tensor]:
+        """Mean squares [B, n] over the full width of rows [B, n, width / size]; all travel in one reduce."""
+        sums = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square() for x in rows]
+        means = self.sum(torch.cat([s.flatten() for s in sums])) / (rows[0].shape[-1] * self.size)
+        return [mean.view_as(s) for mean, s in zip(means.split([s.numel() for s in sums]), sums, strict=True)]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Add up x over the ranks, in place."""
+        if x.numel():
+            with timing.standing(timing.SUMS, self.group):
+                dist.all_reduce(x, group=self.group)
+        return x
+
+    def _cut(self, name: str, shape: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
+        """This rank's part: the dimension, and start and length of each run in it."""
+        how = split_of(name) if self.size > 1 else None
+        if how is None or how == ONCE:
+            return 0, [(0, shape[0])]
+        dim, halves = 1 if how == COLUMNS else 0, 2 if how == PAIRS else 1
+        size = shape[dim] // halves
+        unit = _UNIT if size % self.size and size % _UNIT == 0 else 1
+        start, stop = bounds(size // unit, self.size, self.index)
+        return dim, [(half * size + start * unit, (stop - start) * unit) for half in range(halves)]
+
+    def _sum_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return self.sum(output)
+
+    def _start_sum(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        if output.numel():
+            self._travelling[id(output)] = dist.all_reduce(output, group=self.overlapped, async_op=True)
+
+    def _arrived(self, output: torch.Tensor) -> torch.Tensor:
+        """Make the device wait for the sum of what `_start_sum` has seen."""
+        work = self._travelling.pop(id(output), None)
+        if work is not None:
+            with timing.standing(timing.SUMS, self.overlapped):
+                work.wait()
+        return output
+
+    def _gather_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(output) for _ in range(self.size)]
+        with timing.standing(timing.SUMS, self.group):
+            dist.all_gather(parts, output, group=self.group)
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,236 @@
+"""How Ulysses' exchange is cut into letters: into which slices a rank's heads go, what of queries, keys, values and
+output lies where in whose memory, and in which order it travels. ulysses_overlap.py sends it.
+
+The heads of a rank are columns of a matrix of tokens, which copy engines take out and put in as fast as one run of
+bytes (266 to 390 GB/s over NVLink from 256 bytes a row on): nothing is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain, groupby
+from operator import itemgetter
+
+import torch
+
+from ..comm.peer_memory import Letter
+
+MOST_SLICES = 3
+_FIRST_CHANNEL = {kind: place * MOST_SLICES for place, kind in enumerate(("v", "k", "q", "output"))}
+_ALIGN = 256
+
+_TILE = 128
+"""Queries of one head that a block of an attention kernel works on at a time."""
+_HOP = 0.1
+"""What a copy of a head's queries through host memory takes, of its attention: 0.12 for 2 H200s on PCIe 5 and 32,760
+tokens, less for slower GPUs and more tokens."""
+
+
+@lru_cache(maxsize=64)
+def cut(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
+    """Heads of each slice of a rank, where they travel fast: two, as more make attention kernels smaller.
+
+    The blocks of an attention kernel take turns on the multiprocessors, and the last turn is seldom a full one. Of all
+    ways to cut this is the one with the fewest turns (10 heads of 75,600 queries take 46 on an H200 as 5 and 5, and 45
+    as 6 and 4), and the most even one of these.
+
+    Args:
+        queries: of each head in one batch item.
+        processors: multiprocessors of the rank's GPU; 0 where that does not matter.
+    """
+    if heads < 2:
+        return (1,) * heads
+    tiles = batch * -(-queries // _TILE)
+    ways = ((first, heads - first) for first in range(heads - 1, 0, -1))
+    return min(ways, key=lambda way: (_turns(way, tiles, processors), abs(way[0] - way[1])))
+
+
+@lru_cache(maxsize=64)
+def cut_for_two_hops(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
+    """The same where they travel through host memory: a short slice, soon there, a long one, and a short one, whose
+    output is soon away.
+
+    Of all ways to cut this is the one that is expected to take least, counted in the attention of a head: turns, the
+    ways of the first slice's queries and of the last one's output, and what of the others is not hidden behind the
+    slice before.
+    """
+    if heads < MOST_SLICES:
+        return (1,) * heads
+    tiles = batch * -(-queries // _TILE)
+
+    def cost(way: tuple[int, int, int]) -> float:
+        first, middle, last = way
+        turns = _turns(way, tiles, processors) * processors / tiles
+        late = max(0.0, 3 * _HOP * middle - first)  # keys up, queries up, queries down
+        late += max(0.0, 2 * _HOP * middle - last)  # output up and down
+        return turns + 2 * _HOP * (first + last) + late
+
+    ways = ((first, heads - first - last, last) for first in range(1, heads - 1) for last in range(1, heads - first))
+    return min(ways, key=cost)
+
+
+def _turns(way: Sequence[int], tiles: int, processors: int) -> int:
+    return sum(-(-count * tiles // processors) for count in way) if processors else 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What lies where in a mailbox: keys, values, queries, output, each [B, tokens, heads, head_dim].
+
+    Args:
+        lengths: tokens of each rank.
+        cuts: heads of each slice of each rank.
+        apart: the slices of keys and values travel and lie apart, as those of queries always do.
+    """
+
+    lengths: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    batch: int
+    head_dim: int
+    dtype: torch.dtype
+    apart: bool
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        """Of each rank."""
+        return tuple(sum(counts) for counts in self.cuts)
+
+    @property
+    def tokens(self) -> int:
+        """Of all ranks."""
+        return sum(self.lengths)
+
+    def slices(self, rank: int) -> list[tuple[int, int]]:
+        """Start and length of the slices of heads of `rank`, counted from its first head."""
+        counts = self.cuts[rank]
+        return list(zip(accumulate(counts, initial=0), counts))  # noqa: B905 (accumulate gives the end too)
+
+    def parcels(self, kind: str, rank: int) -> list[tuple[int, int]]:
+        """The same of those heads of `rank` whose queries, keys or values ("q", "k", "v") travel together."""
+        return self.slices(rank) if self.apart or kind == "q" else [(0, self.heads[rank])]
+
+    def place(self, kind: str, rank: int, first: int) -> int:
+        """The byte in the memory of `rank` at which the parcel that begins with its head `first` lies."""
+        return "kvq".index(kind) * self._all_heads(rank) + self.nbytes_of(self.batch * self.tokens * first)
+
+    def output(self, rank: int) -> int:
+        """The same for the output of all heads for its tokens."""
+        return 3 * self._all_heads(rank)
+
+    def nbytes_of(self, vectors: int) -> int:
+        """Bytes of so many vectors of a head."""
+        return vectors * self.head_dim * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the fullest memory needs."""
+        own = (self.nbytes_of(self.batch * length * sum(self.heads)) for length in self.lengths)
+        return max(self.output(rank) + size for rank, size in enumerate(own))
+
+    def letters(self, kind: str, sender: int, receiver: int) -> list[Letter]:
+        """What `receiver` gets of the queries, keys or values [B, n, heads, head_dim] of `sender`, parcel by parcel."""
+        before, n = sum(self.lengths[:sender]), self.lengths[sender]
+        vector, row = self.nbytes_of(1), self.nbytes_of(sum(self.heads))
+        letters = []
+        for part, (first, count) in enumerate(self.parcels(kind, receiver)):
+            width, there = count * vector, self.place(kind, receiver, first)
+            letters.append(
+                Letter(
+                    receiver,
+                    _FIRST_CHANNEL[kind] + part,
+                    (self.batch, n, width),
+                    start=(sum(self.heads[:receiver]) + first) * vector,
+                    strides=(n * row, row),
+                    offset=there + before * width,
+                    strides_there=(self.tokens * width, width),
+                    packed=there + self.batch * before * width,
+                )
+            )
+        return letters
+
+    def letters_of_output(self, sender: int, receiver: int) -> list[Letter]:
+        """What `receiver` gets of the output [B, tokens of all, heads of a slice, head_dim] of `sender`, by slices."""
+        n, vector, row = self.lengths[receiver], self.nbytes_of(1), self.nbytes_of(sum(self.heads))
+        letters = []
+        for part, (first, count) in enumerate(self.slices(sender)):
+            width, before = count * vector, (sum(self.heads[:sender]) + first) * vector
+            letters.append(
+                Letter(
+                    receiver,
+                    _FIRST_CHANNEL["output"] + part,
+                    (self.batch, n, width),
+                    start=sum(self.lengths[:receiver]) * width,
+                    strides=(self.tokens * width, width),
+                    offset=self.output(receiver) + before,
+                    strides_there=(n * row, row),
+                    packed=self.output(receiver) + self.batch * n * before,
+                )
+            )
+        return letters
+
+    def _all_heads(self, rank: int) -> int:
+        """Bytes of the keys, values or queries."""
+        size = self.nbytes_of(self.batch * self.tokens * self.heads[rank])
+        return -(-size // _ALIGN) * _ALIGN
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What one rank sends for each block, and what it waits for, in the order in which it travels.
+
+    Values set out whole, then the first parcel of the keys, that of the queries, and what the later slices need.
+
+    Args:
+        sent: of what ("q", "k", "v"), and which letters, once queries, keys or values are there.
+        sent_output: once the output of each slice of its heads is there.
+        awaited: before each slice of its heads.
+        awaited_output: at the end.
+    """
+
+    sent: dict[str, list[tuple[str, list[Letter]]]]
+    sent_output: list[list[Letter]]
+    awaited: list[list[Letter]]
+    awaited_output: list[Letter]
+
+    @classmethod
+    def of(cls, layout: Layout, place: int, order: Sequence[int]) -> Mail:
+        """That of the rank at `place`, which takes the ranks in this order."""
+        out = {kind: _by_part(layout.letters(kind, place, rank) for rank in order) for kind in "vkq"}
+        coming = {kind: _by_part(_from(rank, layout.letters(kind, rank, place)) for rank in order) for kind in "vkq"}
+        first_keys, *later_keys = out["k"] or [[]]
+        with_queries = [("q", letters) for letters in out["q"]]
+        for part, letters in enumerate(later_keys):
+            with_queries.insert(2 * part + 1, ("k", letters))
+        awaited = [[*_at(coming["k"], part), *_at(coming["q"], part)] for part in range(len(layout.cuts[place]))]
+        if awaited:
+            awaited[0] = [*chain(*coming["v"]), *awaited[0]]
+        return cls(
+            sent={
+                "v": [("v", [*chain(*out["v"])])],
+                "k": [("k", first_keys)],
+                "q": [
+                    (kind, [*chain(*(letters for _, letters in together))])
+                    for kind, together in groupby(with_queries, key=itemgetter(0))
+                ],
+            },
+            sent_output=_by_part(layout.letters_of_output(place, rank) for rank in order),
+            awaited=awaited,
+            awaited_output=[*chain(*_by_part(_from(rank, layout.letters_of_output(rank, place)) for rank in order))],
+        )
+
+
+def _from(rank: int, letters: Iterable[Letter]) -> list[Letter]:
+    """As their receiver waits for them."""
+    return [replace(letter, rank=rank) for letter in letters]
+
+
+def _by_part(letters: Iterable[Sequence[Letter]]) -> list[list[Letter]]:
+    """Those of all ranks, first parcels first; ranks may have more of them than others."""
+    rows = list(letters)
+    return [[row[part] for row in rows if part < len(row)] for part in range(max(map(len, rows), default=0))]
+
+
+def _at(parts: Sequence[list[Letter]], part: int) -> list[Letter]:
+    return parts[part] if part < len(parts) else []

@@ -1,0 +1,127 @@
+"""Ulysses' exchange hidden behind computation: exact self-attention over the ranks of one Ulysses group.
+
+The exchange of sequence.py waits twice in each block: for queries, keys and values, and for the way back. Here each of
+the three sets out as soon as it is computed, while the products of the next one run, and attention goes in slices of
+heads: while one slice is computed, what the next one needs arrives and the output of the one before leaves. Only the
+last output and what of the first queries is slower than a product is waited for. The bytes are the same.
+
+Every rank writes into the others' memory (see peer_memory.py). No acknowledgement is needed: what a rank sends for a
+block it computes from that block's predecessor, for which it needed the output of every other rank, which has therefore
+read all that it had been sent; and the output goes to a rank that has sent its queries, so is done with the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...wanvideo.attention.kernels import AttentionKernel
+from ..comm.peer_memory import Mailbox
+from ..comm.timing import ALL_TO_ALL, LATER_SLICES, standing
+from .sequence import SequenceGroup
+from .ulysses_layout import Layout, Mail, cut, cut_for_two_hops
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Where in this rank's mailbox lies what all ranks send it.
+
+    Args:
+        slices: queries, keys and values [B, tokens of all, heads, head_dim] of each slice of the own heads.
+        output: [B, own tokens, all heads, head_dim].
+    """
+
+    slices: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    output: torch.Tensor
+
+
+class OverlappedAttention:
+    """Self-attention over the shards of an Ulysses group; all ranks of it call it for the same blocks in turn.
+
+    Args:
+        tokens: length of the whole sequence.
+        heads: heads of the model.
+    """
+
+    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, mailbox: Mailbox):
+        self.kernel, self.mailbox, self.place = kernel, mailbox, group.ulysses_index
+        self.lengths = tuple(group.lengths(tokens))
+        self.heads = tuple(group.heads(heads))
+        ranks = len(self.lengths)  # an order of its own for each, so that not all send to one at a time; itself last
+        self.order = [(self.place + i) % ranks for i in range(1, ranks + 1)]
+        self._given: tuple[int, int, torch.dtype] | None = None  # of what the layout depends on, what can change
+        self._announced: dict[str, torch.Tensor] = {}
+
+    def reserve(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Have memory for queries, keys and values [batch, n, heads, head_dim] that are to come; a collective call.
+
+        Raises:
+            HostMemoryError: on every rank. The host has no room for what is set down there.
+        """
+        self.mailbox.reserve(self._layout_of(batch, head_dim, dtype).nbytes)
+
+    def announce(self, kind: str, x: torch.Tensor) -> None:
+        """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
+        self._prepare(len(x), x.shape[-1], x.dtype)
+        x = self._announced[kind] = x.contiguous()  # not given back before it has left
+        for sent, letters in self._mail.sent[kind]:
+            self.mailbox.send(letters, self._announced[sent])
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape.
+
+        It lies where the next block's will.
+        """
+        for kind, x in (("v", v), ("k", k), ("q", q)):
+            if kind not in self._announced:
+                self.announce(kind, x)
+        arrivals, mail, among = self._arrivals, self._mail, self.mailbox.members
+        for part, inputs in enumerate(arrivals.slices):
+            with standing(LATER_SLICES if part else ALL_TO_ALL, among):
+                self.mailbox.wait(mail.awaited[part])
+            self._send_output(part, self.kernel(*inputs).contiguous())
+        with standing(ALL_TO_ALL, among):
+            self.mailbox.wait(mail.awaited_output)
+        # who has sent its output has had all of this rank's queries, keys and values
+        self._announced.clear()
+        return arrivals.output
+
+    def _send_output(self, part: int, out: torch.Tensor) -> None:
+        self.mailbox.hold(out)
+        self.mailbox.send(self._mail.sent_output[part], out)
+
+    def _prepare(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
+        given = batch, head_dim, dtype
+        if given == self._given:
+            return
+        layout = self._layout_of(*given)
+        with standing(ALL_TO_ALL, self.mailbox.members):
+            self.mailbox.arrange(layout, layout.nbytes)
+        self._given = given
+        self._arrivals = self._all_arrivals(layout)
+        self._mail = Mail.of(layout, self.place, self.order)
+
+    def _layout_of(self, batch: int, head_dim: int, dtype: torch.dtype) -> Layout:
+        far = self.mailbox.hops > 1
+        cut_heads, tokens = cut_for_two_hops if far else cut, sum(self.lengths)
+        ranks = zip(self.heads, self.mailbox.processors, strict=True)
+        cuts = tuple(cut_heads(heads, tokens, batch, processors) for heads, processors in ranks)
+        return Layout(self.lengths, cuts, batch, head_dim, dtype, apart=far)
+
+    def _all_arrivals(self, layout: Layout) -> Arrivals:
+        me = self.place
+
+        def own(offset: int, tokens: int, heads: int) -> torch.Tensor:
+            return self.mailbox.own(offset, (layout.batch, tokens, heads, layout.head_dim), layout.dtype)
+
+        def of_slice(kind: str, start: int, count: int) -> torch.Tensor:
+            """[B, tokens, heads of the slice, head_dim], among the heads of its parcel."""
+            first, heads = next(x for x in reversed(layout.parcels(kind, me)) if x[0] <= start)
+            parcel = own(layout.place(kind, me, first), layout.tokens, heads)
+            return parcel[:, :, start - first : start - first + count]
+
+        return Arrivals(
+            tuple(tuple(of_slice(kind, *heads) for kind in "qkv") for heads in layout.slices(me)),
+            own(layout.output(me), layout.lengths[me], sum(layout.heads)),
+        )

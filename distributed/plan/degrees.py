@@ -1,0 +1,362 @@
+"""How a pool's GPUs are shared out: the degrees of parallelism and the arithmetic behind them.
+
+Vocabulary: *data parallel* groups take different batch items (the conditional and the unconditional branch).
+A group's blocks are divided among *pipeline* stages, through which its items pass one after the other. Within a
+stage the token sequence is shared by `ulysses x ring` ranks: *Ulysses* exchanges heads for tokens around
+self-attention (DeepSpeed-Ulysses, arXiv 2309.14509), *ring* passes keys and values round (arXiv 2310.01889); USP
+combines them (arXiv 2405.07719). *Tensor* parallel ranks hold the same tokens and a part of each matrix
+(Megatron-LM, arXiv 1909.08053).
+
+Ranks are numbered data x pipeline x sequence x tensor, the last one fastest: the ranks that talk most are neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+MAX_GPUS = 8
+RING_COST = 0.2
+"""What a ring adds to self-attention, whatever its length, as a share of it: smaller blocks and their merge.
+
+Measured on 4 H200s, 14B at 480p: Ulysses 4 takes 0.710 s, Ulysses 2 x ring 2 0.792 s, ring 4 0.785 s; on 3, Ulysses 3
+with uneven heads takes 0.916 s and ring 3 0.965 s (benchmarks/results/h200.jsonl).
+"""
+
+
+class PlanError(ValueError):
+    """The sizes asked for cannot work. The text says why and which sizes do."""
+
+
+@dataclass(frozen=True)
+class SequenceDegrees:
+    """The ranks that share one token sequence: `ulysses` ranks a head exchange, `ring` exchanges in a ring."""
+
+    ulysses: int
+    ring: int
+
+    @property
+    def ranks(self) -> int:
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        return f"Ulysses {self.ulysses} x ring {self.ring}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands in each kind of parallelism, counted from 0."""
+
+    data: int
+    stage: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What the user asked for; a degree of 0 is chosen once the model is known.
+
+    Attributes:
+        speeds: of the GPUs by rank, in any unit, after which they share a sequence; empty where all are alike.
+    """
+
+    num_gpus: int = 2
+    data_parallel: int = 1
+    pipeline_parallel: int = 1
+    tensor_parallel: int = 1
+    ulysses_degree: int = 0
+    ring_degree: int = 0
+    speeds: tuple[int, ...] = ()
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share one token sequence while every data-parallel group has work."""
+        return self.num_gpus // (self.data_parallel * self.pipeline_parallel * self.tensor_parallel)
+
+    def place(self, rank: int) -> Place:
+        """Where `rank` stands."""
+        rest, tensor = divmod(rank, self.tensor_parallel)
+        rest, sequence = divmod(rest, self.sequence_ranks)
+        data, stage = divmod(rest, self.pipeline_parallel)
+        return Place(data, stage, sequence, tensor)
+
+    def rank_at(self, place: Place) -> int:
+        """The rank that stands there."""
+        rest = place.data * self.pipeline_parallel + place.stage
+        return (rest * self.sequence_ranks + place.sequence) * self.tensor_parallel + place.tensor
+
+    def tensor_groups(self) -> list[tuple[int, ...]]:
+        """The ranks that hold the parts of the same matrices, for every group there is."""
+        return self._groups(lambda at: (at.data, at.stage, at.sequence))
+
+    def pipelines(self) -> list[tuple[int, ...]]:
+        """The ranks that pass the same tokens from stage to stage, for every pipeline there is."""
+        return self._groups(lambda at: (at.data, at.sequence, at.tensor))
+
+    def sequence_groups(self, ranks: int) -> list[tuple[int, ...]]:
+        """The ranks that share a token sequence, in the order of their shards, for every group there is.
+
+        `ranks` is `sequence_ranks`, or as many times that as there are data-parallel groups (see `group_ranks`).
+        """
+        if ranks > self.sequence_ranks:
+            return self._groups(lambda at: (at.stage, at.tensor))
+        return self._groups(lambda at: (at.data, at.stage, at.tensor))
+
+    def sequence_speeds(self, members: Sequence[int]) -> tuple[int, ...]:
+        """How fast the ranks of a sequence group are, with those that have the same tokens as each of them in other
+        stages or for other parts of the matrices: the slowest counts. Empty where all GPUs are alike."""
+        if not self.speeds:
+            return ()
+        parts = list(itertools.product(range(self.pipeline_parallel), range(self.tensor_parallel)))
+
+        def with_its_tokens(rank: int) -> Iterator[int]:
+            place = self.place(rank)
+            return (self.rank_at(replace(place, stage=stage, tensor=tensor)) for stage, tensor in parts)
+
+        return tuple(min(self.speeds[peer] for peer in with_its_tokens(rank)) for rank in members)
+
+    def tokens_of(self, rank: int, tokens: int) -> int:
+        """Tokens of a sequence that `rank` has while every data-parallel group has work; at least those."""
+        if not self.speeds:
+            return math.ceil(tokens / self.sequence_ranks)
+        members = next(group for group in self.sequence_groups(self.sequence_ranks) if rank in group)
+        return shares(tokens, len(members), self.sequence_speeds(members))[members.index(rank)]
+
+    def replicas(self) -> list[tuple[int, ...]]:
+        """The ranks that hold the same weights, for every part into which stages and tensor ranks divide a model."""
+        return self._groups(lambda at: (at.stage, at.tensor))
+
+    def _groups(self, key: Callable[[Place], tuple[int, ...]]) -> list[tuple[int, ...]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.num_gpus):
+            groups.setdefault(key(self.place(rank)), []).append(rank)
+        return [tuple(group) for group in groups.values()]
+
+    def validate(self) -> None:
+        """Check what needs no model.
+
+        Raises:
+            PlanError: the degrees do not share out `num_gpus`.
+        """
+        if not 1 <= self.num_gpus <= MAX_GPUS:
+            raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 to {MAX_GPUS}.")
+        if self.speeds and (len(self.speeds) != self.num_gpus or min(self.speeds) < 1):
+            raise PlanError(
+                f"The speeds of the GPUs are {_words(self.speeds)}. "
+                f"Give {self.num_gpus} numbers above 0, as that is num_gpus."
+            )
+        sizes = self._sizes()
+        for name, size in sizes.items():
+            if size < 1 or self.num_gpus % size:
+                raise PlanError(
+                    f"{name}_size {size} does not divide num_gpus {self.num_gpus}. "
+                    f"Use one of {_words(divisors(self.num_gpus))}."
+                )
+        product = math.prod(sizes.values())
+        if self.num_gpus % product:
+            factors = " x ".join(f"{name}_size {size}" for name, size in sizes.items() if size > 1)
+            raise PlanError(
+                f"{factors} is {product}, which does not divide num_gpus {self.num_gpus}. "
+                f"Make their product one of {_words(divisors(self.num_gpus))}."
+            )
+        self._check_sequence(self.sequence_ranks)
+
+    def holds_as(self, other: ParallelPlan) -> bool:
+        """Whether every rank has the same part of a model under both plans, in the same groups of ranks."""
+        sizes = ((plan.pipeline_parallel, plan.tensor_parallel) for plan in (self, other))
+        return len(set(sizes)) == 1 and all(self._part(rank) == other._part(rank) for rank in range(self.num_gpus))
+
+    def completions(self) -> list[ParallelPlan]:
+        """All plans that keep the sizes which are set here; those left at 1 (degrees: 0) are free.
+
+        Raises:
+            PlanError: there is none.
+        """
+        sizes = divisors(self.num_gpus)
+        free = ([size] if size != 1 else sizes for size in self._sizes().values())
+        plans = []
+        for data, pipeline, tensor in itertools.product(*free):
+            plan = replace(self, data_parallel=data, pipeline_parallel=pipeline, tensor_parallel=tensor)
+            try:
+                plan.validate()
+            except PlanError:
+                continue
+            plans.append(plan)
+        if not plans:
+            self.validate()
+        return plans
+
+    def _part(self, rank: int) -> tuple[int, int]:
+        place = self.place(rank)
+        return place.stage, place.tensor
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("data_parallel", "pipeline_parallel", "tensor_parallel")}
+
+    def check_model(self, num_heads: int, num_layers: int) -> None:
+        """Check that a model of so many attention heads and blocks can be divided like this.
+
+        Raises:
+            PlanError: the tensor size does not divide the heads, or a pipeline stage would have no block, or
+                more Ulysses ranks than heads.
+        """
+        if num_heads % self.tensor_parallel:
+            sizes = [size for size in divisors(num_heads) if self.num_gpus % size == 0]
+            raise PlanError(
+                f"tensor_parallel_size {self.tensor_parallel} does not divide the {num_heads} heads of this model. "
+                f"Use one of {_words(sizes)}."
+            )
+        if self.pipeline_parallel > num_layers:
+            raise PlanError(
+                f"pipeline_parallel_size is {self.pipeline_parallel}, but this model has {num_layers} blocks. "
+                f"Set it to {num_layers} or less."
+            )
+        self.sequence_degrees(num_heads)
+
+    def _check_sequence(self, ranks: int) -> None:
+        ulysses, ring = self.ulysses_degree, self.ring_degree
+        if ulysses < 0 or ring < 0:
+            raise PlanError("A parallel degree is below 0. Use 0 for an automatic choice, or 1 and more.")
+        if ulysses and ring and ulysses * ring != ranks:
+            raise PlanError(
+                f"ulysses_degree {ulysses} x ring_degree {ring} is {ulysses * ring}, but {ranks} GPUs share each "
+                f"token sequence. Make their product {ranks}, or set one of them to 0 (automatic)."
+            )
+        for name, degree in (("ulysses_degree", ulysses), ("ring_degree", ring)):
+            if degree and ranks % degree:
+                raise PlanError(
+                    f"{name} {degree} does not divide the {ranks} GPUs that share each token sequence. "
+                    f"Use one of {_words(divisors(ranks))}, or 0 (automatic)."
+                )
+
+    def sequence_degrees(self, num_heads: int, ranks: int | None = None) -> SequenceDegrees:
+        """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
+
+        Tensor-parallel ranks have a part of the heads each, and share out that part. Heads are shared unevenly where
+        they do not divide, or where GPUs are unlike: the rank that needs longest for its own sets the pace, so the
+        choice weighs that against the cost of a ring. Among equals the shortest ring is taken.
+
+        Raises:
+            PlanError: more Ulysses ranks than heads.
+        """
+        ranks, num_heads = ranks or self.sequence_ranks, num_heads // self.tensor_parallel
+        asked_for = ranks == self.sequence_ranks  # the user's degrees are meant for this group size alone
+        candidates = [
+            SequenceDegrees(ulysses, ranks // ulysses)
+            for ulysses in divisors(ranks)
+            if not asked_for or (self.ulysses_degree in (0, ulysses) and self.ring_degree in (0, ranks // ulysses))
+        ]
+        possible = [degrees for degrees in candidates if degrees.ulysses <= num_heads]
+        if not possible:
+            raise PlanError(
+                f"{num_heads} heads cannot be shared by ulysses_degree {self.ulysses_degree}. "
+                f"Set it to {num_heads} or less, or to 0 (automatic)."
+            )
+        return min(possible, key=lambda degrees: (self.attention_cost(degrees, num_heads), degrees.ring))
+
+    def attention_cost(self, degrees: SequenceDegrees, num_heads: int) -> float:
+        """Expected time of one self-attention, relative to a perfect split among GPUs like the slowest, without a ring.
+
+        `num_heads` is that of one tensor-parallel part.
+        """
+        groups = (self._relative_speeds(members) for members in self.sequence_groups(degrees.ranks))
+        imbalance = max(_slowest_heads(degrees, num_heads, speeds) for speeds in groups)
+        return imbalance * (1 + (RING_COST if degrees.ring > 1 else 0))
+
+    def token_cost(self, tokens: int, ranks: int) -> float:
+        """Expected time of what is done with `tokens` tokens each by itself, relative to an even split over `ranks`
+        GPUs like the slowest."""
+        if not self.speeds:
+            return 1.0
+        groups = (self._relative_speeds(members) for members in self.sequence_groups(ranks))
+        pairs = ((n, speed) for group in groups for n, speed in zip(shares(tokens, ranks, group), group, strict=True))
+        return max(n / speed for n, speed in pairs) / math.ceil(tokens / ranks)
+
+    def _relative_speeds(self, members: Sequence[int]) -> tuple[float, ...]:
+        """Of a sequence group, as multiples of that of the slowest GPU of all; empty where all are alike."""
+        return tuple(speed / min(self.speeds) for speed in self.sequence_speeds(members))
+
+    def group_ranks(self, batch: int) -> int:
+        """Ranks that share one token sequence for a batch: all of them where it has too few items to split."""
+        return self.sequence_ranks if batch >= self.data_parallel else self.sequence_ranks * self.data_parallel
+
+    def describe(self, num_heads: int) -> str:
+        """One line for logs and the status, such as `4 workers: data 2 x Ulysses 2 x ring 1`."""
+        workers = "1 worker" if self.num_gpus == 1 else f"{self.num_gpus} workers"
+        pipeline = f"pipeline {self.pipeline_parallel} x " if self.pipeline_parallel > 1 else ""
+        tensor = f" x tensor {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        speeds = f" at speeds {':'.join(map(str, self.speeds))}" if self.speeds else ""
+        return f"{workers}: data {self.data_parallel} x {pipeline}{self.sequence_degrees(num_heads)}{tensor}{speeds}"
+
+
+SPLIT_MODES = ("spatial", "temporal", "spatiotemporal")
+
+
+@dataclass(frozen=True)
+class PatchSplit:
+    """How the user wants a video cut into patches (see patch_layout.py).
+
+    Args:
+        mode: one of `SPLIT_MODES`.
+        size: pixels to whose multiples the borders between bands of rows snap. Frames have no pixels: borders in
+            time lie between any two latent frames.
+        overlap: pixels on either side of a border whose keys and values are exchanged fresh in every step; in
+            time as many latent frames as that is rows of tokens.
+    """
+
+    mode: str = "spatial"
+    size: int = 64
+    overlap: int = 0
+
+
+def shares(total: int, parts: int, speeds: Sequence[float] = ()) -> list[int]:
+    """`total` in `parts` whole numbers such that the last one is done as early as can be, at these speeds.
+
+    Where these are equal, or none are given, they differ by 1 at most, the larger ones first. None is 0 unless `total`
+    is less than `parts`.
+    """
+    small, larger = divmod(total, parts)
+    if len(set(speeds)) < 2 or small == 0:
+        return [small + (i < larger) for i in range(parts)]
+    split = [max(1, int(total * speed / sum(speeds))) for speed in speeds]
+    while sum(split) > total:  # very slow ones took from the others
+        split[max(range(parts), key=lambda i: (split[i] > 1, split[i] / speeds[i]))] -= 1
+    while sum(split) < total:
+        split[min(range(parts), key=lambda i: (split[i] + 1) / speeds[i])] += 1
+    return split
+
+
+def head_speeds(degrees: SequenceDegrees, speeds: Sequence[float]) -> tuple[float, ...]:
+    """Speeds after which an Ulysses group shares out heads, which are the same all around a ring."""
+    return tuple(sum(speeds[place :: degrees.ulysses]) for place in range(degrees.ulysses)) if speeds else ()
+
+
+def _slowest_heads(degrees: SequenceDegrees, num_heads: int, speeds: Sequence[float]) -> float:
+    """How long the busiest rank attends with its heads, relative to a perfect split among ranks of speed 1."""
+    heads = shares(num_heads, degrees.ulysses, head_speeds(degrees, speeds))
+    if not speeds:
+        return max(heads) * degrees.ulysses / num_heads
+    longest = 0.0
+    for start in range(0, degrees.ranks, degrees.ulysses):
+        group = speeds[start : start + degrees.ulysses]
+        tokens = sum(group) / sum(speeds)
+        longest = max(longest, *(tokens * n / speed for n, speed in zip(heads, group, strict=True)))
+    return longest * degrees.ranks / num_heads
+
+
+def bounds(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and stop of share `index` of `shares(total, parts)`."""
+    split = shares(total, parts)
+    start = sum(split[:index])
+    return start, start + split[index]
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return ", ".join(str(n) for n in numbers)

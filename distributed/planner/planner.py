@@ -1,0 +1,172 @@
+"""The plan of one pool over time: asks search.py once for each kind of forward, and keeps to the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+
+from ...wanvideo.base.config import WanConfig
+from ..parallel.partition import check_plan
+from ..plan.degrees import ParallelPlan, PlanError
+from ..protocol.machine import Machine
+from ..protocol.reports import Surveyed
+from ..protocol.specs import ModelSpec, PoolSettings
+from .search import Question, Room, better, choose, nearest_text, possible, reason
+
+log = logging.getLogger(__name__)
+_SPEED_STEP = 5  # percent
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plan is chosen for; `tokens` 0 is 81 frames at 480p."""
+
+    spec: ModelSpec
+    tokens: int
+    items: int
+
+
+class Planner:
+    """What is known of a pool's machine, and the plans that were chosen on it.
+
+    Args:
+        settings: of the pool. Its plan is what the user asked for.
+    """
+
+    def __init__(self, settings: PoolSettings):
+        self.settings = settings
+        self.reason = ""
+        self._speeds_known = not settings.by_speed
+        self._chosen: dict[Kind, ParallelPlan] = {}
+
+    @property
+    def first_plan(self) -> ParallelPlan:
+        """A plan to start the workers with.
+
+        Raises:
+            PlanError: the sizes asked for do not share out the GPUs.
+        """
+        asked = self.settings.plan
+        return asked.completions()[0] if self.settings.auto else asked
+
+    def check(self, config: WanConfig, kind: Kind) -> None:
+        """Check that the model can be run by what was asked for, memory aside.
+
+        Raises:
+            PlanError: it cannot. The text says why, and which sizes are nearest.
+        """
+        if not self.settings.auto:
+            check_plan(config, kind.spec, self.settings)
+        else:
+            possible(self._question(config, kind))
+
+    def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
+        """The plan for forwards of this kind, if that is known and no weights move for it.
+
+        Kinds that take turns, such as steps with more items than others, so have a plan each.
+        """
+        if not self._speeds_known:
+            return None
+        if not self.settings.auto:
+            return current
+        plan = self._chosen.get(kind)
+        return plan if plan is not None and plan.holds_as(current) else None
+
+    def choose(
+        self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed], current: ParallelPlan, loaded: bool
+    ) -> ParallelPlan:
+        """The plan for forwards of this kind.
+
+        Args:
+            surveyed: by all workers.
+            current: the plan under which they run now.
+            loaded: whether they hold weights.
+
+        Raises:
+            PlanError, PlacementError: nothing that was asked for can run.
+        """
+        if not self._speeds_known:
+            plan, self._speeds_known = replace(self.settings.plan, speeds=speeds_of(surveyed)), True
+            self.settings = replace(self.settings, plan=plan)
+        if not self.settings.auto:
+            return self.settings.plan
+        question, machine = self._question(config, kind), slowest(surveyed)
+        choices = choose(question, machine, room_of(surveyed))
+        taken = better(choices, current, loaded)
+        self._chosen[kind] = taken.plan
+        self.reason = reason(choices, taken, question, machine, surveyed[0].link)
+        log.info("Plan: %s.", self.reason)
+        return taken.plan
+
+    def ways_out(self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed]) -> str:
+        """The sizes nearest to those that were set and do not fit, as a sentence; nothing if there are none."""
+        return nearest_text(self._question(config, kind), slowest(surveyed), room_of(surveyed))
+
+    def _question(self, config: WanConfig, kind: Kind) -> Question:
+        return Question(self.settings.plan, self.settings, config, kind.spec, kind.tokens, kind.items)
+
+
+def resolved(settings: PoolSettings) -> PoolSettings:
+    """With "auto" replaced by what it means on this machine.
+
+    Raises:
+        PlanError: the machine has too few GPUs, or the backend does not know the plan.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.device_count() < settings.plan.num_gpus:
+        raise PlanError(
+            f"num_gpus is {settings.plan.num_gpus}, but this machine shows {torch.cuda.device_count()} GPUs. "
+            "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    backend = "native" if settings.usp_backend == "auto" else settings.usp_backend
+    if backend == "xfuser" and settings.plan.tensor_parallel * settings.plan.pipeline_parallel > 1:
+        raise PlanError(
+            "usp_backend is xfuser, which here knows sequence and data parallelism alone. "
+            "Set usp_backend to native, or pipeline_parallel_size and tensor_parallel_size to 1."
+        )
+    exact = backend == "native" and settings.pipeline_mode == "exact"
+    if settings.plan.speeds and not exact:
+        raise PlanError(
+            "GPUs can have unlike shares of a video in this pack's own exact attention alone. "
+            "Set gpu_shares to even, or usp_backend to native and pipeline_mode to exact."
+        )
+    auto, by_speed = settings.auto and exact, settings.by_speed and exact  # cost.py knows about exact plans
+    return replace(settings, device=device, usp_backend=backend, auto=auto, by_speed=by_speed)
+
+
+def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:
+    """How fast the workers' GPUs are, in percent of the fastest; empty where all are of one kind, or as fast.
+
+    Those of one kind count as alike, whatever was measured; steps of 5 % keep shares the same from start to start.
+    """
+    measured: dict[str, list[float]] = {}
+    for worker in surveyed:
+        measured.setdefault(worker.device, []).append(worker.machine.products)
+    rates = {kind: median(products) for kind, products in measured.items()}
+    parts = (rates[worker.device] / max(rates.values()) for worker in surveyed)
+    speeds = tuple(max(_SPEED_STEP, _SPEED_STEP * round(100 * part / _SPEED_STEP)) for part in parts)
+    return speeds if len(set(speeds)) > 1 else ()
+
+
+def slowest(surveyed: Sequence[Surveyed]) -> Machine:
+    """One machine for all workers: they wait for the slowest."""
+    machines = [worker.machine for worker in surveyed]
+    return Machine(
+        products=min(machine.products for machine in machines),
+        memory=min(machine.memory for machine in machines),
+        link=min(machine.link for machine in machines),
+        latency=max(machine.latency for machine in machines),
+        host=min(machine.host for machine in machines),
+    )
+
+
+def room_of(surveyed: Sequence[Surveyed]) -> Room:
+    """Bytes for a model, if all others make way."""
+    host = min(worker.host_room for worker in surveyed) + sum(worker.hosted for worker in surveyed)
+    return Room(tuple(worker.room for worker in surveyed), host)

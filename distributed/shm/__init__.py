@@ -1,0 +1,4 @@
+"""Memory of this host that several processes share: arenas of tensors, page-locked segments, the cancel barrier.
+
+May import plan/ and protocol/. Open arena.py first.
+"""

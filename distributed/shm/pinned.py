@@ -1,0 +1,105 @@
+"""Host memory that the ranks of a group have in common, page-locked beside GPUs, so that copy engines reach it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from .host import host_room
+
+_HEADER = mmap.PAGESIZE
+_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+
+
+class HostMemoryError(RuntimeError):
+    """The host has too little memory for the buffers, or does not let them be pinned."""
+
+
+class Segment:
+    """Host memory of one rank, mapped and pinned by all ranks of a group. Making one is a collective call.
+
+    Args:
+        purpose: what it is for, in words.
+        remedy: what to do where there is too little of it, a sentence.
+
+    Raises:
+        HostMemoryError: on every rank. The host has too little memory, or a driver does not pin it.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        place: int,
+        ranks: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        purpose: str,
+        remedy: str,
+    ):
+        self.nbytes, self.ranks, self.device = nbytes, ranks, device
+        room, needed = host_room(), ranks * (_HEADER + nbytes)
+        fd = os.memfd_create("wan-parallel") if needed <= room else -1
+        names = _all_gathered((os.getpid(), fd, room), ranks, device, group)
+        if any(fd < 0 for _, fd, _ in names):
+            _close(fd)
+            spare = max(0, min(room for *_, room in names))
+            raise HostMemoryError(
+                f"The host has {spare / 2**30:.1f} GiB of memory to spare, and {purpose} would take "
+                f"{needed / 2**30:.1f} GiB. {remedy}"
+            )
+        os.ftruncate(fd, _HEADER + nbytes)
+        own = mmap.mmap(fd, _HEADER + nbytes)
+        torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank brings its own pages in: side by side
+        dist.barrier(group)  # all are as long as they will be
+        self._maps = [own if rank == place else _open(*names[rank][:2], own) for rank in range(ranks)]
+        self.words = [memoryview(m)[:_HEADER].cast("q") for m in self._maps]
+        self.data = [torch.frombuffer(m, dtype=torch.uint8, offset=_HEADER) for m in self._maps]
+        pinned = self.data if device.type == "cuda" else []
+        self._give_back = weakref.finalize(self, _give_back, fd, pinned)
+        self._give_back.atexit = False
+        codes = [int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, _MAPPED)) for x in pinned]
+        code = max(row[0] for row in _all_gathered((max(codes, default=0),), ranks, device, group))
+        if code:
+            self.close()
+            raise HostMemoryError(
+                f"The driver does not pin {needed / 2**30:.1f} GiB of host memory for {purpose} ({code}). {remedy}"
+            )
+
+    def close(self) -> None:
+        """Give the memory back. Nothing may be on its way."""
+        self._give_back()
+
+
+def _give_back(fd: int, pinned: Sequence[torch.Tensor]) -> None:
+    for data in pinned:
+        torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
+    _close(fd)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _all_gathered(
+    numbers: Sequence[int], ranks: int, device: torch.device, group: dist.ProcessGroup
+) -> list[tuple[int, ...]]:
+    """The numbers of every rank."""
+    mine = torch.tensor(numbers, device=device)
+    every = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(every, mine, group=group)
+    return [tuple(row.tolist()) for row in every]
+
+
+def _open(pid: int, fd: int, own: mmap.mmap) -> mmap.mmap:
+    """Map another rank's memory, which is as long as ours."""
+    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+    try:
+        return mmap.mmap(opened, len(own))
+    finally:
+        os.close(opened)

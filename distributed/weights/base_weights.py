@@ -1,0 +1,74 @@
+"""The weights behind a LoRA: what a changed weight was, kept on the device while nobody else wants the room.
+
+A LoRA is merged into the numbers of the file, so that nothing of the one before remains. Those are still on the device
+when the first LoRA comes. Kept there, they make the next one, another strength, or none a matter of the device alone;
+without them each rank reads its part of the file again, 27 GB for the 14B in 16 bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...wanvideo.checkpoint.weight_source import WeightSource
+from ...wanvideo.quant.formats import is_quantized
+from ...wanvideo.quant.quantized import QuantizedWeight, Weight
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Originals:
+    """Weights of one model on this rank as its file has them.
+
+    Args:
+        room: gives the bytes that may still be taken for them, or for weights in their place.
+    """
+
+    def __init__(self, room: Callable[[], int]):
+        self._room = room
+        self._left = 0
+        self._weights: dict[str, Weight] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self._weights.values())
+
+    def look_for_room(self) -> None:
+        """Before some are kept, once: asking the driver for every weight takes longer than changing it."""
+        self._left = self._room()
+
+    def get(self, name: str) -> Weight | None:
+        return self._weights.get(name)
+
+    def keep(self, name: str, weight: Weight, copy: bool) -> None:
+        """Keep a weight of the device, or a copy of it, if the device has room for it a second time."""
+        if name not in self._weights and weight.nbytes <= self._left:
+            self._left -= weight.nbytes
+            self._weights[name] = _copied(weight) if copy else weight
+
+    def release(self, name: str) -> None:
+        """Forget one, where it is in use again."""
+        self._weights.pop(name, None)
+
+    def drop(self) -> int:
+        """Forget all; returns their bytes."""
+        freed = self.nbytes
+        self._weights.clear()
+        return freed
+
+
+def as_in_file(weight: Weight, source: WeightSource, name: str) -> bool:
+    """Whether an unchanged weight of the model has every digit that it has in its file."""
+    if source.header is None:  # random weights
+        return isinstance(weight, torch.Tensor) and weight.dtype in (torch.bfloat16, torch.float32)
+    info = source.header.tensors[name]
+    if isinstance(weight, QuantizedWeight):
+        return is_quantized(info)
+    return weight.dtype in (torch.float32, _DTYPES.get(info.dtype)) and info.dtype != "F64"
+
+
+def _copied(weight: Weight) -> Weight:
+    if isinstance(weight, QuantizedWeight):
+        return weight.replace({key: tensor.clone() for key, tensor in weight.components().items()})
+    return weight.clone()

@@ -1,0 +1,68 @@
+"""What LoRAs change, on its way to the workers: written into an arena by the client, read there by every worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...wanvideo.base.lora import Difference, LowRank, Replacement, WeightPatch
+from ..protocol.refs import ArenaRef, PatchRef
+from ..shm.arena import Arena, ArenaReader, needed
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """The changes that LoRAs make to a model's weights.
+
+    Args:
+        uuid: another one for every other set; the workers merge when it changes. "" means none.
+        build: gives the patches by weight name; only called when the workers need them.
+    """
+
+    uuid: str
+    build: Callable[[], Mapping[str, Sequence[WeightPatch]]]
+
+
+NO_PATCHES = PatchSet("", dict)
+
+
+def room_for(weights: Mapping[str, Sequence[WeightPatch]]) -> int:
+    """Bytes of an arena that takes these patches."""
+    return needed(tensor for changes in weights.values() for change in changes for tensor in _tensors(change))
+
+
+def write_patches(arena: Arena, weights: Mapping[str, Sequence[WeightPatch]]) -> dict[str, tuple[PatchRef, ...]]:
+    """Copy the tensors of all patches into an arena; where each patch then lies, by weight name."""
+    return {name: tuple(_write(arena, change) for change in changes) for name, changes in weights.items()}
+
+
+def read_patch(reader: ArenaReader, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
+    """The patch that was written, its tensors in the client's memory."""
+    tensors = [reader.view(arena, tensor) for tensor in ref.tensors]
+    match ref.kind:
+        case "LowRank":
+            return LowRank(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+        case "Difference":
+            return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+        case _:
+            return Replacement(*tensors)
+
+
+def _write(arena: Arena, change: WeightPatch) -> PatchRef:
+    refs = tuple(arena.write(tensor) for tensor in _tensors(change))
+    kind = type(change).__name__
+    if isinstance(change, LowRank | Difference):
+        return PatchRef(kind, refs, change.scale, change.base_scale)
+    return PatchRef(kind, refs)
+
+
+def _tensors(change: WeightPatch) -> tuple[torch.Tensor, ...]:
+    match change:
+        case LowRank():
+            return change.up, change.down
+        case Difference():
+            return (change.diff,)
+        case _:
+            return (change.weight,)

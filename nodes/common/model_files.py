@@ -1,0 +1,68 @@
+"""The models that the loader offers: what ComfyUI lists, and also GGUF files and folders of shards; model patches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import folder_paths
+
+from ...wanvideo.checkpoint.files import is_gguf, is_index, is_shard
+
+MODEL_FOLDER, PATCH_FOLDER = "diffusion_models", "model_patches"
+
+_found: dict[str, tuple[list[str], dict[str, float]]] = {}
+"""For each folder of models: the files below it, and when its subfolders were last changed."""
+
+
+def model_names() -> list[str]:
+    """Names relative to ComfyUI's folders for diffusion models. A stock ComfyUI lists neither GGUF files nor folders;
+    this looks for them by itself, as ComfyUI's own lists belong to all nodes."""
+    files = [file for root in folder_paths.get_folder_paths(MODEL_FOLDER) for file in _files_below(root)]
+    folders = {os.path.dirname(file) for file in files if _is_index_of_model(file)} - {""}
+    names = {name for name in folder_paths.get_filename_list(MODEL_FOLDER) if not _is_part(name, folders)}
+    return sorted(names | folders | {file for file in files if is_gguf(file)})
+
+
+def model_path(name: str) -> str:
+    """The file or folder of a name; for one that is gone, a path that `read_header` will refuse by name."""
+    path = folder_paths.get_full_path(MODEL_FOLDER, name)
+    if path is not None:
+        return path
+    inside = os.path.relpath(os.path.join("/", name), "/")  # whatever ".." the name has
+    for root in folder_paths.get_folder_paths(MODEL_FOLDER):
+        folder = os.path.join(root, inside)
+        if inside != "." and os.path.isdir(folder):
+            return folder
+    return os.path.join(MODEL_FOLDER, name)
+
+
+def patch_files() -> Iterator[str]:
+    """The files that ModelPatchLoader offers; looks for them when asked for the first."""
+    for name in folder_paths.get_filename_list(PATCH_FOLDER):
+        path = folder_paths.get_full_path(PATCH_FOLDER, name)
+        if path is not None:
+            yield path
+
+
+def _is_index_of_model(file: str) -> bool:
+    """Whether shards of a transformer are listed; those of a text encoder are in folders beside it."""
+    return is_index(file) and os.path.basename(file).startswith("diffusion_pytorch_model")
+
+
+def _is_part(name: str, folders: set[str]) -> bool:
+    return is_shard(name) and os.path.dirname(name) in folders
+
+
+def _files_below(root: str) -> list[str]:
+    files, changed = _found.get(root, ([], {}))
+    if not changed or any(_changed(folder) != time for folder, time in changed.items()):
+        files, changed = _found[root] = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+    return files
+
+
+def _changed(folder: str) -> float | None:
+    try:
+        return os.path.getmtime(folder)
+    except OSError:
+        return None

@@ -1,0 +1,46 @@
+"""What a node waits for, as text under it while the workers start and load."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ...distributed.client.pool import Pool
+from ...distributed.protocol.specs import ModelSpec
+
+
+class LoadingText:
+    """Says what is being loaded once `show` is called, and how long it took at the end; else nothing."""
+
+    def __init__(self, spec: ModelSpec, pool: Pool):
+        self._name, self._workers = spec.name, pool.settings.plan.num_gpus
+        self._starting = not pool.alive
+        self._shown = False
+
+    def __enter__(self) -> LoadingText:
+        self._begin = time.monotonic()
+        return self
+
+    def show(self) -> None:
+        """Called while there is something to wait for."""
+        if not self._shown:
+            self._shown = True
+            doing = "Starting workers and loading" if self._starting else "Loading"
+            _send(f"{doing}: {self._name} on {self._workers}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown and kind is None:
+            seconds = time.monotonic() - self._begin
+            _send(f"{self._name} is on {self._workers} workers ({seconds:.0f} s)")
+
+
+def _send(text: str) -> None:
+    """Put `text` under the running node; nowhere if no node is running."""
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id)

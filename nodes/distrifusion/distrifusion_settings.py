@@ -1,0 +1,93 @@
+"""The widgets of the DistriFusion loader, and what they mean to a pool and its patches. Knows no ComfyUI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...distributed.approximate.schedule import PatchSettings
+from ...distributed.plan.degrees import SPLIT_MODES, PatchSplit
+from ...distributed.protocol.specs import ModelSpec, PoolSettings
+from ..common.settings import SettingsError, USPConfig
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+QUANTIZATIONS = ("disabled", "fp8_e4m3fn", "fp8_e5m2")
+KV_BUFFERS = ("fp8", "as precision")
+
+
+@dataclass(frozen=True)
+class DistriFusionConfig:
+    """The widgets of Official DistriFusion Model Loader behind the model, under their names there."""
+
+    precision: str = "bf16"
+    quantization: str = "disabled"
+    num_gpus: int = 2
+    patch_size: int = 64
+    patch_overlap: int = 0
+    split_mode: str = SPLIT_MODES[0]
+    world_size: int = 0
+    rank: int = 0
+    attention_mode: str = "auto"
+    warmup_steps: int = 4
+    kv_buffers: str = KV_BUFFERS[0]
+    split_cfg: bool = False
+    manager: str = "auto"
+    gpu_memory_fraction: float = 0.9
+    device: str = "auto"
+
+    @property
+    def weight_dtype(self) -> str:
+        return self.precision if self.quantization == "disabled" else self.quantization
+
+    def validate(self) -> None:
+        """Check what can be known without a model.
+
+        Raises:
+            SettingsError: the widgets contradict each other or this machine.
+        """
+        if self.world_size not in (0, self.num_gpus):
+            raise SettingsError(
+                f"world_size is {self.world_size} and num_gpus {self.num_gpus}, but on one host they are the same, "
+                f"and several hosts are not supported yet. Set world_size to {self.num_gpus}, or to 0 (automatic)."
+            )
+        if self.rank != 0:
+            raise SettingsError(
+                f"rank is {self.rank}, which is for several hosts, and they are not supported yet. "
+                "Set rank to 0: the loader starts the processes of all GPUs of this host itself."
+            )
+        if self.split_cfg and self.num_gpus % 2:
+            raise SettingsError(
+                f"split_cfg gives each branch of cfg half of the GPUs, and num_gpus is {self.num_gpus}. "
+                "Set num_gpus to an even number, or switch split_cfg off."
+            )
+        self._usp.validate()
+
+    def pool_settings(self) -> PoolSettings:
+        """The pool that runs this model; that of an XDit+USP Config with the same sizes, as set."""
+        return self._usp.pool_settings()
+
+    def model_spec(self, path: str) -> ModelSpec:
+        """How the workers load and run the checkpoint at `path`: whole on each GPU, which is what is checked before."""
+        spec = self._usp.model_spec(path, self.weight_dtype, self.attention_mode)
+        return replace(spec, compute_dtype=self.precision, shard_weights="off", offload="off")
+
+    def patch_settings(self) -> PatchSettings:
+        """How the frame is cut, and when patches may use what is one step old."""
+        return PatchSettings(
+            split=PatchSplit(self.split_mode, self.patch_size, self.patch_overlap),
+            warmup_steps=self.warmup_steps,
+            fp8_buffers=self.kv_buffers == "fp8",
+            manager=self.manager,
+        )
+
+    @property
+    def _usp(self) -> USPConfig:
+        return USPConfig(
+            num_gpus=self.num_gpus,
+            gpu_memory_fraction=self.gpu_memory_fraction,
+            data_parallel_size=2 if self.split_cfg else 1,
+            use_fp16=self.precision == "fp16",
+            use_bf16=self.precision == "bf16",
+            device=self.device,
+            parallel_plan="as_set",
+            gpu_shares="even",
+        )

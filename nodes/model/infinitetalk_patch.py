@@ -1,0 +1,134 @@
+"""InfiniteTalk: what WanInfiniteTalkToVideo has left in a MODEL's options, and the file of its layers.
+
+ComfyUI loads the layers into its own process (ModelPatchLoader) and patches each block with them. The workers read them
+from the same file. A MODEL_PATCH does not know its file, so it is looked for among those that ComfyUI lists, and every
+number in it is compared. Needs no ComfyUI.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ...wanvideo.base.conditioning import Conditioning
+from ...wanvideo.base.tensor_info import CheckpointError
+from ...wanvideo.checkpoint.files import read_contents
+from ...wanvideo.checkpoint.weight_source import file_stamp
+from ..common import refusals
+
+log = logging.getLogger(__name__)
+
+_LAYERS, _PLACES = "MultiTalkCrossAttnPatch", "MultiTalkGetAttnMapPatch"  # ComfyUI's classes
+
+_files: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
+"""Where the numbers of a model patch were found, and the stamp of that file."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What a MODEL is to hear.
+
+    Args:
+        model_patch: ComfyUI's ModelPatcher of the layers.
+        scale: how strongly.
+        audio: [1, latent frames, tokens, width]; of two speakers, one behind the other.
+        masks: of the speakers over the tokens of a frame, [2, rows * columns], or None for one speaker.
+    """
+
+    model_patch: Any
+    scale: float
+    audio: torch.Tensor
+    masks: torch.Tensor | None
+
+    def joined(self, conditioning: Conditioning, batch: int) -> Conditioning:
+        """A conditioning with what is heard by each of `batch` items."""
+        audio, masks = self.audio.expand(batch, *self.audio.shape[1:]), self.masks
+        if masks is not None:
+            masks = masks.float().expand(batch, *masks.shape)
+        options = replace(conditioning.options, audio_scale=self.scale)
+        return replace(conditioning, audio=audio, speakers=masks, options=options)
+
+
+def talk_in(options: Mapping[str, Any]) -> Talk | None:
+    """What the transformer options of a forward let it hear; None where there is nothing.
+
+    Raises:
+        NotOnWorkers: several such nodes have patched the model.
+    """
+    layers, places = _of(options, _LAYERS), _of(options, _PLACES)
+    if not layers:
+        return None
+    if len(layers) > 1 or len(places) > 1:
+        refusals.refuse(
+            "Several WanInfiniteTalkToVideo nodes have patched the same model",
+            "Connect each of them to the model loader (or to the last LoRA loader) and not to one another.",
+        )
+    masks = places[0].ref_target_masks if places else None
+    return Talk(layers[0].model_patch, float(layers[0].audio_scale), options["audio_embeds"], masks)
+
+
+def without_talk(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transformer options without what `talk_in` has read."""
+    kinds = (_LAYERS, _PLACES)
+    patches = options.get("patches", {})
+    rest = {name: [p for p in found if type(p).__name__ not in kinds] for name, found in patches.items()}
+    return {**options, "patches": rest}
+
+
+def has_places(options: Mapping[str, Any]) -> bool:
+    """Whether it is told in each block who of two speakers a token belongs to."""
+    return bool(_of(options, _PLACES))
+
+
+def loaded_elsewhere(options: Mapping[str, Any], models: Iterable[Any]) -> list[Any]:
+    """Those of `models` that ComfyUI must load beside a MODEL; the layers of InfiniteTalk are in the workers."""
+    layers = [patch.model_patch for patch in _of(options, _LAYERS)]
+    return [model for model in models if not any(model is mine for mine in layers)]
+
+
+def file_of(model_patch: Any, files: Iterable[str]) -> str:
+    """The one of `files` that holds the numbers of a MODEL_PATCH, every one of them. Looks for it once.
+
+    Raises:
+        NotOnWorkers: there is none, or something has changed the numbers.
+    """
+    module = model_patch.model
+    path, stamp = _files.get(module, ("", ""))
+    if path and os.path.exists(path) and file_stamp(path) == stamp:
+        return path
+    weights = module.state_dict()
+    path = None if model_patch.patches else next((path for path in files if _holds(path, weights)), None)
+    if path is None:
+        refusals.refuse(
+            "The numbers of InfiniteTalk's MODEL_PATCH are those of no safetensors file in models/model_patches, from "
+            "where the workers would read them",
+            "Load an unchanged file with ModelPatchLoader, and restart ComfyUI if you have replaced it.",
+        )
+    log.info("The layers of InfiniteTalk are those of %s.", os.path.basename(path))
+    _files[module] = path, file_stamp(path)
+    return path
+
+
+def _of(options: Mapping[str, Any], kind: str) -> list[Any]:
+    return [patch for found in options.get("patches", {}).values() for patch in found if type(patch).__name__ == kind]
+
+
+def _holds(path: str, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a file has these weights and no others; the small ones tell files of one shape apart at once."""
+    try:
+        tensors = read_contents(path).tensors
+    except CheckpointError:
+        return False
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if not path.endswith(".safetensors") or {name: info.shape for name, info in tensors.items()} != shapes:
+        return False
+    with safe_open(path, framework="pt", device="cpu") as file:
+        small_first = sorted(weights.items(), key=lambda item: item[1].numel())
+        return all(torch.equal(file.get_tensor(name).to(weight.dtype), weight.cpu()) for name, weight in small_first)

@@ -1,0 +1,166 @@
+"""ComfyUI's weight patches (LoRAs of any kind) in the form that the workers merge.
+
+A plain LoRA travels as its two thin matrices. Whatever else ComfyUI can apply (LoHa, LoKr, DoRA, OFT, LoCon
+with a middle matrix, ...) is computed by ComfyUI itself, on the weight as the file has it, and travels as the
+result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+
+from ...distributed.protocol.specs import ModelSpec
+from ...wanvideo.base.lora import Difference, LowRank, Replacement, WeightPatch
+from ...wanvideo.base.tensor_info import TensorInfo, listed
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, held_dtype
+from ...wanvideo.quant.quantized import as_tensor
+from ..common.refusals import refuse, refuse_merging
+
+log = logging.getLogger(__name__)
+
+PREFIX = "diffusion_model."
+
+# An entry of ModelPatcher.patches: (strength, what, strength of the weight itself, offset, function)
+Entry = tuple[float, Any, float, Any, Any]
+
+
+def refuse_foreign(patch: object) -> None:
+    """Refuse the patches of model merging, which bring the weights of another model.
+
+    Raises:
+        NotOnWorkers: `patch` is one of them.
+    """
+    if isinstance(patch, list) or (isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "model_as_lora"):
+        refuse_merging()
+
+
+def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict[str, list[WeightPatch]]:
+    """Translate `ModelPatcher.patches` for the model that the workers hold by `spec`.
+
+    Returns:
+        Patches by weight name without prefix, in the order in which they apply.
+
+    Raises:
+        NotOnWorkers: a patch changes the shape of a weight.
+    """
+    checkpoint = Checkpoint(spec.path, spec.module)
+    translated, left_out = {}, []
+    for key, entries in patches.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while
+        name = key.removeprefix(PREFIX)
+        if not reaches(name):
+            left_out.append(name)
+            continue
+        shape = checkpoint.header.tensors[name].shape
+        entries = [entry for entry in entries if fits(entry[1], shape)]
+        plain = [_plain(entry) for entry in entries]
+        if None in plain:
+            weight = as_tensor(checkpoint.tensor(name), torch.float32)
+            dtype = held_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
+            translated[name] = [_computed(entries, weight, key, dtype)]
+        else:
+            translated[name] = plain
+    if left_out:
+        log.info("ComfyUI applies no LoRA to %s, so these workers do not either.", listed(left_out))
+    return {name: changes for name, changes in translated.items() if changes}
+
+
+def reaches(name: str) -> bool:
+    """Whether ComfyUI applies patches to this weight.
+
+    It passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head, and
+    the positions of the image tokens.
+    """
+    return name.endswith((".weight", ".bias"))
+
+
+def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Say how much of a LoRA fits the model's `tensors`, unless it is all.
+
+    `patches` is what `ModelPatcher.add_patches` is given; its keys may come with an offset, which is not looked at.
+
+    Raises:
+        NotOnWorkers: nothing does.
+    """
+    touched = {key.removeprefix(PREFIX): patch for key, patch in patches.items() if isinstance(key, str)}
+    touched = {name: patch for name, patch in touched.items() if name in tensors}
+    misfits = [name for name, patch in touched.items() if not fits(patch, tensors[name].shape)]
+    if len(misfits) == len(touched) and not any(isinstance(key, tuple) for key in patches):
+        counts = f"of the {len(tensors)} weights of this model"
+        what = (
+            f"A LoRA has tensors for {len(touched)} {counts}, and none has its weight's shape ({listed(misfits)})"
+            if touched
+            else f"A LoRA has tensors for none {counts}"
+        )
+        refuse(
+            what,
+            "Use one made for this kind and size of Wan; names as diffusers and peft write them are read by the lora "
+            "input of XDit+USP WanVideo Model Loader.",
+        )
+    if misfits:
+        log.warning(
+            "A LoRA fits %d of the %d weights that it has tensors for. Left out, as ComfyUI does: %s.",
+            len(touched) - len(misfits),
+            len(touched),
+            listed(misfits),
+        )
+
+
+def fits(patch: Any, shape: Sequence[int]) -> bool:
+    """Whether a patch has the shape of its weight, where that can be told without computing it."""
+    if isinstance(patch, LoRAAdapter):
+        up, down, _, middle, _, reshape = patch.weights
+        told = middle is None and reshape is None
+        return not told or up.shape[0] * down.flatten(1).shape[1] == torch.Size(shape).numel()
+    if isinstance(patch, WeightAdapterBase):
+        return True
+    kind, values = _kind_of(patch)
+    return kind not in ("diff", "set") or len(values) != 1 or tuple(values[0].shape) == tuple(shape)
+
+
+def _kind_of(patch: tuple) -> tuple[str, tuple]:
+    return patch if len(patch) == 2 else ("diff", patch)
+
+
+def _plain(entry: Entry) -> WeightPatch | None:
+    """The entry as a patch of ours; None if only ComfyUI can compute it."""
+    strength, patch, base_scale, offset, function = entry
+    if offset is not None or function is not None:
+        return None
+    if isinstance(patch, LoRAAdapter):
+        up, down, alpha, middle, dora, reshape = patch.weights
+        if middle is not None or dora is not None or reshape is not None:
+            return None
+        scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
+        return LowRank(_sendable(up), _sendable(down), scale, base_scale)
+    if isinstance(patch, WeightAdapterBase):
+        return None
+    kind, values = _kind_of(patch)
+    if kind not in ("diff", "set") or len(values) != 1:
+        return None
+    if kind == "set":
+        return Replacement(_sendable(values[0]))
+    return Difference(_sendable(values[0]), strength, base_scale)
+
+
+def _sendable(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype that travels; the merge is in float32 in any case."""
+    return tensor if tensor.dtype in DTYPES.values() else tensor.to(torch.float32)
+
+
+def _computed(entries: Sequence[Entry], weight: torch.Tensor, key: str, dtype: torch.dtype) -> Replacement:
+    """The weight after all of its entries, computed by ComfyUI in float32; it travels in `dtype`."""
+    result = comfy.lora.calculate_weight(list(entries), weight.to(torch.float32, copy=True), key)
+    if result.shape != weight.shape:
+        refuse(
+            f"A LoRA changes the shape of {key} from {tuple(weight.shape)} to {tuple(result.shape)}",
+            "Use a LoRA made for a model of this variant.",
+        )
+    return Replacement(result.to(dtype))

@@ -1,0 +1,82 @@
+"""XDit+USP VACE Module Select: the file of a VACE module, for the `vace_model` input of the loader.
+
+The value is what kijai's select nodes give as VACEPATH, so that theirs plug into our loader as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from comfy_api.latest import io
+
+from ...wanvideo.base.tensor_info import CheckpointError
+from ...wanvideo.checkpoint.vace_module import read_module
+from ...wanvideo.checkpoint.weight_source import file_stamp
+from ..common.model_files import model_names, model_path
+from ..common.sockets import CATEGORY
+
+VACEPATH = io.Custom("VACEPATH")
+
+
+class XDitUSPVACEModuleSelect(io.ComfyNode):
+    """Names a file; the loader reads it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDitUSPVACEModuleSelect",
+            display_name="XDit+USP VACE Module Select",
+            category=CATEGORY,
+            description=(
+                "A VACE module (the VACE blocks alone, such as Wan2_1-VACE_module_14B_bf16.safetensors), which makes a "
+                "VACE model of the text-to-video model in XDit+USP WanVideo Model Loader."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "vace_model",
+                    options=model_names(),
+                    tooltip=(
+                        "A VACE module from models/diffusion_models or models/unet, of the size of its model (14B or "
+                        "1.3B). Each of the two files may be in any format."
+                    ),
+                )
+            ],
+            outputs=[VACEPATH.Output(display_name="vace_model", tooltip="Plugs into vace_model of the loader.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vace_model: str | None = None) -> bool | str:
+        if vace_model is None:  # linked: known in execute only
+            return True
+        try:
+            read_module(model_path(vace_model))
+        except CheckpointError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, vace_model: str | None = None) -> str:
+        path = model_path(vace_model) if vace_model else ""
+        return file_stamp(path) if os.path.exists(path) else ""  # a file that was replaced is another module
+
+    @classmethod
+    def execute(cls, vace_model: str) -> io.NodeOutput:
+        return io.NodeOutput([{"path": model_path(vace_model)}])
+
+
+def module_path(vace_model: object) -> str:
+    """The file that a VACEPATH names: a mapping with `path`, or a list of one; "" for none.
+
+    Raises:
+        ValueError: it names several, or none.
+    """
+    if vace_model is None or vace_model == []:
+        return ""
+    entries = vace_model if isinstance(vace_model, list) else [vace_model]
+    paths = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
+    if len(paths) == 1 and isinstance(paths[0], str):
+        return paths[0]
+    raise ValueError(
+        "vace_model does not name one VACE module. Connect XDit+USP VACE Module Select to it, or a node like it."
+    )

@@ -1,0 +1,137 @@
+"""Messages arrive as they were sent, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module, util
+from types import ModuleType
+
+import pytest
+import testkit
+from testkit import tiny
+from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
+from wan_parallel.distributed.protocol import messages, refs, reports, requests, specs
+from wan_parallel.distributed.protocol.machine import Machine
+from wan_parallel.wanvideo.base.options import Options, RopeOptions
+
+SPEC = specs.ModelSpec(
+    "/models/wän 14B.safetensors", "bf16", "fp16", "sdpa", False, True, 4096, 2, "171-28", "on", "off"
+)
+ARENA = refs.ArenaRef("/proc/12/fd/7", 2**35, 3)
+TENSOR = refs.TensorRef("float32", (2, 16, 21, 60, 104), 64)
+READY = messages.Ready(1, 4321, "NVIDIA H200", "2.13.0+cu130", "")
+STATUS = reports.WorkerStatus(
+    rank=1,
+    pid=4321,
+    device="CPU",
+    used=2**33,
+    total=2**37,
+    peak_private=2**20,
+    fused=True,
+    models=(reports.ModelStatus("wan.safetensors", "bf16", "fp16", "sdpa", "native", 4, 2, "uuid"),),
+    link="NVLink",
+    memory=reports.MemoryUse(2**35, 2**30, 4, 3, 2, 1, 2**37, True),
+)
+WEIGHTS = (reports.HeldWeights(SPEC, 5, 2**35),)
+EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
+SURVEYED = reports.Surveyed(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
+STALLS = (messages.Stall.of("ring", (0, 2), [0.25, 1e-6]), messages.Stall.of("weights", (), []))
+REPLY = messages.Reply(
+    7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS, STALLS, SURVEYED
+)
+DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
+SAMPLES = [
+    messages.Start(specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
+    requests.Load(1, SPEC),
+    requests.Patch(
+        2,
+        SPEC,
+        "uuid",
+        ARENA,
+        {
+            "blocks.0.ffn.0.weight": (
+                refs.PatchRef("LowRank", (TENSOR, TENSOR), 1 / 3, 0.5),
+                refs.PatchRef("Replacement", (TENSOR,)),
+            ),
+            "head.head.bias": (),
+        },
+    ),
+    requests.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR),
+    requests.Forward(
+        3,
+        SPEC,
+        ARENA,
+        *(TENSOR,) * 4,
+        conditioning=refs.ConditioningRef(
+            ARENA, {"vace": TENSOR}, Options(1, (0.7, 1 / 3), (9,), RopeOptions(scale_t=0.5))
+        ),
+    ),
+    requests.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED),
+    requests.LoadVAE(4, "vae-bf16", "vae-bf16-decoder", "bf16", ARENA, {"conv2.weight": TENSOR}),
+    requests.DecodeVAE(4, "key", ARENA, TENSOR, ARENA, TENSOR, TENSOR, requests.VAEOptions(axis="rows", speeds=(2, 1))),
+    requests.EncodeVAE(4, "key", ARENA, TENSOR, ARENA, TENSOR, TENSOR),
+    requests.Trim(4),
+    requests.Unload(4, (SPEC, SPEC)),
+    requests.Unload(4, ()),
+    requests.StepOut(4, SPEC, (0, 3), 1e30),
+    requests.Report(5),
+    requests.Survey(5),
+    requests.Divide(5, ParallelPlan(4, 2, tensor_parallel=2, speeds=(3, 1, 1, 2))),
+    messages.Cancel(6),
+    READY,
+    REPLY,
+    messages.Reply(8, 0, vaes=("vae-bf16-decoder",)),
+    messages.PoolReady((READY, READY)),
+    messages.Replies(9, (REPLY, messages.Reply(9, 0))),
+    messages.PoolFailed("Worker rank 1 was ended by SIGKILL.", "WorkerDied"),
+]
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_was_sent(message):
+    assert messages.decode(messages.encode(message)) == message
+
+
+def test_every_kind_of_message_is_tried_here():
+    assert {type(message).__name__ for message in SAMPLES} == set(messages._TYPES)
+
+
+def test_what_arrives_can_be_a_key_as_the_original_can():
+    sent = messages.decode(messages.encode(requests.Load(1, SPEC)))
+    assert {SPEC: 1}[sent.spec] == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'{"type": "Shutdown", "id": 1}', b'{"id": 1}', b'{"type": "ModelSpec", "path": "x"}', b'{"type": "system"}'],
+)
+def test_an_unknown_type_is_refused(data):
+    with pytest.raises(ValueError, match="unknown type") as error:
+        messages.decode(data)
+    assert tiny.sentences(str(error.value)) == 2
+
+
+def test_a_pickle_is_not_opened():
+    with pytest.raises(ValueError):
+        messages.decode(b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ModuleType]:
+    """The same messages module, as ComfyUI has it: under a name made of a path."""
+    name = "/ComfyUI/custom_nodes/My-Wan-Pack"
+    root = testkit.ROOT
+    spec = util.spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
+    sys.modules[name] = util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    yield import_module(f"{name}.distributed.protocol.messages")
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith(name)]:
+        del sys.modules[loaded]
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_messages_pass_between_packages_of_different_names(elsewhere, message):
+    there = elsewhere.decode(messages.encode(message))
+    assert type(there) is not type(message) and type(there).__name__ == type(message).__name__
+    assert messages.decode(elsewhere.encode(there)) == message

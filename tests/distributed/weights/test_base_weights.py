@@ -1,0 +1,173 @@
+"""A LoRA changes without the file: the weights behind it stay on the device where there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from testkit import format_files, tiny
+from wan_parallel.distributed.parallel.pipeline import Stage
+from wan_parallel.distributed.parallel.tensor import TensorShard
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.refs import PatchRef
+from wan_parallel.distributed.protocol.requests import Patch, StepOut
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.shm.arena import Arena, ArenaReader, needed
+from wan_parallel.distributed.weights.base_weights import Originals
+from wan_parallel.distributed.weights.flat_block import components
+from wan_parallel.distributed.weights.models import Models
+from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint
+
+MATRICES = [name for name in format_files.block_matrices(tiny.random_weights(tiny.TINY))]
+BIAS = "blocks.0.ffn.0.bias"
+TOUCHED = [*MATRICES, BIAS, "blocks.1.norm3.weight", "head.head.weight"]
+
+
+class Rank:
+    """One worker's models in this process, and what it has read of the file since the load."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        settings = PoolSettings(ParallelPlan(1), "cpu")
+        self.models = Models(0, settings, torch.device("cpu"), TensorShard(), Stage(0, (0,)))
+        self.models.load(spec, 64, lambda heads: None)
+        self.read: list[str] = []
+        source, tensor = self.loaded.source, self.loaded.source.tensor
+        source.tensor = lambda name: (self.read.append(name), tensor(name))[1]
+
+    @property
+    def loaded(self):
+        return self.models.loaded[self.spec]
+
+    def lora(self, uuid: str, seed: int, names: list[str]) -> set[str]:
+        """Merge a LoRA on these weights alone; the weights of blocks that it has read for that."""
+        self.read.clear()
+        shapes, generator = tiny.TINY.shapes(), torch.Generator().manual_seed(seed)
+        changes = {name: torch.randn(shapes[name], generator=generator) * 0.1 for name in names}
+        arena = Arena(needed(changes.values()))
+        refs = {name: (PatchRef("Difference", (arena.write(t),), 1.0),) for name, t in changes.items()}
+        self.models.patch(Patch(1, self.spec, uuid, arena.ref, refs), ArenaReader())
+        arena.close()
+        return {name for name in self.read if name.startswith("blocks.")}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}/{key}": tensor.view(torch.uint8).clone() if tensor.is_floating_point() else tensor.clone()
+            for name, weight in self.loaded.model.weights()
+            for key, tensor in components(weight.data if isinstance(weight, torch.nn.Parameter) else weight).items()
+        }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def as_held(rank: Rank) -> torch.Tensor:
+    return rank.loaded.model.get_parameter(BIAS)
+
+
+def in_file(rank: Rank) -> torch.Tensor:
+    return Checkpoint(rank.spec.path).tensor(BIAS)
+
+
+def plain(dtype: torch.dtype):
+    return lambda folder: tiny.write_checkpoint(folder / "model.safetensors", dtype=dtype)
+
+
+def gguf(folder: Path) -> str:
+    return format_files.write_gguf(folder / "model.gguf", "Q8_0")[0]
+
+
+# The file, the precision of the weights, and whether the first LoRA needs the file as the matrices have fewer digits.
+KINDS = {
+    "bf16 in bf16": (plain(torch.bfloat16), "bf16", False),
+    "bf16 in fp32": (plain(torch.bfloat16), "fp32", False),
+    "fp16 in bf16": (plain(torch.float16), "bf16", True),
+    "bf16 in fp8": (plain(torch.bfloat16), "fp8_e4m3fn", True),
+    "scaled fp8": (lambda folder: format_files.written(folder, "ComfyUI's newer scaled")[0], "bf16", False),
+    "GGUF": (gguf, "bf16", False),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, tmp_path) -> Iterator[tuple[Rank, bool]]:
+    write, weight_dtype, reads = KINDS[request.param]
+    yield Rank(ModelSpec(write(tmp_path), weight_dtype, "fp32")), reads
+
+
+def test_loras_come_change_and_go_without_the_file(kind):
+    rank, reads = kind
+    plain_weights = rank.weights()
+    expected = {}
+    for uuid, seed in (("a", 1), ("b", 2), ("a again", 1)):
+        read = rank.lora(uuid, seed, TOUCHED)
+        rounded = {BIAS} if as_held(rank).dtype != in_file(rank).dtype else set()
+        assert read <= ((set(MATRICES) if reads else set()) | rounded if uuid == "a" else set())
+        expected.setdefault(seed, rank.weights())
+        assert same(rank.weights(), expected[seed]) and not same(rank.weights(), plain_weights)
+    fresh = Rank(rank.spec)
+    fresh.lora("b", 2, TOUCHED)
+    assert same(expected[2], fresh.weights())
+    assert rank.lora("fewer", 3, MATRICES[:3]) == set()
+    assert rank.lora("", 0, []) == set()
+    assert same(rank.weights(), plain_weights)
+    assert rank.loaded.originals.nbytes == 0
+
+
+def test_without_room_the_file_is_read_for_what_has_changed_alone(kind, monkeypatch):
+    rank, reads = kind
+    plain_weights = rank.weights()
+    monkeypatch.setattr(rank.models, "_spare", lambda spec: 0)
+    rank.loaded.originals._room = lambda: 0
+    assert rank.lora("a", 1, MATRICES[:5]) == (set(MATRICES[:5]) if reads else set())
+    assert rank.lora("b", 2, MATRICES[3:9]) >= set(MATRICES[:5])
+    assert rank.lora("", 0, []) == set(MATRICES[3:9])
+    assert same(rank.weights(), plain_weights)
+
+
+def test_as_many_are_kept_as_there_is_room_for_and_that_is_asked_once():
+    asked, weights = [], [torch.zeros(100) for _ in range(5)]
+
+    def room() -> int:
+        asked.append(None)
+        return 1000  # bytes: for two of them
+
+    originals = Originals(room)
+    for turn in (1, 2):
+        originals.look_for_room()
+        for i, weight in enumerate(weights):
+            originals.keep(f"{turn} {i}", weight, copy=False)
+        assert len(asked) == turn and originals.nbytes == 800 * turn
+
+
+def test_weights_that_went_to_host_memory_and_back_change_as_exactly(kind):
+    rank, _ = kind
+    plain_weights = rank.weights()
+    rank.models.step_out(StepOut(1, rank.spec, (0,), 2.0**60))
+    rank.lora("in host memory", 1, TOUCHED)
+    rank.models.settle(rank.spec, 64)
+    fresh = Rank(rank.spec)
+    fresh.lora("a", 1, TOUCHED)
+    assert same(rank.weights(), fresh.weights())
+    for seed in (2, 3):
+        rank.lora(f"back {seed}", seed, TOUCHED)
+        fresh.lora(f"back {seed}", seed, TOUCHED)
+        assert same(rank.weights(), fresh.weights())
+    rank.lora("", 0, [])
+    assert same(rank.weights(), plain_weights)
+
+
+def test_originals_leave_first_when_somebody_needs_the_room(kind):
+    rank, _ = kind
+    rank.lora("a", 1, MATRICES)
+    kept = rank.loaded.originals.nbytes
+    assert kept > 0
+    assert sum(held.now for held in rank.models.held()) == rank.loaded.device_bytes + kept
+    before = rank.loaded.device_bytes
+    rank.models.step_out(StepOut(1, rank.spec, (0,), kept))
+    assert rank.loaded.originals.nbytes == 0 and rank.loaded.device_bytes == before
+    rank.lora("b", 2, MATRICES)
+    rank.models.learn(rank.spec)  # a forward ran out of memory
+    assert rank.loaded.originals.nbytes == 0

@@ -1,0 +1,61 @@
+"""The names of LoRA files of every kind lead to the weights that they mean."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from testkit import tiny
+from wan_parallel.nodes.model.lora_names import with_native_names
+from wan_parallel.wanvideo.checkpoint.diffusers_names import diffusers_name, original_name
+
+CONFIG = tiny.WanConfig(
+    dim=256, ffn_dim=512, num_heads=2, num_layers=12, image_dim=96, image_positions=10, vace_layers=6, vace_dim=96
+)
+WEIGHTS = list(CONFIG.shapes())
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if "vace_patch" not in name and "patch_emb" not in name])
+def test_both_ways_between_the_names_of_diffusers_and_of_the_authors(name):
+    assert diffusers_name(name) == tiny.diffusers_name(name)
+    assert original_name(diffusers_name(name)) == name
+
+
+@pytest.mark.parametrize(
+    "key, native",
+    [
+        ("diffusion_model.blocks.1.self_attn.q.lora_A.weight", "blocks.1.self_attn.q.lora_A.weight"),
+        ("lora_unet_blocks_10_ffn_0.lora_down.weight", "blocks.10.ffn.0.lora_down.weight"),
+        ("lora_unet__blocks_1_cross_attn_k_img.alpha", "blocks.1.cross_attn.k_img.alpha"),
+        ("transformer.blocks.1.attn1.to_out.0.lora_B.weight", "blocks.1.self_attn.o.lora_B.weight"),
+        ("transformer.blocks.1.attn2.add_k_proj.lora_B.weight", "blocks.1.cross_attn.k_img.lora_B.weight"),
+        ("blocks.11.ffn.net.0.proj.lora_A.weight", "blocks.11.ffn.0.lora_A.weight"),
+        ("blocks.0.norm2.diff", "blocks.0.norm3.diff"),
+        ("base_model.model.blocks.0.ffn.2.lora_A.default.weight", "blocks.0.ffn.2.lora_A.default.weight"),
+        ("base_model.model.transformer.proj_out.lora_A.weight", "head.head.lora_A.weight"),
+        ("pipe.dit.time_projection.1.lora_B.default.weight", "time_projection.1.lora_B.default.weight"),
+        ("transformer.condition_embedder.time_proj.lora_A.weight", "time_projection.1.lora_A.weight"),
+        ("lycoris_blocks_1_attn2_to_q.lokr_w1", "blocks.1.cross_attn.q.lokr_w1"),
+        ("lora_transformer_blocks_1_attn1_to_out_0.lora_up.weight", "blocks.1.self_attn.o.lora_up.weight"),
+        ("vace_blocks.2.after_proj.lora_A.weight", "vace_blocks.2.after_proj.lora_A.weight"),
+        ("diffusion_model.head.modulation.diff", "head.modulation.diff"),
+    ],
+)
+def test_a_tensor_finds_its_weight(key, native):
+    assert with_native_names("a", {key: 7}, WEIGHTS) == {f"diffusion_model.{native}": 7}
+
+
+def test_tensors_of_no_weight_are_counted_and_left_out(caplog):
+    keys = ["blocks.0.ffn.0.diff", "blocks.12.ffn.0.diff", *(f"text.{i}.alpha" for i in range(6)), "plain"]
+    with caplog.at_level(logging.WARNING):
+        assert list(with_native_names("my lora", dict.fromkeys(keys), WEIGHTS)) == [
+            "diffusion_model.blocks.0.ffn.0.diff"
+        ]
+    assert "LoRA my lora: 1 of 9 tensors belong to this model" in caplog.text
+    assert "blocks.12.ffn.0.diff" in caplog.text and "and 3 more" in caplog.text
+
+
+def test_a_lora_for_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"none of its 2 tensors belongs to this one \(a.lora_A.weight, b\)") as error:
+        with_native_names("sdxl", {"a.lora_A.weight": 1, "b": 2}, WEIGHTS)
+    assert tiny.sentences(str(error.value)) == 2

@@ -1,0 +1,193 @@
+"""What the header of a checkpoint tells: the configuration of its Wan DiT, its tensors, and whether it can run.
+
+A 28 GB checkpoint is described by about 100 kB of JSON at its start: that is enough to know the model's
+dimensions, to refuse what cannot run, and to build a model without weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..base.audio_shapes import DancerMusic, HumoAudio
+from ..base.config import WanConfig
+from ..base.tensor_info import CheckpointError, TensorInfo, listed
+from ..base.variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
+from ..quant.formats import format_name, logical_tensors
+from .diffusers_names import has_diffusers_names, original_name
+from .files import read_contents
+
+HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
+
+# ComfyUI's names of the variants that their tensors tell (see `_refuse_other_kinds`).
+_KINDS = frozenset(
+    ("t2v", "i2v", "vace", "camera", "camera_2.2", "humo", "scail", "scail2", "wandancer", "s2v", "animate")
+)
+FLOW_RVS = "flow_rvs"
+"""ComfyUI's name of FlowRVS: text-to-video in everything but its sampling, which its note alone tells."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the start of a checkpoint tells. `tensors` has the DiT's tensors alone, by their original names."""
+
+    path: str
+    prefix: str
+    config: WanConfig
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_flow_rvs(self) -> bool:
+        """Whether the file is noted to be FlowRVS, which ComfyUI samples in a way of its own."""
+        return _note(self.metadata).get("model_type") == FLOW_RVS
+
+    @property
+    def format(self) -> str:
+        """What a user calls the format of most of the weights, such as bf16, scaled fp8 e4m3 or GGUF Q4_K."""
+        return format_name(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the DiT's tensors on disk."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read the configuration of the Wan DiT in a safetensors or GGUF file, or in a folder of shards, without touching
+    its weights.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, corrupt, a pickle, not a Wan DiT, or a Wan variant
+            or format that is not there yet.
+    """
+    path = os.fspath(path)
+    contents = read_contents(path)
+    prefix = _find_prefix(path, contents.tensors)
+    renamed = has_diffusers_names(contents.tensors, prefix)
+    tensors = {
+        original_name(name.removeprefix(prefix)) if renamed else name.removeprefix(prefix): info
+        for name, info in logical_tensors(path, contents, prefix).items()
+    }
+    _refuse_other_kinds(path, contents.metadata)
+    config = _config_from(path, tensors)
+    _check_complete(path, tensors, config)
+    header = Header(path, prefix, config, tensors, contents.metadata)
+    if header.is_flow_rvs and config.variant != "text-to-video":
+        raise CheckpointError(
+            f"{Path(path).name} is noted to be FlowRVS, but has the tensors of a Wan {config.variant} model. {_LATER}"
+        )
+    return header
+
+
+def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
+    for prefix in PREFIXES:
+        if f"{prefix}head.modulation" in raw and f"{prefix}blocks.0.self_attn.q.weight" in raw:
+            return prefix
+        if has_diffusers_names(raw, prefix):
+            return prefix
+    name = Path(path).name
+    if any("lora_" in key or key.endswith((".diff", ".diff_b")) for key in raw):
+        raise CheckpointError(f"{name} is a LoRA. Load it with LoraLoaderModelOnly behind the model loader.")
+    if any(key.endswith("vace_blocks.0.after_proj.weight") for key in raw):
+        raise CheckpointError(
+            f"{name} is a VACE module without its Wan model. Choose a text-to-video model of the same size here, and "
+            "the module in XDit+USP VACE Module Select, which plugs into vace_model."
+        )
+    raise CheckpointError(
+        f"{name} is not a Wan video model: it has no head.modulation and self-attention blocks. "
+        "Choose a Wan 2.1 or 2.2 file."
+    )
+
+
+def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """What ComfyUI notes in a file about its model; empty without a note, or with somebody else's."""
+    try:
+        note = json.loads(metadata.get("config", "{}"))["transformer"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
+    """Variants with the tensors of another one are told by ComfyUI's note in the file."""
+    note = _note(metadata)
+    kind = str(note.get("model_type", "t2v"))
+    name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
+    if note.get("causal_ar"):
+        raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")
+    if kind not in _KINDS and kind != FLOW_RVS:
+        raise CheckpointError(f"{Path(path).name} is a {name} model. {_LATER}")
+
+
+def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
+    def shape(key: str, dims: int) -> tuple[int, ...]:
+        info = tensors.get(key)
+        if info is None or len(info.shape) != dims:
+            raise CheckpointError(
+                f"{Path(path).name} has no usable tensor {key}. Download the file again, or choose another."
+            )
+        return info.shape
+
+    def optional(key: str, axis: int) -> int:
+        """The size of a tensor that only some variants have, or 0."""
+        sizes = tensors[key].shape if key in tensors else ()
+        return sizes[axis] if len(sizes) > axis else 0
+
+    dim = shape("head.modulation", 3)[-1]
+    layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+    vace_layers = {key.split(".")[1] for key in tensors if key.startswith("vace_blocks.")}
+    if dim % HEAD_DIM:
+        raise CheckpointError(
+            f"{Path(path).name} has width {dim}, which is no multiple of the head size {HEAD_DIM} of Wan. "
+            "Choose a Wan 2.1 or 2.2 file."
+        )
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
+        num_heads=dim // HEAD_DIM,
+        num_layers=len(layers),
+        in_dim=shape("patch_embedding.weight", 5)[1],
+        out_dim=shape("head.head.weight", 2)[0] // 4,
+        text_dim=shape("text_embedding.0.weight", 2)[1],
+        freq_dim=shape("time_embedding.0.weight", 2)[1],
+        image_dim=optional("img_emb.proj.1.weight", 1),
+        image_positions=optional("img_emb.emb_pos", 1),
+        reference_dim=optional("ref_conv.weight", 1),
+        camera_dim=optional("control_adapter.conv.weight", 1) // 64,  # 8 x 8 pixels
+        vace_layers=len(vace_layers),
+        vace_dim=optional("vace_patch_embedding.weight", 1),
+        face=FaceDims.read(tensors, shape),
+        sound=SoundDims.read(tensors, shape),
+        pose_dim=optional("patch_embedding_pose.weight", 1),
+        mask_dim=optional("patch_embedding_mask.weight", 1),
+        humo=HumoAudio.told_by(optional),
+        music=DancerMusic.told_by(optional),
+    )
+
+
+def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanConfig) -> None:
+    name, expected = Path(path).name, config.shapes()
+    missing = [k for k, s in expected.items() if k not in tensors or tensors[k].shape != s]
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors of a Wan model or has them in another shape: "
+            f"{listed(missing)}. Download the file again, or choose another."
+        )
+    unknown = [key for key in tensors if key not in expected and not is_constant(key)]
+    if unknown:
+        raise CheckpointError(
+            f"{name} has {len(unknown)} tensors of an unknown Wan variant: {listed(unknown)}. {_LATER}"
+        )
+    uneven = config.vace_layers and config.num_layers % config.vace_layers
+    uneven = uneven or (config.face and config.num_layers % FACE_STRIDE)
+    if config.in_dim < config.out_dim or uneven:
+        raise CheckpointError(
+            f"{name} is an unknown Wan variant: {config.in_dim} channels in, {config.out_dim} out, "
+            f"{config.num_layers} layers, {config.vace_layers} of VACE. {_LATER}"
+        )

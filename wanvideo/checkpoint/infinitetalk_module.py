@@ -1,0 +1,67 @@
+"""InfiniteTalk and MultiTalk as a model patch: a file of the layers alone, which an image-to-video model takes in.
+
+Published for ComfyUI's ModelPatchLoader (`wan2.1_infiniteTalk_single_fp16.safetensors` and others). The projection of
+the audio (`audio_proj.*`) is none of the transformer's: ComfyUI does it once for a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..base.audio_shapes import TalkAudio
+from ..base.tensor_info import CheckpointError, Contents, TensorInfo, listed
+from ..quant.formats import logical_tensors
+from .files import read_contents
+from .header import Header
+
+MARKERS = ("audio_proj.proj1.weight", "blocks.0.audio_cross_attn.proj.weight")
+_BLOCKS = "blocks."
+_VARIANTS = ("text-to-video", "image-to-video")
+
+
+def is_talk(contents: Contents) -> bool:
+    """Whether a file holds the layers of InfiniteTalk or MultiTalk."""
+    return all(marker in contents.tensors for marker in MARKERS)
+
+
+def with_talk(base: Header, path: str) -> Header:
+    """The model that `base` and the model patch in the file `path` are together.
+
+    The released patches have 40 blocks; a model takes as many as it has.
+
+    Raises:
+        CheckpointError: the patch is damaged or made for another size, or the base is of another variant.
+    """
+    name, base_name, config = Path(path).name, Path(base.path).name, base.config
+    if config.variant not in _VARIANTS or config.reference_dim:
+        raise CheckpointError(
+            f"{base_name} is a {config.variant} model, and {name} (InfiniteTalk) belongs to an image-to-video model. "
+            "Choose a Wan 2.1 image-to-video file, or remove WanInfiniteTalkToVideo."
+        )
+    module = _blocks(path, config.num_layers)
+    width = module[MARKERS[1]].shape[0] if MARKERS[1] in module else 0
+    if width != config.dim:
+        raise CheckpointError(
+            f"{name} (InfiniteTalk) is made for a model of width {width}, but {base_name} has width {config.dim}. "
+            "Use the 14B image-to-video model, which has width 5120."
+        )
+    audio = module.get("blocks.0.audio_cross_attn.kv_linear.weight")
+    talk = TalkAudio(audio.shape[-1] if audio else 0)
+    expected = talk.shapes(config.dim, config.num_layers)
+    wrong = [key for key, shape in expected.items() if key not in module or module[key].shape != shape]
+    wrong += [key for key in module if key not in expected]
+    if wrong or config.dim % (2 * talk.heads):
+        raise CheckpointError(
+            f"{name} (InfiniteTalk) does not fit {base_name}: {len(wrong)} tensors are missing, unknown or of another "
+            f"shape: {listed(wrong)}. Download it again, or use the patch made for this model."
+        )
+    return replace(base, config=replace(config, talk=talk), tensors={**base.tensors, **module})
+
+
+def _blocks(path: str, layers: int) -> Mapping[str, TensorInfo]:
+    """The tensors of the first `layers` blocks."""
+    tensors = logical_tensors(path, read_contents(path))
+    blocks = {f"{_BLOCKS}{i}." for i in range(layers)}
+    return {key: info for key, info in tensors.items() if key[: key.find(".", len(_BLOCKS)) + 1] in blocks}

@@ -1,0 +1,100 @@
+"""VACE as a module: a file with the VACE blocks alone, which a text-to-video model of the same size takes in.
+
+Published for kijai's wrapper (`Wan2_1-VACE_module_14B_bf16.safetensors` and others) and as GGUF: the tensors
+`vace_blocks.*` and `vace_patch_embedding.*` of a VACE model. Both files together are that model. Each keeps its format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..base.config import PRESETS, WanConfig
+from ..base.tensor_info import CheckpointError, TensorInfo, listed
+from ..quant.formats import logical_tensors
+from .files import read_contents
+from .header import PREFIXES, Header, read_header
+from .infinitetalk_module import is_talk, with_talk
+
+_MARKER = "vace_blocks.0.after_proj.weight"
+_PARTS = ("vace_blocks.", "vace_patch_embedding.")
+
+
+def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
+    """`read_header` of a model; with the file of a VACE module or of InfiniteTalk's layers, of what both are together.
+
+    Raises:
+        CheckpointError: see `read_header`, `read_module`, `with_module` and `with_talk`.
+    """
+    header = read_header(path)
+    if module and is_talk(read_contents(module)):
+        return with_talk(header, module)
+    return with_module(header, module, read_module(module)) if module else header
+
+
+def read_module(path: str) -> dict[str, TensorInfo]:
+    """The tensors of a VACE module by their original names, from the header alone.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no VACE module.
+    """
+    contents = read_contents(path)
+    name, raw = Path(path).name, contents.tensors
+    prefix = next((p for p in PREFIXES if p + _MARKER in raw), None)
+    if prefix is None:
+        raise CheckpointError(
+            f"{name} is no VACE module: it has no tensor {_MARKER}. "
+            "Choose a file such as Wan2_1-VACE_module_14B_bf16.safetensors."
+        )
+    if f"{prefix}head.modulation" in raw:
+        raise CheckpointError(
+            f"{name} is a whole VACE model, not a module. Choose it as model, and disconnect vace_model."
+        )
+    return {key.removeprefix(prefix): info for key, info in logical_tensors(path, contents, prefix).items()}
+
+
+def with_module(base: Header, path: str, module: Mapping[str, TensorInfo]) -> Header:
+    """The model that `base` and the module in the file `path` are together.
+
+    Raises:
+        CheckpointError: the base is no text-to-video model, or the module is made for another size.
+    """
+    name, base_name = Path(path).name, Path(base.path).name
+    if base.config.variant != "text-to-video" or base.is_flow_rvs:
+        kind = "a FlowRVS" if base.is_flow_rvs else f"an {base.config.variant}"
+        has = "has VACE blocks already" if base.config.vace_layers else f"is {kind} model"
+        raise CheckpointError(
+            f"{base_name} {has}, and the VACE module {name} belongs to a text-to-video model. "
+            "Disconnect vace_model, or choose a text-to-video model."
+        )
+    width = module[_MARKER].shape[0]
+    if width != base.config.dim:
+        raise CheckpointError(
+            f"{name} is made for a model of {_size(width)}, but {base_name} is one of {_size(base.config.dim)}. "
+            "Use the module of the same size."
+        )
+    config = _config(base.config, module)
+    expected = {key: shape for key, shape in config.shapes().items() if key.startswith(_PARTS)}
+    wrong = [key for key, shape in expected.items() if key not in module or module[key].shape != shape]
+    wrong += [key for key in module if key not in expected]
+    if wrong or not config.vace_layers or config.num_layers % config.vace_layers:
+        raise CheckpointError(
+            f"{name} does not fit {base_name}: {config.vace_layers} VACE blocks beside {config.num_layers} layers, and "
+            f"{len(wrong)} tensors are missing, unknown or of another shape: {listed(wrong)}. "
+            "Download it again, or use the module made for this model."
+        )
+    return replace(base, config=config, tensors={**base.tensors, **module})
+
+
+def _config(base: WanConfig, module: Mapping[str, TensorInfo]) -> WanConfig:
+    blocks = {key.split(".")[1] for key in module if key.startswith("vace_blocks.")}
+    embedding = module.get("vace_patch_embedding.weight")
+    channels = embedding.shape[1] if embedding is not None and len(embedding.shape) == 5 else 0
+    return replace(base, vace_layers=len(blocks), vace_dim=channels)
+
+
+def _size(width: int) -> str:
+    names = {config.dim: name.upper() for name, config in PRESETS.items()}
+    return f"width {width} ({names[width]})" if width in names else f"width {width}"

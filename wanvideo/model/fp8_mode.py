@@ -1,0 +1,64 @@
+"""fp8 mode: the products of the blocks, and on request their self-attention, in eight bits. Faster, and lossy.
+
+Only the blocks are in it. The embeddings, the modulation and the head, 2 % of the work whose errors would reach every
+token, and cross-attention itself stay in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..attention.kernels import get_fp8_kernel
+from ..checkpoint.header import Header
+from ..quant import fp8
+from ..quant.formats import format_name, is_quantized
+from .layers import Block
+from .model import WanModel
+
+DISABLED, LINEAR, ATTENTION = MODES = ("disabled", "linear", "linear+attention")
+WEIGHTS = "fp8_e4m3fn"
+
+
+def weights_for(header: Header | None, mode: str, weight_dtype: str) -> str:
+    """The `weight_dtype` of a model in this mode: its float matrices are rounded while loading, with a scale for each
+    output channel, unless the file is fp8 itself; what it has kept in other floats then stays so.
+
+    Raises:
+        Fp8Error: the file is quantised in a format that cannot be multiplied in fp8. Random weights have no header.
+    """
+    if mode == DISABLED:
+        return weight_dtype
+    tensors = header.tensors.items() if header else ()
+    quantized = {name: info for name, info in tensors if is_quantized(info) and "blocks." in name}
+    others = {name: info for name, info in quantized.items() if info.dtype != "F8_E4M3"}
+    if others:
+        raise fp8.Fp8Error(
+            f"The file has {format_name(others)} weights, which fp8_mode {mode} cannot multiply. "
+            "Use the fp8 e4m3 (fp8_scaled), bf16 or fp16 version of the model, or set fp8_mode to disabled."
+        )
+    return weight_dtype if quantized else WEIGHTS
+
+
+def use_fp8(model: WanModel, mode: str, device: torch.device) -> None:
+    """Put a model into the mode.
+
+    Raises:
+        Fp8Error: the device has no fp8 products.
+        AttentionError: it has no fp8 attention.
+    """
+    if mode == DISABLED:
+        return
+    fp8.check_device(device, model.compute_dtype)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.use_fp8()
+    if mode == ATTENTION:
+        model.self_kernel = get_fp8_kernel(device, model.compute_dtype)
+
+
+def describe(model: WanModel, mode: str, device: torch.device) -> str:
+    """What of a model runs in fp8, and how; empty where nothing does."""
+    if mode == DISABLED:
+        return ""
+    attention = f", self-attention {model.self_kernel.name}" if mode == ATTENTION else ""
+    return f"products {fp8.check_device(device, model.compute_dtype)}{attention}"

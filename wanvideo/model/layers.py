@@ -1,0 +1,397 @@
+"""What the Wan DiT is made of, in the original key names: linear layers, norms, attention, blocks, the head.
+
+Follows Wan 2.1/2.2 `wan/modules/model.py`. The residual stream, the norms, the modulation and the head are
+float32; matrix products and attention run in the compute dtype. That costs memory bandwidth and makes a
+16-bit forward several times closer to the float32 one than a 16-bit residual stream does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..attention.kernels import AttentionKernel
+from ..base.config import WanConfig
+from ..base.grid import PATCH
+from ..ops import pointwise
+from ..ops.pointwise import ByToken, Vectors
+from ..quant import fp8
+from ..quant.fp8 import Fp8Rows
+from ..quant.quantized import Fp8Weight, as_tensor
+from .text_keys import Keys
+
+TIMESTEP_PERIOD = 10000.0
+
+SelfAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q, k, v), each [B, n, heads, head_dim], to the attention output of the same n tokens over all tokens."""
+
+Announce = Callable[[str, torch.Tensor], None]
+"""Is told of "v", "k" and "q" of a `SelfAttention` call as soon as each is computed. One that has a method `announce`
+gets them so, and can send them while the rest is computed."""
+
+MeanSquares = Callable[..., "list[torch.Tensor] | list[None]"]
+"""Rows [B, n, d] of which this device may hold a part, to the mean square [B, n] of each whole row, in float32;
+None for rows that are whole, of which the norm then takes it itself."""
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias in the dtype of x, whatever the weights are held in; `weight` may be a `QuantizedWeight`.
+
+    With `fp8`, x is rounded to fp8 and multiplied by fp8 weights as they are; see fp8.py.
+    """
+
+    def __init__(self, columns: int, rows: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+        self.ready: torch.Tensor | None = None  # the weight converted, while it is used several times
+        self.fp8 = False
+
+    def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
+        if self.fp8 and isinstance(self.weight, Fp8Weight):
+            return fp8.product(x if isinstance(x, Fp8Rows) else fp8.to_rows(x), self.weight, self.bias)
+        if isinstance(x, Fp8Rows):  # shared with fp8 weights, which this file has not everywhere
+            x = x.dequantize()
+        return F.linear(x, *self._in(x.dtype))
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU (by tanh) of what `forward` gives."""
+        return pointwise.gelu_product(x, *self._in(x.dtype))
+
+    def _in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias converted."""
+        return as_tensor(self.weight if self.ready is None else self.ready, dtype), self.bias.to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`.
+
+    `mean_square` [B, n] comes with an x that has a part of the heads alone.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor | None = None, mean_square: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return pointwise.rms_norm(x, self.weight, self.eps, rope, mean_square)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype, to_fp8: bool = False) -> torch.Tensor | Fp8Rows:
+        return _norm(x, self.weight, self.bias, self.eps, dtype, to_fp8)
+
+    def after(
+        self, x: torch.Tensor, change: torch.Tensor, gate: Vectors, dtype: torch.dtype, to_fp8: bool
+    ) -> torch.Tensor | Fp8Rows:
+        """Of x + change * gate, which x becomes; see `add_norm`."""
+        return add_norm(x, change, gate, self.weight, self.bias, self.eps, dtype, to_fp8)
+
+
+class PatchEmbedding(nn.Module):
+    """The Conv3d of the original (kernel = stride = patch) as one product over the tokens of `patchify`."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *PATCH), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
+
+
+class Attention(nn.Module):
+    """The projections and norms that self- and cross-attention share; `image` adds those for CLIP tokens.
+
+    The number of heads is that of the weights: a tensor-parallel rank has some of them, and then gives
+    `mean_squares` for the norms over all.
+    """
+
+    def __init__(self, config: WanConfig, image: bool = False):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.mean_squares: MeanSquares = _whole_rows
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+        self.image = image
+        if image:
+            self.k_img = Linear(config.dim, config.dim)
+            self.v_img = Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, config.eps)
+
+    def linears(self) -> list[Linear]:
+        return [module for module in self.children() if isinstance(module, Linear)]
+
+    def by_head(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def self_attention(
+        self, x: torch.Tensor | Fp8Rows, rope: torch.Tensor, attend: SelfAttention, announce: Announce
+    ) -> torch.Tensor:
+        """x [B, n, dim] in the compute dtype, rope [n, head_dim/2]."""
+        v = self.by_head(self.v(x))
+        announce("v", v)
+        k = self.k(x)
+        k = self.by_head(self.norm_k(k, rope, *self.mean_squares(k)))
+        announce("k", k)
+        q = self.q(x)
+        q = self.by_head(self.norm_q(q, rope, *self.mean_squares(q)))
+        announce("q", q)
+        return self.o(attend(q, k, v).flatten(2))
+
+    def context_keys(self, inputs: BlockInputs) -> Keys:
+        """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
+        sources = [(inputs.context, self.k, self.v, self.norm_k)]
+        if self.image:
+            sources.append((inputs.image, self.k_img, self.v_img, self.norm_k_img))
+        keys = [k(context) for context, k, _, _ in sources]
+        squares = self.mean_squares(*keys)
+        return [
+            (self.by_head(norm(key, None, square)), self.by_head(v(context)))
+            for key, square, (context, _, v, norm) in zip(keys, squares, sources, strict=True)
+        ]
+
+    def cross_attention(
+        self, x: torch.Tensor | Fp8Rows, keys: Keys, kernel: AttentionKernel
+    ) -> torch.Tensor:
+        """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained; the image is apart."""
+        q = self.q(x)
+        q = self.by_head(self.norm_q(q, None, *self.mean_squares(q)))
+        attended = kernel(q, *keys[0])
+        for more in (key for key in keys[1:] if key[0].shape[1]):
+            attended = attended + kernel(q, *more)
+        return self.o(attended.flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """A product, GELU, another product; GELU in the first one, unless another activation is in its place."""
+
+    def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
+        up, activation, down = self
+        return down(up.gelu(x)) if isinstance(activation, nn.GELU) else super().forward(x)
+
+
+def to_nobody(_kind: str, _x: torch.Tensor) -> None:
+    pass
+
+
+def _whole_rows(*rows: torch.Tensor) -> list[None]:
+    return [None] * len(rows)
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward.
+
+    Attributes:
+        at_once: slices of tokens that are worked on in turn. With 2, what one slice waits for can arrive while the
+            other one is computed.
+        arrived: called with the output of cross-attention or feed-forward before it is used; returns it complete.
+        fp8: whether the products are in fp8; set by `use_fp8`.
+    """
+
+    def __init__(self, config: WanConfig, image: bool = False):
+        super().__init__()
+        self.at_once = 1
+        self.arrived: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+        self.fp8 = False
+        self.dim, self.eps = config.dim, config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
+        self.self_attn = Attention(config)
+        self.cross_attn = Attention(config, image)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.ffn = FeedForward(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+
+    def use_fp8(self) -> None:
+        """Multiply in fp8 where the weights are held in it; the norms and the activation then give fp8 rows."""
+        self.fp8 = True
+        up, _, down = self.ffn
+        self.ffn[1] = fp8.GeluRows()
+        for linear in (*self.self_attn.linears(), *self.cross_attn.linears(), up, down):
+            linear.fp8 = True
+
+    def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """Change x [B, n, dim] (float32) in place and return it."""
+        dtype = inputs.compute_dtype
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = inputs.modulation(self.modulation)
+        y = _norm(x, scale, shift, self.eps, dtype, self.fp8)
+        attended = self.self_attn.self_attention(y, inputs.rope, inputs.attend, inputs.announce)
+        keys = inputs.keys_of(self.cross_attn)
+        goes_on = type(self).between is Block.between  # nothing comes between cross-attention and feed-forward
+
+        def work(s: slice) -> Iterator[None]:
+            part = x[:, s]
+            y = self.norm3.after(part, attended[:, s], rows(gate, s), dtype, self.fp8)
+            y = self.cross_attn.cross_attention(y, keys, inputs.kernel)
+            yield
+            y, modulation = self.arrived(y), (rows(scale_ffn, s), rows(shift_ffn, s))
+            if goes_on:
+                y = add_norm(part, y, None, *modulation, self.eps, dtype, self.fp8)
+            else:
+                pointwise.add_(part, y)
+                self.between(part, s, inputs)
+                y = _norm(part, *modulation, self.eps, dtype, self.fp8)
+            y = self.ffn(y)
+            yield
+            pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
+
+        in_turn((work(s) for s in self._slices(x.shape[1], inputs)), self.at_once)
+        return x
+
+    def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
+        """Between cross-attention and feed-forward: change the tokens x, those at `s` of this rank's, in place."""
+
+    def used_by_slices(self) -> list[nn.Module]:
+        """The modules that every slice of tokens goes through."""
+        return [self.cross_attn.q, self.cross_attn.o, *self.ffn]
+
+    def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
+        """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
+        runs = list(slices(length, inputs.slice_tokens, self.at_once))
+        linears = [module for module in self.used_by_slices() if isinstance(module, Linear)]
+        try:
+            for linear in linears if len(runs) > 1 and not self.fp8 else ():
+                linear.ready = as_tensor(linear.weight, inputs.compute_dtype)
+            yield from runs
+        finally:
+            for linear in linears:
+                linear.ready = None
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
+    """Run each of `works` to its end, `at_once` of them in turn from one `yield` to the next."""
+    active = deque(islice(works, at_once))
+    while active:
+        work = active.popleft()
+        try:
+            next(work)
+            active.append(work)
+        except StopIteration:
+            active.extendleft(islice(works, 1))  # begins before the others go on: they wait for something
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
+        self.head = Linear(config.dim, config.out_dim * math.prod(PATCH))
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """x [B, n, dim] and the time embedding [B, R, dim], float32, to [B, n, 4*out_dim]."""
+        shift, scale = (embedding + m for m in self.modulation.unbind(1))
+        vectors = inputs.by_token(1 + scale), inputs.by_token(shift)
+        return self.head(pointwise.norm(x, *vectors, self.eps, x.dtype))
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block of one forward is given beside the tokens."""
+
+    time: torch.Tensor  # [B, R, 6, dim] float32 of `time_vectors`: one row for all tokens, or one a frame
+    row_of_token: torch.Tensor | None  # [n] into R; None where R is 1
+    context: torch.Tensor  # [B, L, dim], compute dtype
+    image: torch.Tensor | None  # CLIP tokens in the same form, for blocks that attend to them
+    rope: torch.Tensor  # [n, head_dim/2] complex64
+    attend: SelfAttention
+    announce: Announce
+    kernel: AttentionKernel
+    compute_dtype: torch.dtype
+    slice_tokens: int
+    heard: Any = None  # what a variant's blocks listen to (see humo.py)
+    kept: dict[nn.Module, Keys] | None = None  # by cross-attention, where they are kept (see text_keys.py)
+
+    def keys_of(self, attention: Attention) -> Keys:
+        """Those of the text and the image; computed once where they are kept."""
+        if self.kept is None:
+            return attention.context_keys(self)
+        if attention not in self.kept:
+            self.kept[attention] = attention.context_keys(self)
+        return self.kept[attention]
+
+    def modulation(self, block: torch.Tensor) -> list[Vectors]:
+        """The six vectors (shift, 1 + scale, gate) x 2 of a block, each [B, 1 or n, dim]."""
+        return [self.by_token(v) for v in (self.time + block.unsqueeze(1)).unbind(2)]
+
+    def by_token(self, v: torch.Tensor) -> Vectors:
+        """What is given for each time [B, R, dim], for each token."""
+        return v if self.row_of_token is None else ByToken(v, self.row_of_token)
+
+
+def _norm(
+    x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype, to_fp8: bool
+) -> torch.Tensor | Fp8Rows:
+    """LayerNorm(x) * scale + shift in `dtype`, or as fp8 rows for products in `dtype`."""
+    return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, scale, shift, eps, dtype)
+
+
+def add_norm(
+    x: torch.Tensor,
+    change: torch.Tensor,
+    gate: Vectors | None,
+    scale: Vectors,
+    shift: Vectors,
+    eps: float,
+    dtype: torch.dtype,
+    to_fp8: bool,
+) -> torch.Tensor | Fp8Rows:
+    """x += change * gate in place, then `_norm` of it."""
+    if not to_fp8:
+        return pointwise.add_norm(x, change, gate, scale, shift, eps, dtype)
+    pointwise.add_(x, change, gate)
+    return fp8.norm_rows(x, scale, shift, eps, dtype)
+
+
+def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
+    """Cut `length` tokens into runs of `step`, 0 being the whole, and into `parts` at least."""
+    step = min(step or length, math.ceil(length / parts)) or 1  # a rank has no tokens where there are fewer than ranks
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def rows(v: Vectors, s: slice) -> Vectors:
+    """Of vectors for each token, or for all, those of the tokens `s`."""
+    if isinstance(v, ByToken):
+        return v.of(s)
+    return v if v.shape[1] == 1 else v[:, s]
+
+
+def time_vectors(projection: torch.Tensor) -> torch.Tensor:
+    """What all blocks add to their modulation, from the projected time [B, R, 6*dim]: [B, R, 6, dim], in which the two
+    scales have their 1 already."""
+    vectors = projection.unflatten(-1, (6, -1)).clone()
+    vectors[:, :, 1::3] += 1
+    return vectors
+
+
+def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
+    """Cosines, then sines, of timestep [...] at dim/2 frequencies; float32 [..., dim]."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = timestep.double().unsqueeze(-1) * TIMESTEP_PERIOD**-exponent
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()

@@ -1,0 +1,246 @@
+"""The Wan DiT on one device, of the layers of layers.py; what only some variants have is in variant_model.py.
+
+Only self-attention mixes tokens. Everything else works on any subset of them, which is what the parallel
+strategies build on: they hand `WanModel.transform` a part of the tokens and an attention that sees the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.kernels import AttentionKernel, get_kernel
+from ..base.conditioning import NOTHING, Conditioning, core, extended
+from ..base.config import WanConfig
+from ..base.grid import Grid, Part, pad_to_patch, patchify, sequence_of, unpatchify
+from ..checkpoint.weight_source import open_weights, place
+from ..ops import pointwise
+from ..ops.rope import sequence_table
+from ..quant.quantized import QuantizedWeight, Weight
+from .layers import Block, BlockInputs, Head, Linear, PatchEmbedding, SelfAttention, sinusoid, time_vectors, to_nobody
+from .text_keys import TextKeys
+
+
+def _no_wait(_block: int) -> None:
+    pass
+
+
+class WanModel(nn.Module):
+    """The DiT. Weights are read with `from_checkpoint`; a bare instance has the shapes alone.
+
+    Attributes:
+        span: the blocks to run, all by default. A pipeline stage has a part of them: it takes the residual
+            stream where it lacks the first, and gives it where it lacks the last (see `transform`).
+        self_kernel: attention kernel of self-attention, the other one being for cross-attention.
+
+    Args:
+        config: dimensions.
+        kernel: attention kernel.
+        compute_dtype: dtype of matrix products and attention.
+        slice_tokens: cross-attention and feed-forward take at most this many tokens at once, which bounds
+            their activation memory; 0 takes all.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        kernel: AttentionKernel,
+        compute_dtype: torch.dtype = torch.float32,
+        slice_tokens: int = 0,
+    ):
+        super().__init__()
+        self.config, self.kernel, self.self_kernel = config, kernel, kernel
+        self.compute_dtype, self.slice_tokens = compute_dtype, slice_tokens
+        self.span = range(config.num_layers)
+        self.text_keys: TextKeys | None = None  # for whoever runs step after step
+        d = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, d)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, d), nn.SiLU(), Linear(d, d))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
+        self.blocks = nn.ModuleList(Block(config, bool(config.image_dim)) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str,
+        weight_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: str | AttentionKernel = "auto",
+        slice_tokens: int = 0,
+        module: str = "",
+    ) -> WanModel:
+        """Build the model of a checkpoint and of the `module` beside it (see `open_weights`), tensor by tensor.
+
+        Raises:
+            CheckpointError: the file is no Wan DiT that can run.
+            AttentionError: the attention kernel is missing or cannot run this dtype.
+        """
+        device = torch.device(device)
+        pointwise.use_triton(device)
+        source = open_weights(path, device, module)
+        if isinstance(attention, str):
+            attention = get_kernel(attention, device, compute_dtype)
+        with torch.device("meta"):
+            model = cls(source.config, attention, compute_dtype, slice_tokens)
+        for name in source.config.shapes():
+            model.set_weight(name, place(source.tensor(name), weight_dtype, device, name))
+        return model.eval().requires_grad_(False)
+
+    def set_weight(self, name: str, weight: Weight) -> None:
+        """Give the model the weight called `name`, in place of the one it has."""
+        owner, _, attribute = name.rpartition(".")
+        module = self.get_submodule(owner)
+        if isinstance(weight, QuantizedWeight):
+            module._parameters.pop(attribute, None)  # torch refuses anything but a Parameter in its place
+            setattr(module, attribute, weight)
+        else:
+            setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Every weight with its name, quantised ones included (`named_parameters` leaves these out)."""
+        for name in self.config.shapes():
+            owner, _, attribute = name.rpartition(".")
+            yield name, getattr(self.get_submodule(owner), attribute)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        conditioning: Conditioning = NOTHING,
+    ) -> torch.Tensor:
+        """Predict the velocity.
+
+        Args:
+            x: latent [B, in_dim, T, H, W].
+            timestep: sigma * 1000, [B] or one for each latent frame [B, T].
+            context: text embedding [B, L, text_dim].
+            conditioning: further inputs of some variants.
+
+        Returns:
+            float32 [B, out_dim, T, H, W].
+        """
+        frames = x.shape[2]
+        x, conditioning = extended(x, conditioning)
+        grid = sequence_of(x, conditioning.options)
+        tokens = patchify(pad_to_patch(x))
+        part = slice(0, grid.tokens)
+        out = self.transform(tokens, grid, part, timestep, context, conditioning=conditioning)
+        return core(unpatchify(out[:, : grid.video_tokens], grid, tuple(x.shape[-3:])), frames, conditioning.options)
+
+    def transform(
+        self,
+        tokens: torch.Tensor,
+        grid: Grid,
+        part: Part,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        attend: SelfAttention | None = None,
+        before_block: Callable[[int], None] | None = None,
+        conditioning: Conditioning = NOTHING,
+    ) -> torch.Tensor:
+        """The DiT on the tokens `part` of a grid.
+
+        Args:
+            tokens: those of the video among them, [B, n, in_dim*4]. Where `span` begins behind the first block, what
+                the blocks before gave, which is changed in place.
+            attend: self-attention over the whole grid for the queries of this part; the model's own kernel
+                where the part is the whole.
+            before_block: called with the number of each block before it runs (see `WanConfig.in_turn`).
+            conditioning: what is left of it after `extended`, for all tokens.
+
+        Returns:
+            float32 [B, n, out_dim*4]. Where `span` ends before the last block, the residual stream [B, n, dim]; where
+            k other streams are `carried` on, with them behind it, [1 + k, B, n, dim].
+        """
+        times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
+        embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
+        text = self.text_embedding(context.to(self.compute_dtype))
+        image = self.image_context(conditioning, text)
+        blocks = len(self.config.in_turn(self.span))
+        inputs = BlockInputs(
+            time=time_vectors(self.time_projection(embedding)),
+            row_of_token=row_of_token,
+            context=text,
+            image=image,
+            rope=sequence_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options)[part],
+            attend=attend or self.self_kernel,
+            announce=getattr(attend, "announce", to_nobody),
+            kernel=self.kernel,
+            compute_dtype=self.compute_dtype,
+            slice_tokens=self.slice_tokens,
+            heard=self.heard(grid, part, conditioning, tokens.device),
+            kept=self.text_keys.of(text, image, blocks) if self.text_keys is not None else None,
+        )
+        if self.span.start == 0:
+            x, carried = self.embed(tokens, grid, part, conditioning), []
+        else:
+            x, *carried = tokens if tokens.ndim == 4 else [tokens]
+        sides = carried or self.side_streams(x, grid, part, conditioning)
+        before_block = before_block or _no_wait
+        for i in self.span:
+            before_block(i)
+            if i not in conditioning.options.skip_blocks:
+                x = self.blocks[i](x, inputs)
+            for vace in self.config.vace_behind(range(i, i + 1)):
+                before_block(self.config.num_layers + vace)
+            self.add_sides(x, sides, i, inputs, conditioning)
+        if self.span.stop == len(self.blocks):
+            return self.head_for(conditioning)(x, embedding, inputs)
+        onward = sides[: self.carried(self.span.stop, conditioning)]
+        if not onward:
+            return x
+        return tokens if carried else torch.stack([x, *onward])  # all of them were changed in place
+
+    # What a variant does differently; see variant_model.py.
+
+    def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
+        """The video's tokens [B, n, in_dim*4] of `part`, and the tail's, to float32 [B, all of `part`, dim]."""
+        return self.patch_embedding(tokens.float())
+
+    def times(
+        self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The times [B, R] that there are, and which of them each token of `part` has, [n]; None where R is 1.
+
+        `timestep` is [B, 1], or has one for each frame.
+        """
+        if timestep.shape[1] == 1:
+            return timestep, None
+        frames = torch.arange(grid.tokens, device=timestep.device)[part] // grid.frame_tokens
+        return timestep, frames.clamp(max=grid.frames - 1)  # a tail goes with the last frame
+
+    def head_for(self, conditioning: Conditioning) -> Head:
+        """The head that makes the result."""
+        return self.head
+
+    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Any:
+        """What the blocks listen to, for the tokens `part`."""
+        return None
+
+    def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
+        """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text."""
+        return None
+
+    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[Any]:
+        """What `add_sides` needs, such as further tokens beside the embedded ones x, float32 [B, n, dim]."""
+        return []
+
+    def carried(self, block: int, conditioning: Conditioning) -> int:
+        """How many side streams the blocks from `block` on need that the blocks before must give."""
+        return 0
+
+    def add_sides(
+        self, x: torch.Tensor, sides: list[Any], block: int, inputs: BlockInputs, conditioning: Conditioning
+    ) -> None:
+        """Behind a block of the video: change x in place by the side streams, and these too."""
+
+    def self_attentions(self, conditioning: Conditioning, blocks: range) -> int:
+        """How often one forward through these blocks of the video calls its self-attention function."""
+        return len(set(blocks) - set(conditioning.options.skip_blocks))

@@ -1,0 +1,141 @@
+"""Matrices with a scale for every few columns of a row, as ComfyUI's files have them: NVFP4 and MXFP8.
+
+MXFP8 (OCP Microscaling Formats, version 1.0): e4m3 numbers, and for every 32 of them a power of two (E8M0). NVFP4
+(NVIDIA, Blackwell): numbers of 4 bits (E2M1), for every 16 of them a scale in e4m3, and one in float32 for the matrix.
+Blackwell multiplies both as they are; here they are dequantised, which any GPU can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import torch
+
+from ..ops.pointwise import triton_in_use
+from .gguf_blocks import to_eight_bits
+from .quantized import QuantizedWeight, covering
+
+
+@dataclass(frozen=True)
+class Group:
+    """Numbers of a row that share a scale, and the bytes that hold them."""
+
+    numbers: int
+    nbytes: int
+
+
+GROUPS = {"NVFP4": Group(16, 8), "MXFP8": Group(32, 32)}
+_TILE_ROWS, _TILE_GROUPS = 128, 4
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScaledWeight(QuantizedWeight):
+    """`data` uint8 [rows, bytes of whole groups]; `scales` uint8 [rows, groups], e4m3 or E8M0; `scale` float32 [1, 1].
+
+    A slice of columns keeps the groups that it touches: `skip` columns before it, and `columns` of its own.
+    """
+
+    kind: str
+    data: torch.Tensor
+    scales: torch.Tensor
+    scale: torch.Tensor
+    columns: int
+    skip: int = 0
+
+    @classmethod
+    def of_file(
+        cls, kind: str, data: torch.Tensor, scales: torch.Tensor, scale: torch.Tensor | None
+    ) -> BlockScaledWeight:
+        """From the tensors of a file: `data` of any type of one byte [rows, bytes], `scales` likewise in the order of
+        the tensor cores, `scale` a number, or None for 1."""
+        data, whole = data.view(torch.uint8), torch.ones(1) if scale is None else scale.float()
+        groups = data.shape[1] // GROUPS[kind].nbytes
+        scales = in_rows(scales.view(torch.uint8), len(data), groups)
+        return cls(kind, data, scales, whole.view(1, 1), groups * GROUPS[kind].numbers)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.data), self.columns))
+
+    @property
+    def format(self) -> str:
+        return self.kind.lower()
+
+    def components(self) -> dict[str, torch.Tensor]:
+        return {"data": self.data, "scales": self.scales, "scale": self.scale}
+
+    def replace(self, components: Mapping[str, torch.Tensor]) -> BlockScaledWeight:
+        return replace(self, **components)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        if not (self.data.is_cuda and triton_in_use()):
+            return self.dequantize_by_torch(dtype)
+        return import_module(".block_scaled_triton", __package__).dequantize(self, dtype)
+
+    def dequantize_by_torch(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same on any device, in plain torch."""
+        numbers = self._numbers().to(dtype)  # exact: all floats hold these
+        numbers = numbers.unflatten(1, (-1, GROUPS[self.kind].numbers))
+        out = torch.empty_like(numbers)
+        # a 16-bit number times a float32 scale, rounded once, without a float32 matrix in memory on a GPU
+        torch.mul(numbers, self._factors()[:, :, None], out=out)
+        return out.flatten(1).narrow(1, self.skip, self.columns)
+
+    def narrow(self, dim: int, start: int, length: int) -> BlockScaledWeight:
+        if dim == 0:
+            return replace(self, data=self.data.narrow(0, start, length), scales=self.scales.narrow(0, start, length))
+        group = GROUPS[self.kind]
+        first, last = covering(self.skip + start, length, group.numbers)
+        return replace(
+            self,
+            data=self.data.narrow(1, first * group.nbytes, (last - first) * group.nbytes),
+            scales=self.scales.narrow(1, first, last - first),
+            columns=length,
+            skip=self.skip + start - first * group.numbers,
+        )
+
+    def requantize(self, weight: torch.Tensor) -> QuantizedWeight:
+        """In 8 bits (see `to_eight_bits`): 4 would round away most of what a LoRA changes."""
+        return to_eight_bits(weight)
+
+    def _numbers(self) -> torch.Tensor:
+        """[rows, columns of whole groups]: e4m3, or float16 where 2**-14 stands for 1."""
+        if self.kind == "MXFP8":
+            return self.data.view(torch.float8_e4m3fn)
+        codes = torch.stack((self.data >> 4, self.data & 15), dim=-1).flatten(1).to(torch.int16)
+        # sign, two bits of exponent, one of mantissa: those of a float16 but for the range of the exponent
+        return ((codes & 8) << 12 | (codes & 7) << 9).view(torch.float16)
+
+    def _factors(self) -> torch.Tensor:
+        """What the numbers of each group are multiplied by, float32 [rows, groups]."""
+        if self.kind == "MXFP8":
+            return (self.scales.to(torch.int32) << 23).view(torch.float32)  # a float32's exponent; 2**-127 becomes 0
+        return self.scales.view(torch.float8_e4m3fn).float() * (self.scale * 2**14)
+
+
+def in_rows(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """Scales in the order in which tensor cores read them, as [rows, groups].
+
+    They come in tiles of 128 rows and 4 groups, tile after tile along the rows, padded to whole ones. In a tile, those
+    of rows i, 32 + i, 64 + i and 96 + i are neighbours (cuBLAS, "1D Block Scaling Factors Layout").
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if scales.numel() != scales_in_file(rows, groups):
+        raise ValueError(f"{scales.numel()} scales for {rows} rows of {groups} groups")
+    down, across = _tiles(rows, groups)
+    tiles = scales.reshape(down, across, 32, 4, _TILE_GROUPS).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(down * _TILE_ROWS, across * _TILE_GROUPS)[:rows, :groups].contiguous()
+
+
+def scales_in_file(rows: int, groups: int) -> int:
+    """How many a file has for so many, padding included."""
+    down, across = _tiles(rows, groups)
+    return down * _TILE_ROWS * across * _TILE_GROUPS
+
+
+def _tiles(rows: int, groups: int) -> tuple[int, int]:
+    return -(-rows // _TILE_ROWS), -(-groups // _TILE_GROUPS)

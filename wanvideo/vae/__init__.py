@@ -1,0 +1,4 @@
+"""Wan's two video VAEs, decoding and encoding in pieces of frames.
+
+May import base/. Open vae_coder.py first.
+"""

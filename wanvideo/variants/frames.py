@@ -1,0 +1,138 @@
+"""Tokens that attend to something of their own frame: a face (Animate) or sound (S2V).
+
+A token sees what belongs to its frame and no other token, so that a rank does this for whatever tokens it holds, even
+for a part of a frame. They are taken in runs in which every frame has equally many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..attention.kernels import AttentionKernel
+from ..base.grid import Part
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of a rank, by their places there, which lie in `frames`, equally many in each."""
+
+    tokens: slice
+    frames: slice
+
+    @property
+    def length(self) -> int:
+        """How many frames."""
+        return self.frames.stop - self.frames.start
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Its tokens of x [B, n, d], which a rank holds: [B * frames, tokens of one, d]."""
+        return x[:, self.tokens].unflatten(1, (self.length, -1)).flatten(0, 1)
+
+    def back(self, y: torch.Tensor) -> torch.Tensor:
+        """[B * frames, tokens of one, d] as [B, tokens, d]."""
+        return y.unflatten(0, (-1, self.length)).flatten(1, 2)
+
+    def own(self, v: torch.Tensor) -> torch.Tensor:
+        """What v [B, all frames, ...] has for its frames: [B * frames, ...]."""
+        return v[:, self.frames].flatten(0, 1)
+
+
+def runs_of(part: Part, frame_tokens: int, frames: int) -> list[Run]:
+    """The tokens of `part` that lie in the first `frames` frames of `frame_tokens` tokens each.
+
+    For a run of tokens these are what it has of its first frame, its whole frames, and what it has of its last.
+    """
+    if isinstance(part, slice):
+        return list(_runs_of_slice(part.start, min(part.stop, frames * frame_tokens), frame_tokens))
+    return list(_runs_of_places(part, frame_tokens, frames))
+
+
+def _runs_of_slice(start: int, stop: int, frame_tokens: int) -> Iterator[Run]:
+    at = start
+    while at < stop:
+        frame, inside = divmod(at, frame_tokens)
+        count = (stop - at) // frame_tokens if not inside else 0
+        end = at + count * frame_tokens if count else min(stop, (frame + 1) * frame_tokens)
+        yield Run(slice(at - start, end - start), slice(frame, frame + max(count, 1)))
+        at = end
+
+
+def _runs_of_places(places: torch.Tensor, frame_tokens: int, frames: int) -> Iterator[Run]:
+    indices, counts = torch.unique_consecutive(places // frame_tokens, return_counts=True)
+    run, size, at = None, 0, 0
+    for frame, count in zip(indices.tolist(), counts.tolist(), strict=True):
+        tokens = slice(at, at + count)
+        at += count
+        if run is not None and count == size and frame == run.frames.stop < frames:
+            run = Run(slice(run.tokens.start, at), slice(run.frames.start, frame + 1))
+            continue
+        if run is not None:
+            yield run
+        run, size = (Run(tokens, slice(frame, frame + 1)), count) if frame < frames else (None, 0)
+    if run is not None:
+        yield run
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _lse: bool) -> tuple[torch.Tensor, None]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+
+
+few_keys = AttentionKernel("sdpa", _sdpa, has_lse=False)
+"""Attention to a handful of keys, for which torch's own kernels do, and which those that quantise are not made for."""
+
+
+class CausalConvolution(nn.Module):
+    """A Conv1d of size 3 over time that sees the frame itself and the two before; the first one is repeated."""
+
+    def __init__(self, columns: int, rows: int, stride: int = 1):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Module()
+        self.conv.weight = nn.Parameter(torch.empty(rows, columns, 3), requires_grad=False)
+        self.conv.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, t, columns] to [B, ceil(t / stride), rows], in float32."""
+        x = F.pad(x.transpose(1, 2), (2, 0), mode="replicate")
+        return F.conv1d(x, self.conv.weight, self.conv.bias, stride=self.stride).transpose(1, 2)
+
+
+class CausalEncoder(nn.Module):
+    """Features of each video frame to tokens of each latent frame, four of the one to one of the other.
+
+    Args:
+        columns: width of the features.
+        widths: of the three convolutions.
+        heads: tokens made of a latent frame, beside a learned one.
+        token: width of the learned token.
+    """
+
+    def __init__(self, columns: int, widths: tuple[int, int, int], heads: int, token: int):
+        super().__init__()
+        self.heads = heads
+        self.conv1_local = CausalConvolution(columns, widths[0] * heads)
+        self.conv2 = CausalConvolution(widths[0], widths[1], stride=2)
+        self.conv3 = CausalConvolution(widths[1], widths[2], stride=2)
+        self.padding_tokens = nn.Parameter(torch.empty(1, 1, 1, token), requires_grad=False)
+
+    def encode(self, x: torch.Tensor, first: CausalConvolution, heads: int) -> torch.Tensor:
+        """x [B, t, columns] through `first`, of `heads` heads, and the others: [B, ceil(t/4), heads, widths[2]]."""
+        y = first(x).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        for convolution in (self.conv2, self.conv3):
+            y = convolution(_activated(y))
+        return _activated(y).unflatten(0, (len(x), heads)).transpose(1, 2)
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, t, heads, token] with the learned one behind those of every frame, [B, t, heads + 1, token]."""
+        learned = self.padding_tokens.to(tokens.dtype).expand(*tokens.shape[:2], 1, -1)
+        return torch.cat([tokens, learned], dim=2)
+
+
+def _activated(x: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.layer_norm(x, x.shape[-1:], eps=1e-6))

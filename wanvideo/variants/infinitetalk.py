@@ -1,0 +1,206 @@
+"""InfiniteTalk and MultiTalk: an image-to-video model whose tokens also attend to the speech of their frame.
+
+The layers come in a file of their own, a model patch (see infinitetalk_module.py), and act between cross-attention and
+feed-forward of every block. With two speakers, a mask for each of them in the first frame says who is where: how much
+a token's query attends to the keys of a speaker's part of the first frame tells whose speech it hears more. That turns
+into a place on a line by which its query is rotated, as are the keys of the two speeches.
+
+A rank does this for whatever tokens it holds. Two things it does not have by itself: the keys of the first frame, and
+how the attention to a speaker is distributed over all tokens and heads. `Reduce` brings them.
+
+Sources: MultiTalk (arXiv 2505.22647) and InfiniteTalk (arXiv 2508.14033), `wan/modules/multitalk_model.py` and
+`wan/modules/attention.py` (MeiGen-AI); shapes and orders as ComfyUI runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from ..base.audio_shapes import TalkAudio
+from ..base.config import WanConfig
+from ..base.grid import Grid, Part
+from ..model.layers import Block, BlockInputs, LayerNorm, Linear
+from .frames import Run, few_keys, runs_of
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Adds up a tensor over ranks in place, or takes the largest of each of its numbers."""
+
+NORM_EPS = 1e-5  # torch's default
+_CLOSE = 1e-8  # keeps quotients of equal numbers finite
+_BASE = 10000.0
+# The line on which a token has a place: what speaker 0 and speaker 1 take of it, and where nobody speaks.
+_SPAN = 4.0
+_BEGINS = (0.0, 20.0)
+_NOBODY = 12.0
+
+
+@dataclass(frozen=True)
+class OverSequence:
+    """How ranks that share the tokens of a video put together what each has; a single one leaves it as it is."""
+
+    add: Reduce
+    largest: Reduce
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What the tokens of one rank hear in every block.
+
+    Args:
+        audio: [B, frames, tokens, width], in the compute dtype; with two speakers, first the one's, then the other's.
+        speakers: who is where in the first frame, [B, masks, rows * columns] of 0 and 1; a third mask is of nobody.
+        scale: how strongly it is heard.
+        grid, part: which tokens.
+        over: None where this device has all of them.
+    """
+
+    audio: torch.Tensor
+    speakers: torch.Tensor | None
+    scale: float
+    grid: Grid
+    part: Part
+    over: OverSequence | None = None
+    _runs: dict[tuple[int, int], list[Run]] = field(default_factory=dict)
+
+    def runs(self, s: slice) -> list[Run]:
+        """The frames of the tokens at `s` of this rank's."""
+        if (s.start, s.stop) not in self._runs:
+            part = self.part
+            own = slice(part.start + s.start, part.start + s.stop) if isinstance(part, slice) else part[s]
+            self._runs[s.start, s.stop] = runs_of(own, self.grid.frame_tokens, self.grid.frames)
+        return self._runs[s.start, s.stop]
+
+    def first_keys(self, k: torch.Tensor) -> torch.Tensor:
+        """The keys [B, rows * columns, heads, head_dim] of the first frame, from those [B, n, ...] of this rank."""
+        first = self.grid.frame_tokens
+        if self.over is None:
+            return k[:, :first]
+        start, stop = min(self.part.start, first), min(self.part.stop, first)
+        keys = k.new_zeros(k.shape[0], first, *k.shape[2:])
+        keys[:, start:stop] = k[:, : stop - start]
+        return self.over.add(keys)
+
+
+@dataclass
+class Heard:
+    """A `Speech` in one block: its keys and values [B, frames, tokens, heads, head_dim], and the places [B, n] of this
+    rank's tokens on the line of the speakers."""
+
+    speech: Speech
+    k: torch.Tensor
+    v: torch.Tensor
+    places: torch.Tensor | None = None
+
+
+class SpeechAttention(nn.Module):
+    """Attention of a frame's tokens to the speech of that frame."""
+
+    def __init__(self, dim: int, audio: TalkAudio):
+        super().__init__()
+        self.head_dim = dim // audio.heads  # the number of heads is that of the weights, as in `Attention`
+        self.q_linear = Linear(dim, dim)
+        self.kv_linear = Linear(audio.width, 2 * dim)
+        self.proj = Linear(dim, dim)
+
+    def heard(self, speech: Speech) -> Heard:
+        k, v = self.kv_linear(speech.audio).unflatten(-1, (2, -1, self.head_dim)).unbind(3)
+        if speech.speakers is not None:
+            tokens = torch.arange(k.shape[2], device=k.device)
+            second = (tokens >= k.shape[2] // 2).long()
+            middles = torch.tensor(_BEGINS, device=k.device) + _SPAN / 2
+            k = rotate(k, middles[second])
+        return Heard(speech, k, v)
+
+    def forward(self, x: torch.Tensor, heard: Heard, s: slice) -> torch.Tensor:
+        """x [B, n, dim], normed, of the tokens at `s` of this rank's."""
+        q = self.q_linear(x).unflatten(-1, (-1, self.head_dim))
+        if heard.places is not None:
+            q = rotate(q, heard.places[:, s])
+        out = [run.back(few_keys(run.of(q), run.own(heard.k), run.own(heard.v))) for run in heard.speech.runs(s)]
+        return self.proj(torch.cat(out, dim=1).flatten(2))
+
+
+class TalkBlock(Block):
+    """A block with an attention to speech between cross-attention and feed-forward.
+
+    Attributes:
+        over_heads: adds up over the ranks that have heads of the same tokens.
+    """
+
+    def __init__(self, config: WanConfig, image: bool = False):
+        super().__init__(config, image)
+        self.num_heads = config.num_heads
+        self.over_heads: Reduce = _as_it_is
+        self.norm_x = LayerNorm(config.dim, NORM_EPS)
+        self.audio_cross_attn = SpeechAttention(config.dim, config.talk)
+
+    def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        if inputs.heard is None:
+            return super().forward(x, inputs)
+        heard = self.audio_cross_attn.heard(inputs.heard)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            heard.places = self.places(q, k, heard.speech)
+            return inputs.attend(q, k, v)
+
+        followed = attend if heard.speech.speakers is not None else inputs.attend
+        return super().forward(x, replace(inputs, heard=heard, attend=followed))
+
+    def used_by_slices(self) -> list[nn.Module]:
+        return [*super().used_by_slices(), self.audio_cross_attn.q_linear, self.audio_cross_attn.proj]
+
+    def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
+        if inputs.heard is not None and x.shape[1]:
+            y = self.audio_cross_attn(self.norm_x(x, inputs.compute_dtype), inputs.heard, s)
+            x.add_(y, alpha=inputs.heard.speech.scale)
+
+    def places(self, q: torch.Tensor, k: torch.Tensor, speech: Speech) -> torch.Tensor:
+        """The place [B, n] of each token on the line of the speakers, from the queries and keys [B, n, heads, d] of
+        self-attention. All ranks that share the sequence, and the heads, call it together."""
+        masks = speech.speakers
+        shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # values that tell where a query looks
+        shown[..., : masks.shape[1]] = masks.transpose(1, 2).unsqueeze(2)
+        looks = few_keys(q, speech.first_keys(k), shown)[..., : masks.shape[1]].float().sum(dim=2)
+        looks = self.over_heads(looks.contiguous()) / (self.num_heads * masks.float().sum(-1).unsqueeze(1) + _CLOSE)
+        return on_the_line(looks, speech.over)
+
+
+def on_the_line(looks: torch.Tensor, over: OverSequence | None) -> torch.Tensor:
+    """Places [B, n] from how much each token looks at each mask, [B, n, masks].
+
+    A token belongs to the speaker at whom it looks most, and is the farther along on this speaker's part of the line
+    the more it does so, compared to all tokens of the video.
+    """
+    most, least = _extremes(looks[..., :2], over)
+    begins = torch.tensor(_BEGINS, device=looks.device)
+    along = (looks[..., :2] - least) / (most - least + _CLOSE) * _SPAN + begins
+    nobody = torch.full_like(along[..., :1], _NOBODY)
+    choice = looks.argmax(dim=-1, keepdim=True)
+    return torch.cat([along, nobody], dim=-1).gather(-1, choice).squeeze(-1)
+
+
+def _extremes(x: torch.Tensor, over: OverSequence | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest and smallest numbers [B, 1, c] of x [B, n, c] over the tokens of all ranks; a rank may have none."""
+    both = torch.stack([x, -x])
+    largest = both.amax(dim=2) if x.shape[1] else both.new_full((2, x.shape[0], x.shape[2]), -torch.inf)
+    if over is not None:
+        largest = over.largest(largest)
+    return largest[0].unsqueeze(1), -largest[1].unsqueeze(1)
+
+
+def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring pairs of the last dimension of x [..., tokens, heads, d] by angles that grow with places
+    [..., tokens]; in the dtype of x."""
+    pairs = torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1]
+    angles = places.float().unsqueeze(-1) / _BASE**pairs
+    turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
