@@ -15,7 +15,7 @@ from ..protocol.messages import PoolReady, Start, encode
 from ..protocol.specs import PoolSettings
 
 _CLOSE_SECONDS = 3.0
-_BOOTSTRAP = Path(__file__).resolve().parent.parent / "bootstrap.py"
+_BOOTSTRAP = Path(__file__).resolve().parents[2] / "bootstrap.py"
 
 
 def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
