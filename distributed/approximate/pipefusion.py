@@ -15,33 +15,23 @@ Patches are whole frames where there are enough, and rows of tokens else: width 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
 
 import torch
 
 from ...wanvideo.attention.kernels import AttentionKernel
 from ...wanvideo.base.grid import Grid
-from ...wanvideo.model.layers import SelfAttention
-from ...wanvideo.model.model import WanModel
-from ..parallel.sequence import NativeAttention, SequenceGroup
+from ..parallel.groups import Membership
+from ..parallel.sequence import SequenceAttention, SequenceGroup
+from ..parallel.strategy import Step, StepInputs, WorkItem
 from ..plan.degrees import bounds
 from ..protocol.requests import Displaced
 from ..weights.offload import release_cache
-from .displaced import StaleError
 from .schedule import STALE
+from .stale import StaleError, StaleStrategy
 
 PATCHES_PER_STAGE = 4
 """So n stages work 4n / (5n - 1) of the time on one item: 8/9 for 2 stages, 16/19 for 4."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Tokens [start, stop) of a sequence that go through the blocks together, and their self-attention."""
-
-    start: int
-    stop: int
-    attend: SelfAttention
 
 
 def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
@@ -62,7 +52,7 @@ def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
 
 
 class KeptKeys:
-    """An attention kernel to the keys and values of all tokens, of which each call brings some up to date.
+    """Self-attention to the keys and values of all tokens, of which each call brings some up to date.
 
     Called block by block with tokens [start, start + n): q, k, v [B, n, heads, head_dim].
     """
@@ -71,6 +61,7 @@ class KeptKeys:
         self._blocks, self._start, self._kernel = iter(blocks), start, kernel
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The attention output of these tokens, [B, n, heads, head_dim]."""
         return self.attend(q, [(0, k, v)])
 
     def attend(self, q: torch.Tensor, pieces: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -82,101 +73,113 @@ class KeptKeys:
         return self._kernel(q, keys, values)
 
 
-class GatheredAttention(NativeAttention):
-    """Self-attention of a patch that several ranks share, its kernel being `KeptKeys`.
+class GatheredAttention(SequenceAttention):
+    """Self-attention of a patch that several ranks share, to the keys and values that each of them keeps.
 
     In a ring every rank keeps the keys and values of all tokens: those of the patch pass by and are written down, and
     each rank has the others already.
     """
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __init__(self, group: SequenceGroup, kept: KeptKeys, tokens: int, heads: int):
+        super().__init__(group, tokens, heads)
+        self.kept = kept
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [B, tokens of the Ulysses group, share of the heads, head_dim]; returns the output, same shape."""
         if self.group.degrees.ring == 1:
-            return self.kernel(q, k, v)
-        passing = self._passing(k, v, self.overlap)
-        ulysses = self.group.degrees.ulysses
-        return self.kernel.attend(q, ((sum(self.lengths[: at * ulysses]), k, v) for at, k, v in passing))
+            return self.kept(q, k, v)
+        ulysses, passing = self.group.degrees.ulysses, self.passing(k, v, overlap=True)
+        return self.kept.attend(q, ((sum(self.lengths[: at * ulysses]), k, v) for at, k, v in passing))
 
 
-class PatchStream:
+class StreamedStep(Step):
+    """A forward whose keys and values are kept: exact, or in patches that see those of the step before.
+
+    Args:
+        kept: keys and values by the names of batch items, one tensor [2, B, tokens, heads, head_dim] for each
+            self-attention of this stage. An item's tokens go through self-attention once in a block, and in one of VACE
+            once for each context.
+        heads: of this rank's part of the model, over the whole sequence group.
+    """
+
+    def __init__(
+        self,
+        kept: dict[Hashable, list[torch.Tensor]],
+        inputs: StepInputs,
+        step: Displaced,
+        stages: int,
+        heads: int,
+        device: torch.device,
+    ):
+        self._kept, self.inputs, self.step = kept, inputs, step
+        self.stages, self.heads, self.device = stages, heads, device
+        self._attentions = inputs.model.self_attentions(inputs.conditioning, inputs.model.span)
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of the keys and values that no step before has left."""
+        batches = (self.step.lanes[items] for items in self.inputs.batches)
+        elements = sum(math.prod(self._shape(len(lanes))) for lanes in batches if not self._has(lanes))
+        return elements * self._attentions * self.inputs.model.compute_dtype.itemsize
+
+    def work(self, items: slice) -> list[WorkItem]:
+        """How some batch items go through this stage: patch after patch in a stale step, else whole.
+
+        Raises:
+            StaleError: there is nothing from the step before.
+        """
+        grid, group, kernel = self.inputs.grid, self.inputs.group, self.inputs.model.self_kernel
+        lanes, stale = self.step.lanes[items], self.step.kind == STALE
+        if not self._has(lanes):
+            if stale:
+                raise StaleError.nothing_kept()
+            self._kept[lanes] = self.allocate(len(lanes))
+        work = []
+        for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
+            kept = KeptKeys(self._kept[lanes], start, kernel)
+            first, last = (start + own for own in group.shard(stop - start))
+            shared = group.degrees.ranks > 1
+            attend = GatheredAttention(group, kept, stop - start, self.heads) if shared else kept
+            work.append(WorkItem(items, slice(first, last), last - first, attend))
+        return work
+
+    def allocate(self, batch: int) -> list[torch.Tensor]:
+        """Keys and values of `batch` items for each self-attention of this stage."""
+        release_cache(self.device)
+        shape, dtype = self._shape(batch), self.inputs.model.compute_dtype
+        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(self._attentions)]
+
+    def _has(self, lanes: tuple[str, ...]) -> bool:
+        return len(self._kept.get(lanes, ())) == self._attentions
+
+    def _shape(self, batch: int) -> tuple[int, ...]:
+        """[2, B, tokens, heads, head_dim] of a self-attention."""
+        group = self.inputs.group
+        own = group.heads(self.heads)[group.ulysses_index]
+        return 2, batch, self.inputs.grid.tokens, own, self.inputs.model.config.head_dim
+
+
+class PipeFusion(StaleStrategy, name="pipefusion"):
     """What one worker keeps of the streamed runs that it is asked for."""
 
-    def __init__(self, stages: int, device: torch.device):
-        self.stages, self.device = stages, device
+    def __init__(self, membership: Membership):
+        super().__init__(membership)
         self._kept: dict[Hashable, list[torch.Tensor]] = {}
-        self._run, self._attentions = "", 0
+
+    def suits(self, inputs: StepInputs) -> bool:
+        """Whether there are stages to be filled."""
+        return self.membership.plan.pipeline_parallel > 1
+
+    def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
+        """A forward that leaves its keys and values in this stage, or one whose patches use them."""
+        stages, heads = self.membership.plan.pipeline_parallel, self.membership.heads(inputs.model)
+        return StreamedStep(self._kept, inputs, step, stages, heads, self.membership.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that are kept."""
         return sum(block.nbytes for blocks in self._kept.values() for block in blocks)
 
-    def begin(self, step: Displaced, attentions: int) -> None:
-        """Forget an earlier run.
-
-        Args:
-            attentions: how often an item's tokens go through self-attention in this stage: once a block, in one of VACE
-                once for each context.
-        """
-        self._attentions = attentions
-        if step.run != self._run:
-            self.clear()
-            self._run = step.run
-
-    def clear(self) -> None:
-        """Give the memory back."""
+    def trim(self) -> None:
+        """Drop the keys and values of the run."""
         self._kept.clear()
-
-    def missing_bytes(
-        self, batches: Sequence[tuple[str, ...]], model: WanModel, grid: Grid, group: SequenceGroup, heads: int
-    ) -> int:
-        """Bytes that `stretches` will allocate for these batch items, named as there."""
-        new = (len(lanes) for lanes in batches if not self._has(lanes))
-        return sum(math.prod(self._shape(n, model, grid, group, heads)) for n in new) * (
-            self._attentions * model.compute_dtype.itemsize
-        )
-
-    def stretches(
-        self,
-        step: Displaced,
-        lanes: tuple[str, ...],
-        model: WanModel,
-        grid: Grid,
-        group: SequenceGroup,
-        heads: int,
-    ) -> list[Stretch]:
-        """How some batch items go through this stage in a forward that is stale, or that fills in for one.
-
-        Args:
-            lanes: the items' names over the steps of the run.
-            heads: of this rank's part of the model, over the whole sequence group.
-
-        Raises:
-            StaleError: there is nothing from the step before.
-        """
-        stale = step.kind == STALE
-        if not self._has(lanes):
-            if stale:
-                raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
-            self._kept[lanes] = self._room(len(lanes), model, grid, group, heads)
-        stretches = []
-        for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
-            kept = KeptKeys(self._kept[lanes], start, model.self_kernel)
-            own = group.shard(stop - start)
-            attend = GatheredAttention(group, kept, stop - start, heads) if group.degrees.ranks > 1 else kept
-            stretches.append(Stretch(start + own[0], start + own[1], attend))
-        return stretches
-
-    def _has(self, lanes: tuple[str, ...]) -> bool:
-        return len(self._kept.get(lanes, ())) == self._attentions
-
-    def _room(self, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> list[torch.Tensor]:
-        """Keys and values for each self-attention of this stage."""
-        shape = self._shape(batch, model, grid, group, heads)
-        release_cache(self.device)
-        return [torch.zeros(shape, dtype=model.compute_dtype, device=self.device) for _ in range(self._attentions)]
-
-    @staticmethod
-    def _shape(batch: int, model: WanModel, grid: Grid, group: SequenceGroup, heads: int) -> tuple[int, ...]:
-        """[2, B, tokens, heads, head_dim] of a self-attention."""
-        own = group.heads(heads)[group.ulysses_index]
-        return 2, batch, grid.tokens, own, model.config.head_dim

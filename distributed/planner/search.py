@@ -188,7 +188,7 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
         own = [plan.tokens_of(rank, work.tokens) for rank in ranks]
         size = work.itemsize, spec.slice_tokens
         activations = [activation_bytes(question.config, tokens, spec.max_batch, *size) for tokens in own]
-        demand = demand_of(parts[plan.place(ranks[0]).stage], question.config, max(activations), unit)
+        demand = demand_of(parts[plan.mesh.coords(ranks[0]).stage], question.config, max(activations), unit)
         there = room_beside([room.devices[rank] for rank in ranks], activations)
         on_host = room.host * len(ranks) // plan.num_gpus
         choices = spec.shard_weights, spec.offload

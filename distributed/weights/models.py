@@ -463,7 +463,7 @@ class Models:
     def _held_sizes(self, source: WeightSource, spec: ModelSpec, rank: int) -> dict[str, int]:
         """Bytes of a rank's part of each weight that its stage has."""
         plan, shapes = self.settings.plan, source.config.shapes()
-        at = plan.place(rank)
+        at = plan.mesh.coords(rank)
         shard, stage = TensorShard(plan.tensor_parallel, at.tensor), Stage.of(at.stage, plan.pipeline_parallel)
         sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
         return {

@@ -76,7 +76,9 @@ def outcome(tmp_path_factory, paths) -> worker_group.Outcome:
     for run in RUNS:
         for number, kind in enumerate(STEPS):
             given, conditioning = run.step(number)
-            part_in_run = Displaced(kind, str(run), ("conditional", "unconditional"), PatchSplit())
+            part_in_run = Displaced(
+                kind, str(run), ("conditional", "unconditional"), PatchSplit(), strategy="pipefusion"
+            )
             spec = ModelSpec(paths[run.config], "fp32", "fp32")
             job = worker_group.Job(run.plan, spec, given, part_in_run, "pipefusion", conditioning=conditioning)
             jobs.append(job)
