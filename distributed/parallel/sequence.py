@@ -121,7 +121,7 @@ def leave_groups(groups: Iterable[dist.ProcessGroup | None]) -> None:
 def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
     """Sums and maxima over all ranks of a sequence, whose process groups are an Ulysses group and a ring."""
 
-    def reduce(op: dist.ReduceOp, x: torch.Tensor) -> torch.Tensor:
+    def reduce(op: dist.ReduceOp.RedOpType, x: torch.Tensor) -> torch.Tensor:
         for group in groups:
             if group is not None:
                 with timing.standing(timing.SUMS, group):

@@ -122,6 +122,6 @@ class OverlappedAttention:
             return parcel[:, :, start - first : start - first + count]
 
         return Arrivals(
-            tuple(tuple(of_slice(kind, *heads) for kind in "qkv") for heads in layout.slices(me)),
+            tuple((of_slice("q", *at), of_slice("k", *at), of_slice("v", *at)) for at in layout.slices(me)),
             own(layout.output(me), layout.lengths[me], sum(layout.heads)),
         )

@@ -58,6 +58,7 @@ class Choice:
 
     @property
     def seconds(self) -> float:
+        """Expected seconds of a forward."""
         return self.expected.seconds
 
 
@@ -79,6 +80,7 @@ class Question:
 
     @property
     def work(self) -> Work:
+        """The forward whose time counts; a video of unknown length is taken for 81 frames at 480p."""
         return Work(
             self.tokens or REFERENCE_TOKENS,
             self.items,
@@ -88,7 +90,7 @@ class Question:
         )
 
     def free(self) -> Question:
-        """The same with all sizes left to us."""
+        """The same question with all sizes free to be chosen."""
         return replace(self, asked=ParallelPlan(self.asked.num_gpus, speeds=self.asked.speeds))
 
 

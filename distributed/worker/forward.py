@@ -123,9 +123,10 @@ class ForwardRunner:
         return step.report()
 
     def _tensors(self, request: Forward) -> Tensors:
+        refs, out = (request.x, request.timestep, request.context), self.arena.view(request.arena, request.out)
         with timing.standing(timing.LATENTS):
-            given = [self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)]
-        return Tensors(*given, self.arena.view(request.arena, request.out))
+            x, timestep, context = (self._input(request.arena, ref) for ref in refs)
+        return Tensors(x, timestep, context, out)
 
     def _step_inputs(self, request: Forward, loaded: LoadedModel, x: torch.Tensor) -> StepInputs:
         """What the strategy is told."""

@@ -134,6 +134,7 @@ class VAEs:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The decoders and encoders whose weights this worker has."""
         return tuple(self.weights)
 
     @property
@@ -178,7 +179,7 @@ class VAEs:
 
     def _decode(self, request: DecodeVAE) -> None:
         latent = self._inputs.view(request.arena, request.latent)
-        strips = share_frame(*latent.shape[-2:], self.ranks, request.options)
+        strips = share_frame(latent.shape[-2], latent.shape[-1], self.ranks, request.options)
         piece_bytes = self._fitting_pieces(request.key, Decoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
@@ -198,7 +199,7 @@ class VAEs:
         frames = self._inputs.view(request.arena, request.frames)
         out = self._outputs.view(request.out_arena, request.out)
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
-        strips = share_frame(*out.shape[-2:], self.ranks, request.options)
+        strips = share_frame(out.shape[-2], out.shape[-1], self.ranks, request.options)
         piece_bytes = self._fitting_pieces(request.key, Encoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
@@ -224,14 +225,19 @@ class VAEs:
         return Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
 
     def _coder(self, key: str, kind: type[_Coder], options: VAEOptions) -> _Coder:
-        name = key, options.convolution
-        if name not in self._coders:
-            for other in [other for other in self._coders if other[0] == key]:
-                del self._coders[other]
-            weights = self.weights[key]
-            ops = VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution)
-            self._coders[name] = kind(weights, ops)
-        return self._coders[name]
+        coder = self._coders.get((key, options.convolution))
+        if isinstance(coder, kind):
+            return coder
+        self._forget_coders(key)
+        weights = self.weights[key]
+        coder = kind(weights, VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution))
+        self._coders[key, options.convolution] = coder
+        return coder
+
+    def _forget_coders(self, key: str) -> None:
+        """A coder has the weights in an order of its own, which is that of one way to convolve."""
+        for name in [name for name in self._coders if name[0] == key]:
+            del self._coders[name]
 
     def _fitting_pieces(self, key: str, kind: type[Coder], strips: Strips, options: VAEOptions) -> int:
         """The largest piece that fits on every rank; models step out where even the smallest does not."""
