@@ -65,7 +65,7 @@ class KeptKeys:
         return self.attend(q, [(0, k, v)])
 
     def attend(self, q: torch.Tensor, pieces: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """The same where keys and values come in pieces, each with its place among the tokens from `start` on."""
+        """Self-attention of q where keys and values come in pieces (n, k, v) of the tokens from `start` + n on."""
         keys, values = next(self._blocks)
         for place, k, v in pieces:
             tokens = slice(self._start + place, self._start + place + k.shape[1])

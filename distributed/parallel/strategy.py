@@ -158,11 +158,11 @@ class Strategies:
         return sum(strategy.nbytes for strategy in self._made.values())
 
     def trim(self) -> None:
-        """See `Strategy.trim`."""
+        """Give back the device memory that only a sampling run needs, of all strategies."""
         for strategy in self._made.values():
             strategy.trim()
 
     def close(self) -> None:
-        """See `Strategy.close`."""
+        """Give back all memory of all strategies, which can be used again."""
         for strategy in self._made.values():
             strategy.close()

@@ -80,7 +80,8 @@ class Strip:
         self._last = len(strips.parts) - 1
 
     def fill_border(self, frames: torch.Tensor) -> None:
-        """See `Frame`; every rank of the strips calls it."""
+        """Fill the border of the strip with the neighbours' rows or columns (see `Frame`). Every rank of the strips
+        calls this."""
         along, across = (1, 2) if self.strips.axis == 0 else (2, 1)
         frames.select(across, 0).zero_()
         frames.select(across, -1).zero_()
@@ -99,7 +100,7 @@ class Strip:
             border.copy_(received)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Frame`; every rank of the strips calls it."""
+        """The whole frame of which x is this rank's strip (see `Frame`); every rank of the strips calls this."""
         along, unit = (1, 2)[self.strips.axis], x.shape[1 + self.strips.axis]
         scale = unit // (self.strips.parts[self.rank][1] - self.strips.parts[self.rank][0])
         pieces, operations = [], []

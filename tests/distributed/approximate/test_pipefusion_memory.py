@@ -117,7 +117,7 @@ def test_the_second_branch_is_counted_with_the_first():
     def step(branch: str, timestep: float) -> None:
         options = {"uuids": [branch], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21)}
         with runs.step(latent * timestep / 900, torch.tensor([timestep]), options, "") as displaced:
-            assert displaced is not None
+            assert displaced.strategy == "pipefusion"
 
     step("positive", 900.0)
     step("positive", 899.0)
