@@ -1,4 +1,4 @@
 """Strategies that are not exact: displaced patches (DistriFusion) and PipeFusion, with their memory and schedules.
 
-May import the packages before it (plan/ to planner/) and wanvideo/. Open displaced.py first.
+May import the packages before it (plan/ to planner/) and wanvideo/. Open strategies.py first, which names them.
 """
