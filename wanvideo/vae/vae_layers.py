@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from .vae_layout import inner_layers
-from .vae_ops import VAEOps, norm
+from .vae_ops import Convolution, VAEOps, norm
 
 
 class Frame(Protocol):
@@ -41,10 +41,12 @@ class WholeFrame:
         self.size = size
 
     def fill_border(self, frames: torch.Tensor) -> None:
+        """Fill the border with zeros, as nothing lies around a whole frame."""
         for edge in (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]):
             edge.zero_()
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself, as all of each frame is here."""
         return x
 
 
@@ -147,8 +149,12 @@ class Upsample:
 
     def __init__(self, name: str, weights: Weights):
         self.name, self.conv = name, weights.conv(f"{name}.resample.1")
-        self.temporal = f"{name}.time_conv.weight" in weights.tensors
-        self.time_conv = weights.conv(f"{name}.time_conv") if self.temporal else None
+        self.time_conv = weights.conv(f"{name}.time_conv") if f"{name}.time_conv.weight" in weights.tensors else None
+
+    @property
+    def temporal(self) -> bool:
+        """Whether it doubles the frames."""
+        return self.time_conv is not None
 
     def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         frames, rows, columns, channels = x.shape
@@ -156,7 +162,7 @@ class Upsample:
             first, later = x, None
         else:
             count = 0 if self.name in run.past else 1
-            first, later = x[:count], self._doubled(x[count:], run)
+            first, later = x[:count], self._doubled(self.time_conv, x[count:], run)
             frames = count + 2 * (frames - count)
         buffer = x.new_empty(frames, 2 * rows + 2, 2 * columns + 2, channels)
         interior = buffer[:, 1:-1, 1:-1].unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
@@ -167,12 +173,12 @@ class Upsample:
         run.frame.fill_border(buffer)
         return self.conv(buffer, None)
 
-    def _doubled(self, x: torch.Tensor, run: Pass) -> torch.Tensor | None:
+    def _doubled(self, time_conv: Convolution, x: torch.Tensor, run: Pass) -> torch.Tensor | None:
         """Two frames for each one of x, side by side in the channels."""
         if not len(x):
             run.past[self.name] = x.new_zeros(2, *x.shape[1:])
             return None
-        return self.time_conv(run.frames_before(self.name, x), None)
+        return time_conv(run.frames_before(self.name, x), None)
 
 
 class Downsample:
@@ -185,8 +191,14 @@ class Downsample:
         self.name = name
         self.weight, self.bias = (weights.tensors[f"{name}.resample.1.{part}"] for part in ("weight", "bias"))
         self.weight = self.weight.contiguous(memory_format=torch.channels_last)
-        self.temporal = f"{name}.time_conv.weight" in weights.tensors
-        self.time_weight, self.time_bias = (weights.tensors.get(f"{name}.time_conv.{p}") for p in ("weight", "bias"))
+        self.time_conv: tuple[torch.Tensor, torch.Tensor] | None = None  # weight and bias
+        if f"{name}.time_conv.weight" in weights.tensors:
+            self.time_conv = weights.tensors[f"{name}.time_conv.weight"], weights.tensors[f"{name}.time_conv.bias"]
+
+    @property
+    def temporal(self) -> bool:
+        """Whether it halves the frames."""
+        return self.time_conv is not None
 
     def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         frames, rows, columns, channels = x.shape
@@ -195,9 +207,9 @@ class Downsample:
         run.frame.fill_border(buffer)
         seen = buffer[:, 1:, 1:].permute(0, 3, 1, 2)  # nothing above, and nothing to the left
         y = F.conv2d(seen, self.weight, self.bias, stride=2).permute(0, 2, 3, 1).contiguous()
-        return y if self.time_weight is None else self._halve_frames(y, run)
+        return y if self.time_conv is None else self._halve_frames(*self.time_conv, y, run)
 
-    def _halve_frames(self, y: torch.Tensor, run: Pass) -> torch.Tensor:
+    def _halve_frames(self, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, run: Pass) -> torch.Tensor:
         before = run.past.pop(self.name, None)
         run.past[self.name] = y[-1:].clone()
         first = y[:1] if before is None else y[:0]
@@ -205,7 +217,7 @@ class Downsample:
         if len(seen) < 3:
             return first
         frames = seen.permute(3, 0, 1, 2).unsqueeze(0)
-        later = F.conv3d(frames, self.time_weight, self.time_bias, stride=(2, 1, 1))[0].permute(1, 2, 3, 0)
+        later = F.conv3d(frames, weight, bias, stride=(2, 1, 1))[0].permute(1, 2, 3, 0)
         return torch.cat([first, later])
 
 
@@ -216,12 +228,15 @@ class Weights:
         self.tensors, self.ops = tensors, ops
 
     def gamma(self, name: str) -> torch.Tensor:
+        """The factors [C] of the norm `name`."""
         return self.tensors[f"{name}.gamma"].flatten()
 
-    def conv(self, name: str) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    def conv(self, name: str) -> Convolution:
+        """The convolution `name` with its bias."""
         return self.ops.conv(self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
 
     def linear(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The convolution `name` of single pixels, as a function of [..., C]."""
         weight, bias = self.tensors[f"{name}.weight"].flatten(1), self.tensors[f"{name}.bias"]
         return lambda x: F.linear(x, weight, bias)
 
@@ -294,11 +309,9 @@ def _neighbours(x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:
 
 def _different(times: int, frames: int, pixels: int) -> tuple[int, int, int]:
     """How many neighbours in time, rows and columns differ, where there are so many times the channels for them."""
-    parts = []
-    for count in (frames, pixels, pixels):
-        parts.append(min(count, times))
-        times //= parts[-1]
-    return tuple(parts)
+    in_time = min(frames, times)
+    rows = min(pixels, times // in_time)
+    return in_time, rows, min(pixels, times // in_time // rows)
 
 
 def pixels_to_channels(x: torch.Tensor, patch: int) -> torch.Tensor:
