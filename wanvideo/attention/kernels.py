@@ -56,7 +56,7 @@ class AttentionKernel:
     bound: float = 5e-2
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v. Takes `[B, S, H, D]`, returns `[B, S_q, H, D]` in the dtype of `q`."""
+        """softmax(q k^T / sqrt(D)) v, `[B, S_q, H, D]` in the dtype of `q`. q, k and v are `[B, S, H, D]`."""
         if q.numel() == 0 or k.numel() == 0:
             return _attend_to_nothing(q)[0]
         return self.forward(q, k, v, False)[0]
@@ -67,16 +67,21 @@ class AttentionKernel:
         Raises AttentionError if the kernel gives no log-sum-exp.
         """
         if not self.has_lse:
-            raise AttentionError(
-                f"The attention kernel {self.name} gives no log-sum-exp, which a ring needs. "
-                "Set ring_degree to 1 or pick another attention kernel."
-            )
+            raise self._without_lse()
         if q.numel() == 0 or k.numel() == 0:
             return _attend_to_nothing(q)
         out, lse = self.forward(q, k, v, True)
+        if lse is None:
+            raise self._without_lse()
         if lse.dim() == 4:  # cuDNN keeps a last dimension of 1
             lse = lse.squeeze(-1)
         return out, lse[..., : q.shape[1]].float()  # the efficient kernel pads S_q to a multiple of 32
+
+    def _without_lse(self) -> AttentionError:
+        return AttentionError(
+            f"The attention kernel {self.name} gives no log-sum-exp, which a ring needs. "
+            "Set ring_degree to 1 or pick another attention kernel."
+        )
 
 
 def get_kernel(
@@ -198,7 +203,7 @@ def _sdpa_cuda(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor,
         return _efficient(q, k, v, want_lse)
     major = torch.cuda.get_device_capability(q.device)[0]
     if major >= 9:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         params = torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, False, False)
         if torch.backends.cuda.can_use_cudnn_attention(params):
             return _cudnn(q, k, v, want_lse)
