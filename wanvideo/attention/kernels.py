@@ -38,15 +38,17 @@ Forward = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, "Tensor | None"
 
 
 class AttentionError(ValueError):
-    """A kernel that is not installed, or that can't do what it is asked for on this device and dtype."""
+    """An attention kernel cannot be used on this device and dtype. The text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
     """One way to compute attention; made by `get_kernel`.
 
-    `has_lse` says whether `with_lse` works; `lossy`, whether the kernel quantises its inputs, and then `bound` is
-    the greatest relative error of its output on normal numbers.
+    Args:
+        has_lse: whether `with_lse` works.
+        lossy: whether the kernel quantises its inputs.
+        bound: the greatest relative error of a lossy kernel's output on normal numbers.
     """
 
     name: str
@@ -64,7 +66,8 @@ class AttentionKernel:
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The output `[B, S_q, H, D]` and the log-sum-exp `[B, H, S_q]` in float32.
 
-        Raises AttentionError if the kernel gives no log-sum-exp.
+        Raises:
+            AttentionError: the kernel gives no log-sum-exp.
         """
         if not self.has_lse:
             raise self._without_lse()
@@ -87,12 +90,14 @@ class AttentionKernel:
 def get_kernel(
     name: str, device: torch.device, dtype: torch.dtype, allow_flash: bool = True, allow_sdpa: bool = True
 ) -> AttentionKernel:
-    """The kernel of that name, tried out once on this device and dtype.
+    """The kernel called `name`, tried out once on this device and dtype.
 
-    `auto` picks the fastest exact kernel that is installed; `allow_flash` and `allow_sdpa` say whether it may
-    pick the flash-attn packages and torch's own kernels. A kernel asked for by name is not held back by them.
+    Args:
+        name: one of `KERNEL_NAMES`; `auto` picks the fastest exact kernel that is installed.
+        allow_flash, allow_sdpa: whether `auto` may pick the flash-attn packages, and torch's own kernels.
 
-    Raises AttentionError for an unknown or missing kernel, or one that can't do this device or dtype.
+    Raises:
+        AttentionError: the kernel is unknown, not installed, wrong, or unable to run on this device or in this dtype.
     """
     device = torch.device(device)
     if name != "auto":
@@ -118,7 +123,8 @@ def get_kernel(
 def get_fp8_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     """The kernel of self-attention on fp8 numbers, tried out once: FlashAttention-3's, or plain torch on a CPU.
 
-    Raises AttentionError where there is none.
+    Raises:
+        AttentionError: this device has no such kernel.
     """
     device = torch.device(device)
     source = _FP8_SOURCES[device.type]

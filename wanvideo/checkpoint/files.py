@@ -42,22 +42,22 @@ def read_contents(path: str) -> Contents:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether a file is to be read as GGUF, which its name says."""
+    """Whether a file is read as GGUF: its name ends in .gguf."""
     return path.lower().endswith(".gguf")
 
 
 def is_index(path: str) -> bool:
-    """Whether a file lists the shards of a model."""
+    """Whether a file is an index, which lists the shards of a model."""
     return path.endswith(_INDEX)
 
 
 def is_shard(path: str) -> bool:
-    """Whether a file is one of several that hold a model."""
+    """Whether a file is a shard, one of several files that hold a model."""
     return _SHARD.fullmatch(os.path.basename(path)) is not None
 
 
 def model_files(path: str) -> list[str]:
-    """The files that `path` stands for: itself, or those of a folder or of a shard's model that are there."""
+    """The files that `path` stands for: the file itself, or the existing files of a folder or of a shard's model."""
     index = _index_of(path)
     folder = os.path.dirname(index) if index else path
     if not os.path.isdir(folder):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""Metadata of ComfyUI-GGUF's converter for tensors that it had to reshape."""
+"""Start of the metadata in which ComfyUI-GGUF's converter notes the shapes of tensors that it had to reshape."""
 
 
 def read_gguf(path: str) -> Contents:

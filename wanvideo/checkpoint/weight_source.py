@@ -1,4 +1,4 @@
-"""Weights of a Wan DiT: from its file through the page cache, or random ones for benchmarks."""
+"""Weights of a Wan DiT, from its file through the page cache or at random for benchmarks, and how they are held."""
 
 from __future__ import annotations
 
@@ -46,9 +46,14 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """A model's file or files, each opened once and memory-mapped: processes that read it share its pages.
+    """A model's file or files, each opened once and memory-mapped: processes that read a file share its pages.
 
-    `module` is the file of a module beside it, VACE's or InfiniteTalk's.
+    Args:
+        path: a file, a folder of shards, or one shard.
+        module: the file of a module beside the model, VACE's or InfiniteTalk's.
+
+    Raises:
+        CheckpointError: see `read_model`.
     """
 
     def __init__(self, path: str, module: str = ""):
@@ -58,7 +63,7 @@ class Checkpoint:
         self._mapped = functools.cache(map_file)
 
     def tensor(self, name: str) -> Weight:
-        """The weight as it stands in the file, on the CPU."""
+        """The weight `name` as its file has it, on the CPU."""
         return self.header.tensors[name].load(self._read)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
@@ -68,10 +73,10 @@ class Checkpoint:
 
 
 def random_config(size: str) -> WanConfig:
-    """Dimensions of a released size, such as 14b.
+    """Dimensions of the released model of a size, such as 14b.
 
     Raises:
-        CheckpointError: there is no such size.
+        CheckpointError: no model of this size was released.
     """
     if size not in PRESETS:
         raise CheckpointError(f"There is no Wan of size {size}. Known sizes: {', '.join(PRESETS)}.")
@@ -79,7 +84,7 @@ def random_config(size: str) -> WanConfig:
 
 
 class RandomWeights:
-    """Normal weights of a released size (`random:14b`): what a speed needs, without a file of 28 GB."""
+    """Normal weights of a released size (`random:14b`), for measuring speed without a file of 28 GB."""
 
     header: Header | None = None
 
@@ -90,7 +95,7 @@ class RandomWeights:
         self._seeds = {name: seed for seed, name in enumerate(self._shapes)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Normal with deviation 0.02, bf16, the same on every device of one kind and in every call."""
+        """Normal numbers with deviation 0.02 in bf16, the same on every device of one kind and in every call."""
         generator = torch.Generator(self._device).manual_seed(self._seeds[name])
         weight = torch.randn(self._shapes[name], generator=generator, device=self._device, dtype=torch.bfloat16)
         return weight * 0.02
@@ -119,7 +124,7 @@ def model_config(path: str, module: str = "") -> WanConfig:
 
 
 def file_stamp(path: str) -> str:
-    """Changes when the file does, or one of a folder's; "" for random weights."""
+    """A text that changes whenever the model's file, or a file of its folder, changes; "" for random weights."""
     if path.startswith(RANDOM_PREFIX):
         return ""
     stats = [os.stat(file) for file in model_files(path)]

@@ -1,4 +1,4 @@
-"""What happens between the matrix products: norms with modulation, rotated queries, gated sums.
+"""Operations between the matrix products: norms with modulation, rotated queries, gated sums.
 
 Each function reads its input and writes its output once where Triton can be used (see `use_triton`), and is
 plain torch elsewhere. Both compute in float32.
@@ -24,11 +24,12 @@ of its own; for 75,600 rows it is the other way round, 16.63 and 16.34 ms (H200,
 
 @dataclass(frozen=True, eq=False)
 class ByToken:
-    """A vector for each token, where there are few different ones: written out, they would be larger than all else.
+    """A vector for each token, held as the few different vectors: written out for each token, the vectors would take
+    more memory than all else.
 
     Args:
-        values: float32 [B, R, d].
-        row: int64 [n], which of the R each token has.
+        values: float32 [B, R, d], the R different vectors.
+        row: int64 [n], which of the R vectors each token has.
     """
 
     values: torch.Tensor
@@ -128,7 +129,7 @@ def add_norm(
 ) -> torch.Tensor:
     """`add_`, then `norm` of the sum: the same numbers, and x is read once for both.
 
-    All that are `ByToken` have the same rows.
+    Arguments that are `ByToken` must have the same rows.
     """
     if x.is_cuda and _kernels is not None:
         return _kernels.add_norm(x, y, gate, scale, shift, eps, dtype)

@@ -1,4 +1,4 @@
-"""Matrices that are held in fewer bits than they are computed in.
+"""Matrices that are held in fewer bits than those in which products with them are computed.
 
 A matrix of the model is a plain tensor or a `QuantizedWeight`. Whoever moves, shards or slices weights treats a plain
 tensor directly and a quantised one through the methods here, and needs no other knowledge of the format.
@@ -92,7 +92,7 @@ def rows_together(parts: Sequence[Weight]) -> Weight:
 
 
 def as_tensor(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Any weight as a plain tensor of `dtype`; no copy where it is that already."""
+    """Any weight as a plain tensor of `dtype`; not copied if it is a tensor of this dtype already."""
     return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
 
 

@@ -22,20 +22,21 @@ from .vae_ops import Convolution, VAEOps, norm
 
 
 class Frame(Protocol):
-    """What lies around the part of each frame that is decoded or encoded here."""
+    """Surroundings of the part of each frame that is decoded or encoded on this rank."""
 
     size: tuple[int, int]
-    """Rows and columns of the latent on the rank that has most, by which pieces are cut alike on all."""
+    """Rows and columns of the latent on the rank that has most of it: all ranks cut pieces by this size."""
 
     def fill_border(self, frames: torch.Tensor) -> None:
-        """Fill the first and last row and column of [T, H + 2, W + 2, C] with what lies there; zeros outside."""
+        """Fill the first and last row and column of `frames` [T, H + 2, W + 2, C] with the pixels of the neighbours, or
+        with zeros at the edge of the video."""
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """All of each frame, from the part [T, H, W, C] of every rank."""
+        """Whole frames, put together from the part `x` [T, H, W, C] of every rank."""
 
 
 class WholeFrame:
-    """A `Frame` that is here as a whole."""
+    """A `Frame` without neighbours: this rank has the whole frame."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
@@ -52,7 +53,7 @@ class WholeFrame:
 
 @dataclass
 class Pass:
-    """One video on its way through a half: what surrounds it, and what the layers keep of its earlier frames."""
+    """One video on its way through a half: its surroundings, and the earlier frames that the layers keep."""
 
     frame: Frame
     past: dict[str, torch.Tensor]
@@ -92,7 +93,7 @@ class Pass:
 
 
 class CausalConv:
-    """A 3x3x3 convolution of a tensor as it is."""
+    """A 3x3x3 convolution without a norm before it."""
 
     def __init__(self, name: str, weights: Weights):
         self.name, self.conv = name, weights.conv(name)
@@ -102,7 +103,7 @@ class CausalConv:
 
 
 class NormConv:
-    """RMSNorm, SiLU and a 3x3x3 convolution, and `residual` on top."""
+    """RMSNorm, SiLU and a 3x3x3 convolution, to whose result `residual` is added."""
 
     def __init__(self, norm_name: str, conv_name: str, weights: Weights):
         self.name, self.ops = conv_name, weights.ops
@@ -174,7 +175,7 @@ class Upsample:
         return self.conv(buffer, None)
 
     def _doubled(self, time_conv: Convolution, x: torch.Tensor, run: Pass) -> torch.Tensor | None:
-        """Two frames for each one of x, side by side in the channels."""
+        """Two frames for each frame of x, side by side in the channels."""
         if not len(x):
             run.past[self.name] = x.new_zeros(2, *x.shape[1:])
             return None
@@ -184,7 +185,7 @@ class Upsample:
 class Downsample:
     """Half the rows and columns, and half the frames where there is a convolution over time.
 
-    The first frame of a video passes that as it is.
+    The first frame of a video is not halved.
     """
 
     def __init__(self, name: str, weights: Weights):
@@ -222,7 +223,7 @@ class Downsample:
 
 
 class Weights:
-    """The weights of a VAE on its device, as the layers want them."""
+    """The weights of a VAE on its device, in the forms in which its layers use them."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ops: VAEOps):
         self.tensors, self.ops = tensors, ops
@@ -264,7 +265,7 @@ Layer = Callable[[torch.Tensor, Pass], torch.Tensor]
 
 
 def make_layer(name: str, weights: Weights) -> Layer:
-    """The layer, or the group of layers, that has this name."""
+    """The layer, or the group of layers, called `name`."""
     if f"{name}.weight" in weights.tensors:
         return CausalConv(name, weights)
     if f"{name}.to_qkv.weight" in weights.tensors:
