@@ -38,7 +38,7 @@ Forward = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, "Tensor | None"
 
 
 class AttentionError(ValueError):
-    """An attention kernel cannot be used on this device and dtype. The text says why and what to do."""
+    """A kernel that is not installed, or that can't do what it is asked for on this device and dtype."""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Format(ABC):
 
 
 FORMATS: list[type[Format]] = []
-"""Every format there is; a subclass of `Format` adds itself."""
+"""Every format, once the package formats/ is imported: a subclass of `Format` adds itself."""
 
 
 @dataclass(frozen=True)

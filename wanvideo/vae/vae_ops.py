@@ -25,7 +25,7 @@ _EPS = 1e-30  # below float32's rounding of any mean square that matters; a pixe
 
 
 class VAEError(ValueError):
-    """The VAE, its input or its options cannot be run here. The text says why and what to do."""
+    """The VAE, its input or its options are none that can be run here. The text says which, and what to do."""
 
 
 class VAEOps:
