@@ -35,7 +35,7 @@ class Fp8(Format):
 
     @classmethod
     def recognise(cls, stored: StoredTensor) -> Fp8 | None:
-        """fp8 is recognised by its type, whatever tensor or note says that it is scaled."""
+        """fp8 is recognised by its type, unless a note names a format with other scales, such as mxfp8."""
         if stored.info.dtype not in (_E4M3, _E5M2) or stored.noted_format not in SCALED_NOTES:
             return None
         scale = scale_info(stored.companions)
