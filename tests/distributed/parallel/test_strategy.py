@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from testkit.tiny import sentences
 from wan_parallel.distributed.approximate import strategies
 from wan_parallel.distributed.approximate.displaced import DisplacedPatches
 from wan_parallel.distributed.approximate.pipefusion import PipeFusion
+from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.parallel import strategy
 from wan_parallel.distributed.parallel.exact import Exact, ExactStep
 from wan_parallel.distributed.parallel.groups import Membership
@@ -23,6 +25,7 @@ from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.shm.arena import Arena
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.worker.worker import Worker
+from wan_parallel.nodes.model.stream_runs import StreamRuns
 from wan_parallel.wanvideo.base.grid import grid_of, unpatchify
 from wan_parallel.wanvideo.model.model import WanModel
 
@@ -138,3 +141,11 @@ def test_the_forward_of_the_worker_names_no_concrete_strategy():
     text = (package / "worker" / "forward.py").read_text()
     for name in ("displaced_", "pipefusion", "Stale", "Fill", "Stream", "xfuser", "PatchParallel", ".exact"):
         assert name not in text, name
+
+
+def test_the_client_of_a_pool_that_streams_asks_for_that_strategy():
+    settings = PoolSettings(ParallelPlan(2, pipeline_parallel=2), "cpu", pipeline_mode="pipefusion")
+    runs = StreamRuns(tiny.TINY, ModelSpec("x", "fp32", "fp32"), SimpleNamespace(settings=settings, launcher_pid=0))
+    with runs.step(torch.ones(1, 16, 3, 8, 8), torch.tensor([900.0]), {}, "") as asked:
+        assert asked.strategy == PipeFusion.name
+    assert PatchSettings().strategy == DisplacedPatches.name
