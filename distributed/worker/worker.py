@@ -24,7 +24,7 @@ from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.ops import pointwise
 from ...wanvideo.quant.fp8 import Fp8Error
 from ...wanvideo.vae.vae_ops import VAEError
-from ..approximate.displaced import StaleError
+from ..approximate.stale import StaleError
 from ..comm import timing
 from ..comm.probe import survey
 from ..parallel.groups import Membership

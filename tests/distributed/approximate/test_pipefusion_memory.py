@@ -10,9 +10,9 @@ import torch
 from testkit import tiny
 from testkit.tiny import sentences
 from wan_parallel.distributed.approximate.displaced_memory import TooLarge, host_memory
-from wan_parallel.distributed.approximate.pipefusion import StreamedStep
 from wan_parallel.distributed.approximate.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.approximate.schedule import FILL
+from wan_parallel.distributed.approximate.strategies.pipefusion import StreamedStep
 from wan_parallel.distributed.parallel.pipeline import Stage
 from wan_parallel.distributed.parallel.sequence import group_of
 from wan_parallel.distributed.parallel.strategy import StepInputs

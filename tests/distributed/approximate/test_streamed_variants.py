@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_divided import KeptInOneProcess
 from testkit import tiny, worker_group
-from wan_parallel.distributed.approximate.pipefusion import cut
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
+from wan_parallel.distributed.approximate.strategies.pipefusion import cut
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec

@@ -10,8 +10,8 @@ import pytest
 import torch
 from testkit import tiny, worker_group
 from testkit.format_files import write_gguf, written
-from wan_parallel.distributed.approximate.pipefusion import cut
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
+from wan_parallel.distributed.approximate.strategies.pipefusion import cut
 from wan_parallel.distributed.parallel.partition import held_parameters
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced

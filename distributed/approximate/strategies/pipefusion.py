@@ -19,16 +19,16 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
-from ...wanvideo.attention.kernels import AttentionKernel
-from ...wanvideo.base.grid import Grid
-from ..parallel.groups import Membership
-from ..parallel.sequence import SequenceAttention, SequenceGroup
-from ..parallel.strategy import Step, StepInputs, WorkItem
-from ..plan.degrees import bounds
-from ..protocol.requests import Displaced
-from ..weights.offload import release_cache
-from .schedule import STALE
-from .stale import StaleError, StaleStrategy
+from ....wanvideo.attention.kernels import AttentionKernel
+from ....wanvideo.base.grid import Grid
+from ...parallel.groups import Membership
+from ...parallel.sequence import SequenceAttention, SequenceGroup
+from ...parallel.strategy import Step, StepInputs, WorkItem
+from ...plan.degrees import bounds
+from ...protocol.requests import Displaced
+from ...weights.offload import release_cache
+from ..schedule import STALE
+from ..stale import StaleError, StaleStrategy
 
 PATCHES_PER_STAGE = 4
 """So n stages work 4n / (5n - 1) of the time on one item: 8/9 for 2 stages, 16/19 for 4."""

@@ -18,22 +18,22 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ...wanvideo.attention.kernels import AttentionKernel
-from ...wanvideo.model.layers import SelfAttention
-from ..comm import timing
-from ..comm.host_kv import HostManager
-from ..parallel.exact import exact_attention
-from ..parallel.groups import Membership
-from ..parallel.sequence import SequenceGroup
-from ..parallel.strategy import Step, StepInputs, WorkItem
-from ..protocol.messages import Exchange
-from ..protocol.requests import Displaced
-from ..shm.pinned import Segment
-from .kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
-from .patch_exchange import PatchesOfShards, Strips
-from .patch_layout import PatchLayout, split_grid, token_pixels
-from .schedule import STALE
-from .stale import StaleError, StaleStrategy
+from ....wanvideo.attention.kernels import AttentionKernel
+from ....wanvideo.model.layers import SelfAttention
+from ...comm import timing
+from ...comm.host_kv import HostManager
+from ...parallel.exact import exact_attention
+from ...parallel.groups import Membership
+from ...parallel.sequence import SequenceGroup
+from ...parallel.strategy import Step, StepInputs, WorkItem
+from ...protocol.messages import Exchange
+from ...protocol.requests import Displaced
+from ...shm.pinned import Segment
+from ..kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
+from ..patch_exchange import PatchesOfShards, Strips
+from ..patch_layout import PatchLayout, split_grid, token_pixels
+from ..schedule import STALE
+from ..stale import StaleError, StaleStrategy
 
 _PURPOSE, _REMEDY = "the patches' keys and values", "Use fewer frames, kv_buffers fp8, or another manager."
 
