@@ -39,10 +39,12 @@ class Segment:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns."""
         return self.frames, self.rows, self.columns
 
     @property
     def tokens(self) -> int:
+        """How many tokens there are."""
         return self.frames * self.rows * self.columns
 
 

@@ -18,7 +18,7 @@ from wan_parallel.wanvideo.checkpoint.header import read_header
 from wan_parallel.wanvideo.checkpoint.vace_module import read_model, read_module
 from wan_parallel.wanvideo.checkpoint.weight_source import file_stamp
 
-BASE = replace(tiny.VACE, vace_layers=0, vace_dim=0)
+BASE = replace(tiny.VACE, additions=())
 GIVEN = tiny.inputs(tiny.VACE)
 CONDITIONING = tiny.conditioning(tiny.VACE, GIVEN.x)
 Tensors = dict[str, torch.Tensor]

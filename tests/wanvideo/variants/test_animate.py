@@ -12,8 +12,8 @@ from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.grid import Grid, grid_of, patchify
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import read_header
+from wan_parallel.wanvideo.model.frames import Run, runs_of
 from wan_parallel.wanvideo.variants.animate import AnimateModel
-from wan_parallel.wanvideo.variants.frames import Run, runs_of
 
 GRID = Grid(3, 2, 2)
 
