@@ -184,8 +184,10 @@ class Variant:
         ignored: keywords that ComfyUI's own model of this variant takes without any use.
         start_image: whether channels beside those of the latent are for a start image or a control video.
         splits: how tensor-parallel ranks divide the variant's tensors, beside those that every model has.
-        first_stage, last_stage: parts of the model (first words of tensors' names) that act in front of the first block
-            alone, or behind the last alone: other pipeline stages need not hold them.
+        rounded: parts of the model (first words of tensors' names) outside the blocks whose matrices are large, so that
+            they are rounded to fp8 as those of the blocks are where a model is held in fp8.
+        first_stage, last_stage: parts of the model that act in front of the first block alone, or behind the last
+            alone: other pipeline stages need not hold them.
         carried: streams of tokens that go from one pipeline stage to the next beside the video's.
         why_exact: why displaced patches (DistriFusion) cannot run this variant, which is then computed exactly; ""
             where they can.
@@ -201,6 +203,7 @@ class Variant:
     ignored: ClassVar[tuple[str, ...]] = ()
     start_image: ClassVar[bool] = True
     splits: ClassVar[Splits] = ()
+    rounded: ClassVar[frozenset[str]] = frozenset()
     first_stage: ClassVar[frozenset[str]] = frozenset()
     last_stage: ClassVar[frozenset[str]] = frozenset()
     carried: ClassVar[int] = 0
@@ -346,15 +349,22 @@ def inputs() -> tuple[Input, ...]:
     return (*SHARED_INPUTS, *(given for cls in registered() for given in cls.inputs))
 
 
+def is_rounded(name: str) -> bool:
+    """Whether a tensor of this name is in a part that some variant says to be `rounded`."""
+    part = name.partition(".")[0]
+    return any(part in cls.rounded for cls in registered())
+
+
 def keys() -> dict[str, Key]:
     """What the keywords of ComfyUI's forward carry that models of some variants take, by their names.
 
     Where several variants take one, `node` names the nodes of all of them.
     """
     found: dict[str, list[Key]] = {}
-    settings = (key for cls in registered() for key in cls.settings)
-    for key in (*(given.key for given in inputs() if given.key is not None), *settings):
-        found.setdefault(key.name, []).append(key)
+    by_class = [(SHARED_INPUTS, ()), *((cls.inputs, cls.settings) for cls in registered())]
+    for given, settings in by_class:
+        for key in (*(each.key for each in given if each.key is not None), *settings):
+            found.setdefault(key.name, []).append(key)
     return {name: _joined(name, carried) for name, carried in found.items()}
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from ..base.config import PRESETS, WanConfig
 from ..base.lora import WeightPatch, merge
 from ..base.tensor_info import CheckpointError, TensorInfo
+from ..base.variant import is_rounded
 from ..quant.formats import format_name, is_quantized, quantized_bytes, weight_of
 from ..quant.quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
 from .files import is_gguf, model_files
@@ -181,7 +182,7 @@ def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str,
 
 def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
     """Whether `place` quantises a float weight: in fp8, the matrices of the blocks, which are 98 % of the bytes."""
-    return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or name.startswith("audio_injector."))
+    return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or is_rounded(name))
 
 
 def held_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtype:

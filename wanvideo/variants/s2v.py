@@ -102,6 +102,7 @@ class S2V(Variant):
         *attention_splits(r"audio_injector\.injector\.\d+"),
         (r"injector_adain_layers\.\d+\.linear\.(weight|bias)", GATHERED),
     )
+    rounded = frozenset({"audio_injector"})
     first_stage = frozenset({"trainable_cond_mask", "cond_encoder", "frame_packer"})
     why_exact = "S2V's reference lies behind the video, in no patch of it"
 

@@ -89,7 +89,7 @@ def test_a_sound_that_lasts_for_some_frames_is_spread_over_all(model):
     x, timestep, context, conditioning = given(size=(4, 8, 8))
     short = replace(conditioning, audio=conditioning.audio[..., :8])
     check(tiny.S2V, x, short)
-    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short)[-1]
+    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short, [])["sound"][-1]
     assert [(run.tokens, run.frames) for run in runs] == [(slice(0, 64), slice(0, 2))]
     assert model(x, timestep, context, short).shape == x.shape
 

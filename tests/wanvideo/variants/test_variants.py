@@ -295,7 +295,8 @@ def test_any_tokens_in_any_order_get_what_is_theirs(single, name):
 
     def embedded(part):
         tokens = model.embed(patchify(x)[:, part], grid, part, conditioning)
-        return [tokens, *model.side_streams(tokens, grid, part, conditioning)]
+        sides = model.side_streams(tokens, grid, part, conditioning, [])
+        return [tokens, *sides.get("vace", [])]
 
     index = torch.tensor([14, 3, 35, 20, 21, 8])
     for got, whole in zip(embedded(index), embedded(slice(0, grid.tokens)), strict=True):
