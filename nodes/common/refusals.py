@@ -24,7 +24,7 @@ class WrongVariant(NotOnWorkers):
 
 
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
-_HARMLESS_INPUTS = frozenset({"denoise_mask", "ref_mask_flag"})
+_HARMLESS_INPUTS = frozenset({"denoise_mask"})
 
 
 def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
@@ -49,8 +49,9 @@ def refuse_inputs(inputs: Mapping[str, Any], variant: str) -> None:
     for name, value in inputs.items():
         if value is None or name in _HARMLESS_INPUTS or name == "control":
             continue
-        key = keys().get(name)
-        if key is not None and key.what:
+        if key := keys().get(name):
+            if not key.what:
+                continue
             refuse_variant(f"{key.what} ({name})", variant, key.node)
         refuse(
             f"The conditioning carries an extra input ({name})",

@@ -56,7 +56,8 @@ class Key:
 
     Args:
         name: what ComfyUI calls it.
-        what: what it carries, as a refusal says, such as "a pose video".
+        what: what it carries, as a refusal says, such as "a pose video"; "" where no variant says it, as for one that
+            changes nothing by itself, which is then passed over.
         node: the node that makes it, as a refusal says; "" where a refusal names the nodes of other variants instead.
     """
 
