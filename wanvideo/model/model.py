@@ -238,9 +238,9 @@ class WanModel(nn.Module):
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
         """The video's tokens [B, n, in_dim*4] of `part`, and the tail's, to float32 [B, all of `part`, dim]."""
-        x = self.embed_video(tokens, grid, video_part(grid, part), conditioning)
         if not grid.tail or not isinstance(part, slice):  # indices are never of a tail
-            return x
+            return self.embed_video(tokens, grid, part, conditioning)
+        x = self.embed_video(tokens, grid, video_part(grid, part), conditioning)
         first, last = (max(place - grid.video_tokens, 0) for place in (part.start, part.stop))
         return torch.cat([x, self.embed_behind(conditioning, slice(first, last), x.device)], dim=1)
 
