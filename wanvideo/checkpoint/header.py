@@ -15,7 +15,8 @@ from pathlib import Path
 from ..base.config import WanConfig
 from ..base.tensor_info import CheckpointError, TensorInfo, listed
 from ..base.variant import TensorShapes, read_variants, registered
-from ..quant.formats import format_name, logical_tensors
+from ..quant.format import LogicalTensor
+from ..quant.formats.registry import format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 
@@ -34,7 +35,7 @@ class Header:
     path: str
     prefix: str
     config: WanConfig
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, LogicalTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
