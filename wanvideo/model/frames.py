@@ -1,4 +1,4 @@
-"""Tokens that attend to something of their own frame: a face (Animate) or sound (S2V).
+"""Tokens that attend to something of their own frame, such as a face or sound.
 
 A token sees what belongs to its frame and no other token, so that a rank does this for whatever tokens it holds, even
 for a part of a frame. They are taken in runs in which every frame has equally many tokens.

@@ -360,7 +360,7 @@ class BlockInputs:
     kernel: AttentionKernel
     compute_dtype: torch.dtype
     slice_tokens: int
-    heard: Any = None  # what a variant's blocks listen to (see humo.py)
+    heard: Any = None  # what a variant's blocks listen to (see `WanModel.heard`)
     kept: dict[nn.Module, Keys] | None = None  # by cross-attention, where they are kept (see text_keys.py)
 
     def keys_of(self, attention: Attention) -> Keys:
