@@ -23,8 +23,8 @@ class StaleError(RuntimeError):
 class StaleStrategy(Strategy):
     """A strategy that keeps keys and values of one step for the next one of the same sampling run.
 
-    Keys and values are kept of all blocks or none, so a forward that leaves blocks out is exact; and one that asks all
-    tokens of a block together where the speakers are.
+    Keys and values are kept of all blocks or none, so a forward that leaves blocks out is exact. So is one whose blocks
+    ask the other ranks something: that concerns all tokens of a block together.
     """
 
     def __init__(self, membership: Membership):
@@ -35,7 +35,7 @@ class StaleStrategy(Strategy):
         """Begin a forward, and drop what an earlier run has left. Without a part in a run the forward is exact."""
         step, options = inputs.asked, inputs.conditioning.options
         layers = range(inputs.model.config.num_layers)
-        whole = not set(options.skip_blocks) & set(layers) and inputs.conditioning.speakers is None
+        whole = not set(options.skip_blocks) & set(layers) and not inputs.model.asks_other_ranks(inputs.conditioning)
         if step is None or not whole or not self.suits(inputs):
             return ExactStep(self.membership, inputs)
         if step.run != self._run:

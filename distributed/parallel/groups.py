@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from ...wanvideo.model.layers import OverSequence
 from ...wanvideo.model.model import WanModel
-from ...wanvideo.variants.infinitetalk import OverSequence
 from ..comm.peer_memory import Mailbox
 from ..comm.peer_memory_cuda import open_mailbox
 from ..plan.degrees import ParallelPlan, SequenceDegrees

@@ -99,8 +99,7 @@ def expect(
     waits = layers * _exchanges(config, degrees, plan.tensor_parallel) * machine.latency  # for each slice
     passing = 0.0
     if stages > 1:
-        streams = 2 if config.vace_layers else 1
-        stream = streams * math.ceil(work.tokens / degrees.ranks) * config.dim * 4
+        stream = (1 + config.carried) * math.ceil(work.tokens / degrees.ranks) * config.dim * 4
         passing = (slices + stages - 1) * (items / slices * stream / machine.link + machine.latency)
     one_pass = compute * items / slices + exchange * items / slices + waits
     weights = slices * _waiting_for_weights(blocks or Blocks(), layers, one_pass, machine)

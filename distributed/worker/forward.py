@@ -134,7 +134,7 @@ class ForwardRunner:
         conditioning = self._conditioning(request, loaded, len(x))
         degrees = plan.sequence_degrees(model.config.num_heads, plan.group_ranks(len(x)))
         group = self.membership.groups[degrees]
-        if conditioning.speakers is not None:
+        if model.asks_other_ranks(conditioning):
             model.over_sequence = self.membership.over_sequence(group)
         batches = self._batches(request.spec, len(x), self.membership.coords.data)
         grid = sequence_of(x, conditioning.options)
@@ -218,7 +218,7 @@ class ForwardRunner:
         key = (arena, request.spec, loaded.uuid, batch)
         if self._kept[0] != key:
             self._kept = (key, {})
-        return Conditioning(**shared, options=ref.options, kept=self._kept[1])
+        return Conditioning(ref.options, self._kept[1], shared)
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)
