@@ -90,11 +90,11 @@ class GpuMailbox(Mailbox):
             return sent[0].rank == self.place, sent[0].channel
 
         for (to_itself, _), together in groupby(zip(letters, values, strict=True), key=of_one_flag):
-            stream, words = (self._to_itself if to_itself else self._out).cuda_stream, []
+            handle, words = (self._to_itself if to_itself else self._out).cuda_stream, []
             for letter, value in together:
-                self._copy(stream, letter.shape, self._destination(letter), (address + letter.start, letter.strides))
+                self._copy(handle, letter.shape, self._destination(letter), (address + letter.start, letter.strides))
                 words.append((self._flags_of(letter.rank) + 4 * self._flag(letter), value))
-            self._driver.write(stream, words)
+            self._driver.write(handle, words)
 
     def _copy(
         self,
@@ -179,6 +179,7 @@ class StagedMailbox(GpuMailbox):
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._in, self._arrived = torch.cuda.Stream(device), torch.cuda.Event()
         self._segment: Segment | None = None
+        self._own_flags: torch.Tensor
         super().__init__(group, device)
 
     def _make(self, nbytes: int) -> None:
@@ -186,16 +187,18 @@ class StagedMailbox(GpuMailbox):
         self._memory = self._driver.allocate(nbytes, self.device)
         if self._segment is None or self._segment.nbytes < _FLAG_BYTES + nbytes:
             self._lock(_FLAG_BYTES + nbytes)
-        self._segment.data[self.place][:_FLAG_BYTES].zero_()
+        self._own_flags.zero_()
 
     def _lock(self, nbytes: int) -> None:
         """Have so much host memory. It stays when the device's is given back: locking takes a second for each GiB."""
         if self._segment is not None:
             self._segment.close()
             self._segment = None
+            del self._own_flags  # which would keep the memory
         self._segment = Segment(
             nbytes, self.place, self.ranks, self.device, self.group, "what the GPUs send each other", REMEDY
         )
+        self._own_flags = self._segment.data[self.place][:_FLAG_BYTES]
         self._staging = [self._driver.address_of(data.data_ptr()) for data in self._segment.data]
 
     def _drop(self) -> None:
@@ -219,7 +222,7 @@ class StagedMailbox(GpuMailbox):
         return self._staging[rank]
 
     def _raise_flags(self) -> None:
-        self._segment.data[self.place][:_FLAG_BYTES].fill_(_RAISED)
+        self._own_flags.fill_(_RAISED)
 
     def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
         stream, own = self._in.cuda_stream, self._staging[self.place]
@@ -237,7 +240,7 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | No
     if device.type != "cuda":
         return HostMailbox(group, device)
     apart = _unreached(group, device)
-    whys = []
+    whys: list[str] = []
     for kind, why in ((PeerMailbox, apart), (StagedMailbox, "")):
         mailbox = None
         if _all(not why, group, device):

@@ -100,7 +100,7 @@ def demand_of(sizes: Mapping[str, int], config: WanConfig, activations: int, uni
         sizes: bytes of each of its weights as they are held.
         unit: what blocks are rounded up to.
     """
-    fixed, blocks = 0, {}
+    fixed, blocks = 0, dict[int, int]()
     for name, nbytes in sizes.items():
         if (number := config.block_number(name)) is not None:
             blocks[number] = blocks.get(number, 0) + -(-nbytes // ALIGN) * ALIGN
