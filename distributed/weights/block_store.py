@@ -42,6 +42,7 @@ class BlockStore:
 
     Attributes:
         states: each block as it is, by number; none before `load`.
+        streamed: the blocks that are not whole on the device, by number, in the order in which they run.
         parameters: the model's parameters of each block, by number, in the order in which the blocks run.
         to_host_order: numbers of the blocks in the order in which they leave the device.
     """
@@ -61,6 +62,7 @@ class BlockStore:
         self.mover = BlockMover(device, self.group)
         self._read, self._assign, self._number_of = read, assign, number_of
         self.states: dict[int, Block] = {}
+        self.streamed: dict[int, StreamedBlock] = {}
         self.parameters = {number: BlockParameters(assign) for number in order}
         for name in names:
             if (number := number_of(name)) is not None:
@@ -109,11 +111,6 @@ class BlockStore:
                 return weights[name], True
         return None, False
 
-    def streamed(self) -> dict[int, StreamedBlock]:
-        """The blocks that are not whole on the device, by number, in the order in which they run."""
-        states = ((i, self.states[i]) for i in self.parameters)
-        return {i: block for i, block in states if isinstance(block, SharedBlock | HostBlock)}
-
     # Filling.
 
     def load(self, resident: int, progress: Callable[[], None] = lambda: None) -> None:
@@ -145,6 +142,8 @@ class BlockStore:
     def _put(self, number: int, block: Block) -> None:
         """Keep a block in place of its earlier state, and set the model's parameters to its weights."""
         self.states[number] = block
+        states = ((i, self.states.get(i)) for i in self.parameters)
+        self.streamed = {i: state for i, state in states if isinstance(state, SharedBlock | HostBlock)}
         match block:
             case LooseBlock() | WholeBlock():
                 self.parameters[number].point_at(block.weights)
@@ -202,6 +201,7 @@ class BlockStore:
     def _let_go(self, number: int) -> tuple[bool, int]:
         """Free a block's bytes before its new ones come; whether they lay in host memory, and how many lay there."""
         block = self.states.pop(number)
+        self.streamed.pop(number, None)
         if not isinstance(block, LooseBlock):
             self.parameters[number].point_at(block.flat.metas)
         return isinstance(block, HostBlock), host_bytes_of([block])

@@ -84,11 +84,10 @@ class BlockPrefetcher:
 
     def await_block(self, number: int) -> None:
         """Have a block whole on the device (for what the current stream does next), and the next one under way."""
-        streamed = self._parameters.get(number)
-        if streamed is None:
+        if number not in self._parameters:
             self._start_until(self._reached + SLOTS)
             return
-        block, parameters = streamed
+        block, parameters = self._parameters[number]
         turn = self._reached
         self._start_until(turn + 1)
         self._await(turn)
@@ -109,7 +108,7 @@ class BlockPrefetcher:
                 self._store.detach(number)
 
     def _begin(self, count: int) -> None:
-        streamed = self._store.streamed()
+        streamed = self._store.streamed
         self._streamed = list(streamed.values())
         self._parameters = {number: (block, self._store.parameters[number]) for number, block in streamed.items()}
         self._reached = self._started = 0
