@@ -92,14 +92,14 @@ class Mailbox(ABC):
         dist.barrier(self.group)  # all flags are down
 
     def arrange(self, layout: Hashable, nbytes: int) -> None:
-        """As `reserve`; if `layout` is another one than before, waits for all ranks, which may be reading what lay there."""
+        """As `reserve`. If `layout` is a new one, also waits for all ranks, which may be reading what lay there."""
         self.reserve(nbytes)
         if layout != self._layout:
             self._layout = layout
             dist.barrier(self.group)  # all have read what lay there
 
     def close(self) -> None:
-        """Give the memory back, on all ranks. The count of letters begins anew, as after a run that was given up it must."""
+        """Give the memory back, on all ranks. Letters are counted anew afterwards, as after a run that was given up."""
         if self.nbytes:
             self.nbytes = 0
             self._drop()

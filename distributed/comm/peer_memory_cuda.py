@@ -192,7 +192,7 @@ class StagedMailbox(GpuMailbox):
         self._own_flags.zero_()
 
     def _lock(self, nbytes: int) -> None:
-        """Have `nbytes` of host memory. They stay when the GPU's are given back: locking takes a second for each GiB."""
+        """Have `nbytes` of host memory. They outlive those of the GPU: locking takes a second for each GiB."""
         if self._segment is not None:
             self._segment.close()
             self._segment = None

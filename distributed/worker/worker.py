@@ -1,8 +1,7 @@
 """One process per GPU: joins the group, holds its part of the weights, answers requests one after the other.
 
-A `Worker` hands each request to the room that it is for: forward.py runs forwards, models.py and offload.py hold
-weights, groups.py has the groups of ranks under the plan, vae_worker.py the VAE, worker_report.py tells how all of it
-is.
+A `Worker` hands each request to the room that it is for: forward.py runs forwards, models.py holds weights,
+groups.py has the groups of ranks under the plan, vae_worker.py the VAE, worker_report.py tells how all of it is.
 """
 
 from __future__ import annotations
