@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ...wanvideo.base.config import WanConfig
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, WeightSource, held_sizes
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, WeightSource, storage_bytes
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..plan.degrees import ParallelPlan
@@ -65,7 +65,7 @@ def sizes_on_rank(source: WeightSource, spec: ModelSpec, plan: ParallelPlan, ran
     coordinates, shapes = plan.place(rank), source.config.shapes()
     shard = TensorShard(plan.tensor_parallel, coordinates.tensor)
     stage = Stage.of(coordinates.stage, plan.pipeline_parallel)
-    sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
+    sizes = storage_bytes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
     return {
         name: sizes[name] * math.prod(shard.held_shape(name, shape)) // math.prod(shape)
         for name, shape in shapes.items()

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ...wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, WeightSource, held_dtype, is_quantized_at_load, place
+from ...wanvideo.checkpoint.weight_source import (
+    WEIGHT_DTYPES,
+    WeightSource,
+    cast_and_move,
+    is_quantized_at_load,
+    storage_dtype,
+)
 from ...wanvideo.quant.quantized import QuantizedWeight, Weight
 from ..parallel.tensor import TensorShard
 
@@ -32,7 +38,7 @@ class WeightReader:
 
     def as_held(self, name: str, weight: Weight) -> Weight:
         """This rank's part of a weight, changed by a LoRA or not, in the form in which the model holds it."""
-        weight = place(weight, self._dtype, self._device, name)
+        weight = cast_and_move(weight, self._dtype, self._device, name)
         if isinstance(weight, QuantizedWeight):
             return weight
         if self._device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
@@ -51,5 +57,5 @@ class WeightReader:
         if weight.numel() < whole.numel():
             weight = weight.clone()  # else the whole would stay in memory, or be read with every use
         if is_quantized_at_load(name, weight.ndim, self._dtype):
-            return place(weight, self._dtype, self._device, name), None
-        return weight, held_dtype(name, weight.ndim, self._dtype)
+            return cast_and_move(weight, self._dtype, self._device, name), None
+        return weight, storage_dtype(name, weight.ndim, self._dtype)
