@@ -19,9 +19,8 @@ import torch.distributed as dist
 from ...wanvideo.attention.kernels import get_kernel
 from ...wanvideo.checkpoint.weight_source import DTYPES, WeightSource, open_weights
 from ...wanvideo.model.fp8_mode import use_fp8
-from ...wanvideo.model.model import WanModel
+from ...wanvideo.model.model import WanModel, model_class
 from ...wanvideo.model.text_keys import TextKeys
-from ...wanvideo.variants.build import model_class
 from ..comm.collectives import ShareGroup, gather_rows, join_share_group
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
