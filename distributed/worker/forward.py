@@ -26,9 +26,10 @@ from ..protocol.requests import Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Gate
-from ..weights.memory_use import MemoryMeter
-from ..weights.models import LoadedModel, Models
-from ..weights.offload import Residence
+from ..weights.device_memory import MemoryMeter
+from ..weights.loaded import LoadedModel
+from ..weights.models import Models
+from ..weights.prefetch import BlockPrefetcher
 
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
@@ -100,7 +101,7 @@ class ForwardRunner:
         flow = self._flow(request.spec, loaded, inputs, work, len(tensors.x))
         # tensor-parallel ranks have the same result
         writes = self.membership.stage.is_last and self.membership.coords.tensor == 0
-        with loaded.residence.passes(len(work) + flow.idle):
+        with loaded.prefetcher.prefetching(len(work) + flow.idle):
             for item, stream in flow:
                 items, part = item.items, item.part
                 try:
@@ -165,9 +166,9 @@ class ForwardRunner:
         self, spec: ModelSpec, loaded: LoadedModel, inputs: StepInputs, work: Sequence[WorkItem], batch: int
     ) -> Flow[WorkItem]:
         """The work of this rank on its way through its stage."""
-        model, residence, stage = loaded.model, loaded.residence, self.membership.stage
+        model, stage = loaded.model, self.membership.stage
         # ranks that gather weights from each other run the blocks equally often, and leave them together
-        together = residence.group.ranks > inputs.group.degrees.ranks
+        together = loaded.blocks.group.ranks > inputs.group.degrees.ranks
         missing = self._most_batches(spec, batch) - len(inputs.batches) if together else 0
         carried = model.carried(model.span.start, inputs.conditioning)
         streams = (1 + carried,) if carried else ()
@@ -177,13 +178,13 @@ class ForwardRunner:
             stage.most_blocks(model.config),
             lambda item: (*streams, item.items.stop - item.items.start, item.tokens, model.config.dim),
             self.device,
-            self._before_block(residence, batch, together),
+            self._before_block(loaded.prefetcher, batch, together),
             missing * len(work) // len(inputs.batches),
             model.config.in_turn(model.span),
         )
 
     def _before_block(
-        self, residence: Residence, batch: int, together: bool
+        self, prefetcher: BlockPrefetcher, batch: int, together: bool
     ) -> Callable[[int, int | None], None]:
         """Called with the stage that decides and the block that comes next, if this rank has one: the cancel check of
         one request (see cancel.py), then the block's weights."""
@@ -202,7 +203,7 @@ class ForwardRunner:
             with timing.standing(timing.GATE, sorted({self.rank, leaders[stage]})):
                 self.gate.check(self.rank, leaders[stage])
             if block is not None:
-                residence.before_block(block)
+                prefetcher.await_block(block)
 
         return check
 

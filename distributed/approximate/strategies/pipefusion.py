@@ -26,7 +26,7 @@ from ...parallel.sequence import SequenceAttention, SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
 from ...plan.degrees import bounds
 from ...protocol.requests import Displaced
-from ...weights.offload import release_cache
+from ...weights.device_memory import release_cache
 from ..schedule import STALE
 from ..stale import StaleError, StaleStrategy
 
