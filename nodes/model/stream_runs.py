@@ -24,7 +24,7 @@ from .patch_runs import lane_names
 BESIDE = "wan_parallel_beside"
 """Key of ComfyUI's transformer options, set by the model: `Beside`."""
 
-_SETTINGS = PatchSettings()
+_SETTINGS = PatchSettings(strategy="pipefusion")
 
 
 @dataclass(frozen=True)

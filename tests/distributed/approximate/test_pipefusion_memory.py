@@ -10,15 +10,17 @@ import torch
 from testkit import tiny
 from testkit.tiny import sentences
 from wan_parallel.distributed.approximate.displaced_memory import TooLarge, host_memory
-from wan_parallel.distributed.approximate.pipefusion import PatchStream
 from wan_parallel.distributed.approximate.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.approximate.schedule import FILL
+from wan_parallel.distributed.approximate.strategies.pipefusion import StreamedStep
 from wan_parallel.distributed.parallel.pipeline import Stage
-from wan_parallel.distributed.parallel.sequence import place_in
+from wan_parallel.distributed.parallel.sequence import group_of
+from wan_parallel.distributed.parallel.strategy import StepInputs
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.model.stream_runs import BESIDE, Beside, StreamRuns
+from wan_parallel.wanvideo.base.conditioning import NOTHING
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.grid import Grid
 from wan_parallel.wanvideo.variants.vace import Vace
@@ -45,20 +47,23 @@ def streaming(plan: ParallelPlan, fraction: float = 1.0) -> PoolSettings:
 def test_the_figure_is_what_the_first_rank_allocates(plan, batch, config, contexts):
     grid, ranks = Grid(2, 3, 4), plan.group_ranks(batch)
     degrees = plan.sequence_degrees(config.num_heads, ranks)
-    group = place_in(degrees, 0, plan.sequence_groups(ranks))
+    group = group_of(degrees, 0, plan.sequence_groups(ranks))
     span = Stage.of(0, plan.pipeline_parallel).span(config.num_layers)
-    model = SimpleNamespace(config=config, compute_dtype=torch.bfloat16, span=span)
     attentions = len(span) + contexts * len(config.side_blocks(span))
+    model = SimpleNamespace(
+        config=config, compute_dtype=torch.bfloat16, span=span, self_attentions=lambda *_forward: attentions
+    )
     items = -(-batch // plan.data_parallel) if batch >= plan.data_parallel else batch
-    stream, heads = PatchStream(plan.pipeline_parallel, torch.device("cpu")), config.num_heads // plan.tensor_parallel
-    names = tuple(map(str, range(items)))
-    stream.begin(Displaced(FILL, "run", names, PatchSplit()), attentions)
-    room = stream._room(items, model, grid, group, heads)
+    names, kept = tuple(map(str, range(items))), {}
+    inputs = StepInputs(model, NOTHING, grid, group, [slice(0, items)])
+    fill, heads = Displaced(FILL, "run", names, PatchSplit()), config.num_heads // plan.tensor_parallel
+    step = StreamedStep(kept, inputs, fill, plan.pipeline_parallel, heads, torch.device("cpu"))
+    room = step.allocate(items)
     allocated = sum(tensor.nbytes for tensor in room)
     assert kept_bytes(config, streaming(plan), "bf16", grid.tokens, batch, contexts) == allocated
-    assert stream.missing_bytes([names], model, grid, group, heads) == allocated
-    stream._kept[names] = room
-    assert stream.missing_bytes([names], model, grid, group, heads) == 0
+    assert step.new_bytes == allocated
+    kept[names] = room
+    assert step.new_bytes == 0
 
 
 @pytest.mark.parametrize("stages, tensor", [(2, 1), (4, 1), (2, 2)])
@@ -113,7 +118,7 @@ def test_the_second_branch_is_counted_with_the_first():
     def step(branch: str, timestep: float) -> None:
         options = {"uuids": [branch], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21)}
         with runs.step(latent * timestep / 900, torch.tensor([timestep]), options, "") as displaced:
-            assert displaced is not None
+            assert displaced.strategy == "pipefusion"
 
     step("positive", 900.0)
     step("positive", 899.0)

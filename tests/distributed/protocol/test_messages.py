@@ -40,7 +40,8 @@ STALLS = (messages.Stall.of("ring", (0, 2), [0.25, 1e-6]), messages.Stall.of("we
 REPLY = messages.Reply(
     7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS, STALLS, SURVEYED
 )
-DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
+SPLIT = PatchSplit("temporal", 32, 16)
+DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), SPLIT, True, "native", "new")
 SAMPLES = [
     messages.Start(specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
     requests.Load(1, SPEC),
