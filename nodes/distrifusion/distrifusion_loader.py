@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ...distributed.approximate.displaced_memory import TooLarge, check_run, check_weights, gib
 from ...distributed.approximate.kv_buffers import INSTALL_LINE, MANAGERS, official_version
 from ...distributed.approximate.patch_layout import token_pixels
+from ...distributed.client.displaced_runs import DisplacedRuns
 from ...distributed.client.pool import acquire
 from ...distributed.plan.degrees import SPLIT_MODES, PlanError
 from ...wanvideo.base.grid import Grid
@@ -18,7 +19,6 @@ from ...wanvideo.checkpoint.weight_source import held_as
 from ..common.model_files import model_names, model_path
 from ..common.settings import ATTENTION_MODES, DEVICES, SettingsError
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..model.patch_runs import PatchRuns
 from ..model.remote_model import build_model
 from ..usp.loader_node import XDitUSPWanVideoModelLoader
 from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
@@ -89,15 +89,15 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         config = DistriFusionConfig(**widgets)
         config.validate()
         header = read_header(model_path(model))
-        patcher = build_model(
-            header, config.model_spec(header.path), acquire(config.pool_settings()), config.patch_settings()
-        )
-        text = "\n".join(_status(patcher.remote.patch_runs))
+        spec, pool = config.model_spec(header.path), acquire(config.pool_settings())
+        runs = DisplacedRuns(config.patch_settings(), header.config, spec, pool, header)
+        patcher = build_model(header, spec, pool, runs)
+        text = "\n".join(_status(runs))
         log.info("DistriFusion: %s\n%s", model, text)
         return io.NodeOutput(patcher, text)
 
 
-def _status(runs: PatchRuns) -> Iterator[str]:
+def _status(runs: DisplacedRuns) -> Iterator[str]:
     """What the node says; refuses what cannot fit.
 
     Raises:
@@ -126,7 +126,7 @@ def availability() -> str:
     return f"the official package is not installed, and this pack's own code does the same (for it: {INSTALL_LINE})"
 
 
-def _need(runs: PatchRuns, width: int, height: int) -> str:
+def _need(runs: DisplacedRuns, width: int, height: int) -> str:
     plan, pixels = runs.pool.settings.plan, token_pixels(runs.config)
     if plan.sequence_ranks == 1:
         return "one GPU has each video to itself, which is exact and needs no buffers"

@@ -11,9 +11,10 @@ from comfy_api.latest import io
 
 from nodes import common_ksampler  # ComfyUI's, not this folder
 
+from ...distributed.client.displaced_runs import DisplacedRuns
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..model.model_patcher import RemoteModelPatcher
-from ..model.patch_runs import SYNC_FREQUENCY, PatchRuns
+from ..model.model_patcher import RemoteModelPatcher, displaced_runs
+from ..model.sampled_forward import SYNC_FREQUENCY, sampled_forward
 
 
 class OfficialDistriFusionSampler(io.ComfyNode):
@@ -97,10 +98,10 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         denoise: float,
         sync_frequency: int,
     ) -> io.NodeOutput:
-        patcher = with_sync_frequency(model, sync_frequency)
+        patcher, runs = with_sync_frequency(model, sync_frequency)
         if "context_handler" not in patcher.model_options:  # which shows the model parts of the latent alone
             branches = 1 if cfg == 1.0 else 2
-            _check(patcher.remote.patch_runs, latent_image["samples"], branches, sync_frequency, steps)
+            _check(runs, latent_image["samples"], branches, sync_frequency, steps)
         sampled = common_ksampler(
             patcher,
             seed,
@@ -116,13 +117,14 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         return io.NodeOutput(sampled[0])
 
 
-def with_sync_frequency(model: object, frequency: int) -> RemoteModelPatcher:
-    """A clone of a DistriFusion MODEL that is synchronised every `frequency`-th step.
+def with_sync_frequency(model: object, frequency: int) -> tuple[RemoteModelPatcher, DisplacedRuns]:
+    """A clone of a DistriFusion MODEL that is synchronised every `frequency`-th step, and its sampling runs.
 
     Raises:
         ValueError: `model` has no patches.
     """
-    if not isinstance(model, RemoteModelPatcher) or model.remote.patch_runs is None:
+    runs = displaced_runs(model)
+    if not isinstance(model, RemoteModelPatcher) or runs is None:
         loader = "XDit+USP WanVideo Model Loader" if isinstance(model, RemoteModelPatcher) else "a stock loader"
         raise ValueError(
             f"This MODEL comes from {loader} and has no patches to synchronise. "
@@ -131,10 +133,10 @@ def with_sync_frequency(model: object, frequency: int) -> RemoteModelPatcher:
     patcher = model.clone()
     options = patcher.model_options.get("transformer_options", {})
     patcher.model_options["transformer_options"] = {**options, SYNC_FREQUENCY: frequency}
-    return patcher
+    return patcher, runs
 
 
-def _check(runs: PatchRuns, latent: torch.Tensor, branches: int, sync_frequency: int, steps: int) -> None:
+def _check(runs: DisplacedRuns, latent: torch.Tensor, branches: int, sync_frequency: int, steps: int) -> None:
     """Refuse now what the first step would refuse, before anything is loaded.
 
     Raises:
@@ -143,4 +145,5 @@ def _check(runs: PatchRuns, latent: torch.Tensor, branches: int, sync_frequency:
     if latent.ndim != 5:
         return  # the MODEL itself says what is wrong with it
     size = (latent.shape[0] * branches, *latent.shape[1:])
-    runs.check(size, {SYNC_FREQUENCY: sync_frequency, "sample_sigmas": range(steps + 1)})
+    options = {SYNC_FREQUENCY: sync_frequency, "sample_sigmas": range(steps + 1)}
+    runs.check(size, sampled_forward(options, size[0]))

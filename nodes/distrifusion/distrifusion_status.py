@@ -12,14 +12,14 @@ from ...distributed.approximate.displaced_memory import gib
 from ...distributed.approximate.kv_buffers import official_version
 from ...distributed.approximate.patch_layout import PatchLayout, token_pixels
 from ...distributed.approximate.schedule import StepInfo
+from ...distributed.client.displaced_runs import DisplacedRuns, RunRecord
 from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.messages import Exchange
 from ...distributed.protocol.reports import WorkerStatus
 from ...wanvideo.base.grid import Grid
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..model.model_patcher import RemoteModelPatcher
-from ..model.patch_runs import PatchRuns, RunRecord
+from ..model.model_patcher import displaced_runs
 from .distrifusion_loader import availability
 from .patch_picture import draw_layout
 
@@ -57,20 +57,21 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, after: object = None, frame: torch.Tensor | None = None) -> io.NodeOutput:
-        if not isinstance(model, RemoteModelPatcher) or model.remote.patch_runs is None:
+        runs = displaced_runs(model)
+        if runs is None:
             raise ValueError(
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        runs, pool = model.remote.patch_runs, model.remote.pool.status(poll)
+        pool = runs.pool.status(poll)
         layout, problem = _layout(runs)
         text = "\n".join(_report(runs, pool, layout, problem))
         picture = draw_layout(layout, _caption(runs), None if frame is None else frame[0])
         return io.NodeOutput(text, picture, ui=ui.PreviewText(text))
 
 
-def _layout(runs: PatchRuns) -> tuple[PatchLayout, str]:
+def _layout(runs: DisplacedRuns) -> tuple[PatchLayout, str]:
     """The patches of the last video, or of one of the size that Wan is mostly used with; why it cannot be cut."""
     width, height, frames = _EXAMPLE
     pixels = token_pixels(runs.config)
@@ -81,12 +82,12 @@ def _layout(runs: PatchRuns) -> tuple[PatchLayout, str]:
         return runs.layout(grid, 1), str(error)
 
 
-def _caption(runs: PatchRuns) -> str:
+def _caption(runs: DisplacedRuns) -> str:
     split = runs.settings.split
     return f"{split.mode} patches: patch_size {split.size}, patch_overlap {split.overlap}"
 
 
-def _report(runs: PatchRuns, pool: PoolStatus, layout: PatchLayout, problem: str) -> Iterator[str]:
+def _report(runs: DisplacedRuns, pool: PoolStatus, layout: PatchLayout, problem: str) -> Iterator[str]:
     version = official_version()
     yield f"{'✅' if version else '⚠️'} Official DistriFusion: {availability()}."
     settings, plan = runs.settings, pool.settings.plan

@@ -22,9 +22,10 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 
-from ...distributed.approximate.schedule import PatchSettings
 from ...distributed.client.errors import OutOfMemory
+from ...distributed.client.pipefusion_runs import PipeFusionRuns
 from ...distributed.client.pool import Pool
+from ...distributed.client.sampling_runs import SampledForward, SamplingRuns
 from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
 from ...distributed.weights.lora_transfer import PatchSet
@@ -39,9 +40,9 @@ from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
 from .conditioning_inputs import check_start_image, from_comfyui, latent_node
-from .model_patcher import EVERYTHING, RemoteModelPatcher, free_shared_gpu
-from .patch_runs import PatchRuns
-from .stream_runs import BESIDE, Beside, StreamRuns
+from .model_patcher import RemoteModelPatcher
+from .sampled_forward import sampled_forward
+from .shared_device import EVERYTHING, free_shared_gpu
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,12 @@ _FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 _MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
 
 
-def build_model(
-    header: Header, spec: ModelSpec, pool: Pool, patch_settings: PatchSettings | None = None
-) -> RemoteModelPatcher:
+def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns | None = None) -> RemoteModelPatcher:
     """The MODEL of a checkpoint. Reads no weights and starts no workers.
 
     Args:
-        patch_settings: run it by displaced patches (DistriFusion); exactly without.
+        runs: the sampling runs of a MODEL that is not exact. Without, every forward is exact, unless the pool streams
+            patches through pipeline stages (PipeFusion).
 
     Raises:
         CheckpointError: this ComfyUI takes the file for something else than a Wan model, or samples it otherwise.
@@ -83,9 +83,9 @@ def build_model(
     model_config.unet_config["disable_unet_model_creation"] = True
     model = model_config.get_model(tensors, "")
     del model_config.unet_config["disable_unet_model_creation"]
-    model.diffusion_model = RemoteWan(header, spec, pool, tensors)
-    if patch_settings is not None:
-        model.diffusion_model.patch_runs = PatchRuns(patch_settings, header.config, spec, pool, header)
+    if runs is None and pool.settings.pipeline_mode == "pipefusion":
+        runs = PipeFusionRuns(header.config, spec, pool, header)
+    model.diffusion_model = RemoteWan(header, spec, pool, tensors, runs)
     model.__class__ = _weightless(type(model))
     return RemoteModelPatcher(
         model,
@@ -98,33 +98,31 @@ def build_model(
 class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
-    `patches` is what the loaded MODEL adds to the weights; the workers get it with the next forward. `patch_runs` is
-    there where it runs by displaced patches. `header` and `spec` are of the model as the workers have it, which may
-    have taken in InfiniteTalk's layers.
+    `patches` are the LoRAs of the loaded MODEL; the workers get them with the next forward. `runs` are its sampling
+    runs; None where every forward is exact. `header` and `spec` are of the model as the workers have it, which may have
+    taken in InfiniteTalk's layers.
     """
 
     dtype = torch.float32
     patch_size = (1, 2, 2)
 
-    def __init__(self, header: Header, spec: ModelSpec, pool: Pool, tensors: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        header: Header,
+        spec: ModelSpec,
+        pool: Pool,
+        tensors: Mapping[str, torch.Tensor],
+        runs: SamplingRuns | None = None,
+    ):
         super().__init__()
-        self.header, self.spec, self.pool, self._plain = header, spec, pool, spec
+        self.header, self.spec, self.pool, self.runs, self._plain = header, spec, pool, runs, spec
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.patches: PatchSet | None = None
-        self.patch_runs: PatchRuns | None = None
-        self.stream_runs: StreamRuns | None = None
-        if pool.settings.pipeline_mode == "pipefusion":
-            self.stream_runs = StreamRuns(header.config, spec, pool, header)
         _pools.add(pool)
         self._let_go = self._keep(spec)
         self._tensors = dict(tensors)
         # no module: ComfyUI would try to move its weight to a device
         self.patch_embedding = types.SimpleNamespace(weight=tensors["patch_embedding.weight"])
-
-    @property
-    def runs(self) -> PatchRuns | StreamRuns | None:
-        """What is known of the sampling runs of a MODEL that is not exact."""
-        return self.patch_runs or self.stream_runs
 
     def __getattr__(self, name: str) -> Any:
         if name in _MODULES:
@@ -191,7 +189,7 @@ class RemoteWan(torch.nn.Module):
             return
         self.header, self.spec = read_model(plain.path, module), spec
         if self.runs is not None:
-            self.runs.header, self.runs.config, self.runs.spec = self.header, self.header.config, spec
+            self.runs.change_model(self.header, spec)
         let_go, self._let_go = self._let_go, self._keep(spec)
         let_go()
 
@@ -203,46 +201,70 @@ class RemoteWan(torch.nn.Module):
         return finalizer
 
     def _on_workers(
-        self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor
+        self,
+        options: Mapping[str, Any],
+        conditioning: Conditioning,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
     ) -> torch.Tensor:
         try:
-            return self._run(options, conditioning, *inputs)
+            return self._run(options, conditioning, x, timestep, context)
         except OutOfMemory as error:
             if not self._make_more_room():
                 raise
             log.warning("%s Trying once more with more room on the GPUs.", error)
-        return self._run(options, conditioning, *inputs)
+        return self._run(options, conditioning, x, timestep, context)
 
-    def _run(self, options: Mapping[str, Any], conditioning: Conditioning, *inputs: torch.Tensor) -> torch.Tensor:
-        x, timestep = inputs[:2]
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        check(self.header.config, x, conditioning)
-        whole, left = extended(x, conditioning)  # as the workers will cut it
-        options = {**options, BESIDE: Beside(len(left.options.vace_strengths), left.options.tail_tokens)}
+    def _run(
+        self,
+        options: Mapping[str, Any],
+        conditioning: Conditioning,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+    ) -> torch.Tensor:
+        check(self.header.config, x, conditioning)  # before anything starts; the pool checks what it is given again
+        whole, rest = extended(x, conditioning)  # as the workers will divide it
+        forward = sampled_forward(
+            options,
+            len(whole),
+            vace_contexts=len(rest.options.vace_strengths),
+            context_tokens=rest.options.tail_tokens,
+        )
         if self.runs is not None:
-            x = whole
-            self.runs.check(x.shape, options)
-        with LoadingText(self.spec, self.pool) as text:
-            tokens = sequence_of(whole, left.options).tokens
-            self.pool.ensure_ready(
-                self.spec, lambda: (text.show(), poll()), self._make_room, tokens=tokens, items=len(x)
-            )
-        with self._patch_step(options, x, timestep) as displaced:
+            self.runs.check(tuple(whole.shape), forward)
+        self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole))
+        with self._step(whole, timestep, forward) as displaced:
             return self.pool.forward(
                 self.spec,
-                *inputs,
+                x,
+                timestep,
+                context,
                 patches=self.patches,
-                poll=poll,
+                poll=comfy.model_management.throw_exception_if_processing_interrupted,
                 make_room=self._make_room,
                 displaced=displaced,
                 conditioning=conditioning,
             )
 
-    def _patch_step(
-        self, options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor
+    def _ensure_ready(self, tokens: int, items: int) -> None:
+        """Start the workers and load the model, with words about it under the running node."""
+        with LoadingText(self.spec, self.pool) as text:
+
+            def poll() -> None:
+                text.show()
+                comfy.model_management.throw_exception_if_processing_interrupted()
+
+            self.pool.ensure_ready(self.spec, poll, self._make_room, tokens=tokens, items=items)
+
+    def _step(
+        self, x: torch.Tensor, timestep: torch.Tensor, forward: SampledForward
     ) -> AbstractContextManager[Displaced | None]:
+        if self.runs is None:
+            return nullcontext()
         uuid = self.patches.uuid if self.patches else ""
-        return nullcontext() if self.runs is None else self.runs.step(x, timestep, options, uuid, self._make_room)
+        return self.runs.step(x, timestep, forward, uuid, self._make_room)
 
     def _make_room(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.

@@ -19,7 +19,8 @@ from ...wanvideo.vae.vae_layout import HALVES, Half, frames_of, kind_of, latent_
 from ...wanvideo.vae.vae_ops import VAEError
 from ..common.settings import USPConfig
 from ..common.sockets import CATEGORY
-from ..model.model_patcher import RemoteModelPatcher, free_shared_gpu
+from ..model.model_patcher import RemoteModelPatcher
+from ..model.shared_device import free_shared_gpu
 
 log = logging.getLogger(__name__)
 
