@@ -37,38 +37,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show. Without effect where cfg is 1."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, such as EmptyHunyuanLatentVideo."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise. The same seed and settings give the same video.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="How closely to follow the prompt. Above 1 two branches are computed, with buffers each.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="ComfyUI's own samplers."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="ComfyUI's own noise schedules."
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of the latent is made anew; below 1 it keeps some of what is there.",
-                ),
+                *_sampling(),
                 io.Int.Input(
                     "sync_frequency",
                     default=10,
@@ -98,6 +67,12 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         denoise: float,
         sync_frequency: int,
     ) -> io.NodeOutput:
+        """Sample as KSampler does.
+
+        Raises:
+            ValueError: `model` is not from the DistriFusion loader.
+            PlanError: the video cannot be cut like this, or does not fit into memory.
+        """
         patcher, runs = with_sync_frequency(model, sync_frequency)
         if "context_handler" not in patcher.model_options:  # which shows the model parts of the latent alone
             branches = 1 if cfg == 1.0 else 2
@@ -115,6 +90,42 @@ class OfficialDistriFusionSampler(io.ComfyNode):
             denoise=denoise,
         )
         return io.NodeOutput(sampled[0])
+
+
+def _sampling() -> list[io.Input]:
+    """The inputs of KSampler."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Of the noise. The same seed and settings give the same video.",
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
+        io.Float.Input(
+            "cfg",
+            default=6.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="How closely to follow the prompt. Above 1 two branches are computed, with buffers each.",
+        ),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="ComfyUI's own samplers."),
+        io.Combo.Input(
+            "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="ComfyUI's own noise schedules."
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much of the latent is made anew; below 1 it keeps some of what is there.",
+        ),
+    ]
 
 
 def with_sync_frequency(model: object, frequency: int) -> tuple[RemoteModelPatcher, DisplacedRuns]:

@@ -18,7 +18,9 @@ from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.messages import Exchange
 from ...distributed.protocol.reports import WorkerStatus
 from ...wanvideo.base.grid import Grid
+from ..common import inputs
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
+from ..common.validation import new_fingerprint
 from ..model.model_patcher import displaced_runs
 from .distrifusion_loader import availability
 from .patch_picture import draw_layout
@@ -44,7 +46,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 DISTRIFUSION_MODEL.Input(
                     "model", tooltip="From Official DistriFusion Model Loader, or any node behind it."
                 ),
-                io.AnyType.Input("after", optional=True, tooltip="Any output. The status is taken once it is there."),
+                inputs.after(),
                 io.Image.Input("frame", optional=True, tooltip="The patches are drawn over its first frame."),
             ],
             outputs=[io.String.Output(display_name="status"), io.Image.Output(display_name="patches")],
@@ -53,7 +55,8 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: object) -> float:
-        return float("nan")  # equal to nothing, so ComfyUI never takes the old text
+        """Let the node run with every prompt."""
+        return new_fingerprint()
 
     @classmethod
     def execute(cls, model: object, after: object = None, frame: torch.Tensor | None = None) -> io.NodeOutput:

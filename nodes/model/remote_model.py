@@ -86,7 +86,8 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     if runs is None and pool.settings.pipeline_mode == "pipefusion":
         runs = PipeFusionRuns(header.config, spec, pool, header)
     model.diffusion_model = RemoteWan(header, spec, pool, tensors, runs)
-    model.__class__ = _weightless(type(model))
+    kind: type = type(model)
+    model.__class__ = _weightless(kind)
     return RemoteModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -130,9 +131,9 @@ class RemoteWan(torch.nn.Module):
         return super().__getattr__(name)
 
     def state_dict(
-        self, *_args: Any, destination: dict | None = None, prefix: str = "", **_options: Any
-    ) -> dict[str, torch.Tensor]:
-        """The real names and shapes on the meta device: LoRA loaders look them up."""
+        self, *_args: Any, destination: Any = None, prefix: str = "", **_options: Any
+    ) -> Any:  # as torch's own overloads have it
+        """The names and shapes of the weights as tensors on the meta device, which LoRA loaders look up."""
         destination = {} if destination is None else destination
         destination.update((prefix + name, tensor) for name, tensor in self._tensors.items())
         return destination
@@ -211,7 +212,7 @@ class RemoteWan(torch.nn.Module):
         try:
             return self._run(options, conditioning, x, timestep, context)
         except OutOfMemory as error:
-            if not self._make_more_room():
+            if not self._free_more():
                 raise
             log.warning("%s Trying once more with more room on the GPUs.", error)
         return self._run(options, conditioning, x, timestep, context)
@@ -266,7 +267,10 @@ class RemoteWan(torch.nn.Module):
         uuid = self.patches.uuid if self.patches else ""
         return self.runs.step(x, timestep, forward, uuid, self._make_room)
 
-    def _make_room(self, nbytes: float) -> bool:
+    def _make_room(self, nbytes: int) -> None:
+        self._free(nbytes)
+
+    def _free(self, nbytes: float) -> bool:
         """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
 
         Returns whether there was anything to free.
@@ -278,9 +282,9 @@ class RemoteWan(torch.nn.Module):
         freed = free_shared_gpu(nbytes)
         return bool(others) or freed
 
-    def _make_more_room(self) -> bool:
-        """After the workers ran out of memory: free all that is not this model; whether there was any."""
-        freed = self._make_room(EVERYTHING)
+    def _free_more(self) -> bool:
+        """Free all that is not this model, after the workers ran out of memory; returns whether there was any."""
+        freed = self._free(EVERYTHING)
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         freed = bool(self.pool.step_aside(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
         return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
@@ -290,8 +294,8 @@ _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools that a MODEL has been made for."""
 
 
-class _Weightless:
-    """Mixed into ComfyUI's model class: what it must say differently when the transformer is elsewhere."""
+class _Weightless(comfy.model_base.BaseModel):
+    """Comes before ComfyUI's model class of a Wan model: the answers that differ when the transformer is elsewhere."""
 
     def memory_required(self, *_args: Any, **_options: Any) -> float:
         """Nothing: activations are in the workers. So both branches of cfg come in one batch, always."""
@@ -321,5 +325,5 @@ class _Weightless:
 
 
 @functools.cache
-def _weightless(cls: type[comfy.model_base.BaseModel]) -> type[comfy.model_base.BaseModel]:
+def _weightless(cls: type) -> type:
     return type(f"Remote{cls.__name__}", (_Weightless, cls), {})

@@ -51,7 +51,8 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
         NotOnWorkers: a patch changes the shape of a weight.
     """
     checkpoint = Checkpoint(spec.path, spec.module)
-    translated, left_out = {}, []
+    translated: dict[str, list[WeightPatch]] = {}
+    left_out = []
     for key, entries in patches.items():
         comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while
         name = key.removeprefix(PREFIX)
@@ -59,17 +60,21 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
             left_out.append(name)
             continue
         shape = checkpoint.header.tensors[name].shape
-        entries = [entry for entry in entries if fits(entry[1], shape)]
-        plain = [_plain(entry) for entry in entries]
-        if None in plain:
-            weight = as_tensor(checkpoint.tensor(name), torch.float32)
-            dtype = held_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
-            translated[name] = [_computed(entries, weight, key, dtype)]
-        else:
-            translated[name] = plain
+        translated[name] = _translated([entry for entry in entries if fits(entry[1], shape)], key, checkpoint, spec)
     if left_out:
         log.info("ComfyUI applies no LoRA to %s, so these workers do not either.", listed(left_out))
     return {name: changes for name, changes in translated.items() if changes}
+
+
+def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec: ModelSpec) -> list[WeightPatch]:
+    """The patches of one weight: each as it is, or where ComfyUI must compute one of them, the weight after all."""
+    plain = [patch for entry in entries if (patch := _plain(entry)) is not None]
+    if len(plain) == len(entries):
+        return plain
+    name = key.removeprefix(PREFIX)
+    weight = as_tensor(checkpoint.tensor(name), torch.float32)
+    dtype = held_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
+    return [_computed(entries, weight, key, dtype)]
 
 
 def reaches(name: str) -> bool:

@@ -11,7 +11,9 @@ from ...distributed.client.pool import PoolStatus
 from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.checkpoint.weight_source import held_as
+from ..common import inputs
 from ..common.sockets import CATEGORY
+from ..common.validation import new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, shares_lines, worker_lines
 
@@ -33,7 +35,7 @@ class XDitUSPStatus(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From XDit+USP WanVideo Model Loader or any node behind it."),
-                io.AnyType.Input("after", optional=True, tooltip="Any output. The status is taken once it is there."),
+                inputs.after(),
             ],
             outputs=[
                 io.String.Output(display_name="status"),
@@ -47,7 +49,8 @@ class XDitUSPStatus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: object) -> float:
-        return float("nan")  # equal to nothing, so ComfyUI never takes the old text
+        """Let the node run with every prompt."""
+        return new_fingerprint()
 
     @classmethod
     def execute(cls, model: object, after: object = None) -> io.NodeOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -77,8 +77,9 @@ def draw_status(status: PoolStatus, plan: str) -> torch.Tensor:
     if status.state != "ready":
         return draw_charts(f"{workers}: {status.state}", [Chart("They start with the next sampling step.")])
     charts = [_time_chart(status)]
-    if all(worker.memory is not None for worker in status.workers):
-        charts.append(_memory_chart(status))
+    uses = [(worker.rank, worker.memory) for worker in status.workers if worker.memory is not None]
+    if len(uses) == len(status.workers):
+        charts.append(_memory_chart(uses, settings.device))
     return draw_charts(f"{workers}\n{plan}", charts)
 
 
@@ -93,15 +94,13 @@ def _time_chart(status: PoolStatus) -> Chart:
     )
 
 
-def _memory_chart(status: PoolStatus) -> Chart:
-    uses = [(worker.rank, worker.memory) for worker in status.workers]
-    on_host = status.settings.device != "cuda"
+def _memory_chart(uses: Sequence[tuple[int, MemoryUse]], device: str) -> Chart:
     return Chart(
-        _memory_title(uses[0][1], status.settings.device).capitalize(),
+        _memory_title(uses[0][1], device).capitalize(),
         _MEMORY,
         tuple((f"rank {rank}", _parts(use), f"of {size(use.total)}") for rank, use in uses),
         size,
-        "The host's, as each worker sees it: to it the other workers are others." if on_host else "",
+        "The host's, as each worker sees it: to it the other workers are others." if device != "cuda" else "",
     )
 
 
