@@ -23,7 +23,7 @@ class Settings(Protocol):
 
 
 def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any]) -> bool | str:
-    """Check the widgets that a node's settings are made of; True, or what is wrong with them."""
+    """Check the widgets that a node's settings are made of; returns True, or words about what is wrong."""
     if None in widgets.values():
         return True
     try:
@@ -34,7 +34,7 @@ def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any])
 
 
 def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
-    """Check a model file by reading it; True, or what is wrong with it."""
+    """Check a model file by reading its header; returns True, or words about what is wrong."""
     if name is None:
         return True
     try:
@@ -45,14 +45,14 @@ def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
 
 
 def file_fingerprint(name: str | None) -> str:
-    """The stamp of a model file, as a file that was replaced is another model; "" for one that is not there."""
+    """Return the stamp of a model file, as a replaced file is another model; "" for a file that is not there."""
     path = model_path(name) if name else ""
     return file_stamp(path) if os.path.exists(path) else ""
 
 
 def new_fingerprint() -> float:
-    """The fingerprint of a node that runs with every prompt: it is equal to no other, so ComfyUI takes no old results.
+    """Return the fingerprint of a node that runs with every prompt: NaN, which equals nothing that ComfyUI has stored.
 
-    Each call makes a number of its own, as a tuple takes one and the same object for equal, even where it is NaN.
+    Each call makes a NaN of its own, as tuples take one and the same object for equal even where it is NaN.
     """
     return float("nan")

@@ -35,6 +35,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="OfficialDistriFusionModelLoader",
             display_name="🎯 Official DistriFusion Model Loader",
@@ -100,7 +101,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
 
 
 def _status(runs: DisplacedRuns) -> Iterator[str]:
-    """What the node says; refuses what cannot fit.
+    """The text of the node; refuses a model that cannot fit.
 
     Raises:
         TooLarge: the weights alone are more than a worker may take.
@@ -121,7 +122,7 @@ def _status(runs: DisplacedRuns) -> Iterator[str]:
 
 
 def availability() -> str:
-    """Whether the official package is there, or how to get it."""
+    """Say whether the official package is installed, or how to install it."""
     version = official_version()
     if version:
         return f"the official package distrifuser {version} is installed"

@@ -22,6 +22,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="OfficialDistriFusionSampler",
             display_name="🎯 Official DistriFusion Sampler",
@@ -129,7 +130,7 @@ def _sampling() -> list[io.Input]:
 
 
 def with_sync_frequency(model: object, frequency: int) -> tuple[RemoteModelPatcher, DisplacedRuns]:
-    """A clone of a DistriFusion MODEL that is synchronised every `frequency`-th step, and its sampling runs.
+    """Clone a DistriFusion MODEL so that every `frequency`-th step is synchronous; returns it and its sampling runs.
 
     Raises:
         ValueError: `model` has no patches.

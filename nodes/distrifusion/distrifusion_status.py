@@ -33,6 +33,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="OfficialDistriFusionStatus",
             display_name="🎯 Official DistriFusion Status",
@@ -60,6 +61,11 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, after: object = None, frame: torch.Tensor | None = None) -> io.NodeOutput:
+        """Return the status as text, and the patches as a picture over `frame` [B, H, W, 3].
+
+        Raises:
+            ValueError: the MODEL does not run by patches.
+        """
         runs = displaced_runs(model)
         if runs is None:
             raise ValueError(
@@ -75,7 +81,10 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
 
 def _layout(runs: DisplacedRuns) -> tuple[PatchLayout, str]:
-    """The patches of the last video, or of one of the size that Wan is mostly used with; why it cannot be cut."""
+    """The patches of the last video, or before it of a video of the size that Wan is mostly used with.
+
+    With them comes the reason why the video cannot be cut; "" where it can.
+    """
     width, height, frames = _EXAMPLE
     pixels = token_pixels(runs.config)
     grid = runs.record.grid or Grid(frames, height // pixels, width // pixels)
@@ -120,7 +129,7 @@ def _worker(worker: WorkerStatus) -> str:
 
 
 def _gpu(index: int) -> str:
-    """Without a context on the GPU, which would take memory there."""
+    """A GPU on which no worker runs yet; asked without a CUDA context, which would take memory there."""
     found = torch.cuda.get_device_properties(index)
     return f"rank {index}: {found.name}, {gib(found.total_memory)}; what is free, and the link, once the workers run"
 
@@ -174,7 +183,7 @@ def _exchange_lines(record: RunRecord) -> Iterator[str]:
 
 
 def _hidden(exchange: Exchange) -> str:
-    """Of the rank that waited longest."""
+    """The share of the exchange that computation hides on the rank that waited longest."""
     if exchange.seconds <= 0:
         return "not measured"
     share = max(0.0, 1 - exchange.waited / exchange.seconds)

@@ -31,7 +31,7 @@ def displaced_runs(model: object) -> DisplacedRuns | None:
 
 
 class RemoteModelPatcher(WeightlessPatcher):
-    """The MODEL. Keeps LoRA patches for the workers, and shows ComfyUI's memory manager what they hold."""
+    """The MODEL. Keeps LoRA patches for the workers, and shows the workers' memory to ComfyUI's memory manager."""
 
     @property
     def remote(self) -> RemoteWan:
@@ -40,7 +40,7 @@ class RemoteModelPatcher(WeightlessPatcher):
 
     @property
     def shared_device(self) -> SharedDevice:
-        """What the workers hold of this model on ComfyUI's own device."""
+        """The weights of this model on ComfyUI's own device, which the workers hold."""
         return SharedDevice(self.remote.pool, self.remote.spec)
 
     # Where ComfyUI would write patches into weights, note them down for the workers instead.
@@ -51,14 +51,14 @@ class RemoteModelPatcher(WeightlessPatcher):
         self._hand_over_patches()
 
     def pre_run(self) -> None:
-        """Sampling begins."""
+        """Begin to sample: hand the patches over, and begin a new run."""
         self._hand_over_patches()
         if self.remote.runs is not None:
             self.remote.runs.begin()
         super().pre_run()
 
     def cleanup(self) -> None:
-        """Sampling has ended, in whatever way: what the workers hold beyond weights makes room for the VAE."""
+        """End sampling, in whatever way: the memory that workers hold beyond weights makes room for the VAE."""
         super().cleanup()
         self.shared_device.trim()
 
@@ -85,8 +85,8 @@ class RemoteModelPatcher(WeightlessPatcher):
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         """Let go of this model, for good with `unpatch_all`, as ComfyUI drops it.
 
-        While a node runs that is to make room on ComfyUI's device, where the weights step out. Otherwise the user wants
-        all memory back (Unload models), and the workers forget the model.
+        While a node runs, ComfyUI wants room on its device, and the weights there move to host memory. Otherwise the
+        user wants all memory back (Unload models), and the workers forget the model.
         """
         model = super().detach(unpatch_all)
         if unpatch_all:

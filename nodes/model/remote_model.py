@@ -53,7 +53,7 @@ _MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "tim
 
 
 def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns | None = None) -> RemoteModelPatcher:
-    """The MODEL of a checkpoint. Reads no weights and starts no workers.
+    """Build the MODEL of a checkpoint. Reads no weights and starts no workers.
 
     Args:
         runs: the sampling runs of a MODEL that is not exact. Without, every forward is exact, unless the pool streams
@@ -148,7 +148,13 @@ class RemoteWan(torch.nn.Module):
         transformer_options: Mapping[str, Any] | None = None,
         **inputs: Any,
     ) -> torch.Tensor:
-        """As ComfyUI's WanModel.forward: x [B, C, T, H, W], timestep [B] or [B, T], context [B, L, text_dim].
+        """Run one forward on the workers, with the arguments of ComfyUI's WanModel.forward.
+
+        Args:
+            x: latent [B, C, T, H, W].
+            timestep: [B] or [B, T].
+            context: [B, L, text_dim].
+            inputs: what some variants take beside these.
 
         Wrappers (EasyCache and the like) run here, in this process, around the remote call.
         """
@@ -177,10 +183,11 @@ class RemoteWan(torch.nn.Module):
         return self._on_workers(transformer_options, conditioning, x, timestep, context)
 
     def _take_in(self, module: str) -> None:
-        """Run with the layers of InfiniteTalk in the file `module` from now on; what hears nothing passes them by.
+        """Run with the layers of InfiniteTalk in the file `module` from now on; a forward without audio skips them.
 
         Raises:
-            CheckpointError: they are for another model.
+            CheckpointError: the layers are for another model.
+            NotOnWorkers: the model has a VACE module too.
         """
         plain = self._plain
         if plain.module:
@@ -195,7 +202,7 @@ class RemoteWan(torch.nn.Module):
         let_go()
 
     def _keep(self, spec: ModelSpec) -> weakref.finalize:
-        """Hold a model on the workers; lets it go with this object, or when what is returned is called."""
+        """Hold a model on the workers until this object is gone, or until the returned finalizer is called."""
         self.pool.keep(spec)
         finalizer = weakref.finalize(self, self.pool.drop, spec)
         finalizer.atexit = False
@@ -298,19 +305,22 @@ class _Weightless(comfy.model_base.BaseModel):
     """Comes before ComfyUI's model class of a Wan model: the answers that differ when the transformer is elsewhere."""
 
     def memory_required(self, *_args: Any, **_options: Any) -> float:
-        """Nothing: activations are in the workers. So both branches of cfg come in one batch, always."""
+        """Return 0, as activations are in the workers. So both branches of cfg always come in one batch."""
         return 0.0
 
     def process_latent_in(self, latent: torch.Tensor) -> torch.Tensor:
+        """Normalise a latent as ComfyUI does; refuse a latent of another model."""
         self._check_channels(latent)
         return super().process_latent_in(latent)
 
     def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
+        """Return the channels of a start image as ComfyUI does; refuse an image that the model has no channels for."""
         self._check_channels(inputs["noise"])
         check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
         return super().concat_cond(**inputs)
 
     def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        """Refuse to save."""
         refusals.refuse_saving()
 
     def _check_channels(self, latent: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a forward's place in its sampling run is, read from ComfyUI's transformer options."""
+"""The place of a forward in its sampling run, read from ComfyUI's transformer options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sampled_forward(
 
 
 def branch_ids(options: Mapping[str, Any], batch: int) -> tuple[str, ...]:
-    """A name for each batch item, the same in every step of a run; none where the options name other items.
+    """Return a name for each batch item, the same in every step of a run; none where the options name other items.
 
     ComfyUI puts as many videos into a batch as there are, for each conditioning in `uuids` one after the other.
     """

@@ -1,4 +1,4 @@
-"""One GPU, two users: what the workers hold on ComfyUI's own device, and how either makes room for the other."""
+"""The device that ComfyUI and the workers share, and how either makes room there for the other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERYTHING = 1e30
 def free_shared_gpu(nbytes: float) -> bool:
     """Let ComfyUI's own models leave the GPU that it shares with a worker, as far as `nbytes` need it.
 
-    Returns whether any did.
+    Returns whether any of them did.
     """
     management = comfy.model_management
     device = management.get_torch_device()
@@ -49,7 +49,7 @@ class SharedDevice:
     spec: ModelSpec
 
     def held(self) -> tuple[int, int]:
-        """Bytes of the weights on the device: now, and once all are back that have stepped out."""
+        """Return the bytes of the weights on the device: now, and once all that are in host memory have come back."""
         return self.pool.held(self.spec, self._ranks())
 
     def step_out(self, nbytes: float) -> int:
@@ -81,7 +81,7 @@ class SharedDevice:
             log.warning("%s", error)
 
     def trim(self) -> None:
-        """Let the workers give back what only a sampling run needs."""
+        """Let the workers give back the memory that only a sampling run needs."""
         try:
             self.pool.trim()
         except PoolError as error:  # must not take the place of the error that ended the sampling

@@ -35,14 +35,14 @@ def refuse_foreign(patch: object) -> None:
     """Refuse the patches of model merging, which bring the weights of another model.
 
     Raises:
-        NotOnWorkers: `patch` is one of them.
+        NotOnWorkers: `patch` is of this kind.
     """
     if isinstance(patch, list) or (isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "model_as_lora"):
         refuse_merging()
 
 
 def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict[str, list[WeightPatch]]:
-    """Translate `ModelPatcher.patches` for the model that the workers hold by `spec`.
+    """Translate `ModelPatcher.patches` for the model that the workers have loaded as `spec`.
 
     Returns:
         Patches by weight name without prefix, in the order in which they apply.
@@ -80,19 +80,20 @@ def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec
 def reaches(name: str) -> bool:
     """Whether ComfyUI applies patches to this weight.
 
-    It passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head, and
-    the positions of the image tokens.
+    ComfyUI passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head,
+    and the positions of the image tokens.
     """
     return name.endswith((".weight", ".bias"))
 
 
 def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Say how much of a LoRA fits the model's `tensors`, unless it is all.
+    """Log how much of a LoRA fits the model's `tensors`, unless all of it fits.
 
-    `patches` is what `ModelPatcher.add_patches` is given; its keys may come with an offset, which is not looked at.
+    Args:
+        patches: the argument of `ModelPatcher.add_patches`. Its keys may come with an offset, which is not looked at.
 
     Raises:
-        NotOnWorkers: nothing does.
+        NotOnWorkers: nothing fits.
     """
     touched = {key.removeprefix(PREFIX): patch for key, patch in patches.items() if isinstance(key, str)}
     touched = {name: patch for name, patch in touched.items() if name in tensors}
@@ -135,7 +136,7 @@ def _kind_of(patch: tuple) -> tuple[str, tuple]:
 
 
 def _plain(entry: Entry) -> WeightPatch | None:
-    """The entry as a patch of ours; None if only ComfyUI can compute it."""
+    """The entry as a patch that the workers merge; None where only ComfyUI can compute it."""
     strength, patch, base_scale, offset, function = entry
     if offset is not None or function is not None:
         return None
@@ -156,7 +157,7 @@ def _plain(entry: Entry) -> WeightPatch | None:
 
 
 def _sendable(tensor: torch.Tensor) -> torch.Tensor:
-    """In a dtype that travels; the merge is in float32 in any case."""
+    """Convert a tensor to a dtype that travels; the merge is in float32 in any case."""
     return tensor if tensor.dtype in DTYPES.values() else tensor.to(torch.float32)
 
 

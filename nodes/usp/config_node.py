@@ -19,6 +19,7 @@ class XDitUSPConfig(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPConfig",
             display_name="XDit+USP Config",

@@ -37,6 +37,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPWanVideoModelLoader",
             display_name="XDit+USP WanVideo Model Loader",
@@ -125,7 +126,7 @@ def _model() -> list[io.Input]:
 
 
 def _additions() -> list[io.Input]:
-    """What changes the model: LoRAs, and a VACE module."""
+    """Inputs that change the model: LoRAs, and a VACE module."""
     return [
         io.Custom("WANVIDLORA").Input(
             "lora",
@@ -177,10 +178,11 @@ def _check_config(config: object) -> None:
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
-    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it, with more names known.
+    """Apply one entry of a WANVIDLORA list as LoraLoaderModelOnly does, with the names of more training scripts known.
 
     Raises:
-        ValueError: the entry asks for what that loader cannot do, names no file, or one for another model.
+        ValueError: the entry asks for something that LoraLoaderModelOnly cannot do, its file is not there, or the file
+            is for another model.
     """
     path, strength = entry.get("path"), entry.get("strength", 1.0)
     name = entry.get("name") or os.path.basename(str(path))

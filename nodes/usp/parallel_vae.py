@@ -1,4 +1,4 @@
-"""WanVideo Parallel VAE Decode and Encode: by all workers of a pool, each a strip of every frame."""
+"""WanVideo Parallel VAE Decode and Encode: all workers of a pool do it, each a strip of every frame."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="WanVideoParallelVAEDecode",
             display_name="WanVideo Parallel VAE Decode",
@@ -68,6 +69,7 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="WanVideoParallelVAEEncode",
             display_name="WanVideo Parallel VAE Encode",
@@ -145,10 +147,10 @@ def _as_comfyui_has_it(result: torch.Tensor, vae: Any) -> torch.Tensor:
 
 
 def find_pool(workers: object) -> Pool:
-    """The pool of a MODEL or a config of ours, else one that runs.
+    """Return the pool of a MODEL or a config of ours; where neither is given, a pool that runs.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the MODEL is not ours, or no pool runs.
     """
     if isinstance(workers, RemoteModelPatcher):
         return workers.remote.pool

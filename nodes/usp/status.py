@@ -23,6 +23,7 @@ class XDitUSPStatus(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPStatus",
             display_name="XDit+USP Status",
@@ -54,6 +55,11 @@ class XDitUSPStatus(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, after: object = None) -> io.NodeOutput:
+        """Return the status as text and as a picture.
+
+        Raises:
+            ValueError: the MODEL is none of ours.
+        """
         if not isinstance(model, RemoteModelPatcher):
             raise ValueError(
                 "This MODEL does not run in workers, so there is no status. "
@@ -66,7 +72,7 @@ class XDitUSPStatus(io.ComfyNode):
 
 
 def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
-    """The text of the status node; `weights` says how those of `spec` are held."""
+    """Return the text of the status node; `weights` says in which format the workers hold the weights of `spec`."""
     plan, device = status.settings.plan, status.settings.device
     if status.state != "ready":
         return (
@@ -86,7 +92,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
 
 
 def _kernels(status: PoolStatus, index: int) -> str:
-    """The attention kernel of a model; by rank where GPUs are unlike and have several."""
+    """The attention kernel of a model; by rank where unlike GPUs have different kernels."""
     kernels = [worker.models[index].kernel for worker in status.workers if index < len(worker.models)]
     if len(set(kernels)) == 1:
         return kernels[0]

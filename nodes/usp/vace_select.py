@@ -1,6 +1,6 @@
 """XDit+USP VACE Module Select: the file of a VACE module, for the `vace_model` input of the loader.
 
-The value is what kijai's select nodes give as VACEPATH, so that theirs plug into our loader as well.
+The value has the form that kijai's select nodes give to a VACEPATH, so that these plug into our loader as well.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPVACEModuleSelect",
             display_name="XDit+USP VACE Module Select",
@@ -58,10 +59,10 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
 
 
 def module_path(vace_model: object) -> str:
-    """The file that a VACEPATH names: a mapping with `path`, or a list of one; "" for none.
+    """Return the file that a VACEPATH (a mapping with `path`, or a list of one such mapping) names; "" for no VACEPATH.
 
     Raises:
-        ValueError: it names several, or none.
+        ValueError: the VACEPATH names several files, or none.
     """
     if vace_model is None or vace_model == []:
         return ""
