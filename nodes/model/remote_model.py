@@ -7,7 +7,6 @@ told that the model needs next to no memory, as its weights and activations lie 
 
 from __future__ import annotations
 
-import functools
 import logging
 import types
 import weakref
@@ -16,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.patcher_extension
@@ -39,10 +37,11 @@ from ..common import refusals
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
-from .conditioning_inputs import check_start_image, from_comfyui, latent_node
+from .conditioning_inputs import from_comfyui
 from .model_patcher import RemoteModelPatcher
 from .sampled_forward import sampled_forward
 from .shared_device import EVERYTHING, free_shared_gpu
+from .weightless_model import weightless
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
         runs = PipeFusionRuns(header.config, spec, pool, header)
     model.diffusion_model = RemoteWan(header, spec, pool, tensors, runs)
     kind: type = type(model)
-    model.__class__ = _weightless(kind)
+    model.__class__ = weightless(kind)
     return RemoteModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -299,41 +298,3 @@ class RemoteWan(torch.nn.Module):
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools that a MODEL has been made for."""
-
-
-class _Weightless(comfy.model_base.BaseModel):
-    """Comes before ComfyUI's model class of a Wan model: the answers that differ when the transformer is elsewhere."""
-
-    def memory_required(self, *_args: Any, **_options: Any) -> float:
-        """Return 0, as activations are in the workers. So both branches of cfg always come in one batch."""
-        return 0.0
-
-    def process_latent_in(self, latent: torch.Tensor) -> torch.Tensor:
-        """Normalise a latent as ComfyUI does; refuse a latent of another model."""
-        self._check_channels(latent)
-        return super().process_latent_in(latent)
-
-    def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
-        """Return the channels of a start image as ComfyUI does; refuse an image that the model has no channels for."""
-        self._check_channels(inputs["noise"])
-        check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
-        return super().concat_cond(**inputs)
-
-    def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
-        """Refuse to save."""
-        refusals.refuse_saving()
-
-    def _check_channels(self, latent: torch.Tensor) -> None:
-        config = self.diffusion_model.header.config
-        wanted = self.diffusion_model.out_dim
-        if latent.ndim != 5 or latent.shape[1] != wanted:
-            raise ValueError(
-                f"The latent has the shape {list(latent.shape)}, but this {config.variant} model takes videos of "
-                f"{wanted} channels ([batch, {wanted}, frames, height, width]). Connect {latent_node(config)}, or a "
-                "video encoded with this model's own VAE."
-            )
-
-
-@functools.cache
-def _weightless(cls: type) -> type:
-    return type(f"Remote{cls.__name__}", (_Weightless, cls), {})
