@@ -149,13 +149,13 @@ class RemoteWan(torch.nn.Module):
     ) -> torch.Tensor:
         """Run one forward on the workers, with the arguments of ComfyUI's WanModel.forward.
 
+        Wrappers (EasyCache and the like) run here, in this process, around the remote call.
+
         Args:
             x: latent [B, C, T, H, W].
             timestep: [B] or [B, T].
             context: [B, L, text_dim].
-            inputs: what some variants take beside these.
-
-        Wrappers (EasyCache and the like) run here, in this process, around the remote call.
+            inputs: further inputs of some variants, under ComfyUI's names.
         """
         options = {} if transformer_options is None else transformer_options
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
