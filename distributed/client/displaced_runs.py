@@ -86,11 +86,11 @@ class DisplacedRuns(SamplingRuns):
         x: torch.Tensor,
         timestep: torch.Tensor,
         forward: SampledForward,
-        patches: str,
+        lora_uuid: str,
         make_room: Callable[[int], object],
     ) -> Iterator[Displaced | None]:
         """Surround one forward of the pool, as `SamplingRuns.step` does, and record its seconds and its exchange."""
-        with super().step(x, timestep, forward, patches, make_room) as displaced:
+        with super().step(x, timestep, forward, lora_uuid, make_room) as displaced:
             started = time.perf_counter()
             yield displaced
         self._note(displaced, time.perf_counter() - started)
@@ -131,13 +131,13 @@ class DisplacedRuns(SamplingRuns):
         x: torch.Tensor,
         timestep: torch.Tensor,
         forward: SampledForward,
-        patches: str,
+        lora_uuid: str,
         make_room: Callable[[int], object],
     ) -> Displaced | None:
         record, size = self.record, tuple(x.shape)
         record.grid, record.sync_frequency = grid_of_size(size), self._settings(forward).sync_frequency
         record.exact_because = self._why_exact(size, forward)
-        displaced = super()._plan(x, timestep, forward, patches, make_room)
+        displaced = super()._plan(x, timestep, forward, lora_uuid, make_room)
         if displaced is not None:
             record.last = self._schedule.last
         return displaced

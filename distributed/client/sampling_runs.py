@@ -91,7 +91,7 @@ class SamplingRuns(ABC):
         x: torch.Tensor,
         timestep: torch.Tensor,
         forward: SampledForward,
-        patches: str,
+        lora_uuid: str,
         make_room: Callable[[int], object],
     ) -> Iterator[Displaced | None]:
         """Surround one forward of the pool, which is given the value that this yields: None where it must be exact.
@@ -99,14 +99,14 @@ class SamplingRuns(ABC):
         Args:
             x: latent [B, C, T, H, W].
             timestep: [B] or [B, T].
-            patches: names the set of LoRAs; another set has another name.
+            lora_uuid: names the set of LoRAs; another set has another name.
             make_room: called with the bytes that a GPU will need, once for each branch of a run, on GPUs.
 
         Raises:
             PlanError: as in `check`, but for all branches of the run together.
         """
         try:
-            yield self._plan(x, timestep, forward, patches, make_room)
+            yield self._plan(x, timestep, forward, lora_uuid, make_room)
         except BaseException:  # a Cancel is no Exception; whatever it was, the GPUs do not hold the last step's keys
             self._schedule.restart()
             raise
@@ -116,14 +116,14 @@ class SamplingRuns(ABC):
         x: torch.Tensor,
         timestep: torch.Tensor,
         forward: SampledForward,
-        patches: str,
+        lora_uuid: str,
         make_room: Callable[[int], object],
     ) -> Displaced | None:
         size, settings = tuple(x.shape), self._settings(forward)
         if self._why_exact(size, forward):
             self._schedule.restart()
             return None
-        state, branches = (self.pool.launcher_pid, patches), self._branches(forward)
+        state, branches = (self.pool.launcher_pid, lora_uuid), self._branches(forward)
         step = self._schedule.plan(settings, state, branches, x, timestep)
         if step.run != self._run:
             self._run, self._kept = step.run, {}

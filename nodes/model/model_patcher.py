@@ -63,7 +63,7 @@ class RemoteModelPatcher(WeightlessPatcher):
         self.shared_device.trim()
 
     # What the workers hold on ComfyUI's own device is shown to its memory manager. Where that wants some of it for
-    # another model, weights step out to host memory; the next forward brings them back. Cancel has to wait for that: an
+    # another model, weights move to host memory; the next forward brings them back. Cancel has to wait for that: an
     # interrupt in the middle of ComfyUI's freeing would make it lose count of its models.
 
     def model_size(self) -> int:
@@ -80,7 +80,7 @@ class RemoteModelPatcher(WeightlessPatcher):
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_options: Any) -> int:
         """Let weights of `memory_to_free` bytes, or all, leave ComfyUI's device; returns the bytes that did."""
-        return self.shared_device.step_out(memory_to_free)
+        return self.shared_device.offload(memory_to_free)
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         """Let go of this model, for good with `unpatch_all`, as ComfyUI drops it.
@@ -91,7 +91,7 @@ class RemoteModelPatcher(WeightlessPatcher):
         model = super().detach(unpatch_all)
         if unpatch_all:
             if get_executing_context() is not None:
-                self.shared_device.step_out(EVERYTHING)
+                self.shared_device.offload(EVERYTHING)
             else:
                 self.shared_device.unload()
         return model

@@ -52,7 +52,7 @@ class SharedDevice:
         """Return the bytes of the weights on the device: now, and once all that are in host memory have come back."""
         return self.pool.held(self.spec, self._ranks())
 
-    def step_out(self, nbytes: float) -> int:
+    def offload(self, nbytes: float) -> int:
         """Move weights of `nbytes` bytes, or all, to host memory; returns the bytes that left the device.
 
         Where host memory has no room for them, the workers forget the model instead.
