@@ -19,7 +19,7 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.base.lora import Difference, LowRank, Replacement, WeightPatch
 from ...wanvideo.base.tensor_info import TensorInfo, listed
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, held_dtype
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, storage_dtype
 from ...wanvideo.quant.quantized import as_tensor
 from ..common.refusals import refuse, refuse_merging
 
@@ -73,7 +73,7 @@ def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec
         return plain
     name = key.removeprefix(PREFIX)
     weight = as_tensor(checkpoint.tensor(name), torch.float32)
-    dtype = held_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
+    dtype = storage_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
     return [_computed(entries, weight, key, dtype)]
 
 
