@@ -148,10 +148,8 @@ class DisplacedRuns(SamplingRuns):
         return replace(self.settings, sync_frequency=forward.sync_frequency)
 
     def _why_exact(self, size: Size, forward: SampledForward) -> str:
-        if self.config.vace_layers:
-            return "VACE's blocks attend to tokens of their own, for which there are no buffers"
-        if self.config.sound:
-            return "S2V's reference lies behind the video, in no patch of it"
+        if self.config.why_exact:
+            return self.config.why_exact
         if forward.two_speakers:
             return (
                 "who of two speakers a token belongs to is told by keys of the first frame, which are in other patches"
