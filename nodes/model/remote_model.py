@@ -173,12 +173,12 @@ class RemoteWan(torch.nn.Module):
         **inputs: Any,
     ) -> torch.Tensor:
         given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs}
-        heard = infinitetalk_patch.talk_in(transformer_options)
-        if heard is not None:
-            self._take_in(infinitetalk_patch.file_of(heard.model_patch, patch_files()))
+        infinitetalk = infinitetalk_patch.talk_in(transformer_options)
+        if infinitetalk is not None:
+            self._take_in(infinitetalk_patch.file_of(infinitetalk.model_patch, patch_files()))
         conditioning = from_comfyui(self.header.config, infinitetalk_patch.without_talk(transformer_options), given)
-        if heard is not None:
-            conditioning = heard.joined(conditioning, len(x))
+        if infinitetalk is not None:
+            conditioning = infinitetalk.joined(conditioning, len(x))
         return self._on_workers(transformer_options, conditioning, x, timestep, context)
 
     def _take_in(self, module: str) -> None:
