@@ -1,4 +1,4 @@
-"""How a GPU reaches the others of its pool, for the status. Changes nothing."""
+"""Finds out how a GPU reaches the others of its pool, for the status. Changes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CPU, NVLINK, PEER_ACCESS = "CPU", "NVLink", "peer access"
 
 
 def link_kind(device: torch.device, num_gpus: int) -> str:
-    """NVLink, peer access (over PCIe), host memory, or what else the tensors of `device` travel through."""
+    """What tensors of `device` travel through to the other GPUs: NVLink, peer access (over PCIe), host memory ..."""
     if device.type != "cuda":
         return CPU
     others = [i for i in range(num_gpus) if i != device.index]
