@@ -1,4 +1,4 @@
-"""What is known of a model's tensors without reading them."""
+"""Type, shape and position of each tensor of a model's files, known from the headers without reading the tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class CheckpointError(ValueError):
 
 
 def unreadable(path: str, error: OSError) -> CheckpointError:
-    """What to tell a user about a checkpoint that could not be opened or read."""
+    """The error that tells a user that the checkpoint at `path` could not be opened or read."""
     name = Path(path).name
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder.")
@@ -46,7 +46,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of a model's files by their names there, and the metadata."""
+    """The headers of a model's files: the tensors by their names in the files, and the metadata."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
