@@ -301,7 +301,7 @@ class Variant:
 
     @classmethod
     def placed(cls, x: Any, conditioning: Conditioning) -> Conditioning:
-        """The conditioning with the grids of context tokens that the variant adds to a latent x [B, in_dim, T, H, W]."""
+        """The conditioning with the grids of the context tokens that the variant adds; x is [B, in_dim, T, H, W]."""
         return conditioning
 
     def check(self, config: WanConfig, x: Any, conditioning: Conditioning) -> None:

@@ -303,7 +303,7 @@ class Block(nn.Module):
         return [self.cross_attn.q, self.cross_attn.o, *self.ffn]
 
     def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
-        """The slices of `length` tokens; the matrices that all slices use stay converted until the last slice is done."""
+        """The slices of `length` tokens; the matrices that all slices use stay converted until the last is done."""
         runs = list(slices(length, inputs.slice_tokens, self.at_once))
         linears = [module for module in self.used_by_slices() if isinstance(module, Linear)]
         try:
