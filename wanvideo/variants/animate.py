@@ -2,8 +2,8 @@
 
 Each frame of the pose is added to the token embedding of the next latent frame, because the first latent frame is the
 reference image. An encoder describes the face by shares of directions of motion, and turns every four frames of these
-descriptions into a few tokens; behind every fifth block the tokens of a frame attend to the tokens of its face. Pose and
-face act on any part of the tokens.
+descriptions into a few tokens; behind every fifth block the tokens of a frame attend to the tokens of its face. Pose
+and face act on any part of the tokens.
 
 Sources: Wan 2.2 `wan/modules/animate/`; the face's encoder is that of LIA (arXiv 2203.09043) with StyleGAN2's blocks.
 Shapes and orders as ComfyUI runs them.
@@ -363,7 +363,7 @@ class AnimateModel(WanModel):
             adapter(x, *sides["face"], inputs.compute_dtype)
 
     def _face_tokens(self, video: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Encode a face video [B, 3, t, pixels, pixels] as [B, 1 + ceil(t/4), tokens, dim]; the first frame is zeros."""
+        """Encode a face video [B, 3, t, pixels, pixels] as [B, 1 + ceil(t/4), tokens, dim]; frame 0 has zeros."""
         images = video.transpose(1, 2).flatten(0, 1)
         motions = [self.motion_encoder(some.to(device, torch.float32)) for some in images.split(_AT_ONCE)]
         tokens = self.face_encoder(torch.cat(motions).unflatten(0, (len(video), -1)))

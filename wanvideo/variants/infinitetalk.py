@@ -68,7 +68,7 @@ class InfiniteTalk(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> InfiniteTalk | None:
-        """The variant with the width of an audio token; the width is 0 where the file lacks the tensor that shows it."""
+        """The variant with the width of an audio token, or with 0 where the file lacks the tensor that shows it."""
         if "blocks.0.audio_cross_attn.proj.weight" not in tensors.tensors:
             return None
         return cls(tensors.size("blocks.0.audio_cross_attn.kv_linear.weight", -1))
@@ -151,7 +151,7 @@ class Speech:
         return self._runs[s.start, s.stop]
 
     def first_keys(self, k: torch.Tensor) -> torch.Tensor:
-        """The keys [B, rows * columns, heads, head_dim] of the first frame, from the keys k [B, n, ...] of this rank."""
+        """The keys [B, rows * columns, heads, head_dim] of the first frame, out of this rank's keys k [B, n, ...]."""
         first = self.grid.frame_tokens
         if self.over is None:
             return k[:, :first]
@@ -239,7 +239,7 @@ class TalkBlock(Block):
     def places(self, q: torch.Tensor, k: torch.Tensor, masks: torch.Tensor, speech: Speech) -> torch.Tensor:
         """The position [B, n] of each token on the line of the speakers, from the queries and keys [B, n, heads, d] of
         self-attention and the speakers' masks. All ranks that share the sequence or the heads call this together."""
-        shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # values by which attention gives the weight of a mask
+        shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # as values, for the weight of each mask
         shown[..., : masks.shape[1]] = masks.transpose(1, 2).unsqueeze(2)
         looks = few_keys(q, speech.first_keys(k), shown)[..., : masks.shape[1]].float().sum(dim=2)
         looks = self.over_heads(looks.contiguous()) / (self.num_heads * masks.float().sum(-1).unsqueeze(1) + _CLOSE)
@@ -247,7 +247,7 @@ class TalkBlock(Block):
 
 
 def on_the_line(looks: torch.Tensor, over: OverSequence | None) -> torch.Tensor:
-    """Positions [B, n] on the line of the speakers, from the attention `looks` [B, n, masks] of each token to each mask.
+    """Positions [B, n] on the line of the speakers, from each token's attention `looks` [B, n, masks] to the masks.
 
     A token belongs to the mask to which it attends most. Its position moves along this speaker's part of the line with
     its attention to the speaker, relative to the least and largest attention of all tokens of the video.

@@ -2,8 +2,8 @@
 
 Motion frames are the last frames of the video that the new video goes on from. The tokens of the subject and of the
 motion frames follow the tokens of the latent as context tokens, with the time 0 and positions of their own. The last
-motion frame is as fine as the latent, earlier motion frames are coarser. Behind some blocks the tokens of a frame attend
-to the audio of that frame. Every step works on any part of the tokens.
+motion frame is as fine as the latent, earlier motion frames are coarser. Behind some blocks the tokens of a frame
+attend to the audio of that frame. Every step works on any part of the tokens.
 
 Sources: Wan 2.2 `wan/modules/s2v/`; the packing of frames is that of FramePack (arXiv 2504.12626). Shapes, orders and
 positions as ComfyUI runs them.
