@@ -28,8 +28,8 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import PlacementError
 from wan_parallel.distributed.planner.planner import Kind, Planner
 from wan_parallel.distributed.protocol.machine import Machine
-from wan_parallel.distributed.protocol.messages import Reply
 from wan_parallel.distributed.protocol.refs import ArenaRef, TensorRef
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.reports import Surveyed
 from wan_parallel.distributed.protocol.requests import Forward, Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
@@ -168,10 +168,8 @@ def simulate(
 
 
 def _check(reply: Reply) -> None:
-    if reply.kind == "PlacementError":
-        raise PlacementError(reply.error)
-    if reply.error:
-        raise RuntimeError(f"{reply.kind}: {reply.error}")
+    if reply.failure is not None:
+        raise reply.failure.for_the_user() or RuntimeError(f"{reply.failure.kinds[0]}: {reply.failure.text}")
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Holdings:
     def load(self, spec: ModelSpec, tokens: int, poll: Poll | None) -> None:
         """Load a model. `tokens` as in `requests.Load`."""
         replies = self._conversation.ask(lambda number: Load(number, spec, tokens), poll)
-        merged = {reply.patches for reply in replies}
+        merged = {held.patches for reply in replies for held in reply.weights if held.spec == spec}
         self.loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
 
     def unload(self, specs: Collection[ModelSpec], poll: Poll | None = None) -> None:

@@ -28,8 +28,9 @@ from ..parallel.partition import most_held
 from ..plan.degrees import ParallelPlan
 from ..plan.placement import PlacementError
 from ..planner.planner import Kind, Planner, resolved
-from ..protocol.messages import Exchange, Ready
-from ..protocol.reports import Surveyed, WorkerStatus
+from ..protocol.messages import Ready
+from ..protocol.replies import ForwardDone
+from ..protocol.reports import Exchange, Surveyed, WorkerStatus
 from ..protocol.requests import Displaced, Divide, Forward, Report, Request, Survey, Trim
 from ..protocol.specs import ModelSpec, PoolSettings
 from ..shm.arena import Arena, ReusedArena, needed
@@ -269,10 +270,11 @@ class Pool:
             result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
             result = core(result, frames, conditioning.options)
             last, seconds = self._last, [reply.seconds for reply in replies]
-            last.times = rank_times(seconds, [reply.stalls for reply in replies])
+            done = [reply.outcome for reply in replies if isinstance(reply.outcome, ForwardDone)]
+            last.times = rank_times(seconds, [outcome.stalls for outcome in done])
             last.seconds, last.failed = max(seconds), False
             last.hop = time.perf_counter() - started - last.seconds
-            last.exchanges = tuple(reply.exchange for reply in replies if reply.exchange)
+            last.exchanges = tuple(outcome.exchange for outcome in done if outcome.exchange)
             return result
 
     @contextmanager
@@ -375,7 +377,7 @@ class Pool:
                 self.launcher_pid,
                 self.workers[0].torch,
                 self.workers[0].xfuser,
-                tuple(reply.status for reply in replies),
+                tuple(reply.outcome for reply in replies if isinstance(reply.outcome, WorkerStatus)),
                 last.seconds,
                 last.hop,
                 last.exchanges,
@@ -388,7 +390,8 @@ class Pool:
         """What the workers' devices do, measured the first time, and have room for, by rank. Starts the workers."""
         with self.session(poll):
             self._conversation.drain(poll)
-            return tuple(reply.surveyed for reply in self._conversation.ask(Survey, poll))
+            replies = self._conversation.ask(Survey, poll)
+            return tuple(reply.outcome for reply in replies if isinstance(reply.outcome, Surveyed))
 
     # What a forward needs first.
 

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from ..executors.local import PoolProcesses
-from ..protocol.messages import Cancel, PoolFailed, PoolReady, Ready, Replies, Reply, decode, encode
+from ..protocol.codec import ProtocolError
+from ..protocol.errors import Failure
+from ..protocol.messages import Cancel, PoolFailed, PoolReady, Ready, decode, encode
+from ..protocol.replies import GivenUp, Replies, Reply
 from ..protocol.reports import HeldWeights
 from ..protocol.requests import Request, Trim
 from ..protocol.specs import ModelSpec, PoolSettings
 from ..shm.arena import Arena
-from .errors import PoolError, end_of_pool, error_among
+from .errors import PoolError, WorkerDied, end_of_pool, error_among
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +129,7 @@ class Conversation:
                 elif isinstance(message, Replies) and message.id == self._abandoned:
                     self._abandoned = 0
                     self._note(message)
-        except (EOFError, ConnectionError):
+        except (EOFError, ConnectionError, ProtocolError):
             return True
         return False
 
@@ -177,7 +180,7 @@ class Conversation:
         try:
             self._processes.connection.send_bytes(encode(request))
         except ConnectionError:
-            self._fail(PoolFailed(self._processes.epitaph()))
+            self._fail(Failure.of(WorkerDied(self._processes.exit_reason())))
         self._abandoned = request.id
         try:
             while True:
@@ -195,7 +198,7 @@ class Conversation:
         return message
 
     def _note(self, message: Replies) -> None:
-        self._untidy |= any(reply.error or reply.cancelled for reply in message.replies)
+        self._untidy |= any(reply.failure or isinstance(reply.outcome, GivenUp) for reply in message.replies)
         self.told = Told.by(message)
 
     def _cancel(self, request: int) -> None:
@@ -211,12 +214,15 @@ class Conversation:
                 if poll is not None:
                     poll()
             message = decode(connection.recv_bytes())
+        except ProtocolError:
+            self.close()
+            raise
         except (EOFError, ConnectionError):
-            self._fail(PoolFailed(self._processes.epitaph()))
+            self._fail(Failure.of(WorkerDied(self._processes.exit_reason())))
         if isinstance(message, PoolFailed):
-            self._fail(message)
+            self._fail(message.failure)
         return message
 
-    def _fail(self, failed: PoolFailed) -> NoReturn:
+    def _fail(self, failure: Failure) -> NoReturn:
         self.close()
-        raise end_of_pool(failed)
+        raise end_of_pool(failure)

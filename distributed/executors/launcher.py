@@ -15,32 +15,44 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
-from ..protocol.messages import Cancel, PoolFailed, PoolReady, Ready, Replies, Reply, Start, decode, encode
+from ..protocol.codec import ProtocolError
+from ..protocol.errors import Failure, WorkerDied
+from ..protocol.messages import Cancel, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
+from ..protocol.replies import Replies, Reply
+from ..protocol.requests import Request
 from ..shm.cancel import GateMemory
 
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0
-"""After one worker's error the others may still answer; one that does not waits in a collective for ever."""
+"""After one worker's error in a collective request the others may still answer; one that does not waits for ever."""
 _JOIN_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
 class _Pending:
+    """A request that not all workers have answered yet.
+
+    Args:
+        collective: as in `Request`.
+        deadline: until when they must have, in seconds of `time.monotonic`.
+    """
+
+    collective: bool
     replies: dict[int, Reply] = field(default_factory=dict)
     deadline: float = float("inf")
 
 
 class _PoolEnded(Exception):
-    """The pool cannot go on; the text is for the user."""
+    """The pool cannot go on."""
 
-    def __init__(self, reason: str, kind: str = ""):
-        super().__init__(reason)
-        self.kind = kind
+    def __init__(self, failure: Failure):
+        super().__init__(failure.text)
+        self.failure = failure
 
 
 class Launcher:
@@ -65,7 +77,11 @@ class Launcher:
                 self._step()
         except _PoolEnded as end:
             log.error("%s", end)
-            self._tell_client(PoolFailed(str(end), end.kind))
+            self._tell_client(PoolFailed(end.failure))
+            return 1
+        except ProtocolError as error:
+            log.error("%s", error)
+            self._tell_client(PoolFailed(Failure.of(error)))
             return 1
         except (EOFError, ConnectionError):  # the client has gone
             return 0
@@ -91,27 +107,30 @@ class Launcher:
         ready: dict[int, Ready] = {}
         while len(ready) < len(self.processes):
             for rank, message in self._messages():
-                if isinstance(message, Reply):
-                    raise _PoolEnded(f"Rank {rank} could not start: {message.error}", message.kind)
+                if isinstance(message, StartFailed):
+                    failure = message.failure
+                    raise _PoolEnded(replace(failure, text=f"Rank {rank} could not start: {failure.text}"))
+                assert isinstance(message, Ready)
                 ready[rank] = message
         self.client.send_bytes(encode(PoolReady(tuple(ready[rank] for rank in sorted(ready)))))
 
     def _step(self) -> None:
         for rank, reply in self._messages():
+            assert isinstance(reply, Reply)
             pending = self.pending[reply.id]
             pending.replies[rank] = reply
             if len(pending.replies) == len(self.processes):
                 del self.pending[reply.id]
                 replies = tuple(pending.replies[rank] for rank in sorted(pending.replies))
                 self.client.send_bytes(encode(Replies(reply.id, replies)))
-            elif reply.error:
+            elif pending.collective and reply.failure is not None:
                 pending.deadline = min(pending.deadline, time.monotonic() + _GRACE_SECONDS)
         for pending in self.pending.values():
             if time.monotonic() > pending.deadline:
-                failed = next(reply for reply in pending.replies.values() if reply.error)
-                raise _PoolEnded(f"Rank {failed.rank} failed while the others waited: {failed.error}", failed.kind)
+                rank, failure = next((r, reply.failure) for r, reply in pending.replies.items() if reply.failure)
+                raise _PoolEnded(replace(failure, text=f"Rank {rank} failed while the others waited: {failure.text}"))
 
-    def _messages(self) -> list[tuple[int, Ready | Reply]]:
+    def _messages(self) -> list[tuple[int, Message]]:
         """Wait for news; pass the client's on to the workers and return those of the workers, with rank."""
         sentinels = [process.sentinel for process in self.processes]
         deadline = min((p.deadline for p in self.pending.values()), default=float("inf"))
@@ -137,7 +156,8 @@ class Launcher:
         if isinstance(message, Cancel):
             self.gate.cancel(message.id)
             return
-        self.pending[message.id] = _Pending()
+        assert isinstance(message, Request)
+        self.pending[message.id] = _Pending(message.collective)
         for connection in self.connections:
             try:
                 connection.send_bytes(data)
@@ -147,7 +167,8 @@ class Launcher:
     def _check_alive(self) -> None:
         dead = [rank for rank, process in enumerate(self.processes) if process.exitcode is not None]
         if dead:
-            raise _PoolEnded(" ".join(_epitaph(rank, self.processes[rank]) for rank in dead))
+            reasons = (_exit_reason(rank, self.processes[rank]) for rank in dead)
+            raise _PoolEnded(Failure.of(WorkerDied(" ".join(reasons))))
 
     def _tell_client(self, message: PoolFailed) -> None:
         try:
@@ -163,7 +184,7 @@ class Launcher:
             process.join(_JOIN_SECONDS)
 
 
-def _epitaph(rank: int, process: multiprocessing.process.BaseProcess) -> str:
+def _exit_reason(rank: int, process: multiprocessing.process.BaseProcess) -> str:
     code = process.exitcode
     if code is not None and code < 0:
         name = signal.Signals(-code).name

@@ -59,7 +59,7 @@ class PoolProcesses:
             self.launcher.kill()
             self.launcher.wait()
 
-    def epitaph(self) -> str:
+    def exit_reason(self) -> str:
         """How the launcher ended, as a sentence."""
         try:
             code = self.launcher.wait(_CLOSE_SECONDS)

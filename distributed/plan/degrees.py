@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ...wanvideo.base.errors import UserError
+
 MAX_GPUS = 8
 RING_COST = 0.2
 """What a ring adds to self-attention, whatever its length, as a share of it: smaller blocks and their merge.
@@ -26,7 +28,7 @@ with uneven heads takes 0.916 s and ring 3 0.965 s (benchmarks/results/h200.json
 """
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """The sizes asked for cannot work. The text says why and which sizes do."""
 
 

@@ -16,7 +16,7 @@ from ...distributed.approximate.kv_buffers import manager_name
 from ...distributed.approximate.patch_layout import PatchLayout, split_grid, token_pixels
 from ...distributed.approximate.schedule import STALE, PatchSettings, Schedule, StepInfo
 from ...distributed.client.pool import Pool
-from ...distributed.protocol.messages import Exchange
+from ...distributed.protocol.reports import Exchange
 from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.base.config import WanConfig

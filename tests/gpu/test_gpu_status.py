@@ -237,8 +237,8 @@ def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, fol
             torch.cuda.synchronize()
             handled.append(runner.handle(replace(request, id=len(handled))))
             told[key].append(handled[-1].seconds)
-    assert not any(reply.error for reply in handled), [reply.error for reply in handled]
-    told["spans"] = sum(len(stall.seconds) for stall in handled[1].stalls)
+    assert not any(reply.failure for reply in handled), [reply.failure for reply in handled]
+    told["spans"] = sum(len(stall.seconds) for stall in handled[1].outcome.stalls)
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
 
 

@@ -29,7 +29,9 @@ from testkit.processes import alive, descendants, open_files, wait_until_gone
 from wan_parallel.distributed.client.errors import PoolError, WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.protocol.requests import LoadVAE
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.shm.arena import Arena
 from wan_parallel.distributed.shm.cancel import Cancelled, Gate, GateMemory
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.model.model import WanModel
@@ -163,6 +165,20 @@ def test_an_error_on_all_ranks_leaves_the_workers_as_they_were(own_pool, many_la
     with pytest.raises(PoolError):
         own_pool.forward(replace(many_layers, slice_tokens=5), *tiny.inputs(MANY_LAYERS))
     own_pool._holdings.loaded.pop(replace(many_layers, slice_tokens=5), None)
+    right(own_pool)
+    assert own_pool.worker_pids == pids
+
+
+def test_a_refusal_of_one_rank_alone_ends_no_pool_where_the_others_do_not_wait_for_it(own_pool, many_layers, right):
+    right(own_pool)
+    pids, arena = own_pool.worker_pids, Arena(2**24)
+    weights = {"decoder.weight": arena.allocate(torch.float32, (2**22,))}
+    pages = int(Path(f"/proc/{pids[0]}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize()
+    unlimited = resource.prlimit(pids[0], resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))  # no arena
+    with standing_still(pids[1]), pytest.raises(PoolError, match="Worker rank 0 failed with"):
+        own_pool.ask(lambda number: LoadVAE(number, "vae", "vae-decoder", "fp32", arena.ref, weights), (arena,))
+    resource.prlimit(pids[0], resource.RLIMIT_AS, unlimited)
     right(own_pool)
     assert own_pool.worker_pids == pids
 

@@ -70,7 +70,7 @@ def test_one_of_two_experts_leaves_before_the_other_comes(device, tmp_path, offl
         requests.append(spec)
         for request in (Load(len(requests), spec, 16), Forward(len(requests), spec, arena.ref, *refs, out)):
             reply = worker.handle(request)
-            assert not reply.error, reply.error
+            assert reply.failure is None, reply.failure
         return arena.view(out).clone()
 
     device.cap = 2**40

@@ -10,7 +10,8 @@ import torch
 from testkit import gloo_group, tiny
 from wan_parallel.distributed.client.errors import error_among
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.messages import Reply, decode, encode
+from wan_parallel.distributed.protocol.messages import decode, encode
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
@@ -28,7 +29,7 @@ def test_what_one_rank_refuses_ends_on_all_and_the_next_load_is_right(tmp_path, 
     path = tiny.write_checkpoint(tmp_path / "model.safetensors", CONFIG)
     results = gloo_group.run(2, _loads, tmp_path, GateMemory().path, ModelSpec(path, "fp32", "fp32"), what)
     refused, loaded = ([_reply(rank[name]) for rank in results] for name in ("refused", "loaded"))
-    assert [reply.kind for reply in refused] == ["AnotherRankRefused", "AttentionError"]
+    assert [reply.failure.kinds for reply in refused] == [("AnotherRankRefused",), ("AttentionError",)]
     error = error_among(refused)
     assert isinstance(error, AttentionError) and str(error) == str(REFUSAL)
     assert error_among(loaded) is None

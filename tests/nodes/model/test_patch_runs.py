@@ -15,7 +15,7 @@ from wan_parallel.distributed.approximate.patch_layout import split_grid
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.parallel.sequence import MissingPackage
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit, PlanError
-from wan_parallel.distributed.protocol.messages import Exchange
+from wan_parallel.distributed.protocol.reports import Exchange
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.common.settings import SettingsError, USPConfig
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig

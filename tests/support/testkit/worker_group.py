@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from wan_parallel.distributed.client.shared_conditioning import SharedConditioning
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.messages import Reply, decode, encode
+from wan_parallel.distributed.protocol.messages import decode, encode
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Unload
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.shm.arena import Arena, needed
@@ -118,5 +119,5 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
 
 def _handle(worker: Worker, request: Load | Forward | Unload) -> Reply:
     reply = worker.handle(request)
-    assert not reply.error, reply.error
+    assert reply.failure is None, reply.failure
     return reply
