@@ -36,6 +36,7 @@ try:
     sampling = import_module("wan_parallel.wanvideo.example.sampling")
     tiny_text = import_module("wan_parallel.wanvideo.example.tiny_text")
     plans = import_module("wan_parallel.distributed.plan.degrees")
+    executors = import_module("wan_parallel.distributed.executors.local")
     pools = import_module("wan_parallel.distributed.client.pool")
     errors = import_module("wan_parallel.wanvideo.base.errors")
     specs = import_module("wan_parallel.distributed.protocol.specs")
@@ -161,12 +162,13 @@ def choose_workers(device: str, gpus: int | None) -> tuple[str, int]:
         )
     if gpus is not None and gpus > available:
         raise DemoError(f"--gpus {gpus} is more than the {available} GPUs of this machine. Use fewer.")
-    return device, gpus or min(available, plans.MAX_GPUS)
+    return device, gpus or min(available, executors.MAX_GPUS)
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Run the demo and return whether the workers agree with one worker."""
     device, workers = choose_workers(arguments.device, arguments.gpus)
+    executors.check_num_gpus(workers)
     plan = plans.ParallelPlan(num_gpus=workers)
     plan.validate()
     check_prompt(arguments.prompt)

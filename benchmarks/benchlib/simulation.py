@@ -32,7 +32,7 @@ from wan_parallel.distributed.protocol.refs import ArenaRef, TensorRef
 from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.reports import Surveyed
 from wan_parallel.distributed.protocol.requests import Forward, Load
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.weights import (
     models,
     offload,
@@ -137,7 +137,7 @@ def simulate(
     size = spec.path.partition(":")[2]
     with _process_group(settings.plan.num_gpus), _stand_ins(live, size, settings.plan.num_gpus, host_room):
         nobody = SimpleNamespace(begin=lambda _request: None, check=lambda _rank, _leader: None)  # who would cancel
-        rank = Worker(0, settings, nobody, META)
+        rank = Worker(0, settings, nobody, on_one_host(settings.plan.num_gpus), META)
         rank.models._room = lambda: cap - live.now - models._MARGIN + rank.models.slots.nbytes
         config = PRESETS[size]
         tokens = tokens_of(latent)

@@ -1,4 +1,4 @@
-"""The process between ComfyUI and the workers: starts them, passes requests on, notices deaths.
+"""The process between ComfyUI and the workers of this host: starts them, passes requests on, notices deaths.
 
 ComfyUI must not spawn workers itself: multiprocessing would import its whole `main.py` in every child. The
 launcher is a clean interpreter that holds no weights and imports no torch, so it can always answer, and when
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 
 from ..protocol.codec import ProtocolError
 from ..protocol.errors import Failure, WorkerDied
-from ..protocol.messages import Cancel, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
+from ..protocol.messages import Cancel, Join, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
 from ..shm.cancel import GateMemory
@@ -58,12 +58,10 @@ class _PoolEnded(Exception):
 class Launcher:
     """Serves one client until it closes its end, or until a worker is lost."""
 
-    def __init__(self, client: Connection, start: bytes):
-        message = decode(start)
-        assert isinstance(message, Start)
-        self.client, self.start, self.settings = client, start, message.settings
-        self.client_end = _end_of(message.client_pid)
-        self.gate = GateMemory()
+    def __init__(self, client: Connection, start: Start):
+        self.client, self.start = client, start
+        self.client_end = _end_of(start.client_pid)
+        self.gate = GateMemory(len(start.locations))
         self.pending: dict[int, _Pending] = {}
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.connections: list[Connection] = []
@@ -90,13 +88,13 @@ class Launcher:
 
     def _spawn(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = os.memfd_create("wan-parallel-store")  # rendezvous of torch.distributed: no port, no file
-        for rank in range(self.settings.plan.num_gpus):
+        store = os.memfd_create("wan-parallel-store")  # no port, and no file that would be left over
+        rendezvous = f"file:///proc/{os.getpid()}/fd/{store}"
+        for rank in range(len(self.start.locations)):
             ours, theirs = context.Pipe()
+            join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.gate.path)
             process = context.Process(
-                target=_worker,
-                args=(rank, self.start, theirs, f"/proc/{os.getpid()}/fd/{store}", self.gate.path),
-                name=f"wan-parallel-rank-{rank}",
+                target=_worker, args=(encode(join), theirs), name=f"wan-parallel-rank-{rank}"
             )
             process.start()
             theirs.close()
@@ -208,6 +206,7 @@ def _die_with_parent() -> None:
     """End this process when the launcher has ended, however it ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = multiprocessing.parent_process()
+    assert launcher is not None  # this process has been spawned
 
     def watch() -> None:
         wait([launcher.sentinel])
@@ -216,12 +215,12 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
-def _worker(*arguments: object) -> None:
+def _worker(join: bytes, connection: Connection) -> None:
     """Entry of a worker process. Imports torch there, so that the launcher does without."""
     _die_with_parent()  # first: the import takes seconds
     from ..worker.worker import main
 
-    main(*arguments)
+    main(join, connection)
 
 
 def main(descriptor: str) -> int:
@@ -232,7 +231,8 @@ def main(descriptor: str) -> int:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     client = Connection(int(descriptor))
     try:
-        start = client.recv_bytes()
+        start = decode(client.recv_bytes())
     except EOFError:
         return 0
+    assert isinstance(start, Start)
     return Launcher(client, start).run()

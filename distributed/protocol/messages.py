@@ -10,20 +10,44 @@ what is answered in replies.py, what workers tell of themselves in reports.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .codec import from_json, to_json
 from .errors import Failure
 from .replies import Replies, Reply
-from .requests import AnyRequest
-from .specs import PoolSettings
+from .requests import AnyRequest, Request
+from .specs import PoolSettings, RankLocation
 
 
 @dataclass(frozen=True)
 class Start:
-    """First message to the launcher."""
+    """First message to the launcher.
+
+    Args:
+        locations: of all ranks, by rank.
+    """
 
     settings: PoolSettings
+    locations: tuple[RankLocation, ...]
     client_pid: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """First message to a worker: who it is, and how it finds the others.
+
+    Args:
+        locations: of all ranks, by rank.
+        rendezvous: address at which torch.distributed brings the ranks together, such as file:///path or
+            tcp://host:port.
+        gate: address of the cancel gate (see cancel.py).
+    """
+
+    rank: int
+    settings: PoolSettings
+    locations: tuple[RankLocation, ...]
+    rendezvous: str
+    gate: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +90,15 @@ class Cancel:
     id: int
 
 
-Message = AnyRequest | Start | Cancel | Ready | StartFailed | Reply | PoolReady | Replies | PoolFailed
+Message = AnyRequest | Start | Join | Cancel | Ready | StartFailed | Reply | PoolReady | Replies | PoolFailed
 
 
-def encode(message: Message) -> bytes:
-    """A message as JSON."""
+def encode(message: Message | Request[Any]) -> bytes:
+    """A message as JSON.
+
+    Raises:
+        ProtocolError: it holds a number that is not finite.
+    """
     return to_json(message, Message)
 
 

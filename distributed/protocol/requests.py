@@ -11,7 +11,7 @@ from .replies import Done, ForwardDone
 from .reports import Surveyed, WorkerStatus
 from .specs import ModelSpec
 
-OutcomeT = TypeVar("OutcomeT")
+OutcomeT = TypeVar("OutcomeT", covariant=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -26,7 +26,7 @@ from ..parallel.groups import Membership
 from ..plan.degrees import ParallelPlan
 from ..protocol.errors import Failure, OutOfMemory
 from ..protocol.machine import Machine
-from ..protocol.messages import Start, StartFailed, decode, encode
+from ..protocol.messages import Join, StartFailed, decode, encode
 from ..protocol.replies import Done, ForwardDone, GivenUp, Outcome, Reply
 from ..protocol.reports import Surveyed
 from ..protocol.requests import (
@@ -45,7 +45,7 @@ from ..protocol.requests import (
     Trim,
     Unload,
 )
-from ..protocol.specs import ModelSpec, PoolSettings
+from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Cancelled, Gate
 from ..weights.memory_use import MemoryMeter
@@ -60,12 +60,20 @@ class Worker:
     """Executes requests; every method that the ranks run together makes the same collective calls on all.
 
     Args:
-        device: that of `settings` without; benchmarks/benchlib/simulation.py has one that only counts.
+        locations: of all ranks, by rank.
+        device: that of the rank's location without; benchmarks/benchlib/simulation.py has one that only counts.
     """
 
-    def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
-        self.rank = rank
-        self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
+    def __init__(
+        self,
+        rank: int,
+        settings: PoolSettings,
+        gate: Gate,
+        locations: Sequence[RankLocation],
+        device: torch.device | None = None,
+    ):
+        self.rank, self.locations = rank, locations
+        self.device = device or device_at(settings, locations[rank])
         self.membership = Membership(rank, settings, self.device)
         self.models = self._no_models()
         self.memory = MemoryMeter(self.device)
@@ -179,20 +187,24 @@ class Worker:
         return Models(self.rank, mine.settings, self.device, mine.shard, mine.stage)
 
 
-def main(rank: int, start: bytes, connection: Connection, store: str, gate: str) -> None:
-    """Entry of a worker process: join, say so, serve until the launcher closes the connection."""
+def main(join: bytes, connection: Connection) -> None:
+    """Entry of a worker process: join the others, say so, serve until the launcher closes the connection.
+
+    Args:
+        join: a `messages.Join`, encoded.
+        connection: to the launcher.
+    """
+    told = decode(join)
+    assert isinstance(told, Join)
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {rank}] %(message)s", force=True
+        level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {told.rank}] %(message)s", force=True
     )
-    message = decode(start)
-    assert isinstance(message, Start)
-    settings = message.settings
     try:
-        join_world(rank, settings, store)
-        worker = Worker(rank, settings, Gate(gate))
+        join_world(told.rank, told.settings, told.locations, told.rendezvous)
+        worker = Worker(told.rank, told.settings, Gate(told.gate), told.locations)
     except Exception as error:  # the boundary of the process, as in Worker.handle
         log.exception("The start failed.")
-        connection.send_bytes(encode(StartFailed(rank, Failure.of(error))))
+        connection.send_bytes(encode(StartFailed(told.rank, Failure.of(error))))
         return
     connection.send_bytes(encode(ready(worker)))
     while True:
@@ -204,20 +216,31 @@ def main(rank: int, start: bytes, connection: Connection, store: str, gate: str)
         connection.send_bytes(encode(worker.handle(request)))
 
 
-def join_world(rank: int, settings: PoolSettings, store: str) -> None:
-    """Join the default process group of all workers, through the file `store`, and settle on this rank's device."""
-    world_size = settings.plan.num_gpus
-    device_id = None
-    if settings.device == "cuda":
-        torch.cuda.set_device(rank)
+def device_at(settings: PoolSettings, location: RankLocation) -> torch.device:
+    """The device of a rank that lives at `location`."""
+    return torch.device("cuda", location.device) if settings.device == "cuda" else torch.device("cpu")
+
+
+def join_world(rank: int, settings: PoolSettings, locations: Sequence[RankLocation], rendezvous: str) -> None:
+    """Join the default process group of all workers, and settle on this rank's device.
+
+    Args:
+        locations: of all ranks, by rank.
+        rendezvous: as in `messages.Join`.
+    """
+    world_size, location = len(locations), locations[rank]
+    device, device_id = device_at(settings, location), None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(settings.memory_fraction)
-        device_id = torch.device("cuda", rank)
+        device_id = device
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+        neighbours = sum(other.host == location.host for other in locations)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     if world_size > 1:
         dist.init_process_group(
-            "nccl" if settings.device == "cuda" else "gloo",
-            store=dist.FileStore(store, world_size),
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=rendezvous,
             rank=rank,
             world_size=world_size,
             device_id=device_id,

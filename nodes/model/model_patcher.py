@@ -114,18 +114,18 @@ class RemoteModelPatcher(ModelPatcher):
         return infinitetalk_patch.loaded_elsewhere(options, super().model_patches_models())
 
     def _held(self) -> tuple[int, int]:
-        return self.remote.pool.held(self.remote.spec, self._shared_ranks())
+        return self.remote.pool.models.held(self.remote.spec, self._shared_ranks())
 
     def _shared_ranks(self) -> Sequence[int]:
         """The workers on ComfyUI's own device: one on a GPU, all of them without any."""
         pool, device = self.remote.pool, comfy.model_management.get_torch_device()
-        workers = pool.settings.plan.num_gpus
         if device.type != pool.settings.device:
             return ()
+        here = [(rank, at.device) for rank, at in enumerate(pool.locations) if at.is_here]
         if device.type == "cpu":
-            return range(workers)
+            return [rank for rank, _ in here]
         index = torch.cuda.current_device() if device.index is None else device.index
-        return (index,) if index < workers else ()
+        return [rank for rank, own in here if own == index]
 
     def _step_out(self, nbytes: float) -> int:
         ranks = self._shared_ranks()

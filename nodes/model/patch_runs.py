@@ -196,8 +196,8 @@ class PatchRuns:
         record = self.record
         stale = displaced is not None and displaced.kind == STALE
         (record.stale if stale else record.synchronous).append(seconds)
-        if stale and self.pool.exchanges:
-            record.exchanges = self.pool.exchanges
+        if stale and self.pool.last.exchanges:
+            record.exchanges = self.pool.last.exchanges
             record.received += max(exchange.received for exchange in record.exchanges)
 
 

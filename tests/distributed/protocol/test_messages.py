@@ -45,8 +45,11 @@ FAILURE = Failure("Two words. Do this.", ("TooLarge", "PlanError"), True)
 REPLY = replies.Reply(7, 1, replies.ForwardDone(STALLS, EXCHANGE), 0.1 + 0.2, WEIGHTS, ("vae-bf16-decoder",))
 OUTCOMES = (replies.Done(), replies.ForwardDone(()), STATUS, SURVEYED, replies.GivenUp(), FAILURE)
 DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
+SETTINGS = specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False)
+LOCATIONS = (specs.RankLocation("", 0), specs.RankLocation("another", 3))
 SAMPLES = [
-    messages.Start(specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
+    messages.Start(SETTINGS, LOCATIONS, 99),
+    messages.Join(1, SETTINGS, LOCATIONS, "tcp://10.0.0.1:29500", "/proc/12/fd/8"),
     requests.Load(1, SPEC),
     requests.Patch(
         2,
@@ -152,8 +155,8 @@ MALFORMED = {
     "a text for a list": changed(FORWARD, "x", "shape", to="12"),
     "a text in a list of numbers": changed(FORWARD, "x", "shape", 0, to="2"),
     "fields that are none of an optional one's": changed(FORWARD, "displaced", to={"kind": "stale"}),
-    "a list for names": changed(SAMPLES[2], "weights", to=[]),
-    "a text where names lead to lists": changed(SAMPLES[2], "weights", "head.head.bias", to="x"),
+    "a list for names": changed(SAMPLES[3], "weights", to=[]),
+    "a text where names lead to lists": changed(SAMPLES[3], "weights", "head.head.bias", to="x"),
     "a text for a fraction": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to="all"),
     "a whole number that no fraction reaches": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=10**400),
     "an infinite number": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=float("inf")),

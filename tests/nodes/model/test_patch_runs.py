@@ -33,7 +33,9 @@ def runs_of(num_gpus: int = 2, fraction: float = 1.0, data_parallel: int = 1, **
     plan = ParallelPlan(num_gpus, data_parallel=data_parallel)
     exchange = Exchange("native", 100, 1.0, 0.5, 10)
     pool = SimpleNamespace(
-        settings=PoolSettings(plan, "cpu", fraction), launcher_pid=1, exchanges=(exchange,) * num_gpus
+        settings=PoolSettings(plan, "cpu", fraction),
+        launcher_pid=1,
+        last=SimpleNamespace(exchanges=(exchange,) * num_gpus),
     )
     return PatchRuns(replace(SETTINGS, **settings), tiny.TINY, ModelSpec("x", "fp32", "fp32"), pool)
 
