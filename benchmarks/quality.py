@@ -109,7 +109,8 @@ def parse_setting(text: str, t2v: str, device: str) -> Setting:
             raise ValueError(f"'{word}' is no setting. Write settings such as gpus=2, with these names: {known}.")
     parallel = ParallelPlan(**plan)
     parallel.validate()
-    return Setting(text, PoolSettings(parallel, device, **pool), ModelSpec(t2v, **spec), PatchSettings(**steps))
+    settings = PatchSettings(strategy="pipefusion", **steps)
+    return Setting(text, PoolSettings(parallel, device, **pool), ModelSpec(t2v, **spec), settings)
 
 
 def sample_through_pool(setting: Setting, cases: Sequence[Case], how: Sampling) -> torch.Tensor:

@@ -19,6 +19,7 @@ class WanParallelExtension(ComfyExtension):
     """Config -> loader -> any stock node that takes a MODEL; the status node reads a MODEL of ours."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the nodes in the order in which ComfyUI registers them."""
         return [
             XDitUSPConfig,
             XDitUSPWanVideoModelLoader,

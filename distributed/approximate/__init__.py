@@ -1,4 +1,5 @@
 """Strategies that are not exact: displaced patches (DistriFusion) and PipeFusion, with their memory and schedules.
 
-May import the packages before it (plan/ to planner/) and wanvideo/. Open displaced.py first.
+May import the packages before it (plan/ to planner/) and wanvideo/. Open strategies/ first, which has one
+module for each.
 """

@@ -44,6 +44,7 @@ class PatchMemory:
 
     @property
     def total(self) -> int:
+        """Bytes on each GPU."""
         return self.weights + self.buffers + self.working
 
     def __str__(self) -> str:
@@ -62,7 +63,7 @@ def weight_bytes(config: WanConfig, weight_dtype: str, header: Header | None = N
 def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8: bool = False) -> int:
     """Bytes of one layer's keys and values of every rank's patch, for one batch item.
 
-    Patches are padded to the longest (see patch_buffers.Codec). fp8 has a float32 scale for each token and head.
+    Patches are padded to the longest (see kv_buffers.Codec). fp8 has a float32 scale for each token and head.
     """
     token = config.dim + 4 * config.num_heads if fp8 else config.dim * DTYPES[compute_dtype].itemsize
     return len(layout.patches) * max(layout.counts) * 2 * token
@@ -101,7 +102,7 @@ def patch_memory(
         items: batch items whose buffers a GPU keeps: the branches of cfg times the videos, over the groups of GPUs.
         at_once: of these, how many a forward takes together.
         slice_tokens: see `ModelSpec`.
-        manager: who exchanges (see `patch_buffers.manager_name`); "host" keeps the buffers in host memory.
+        manager: who exchanges (see `kv_buffers.manager_name`); "host" keeps the buffers in host memory.
         groups: groups of GPUs, which keep buffers of their own.
         header: of the model's file.
     """
@@ -168,4 +169,5 @@ def check_run(need: PatchMemory, available: int, ways_out: list[str]) -> None:
 
 
 def gib(nbytes: int) -> str:
+    """Bytes as words, such as `1.5 GiB`."""
     return f"{nbytes / 2**30:.1f} GiB"

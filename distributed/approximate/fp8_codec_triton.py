@@ -32,14 +32,14 @@ def _from_fp8_kernel(x, scales, out, n, D: tl.constexpr, ROWS: tl.constexpr):
 
 
 def to_fp8(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> None:
-    """See `fp8.to_fp8`; all contiguous, d a power of 2."""
+    """`fp8_codec.to_fp8` by Triton; all contiguous, d a power of 2."""
     n, d = x.shape
     if n:
         _to_fp8_kernel[(triton.cdiv(n, _ROWS),)](x, out, scales, n, torch.finfo(out.dtype).max, d, _ROWS)
 
 
 def from_fp8(x: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """See `fp8.from_fp8`; all contiguous, d a power of 2."""
+    """`fp8_codec.from_fp8` by Triton; all contiguous, d a power of 2."""
     n, d = x.shape
     if n:
         _from_fp8_kernel[(triton.cdiv(n, _ROWS),)](x, scales, out, n, d, _ROWS)

@@ -69,14 +69,17 @@ class GatherManager:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the buffers of all ranks on this rank's device."""
         return sum(b.nbytes for idx in range(len(self.buffers.handles)) for b in self.get_buffer_list(idx))
 
     def arrive(self, idx: int) -> None:
+        """Make the device wait for the gather that was started last as `idx`."""
         handle, self.buffers.handles[idx] = self.buffers.handles[idx], None
         if handle is not None:
             handle.wait()
 
     def forget(self, idx: int) -> None:
+        """Do without what was enqueued last as `idx`."""
         self.arrive(idx)  # else it could write over what is enqueued next
 
     def settle(self, everything: bool = False) -> None:

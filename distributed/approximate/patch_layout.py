@@ -28,6 +28,7 @@ class Patch:
     rows: tuple[int, int]
 
     def tokens(self, grid: Grid) -> int:
+        """How many tokens of `grid` the patch has."""
         return (self.frames[1] - self.frames[0]) * (self.rows[1] - self.rows[0]) * grid.columns
 
 

@@ -33,6 +33,7 @@ class StreamMemory:
 
     @property
     def total(self) -> int:
+        """Bytes of all three together."""
         return self.weights + self.kept + self.working
 
 

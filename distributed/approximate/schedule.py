@@ -1,8 +1,8 @@
 """Which forwards of a sampling run may use activations of the step before, decided where the sampler runs.
 
-Displaced patch parallelism (DistriFusion, arXiv 2402.19481) relies on two successive steps looking alike. So the
-first steps of a run are synchronous, some later ones are too, and whatever breaks the sequence starts it anew:
-another model, resolution or LoRA, a step back in noise, or a latent that is not the last one a little denoised.
+The approximate strategies rely on two successive steps looking alike. So the first steps of a run are synchronous, some
+later ones are too, and whatever breaks the sequence starts it anew: another model, resolution or LoRA, a step back in
+noise, or a latent that is not the last one a little denoised.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ the same noise level is 1.4 away. Runs of four steps move it by more, and are to
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How a MODEL is run by displaced patch parallelism.
+    """How a MODEL is run by an approximate strategy.
 
     Args:
         split: how the frame is cut.
         warmup_steps: synchronous steps at the start of a run, 1 at least.
         sync_frequency: every such step after them is synchronous; 1 makes all of them so.
         fp8_buffers: hold and exchange the other patches' keys and values in fp8. On the tiny Wan it costs 0.1 dB.
-        manager: who does the exchange, see `patch_buffers.manager_name`.
+        manager: who does the exchange, see `kv_buffers.manager_name`.
+        strategy: the approximate strategy by which the workers share the forwards; `split`, `fp8_buffers` and `manager`
+            are for displaced patches alone.
     """
 
     split: PatchSplit = field(default_factory=PatchSplit)
@@ -44,6 +46,7 @@ class PatchSettings:
     sync_frequency: int = 10
     fp8_buffers: bool = False
     manager: str = "auto"
+    strategy: str = "displaced"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class StepInfo:
 
     @property
     def synchronous(self) -> bool:
+        """Whether the forward used nothing of the step before."""
         return self.kind != STALE
 
 
@@ -107,7 +111,9 @@ class Schedule:
         self._branches[lanes] = _Last(index, now, x.detach().clone())
         kind = _kind(settings, index)
         self.last = StepInfo(index, kind)
-        return Displaced(kind, self._run, lanes, settings.split, settings.fp8_buffers, settings.manager)
+        return Displaced(
+            kind, self._run, lanes, settings.split, settings.fp8_buffers, settings.manager, settings.strategy
+        )
 
 
 def _kind(settings: PatchSettings, index: int) -> str:

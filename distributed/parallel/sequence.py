@@ -12,6 +12,7 @@ tests/distributed/parallel/test_sequence.py).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,12 +36,14 @@ class MissingPackage(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """This rank's place among the ranks that share a sequence.
+    """The ranks that share a sequence, as one of them sees them.
 
     Shard i of the sequence belongs to rank `ranks[i]`; an Ulysses group is a run of `ranks`, and a ring goes
-    through the ranks with the same place in their Ulysses groups.
+    through the ranks that are equally far along in their Ulysses groups.
 
     Attributes:
+        index: which shard this rank has.
+        ulysses, ring: the process groups of this rank; None where the degree is 1.
         speeds: of its ranks, after which they share tokens and heads; empty where all are alike.
     """
 
@@ -53,10 +56,12 @@ class SequenceGroup:
 
     @property
     def ulysses_index(self) -> int:
+        """How far along this rank is in its Ulysses group."""
         return self.index % self.degrees.ulysses
 
     @property
     def ring_index(self) -> int:
+        """How far along this rank is in its ring."""
         return self.index // self.degrees.ulysses
 
     def shard(self, tokens: int) -> tuple[int, int]:
@@ -70,12 +75,12 @@ class SequenceGroup:
         return shares(tokens, self.degrees.ranks, self.speeds)
 
     def heads(self, heads: int) -> list[int]:
-        """Heads of each place in an Ulysses group."""
+        """Heads of each rank of an Ulysses group."""
         return shares(heads, self.degrees.ulysses, head_speeds(self.degrees, self.speeds))
 
 
-def place_in(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
-    """The place of `rank` in the one of `groups` that has it, without process groups."""
+def group_of(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
+    """The one of `groups` that has `rank`, without process groups."""
     ranks = next(group for group in groups if rank in group)
     return SequenceGroup(degrees, ranks, ranks.index(rank))
 
@@ -86,13 +91,11 @@ def join_group(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, 
     Raises:
         MissingPackage: yunchang is not installed, and there is a ring.
     """
-    group = place_in(degrees, rank, groups)
+    group = group_of(degrees, rank, groups)
     if degrees.ring > 1:
         _import_yunchang("ring.utils")
-    ulysses, ring = [], []
-    for ranks in groups:
-        ulysses += [ranks[start : start + degrees.ulysses] for start in range(0, len(ranks), degrees.ulysses)]
-        ring += [ranks[start :: degrees.ulysses] for start in range(degrees.ulysses)]
+    ulysses = [members for ranks in groups for members in degrees.ulysses_groups(ranks)]
+    ring = [members for ranks in groups for members in degrees.ring_groups(ranks)]
     return replace(group, ulysses=own_process_group(ulysses, rank), ring=own_process_group(ring, rank))
 
 
@@ -119,7 +122,7 @@ def leave_groups(groups: Iterable[dist.ProcessGroup | None]) -> None:
 def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
     """Sums and maxima over all ranks of a sequence, whose process groups are an Ulysses group and a ring."""
 
-    def reduce(op: dist.ReduceOp, x: torch.Tensor) -> torch.Tensor:
+    def reduce(op: dist.ReduceOp.RedOpType, x: torch.Tensor) -> torch.Tensor:
         for group in groups:
             if group is not None:
                 with timing.standing(timing.SUMS, group):
@@ -129,33 +132,36 @@ def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
     return OverSequence(partial(reduce, dist.ReduceOp.SUM), partial(reduce, dist.ReduceOp.MAX))
 
 
-class NativeAttention:
-    """Self-attention over the shards of `group`, on torch.distributed.
+class SequenceAttention(ABC):
+    """Self-attention of this rank's tokens over the shards of `group`, on torch.distributed: an Ulysses group exchanges
+    heads for tokens around what `attend` does.
 
     Args:
         tokens: length of the whole sequence.
-        heads: heads of the model.
-        overlap: start each ring exchange before the block at hand is computed.
+        heads: heads of this rank's part of the model, over the whole group.
     """
 
-    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True):
-        self.group, self.kernel, self.overlap = group, kernel, overlap
+    def __init__(self, group: SequenceGroup, tokens: int, heads: int):
+        self.group = group
         self.lengths = group.lengths(tokens)
         self.heads = group.heads(heads)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape."""
-        if self.group.degrees.ulysses > 1:
-            q, k, v = self._tokens_for_heads(q, k, v)
-        out = self._attend(q, k, v)
-        return self._heads_for_tokens(out) if self.group.degrees.ulysses > 1 else out
+        if self.group.degrees.ulysses == 1:
+            return self.attend(q, k, v)
+        return self._heads_for_tokens(self.attend(*self._tokens_for_heads(q, k, v)))
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [B, tokens of the Ulysses group, share of the heads, head_dim]; returns the output, same shape."""
 
     def _ulysses_lengths(self, ring_index: int) -> list[int]:
         """Tokens of each rank of the Ulysses group at `ring_index`."""
         start = ring_index * self.group.degrees.ulysses
         return self.lengths[start : start + self.group.degrees.ulysses]
 
-    def _tokens_for_heads(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _tokens_for_heads(self, *qkv: torch.Tensor) -> list[torch.Tensor]:
         """Each [B, n, heads, d] becomes [B, tokens of the Ulysses group, share of the heads, d].
 
         All three travel in one exchange. Tokens lead in its layout, so that what arrives from the ranks in
@@ -174,7 +180,7 @@ class NativeAttention:
             outgoing, [n * token * h for h in self.heads], [length * token * mine for length in lengths]
         )
         packed = arrived.view(sum(lengths), batch, 3, mine, d)
-        return tuple(packed[:, :, i].transpose(0, 1) for i in range(3))
+        return [packed[:, :, i].transpose(0, 1) for i in range(3)]
 
     def _heads_for_tokens(self, out: torch.Tensor) -> torch.Tensor:
         """The way back: [B, tokens of the group, share of heads, d] to [B, n, heads, d]."""
@@ -195,16 +201,7 @@ class NativeAttention:
             dist.all_to_all_single(arrived, outgoing, received, sent, group=self.group.ulysses)
         return arrived
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if self.group.degrees.ring == 1:
-            return self.kernel(q, k, v)
-        merged: _Merge | None = None
-        for _, keys, values in self._passing(k, v, self.overlap):
-            out, lse = self.kernel.with_lse(q, keys, values)
-            merged = _Merge(out, lse) if merged is None else merged.add(out, lse)
-        return merged.out.to(q.dtype)
-
-    def _passing(
+    def passing(
         self, k: torch.Tensor, v: torch.Tensor, overlap: bool
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """The keys and values of every place in the ring, this one's first, as they pass by.
@@ -233,18 +230,40 @@ class NativeAttention:
             comm.wait()
 
 
+class NativeAttention(SequenceAttention):
+    """Exact self-attention over the shards of `group`. Further arguments as those of `SequenceAttention`.
+
+    Args:
+        overlap: start each ring exchange before the block at hand is computed.
+    """
+
+    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True):
+        super().__init__(group, tokens, heads)
+        self.kernel, self.overlap = kernel, overlap
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v [B, tokens of the Ulysses group, share of the heads, head_dim]; returns the output, same shape."""
+        if self.group.degrees.ring == 1:
+            return self.kernel(q, k, v)
+        passing = self.passing(k, v, self.overlap)
+        _, keys, values = next(passing)
+        merged = _Merge(*self.kernel.with_lse(q, keys, values))
+        for _, keys, values in passing:
+            merged.add(*self.kernel.with_lse(q, keys, values))
+        return merged.out.to(q.dtype)
+
+
 class _Merge:
     """Attention over keys that came in blocks, from the output and the log-sum-exp of each block."""
 
     def __init__(self, out: torch.Tensor, lse: torch.Tensor):
         self.out, self.lse = out.float(), _by_token(lse)
 
-    def add(self, out: torch.Tensor, lse: torch.Tensor) -> _Merge:
-        """out [B, n, heads, d], lse [B, heads, n] of one more block."""
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Take in one more block: out [B, n, heads, d], lse [B, heads, n]."""
         share = torch.sigmoid(_by_token(lse) - self.lse)  # of the new block in the sum of both
         self.out = torch.lerp(self.out, out.float(), share)
         self.lse = torch.logaddexp(self.lse, _by_token(lse))
-        return self
 
 
 def _import_yunchang(module: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""How Ulysses' exchange is cut into letters: into which slices a rank's heads go, what of queries, keys, values and
+"""How Ulysses' exchange is cut into transfers: into which slices a rank's heads go, what of queries, keys, values and
 output lies where in whose memory, and in which order it travels. ulysses_overlap.py sends it.
 
 The heads of a rank are columns of a matrix of tokens, which copy engines take out and put in as fast as one run of
@@ -49,12 +49,12 @@ def cut(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...
 
 @lru_cache(maxsize=64)
 def cut_for_two_hops(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
-    """The same where they travel through host memory: a short slice, soon there, a long one, and a short one, whose
-    output is soon away.
+    """Heads of each slice of a rank, where they travel through host memory: a short slice, which is there soon, a long
+    one, and a short one, whose output is soon away.
 
     Of all ways to cut this is the one that is expected to take least, counted in the attention of a head: turns, the
     ways of the first slice's queries and of the last one's output, and what of the others is not hidden behind the
-    slice before.
+    slice before. Arguments as those of `cut`.
     """
     if heads < MOST_SLICES:
         return (1,) * heads
@@ -94,12 +94,12 @@ class Layout:
 
     @cached_property
     def heads(self) -> tuple[int, ...]:
-        """Of each rank."""
+        """Heads of each rank."""
         return tuple(sum(counts) for counts in self.cuts)
 
     @property
     def tokens(self) -> int:
-        """Of all ranks."""
+        """Tokens of all ranks together."""
         return sum(self.lengths)
 
     def slices(self, rank: int) -> list[tuple[int, int]]:
@@ -107,16 +107,17 @@ class Layout:
         counts = self.cuts[rank]
         return list(zip(accumulate(counts, initial=0), counts))  # noqa: B905 (accumulate gives the end too)
 
-    def parcels(self, kind: str, rank: int) -> list[tuple[int, int]]:
-        """The same of those heads of `rank` whose queries, keys or values ("q", "k", "v") travel together."""
+    def head_runs(self, kind: str, rank: int) -> list[tuple[int, int]]:
+        """Start and length of the runs of heads of `rank` whose queries, keys or values ("q", "k", "v") travel
+        together, counted from its first head."""
         return self.slices(rank) if self.apart or kind == "q" else [(0, self.heads[rank])]
 
-    def place(self, kind: str, rank: int, first: int) -> int:
-        """The byte in the memory of `rank` at which the parcel that begins with its head `first` lies."""
+    def offset(self, kind: str, rank: int, first: int) -> int:
+        """The byte in the memory of `rank` at which the run of heads begins whose first one is its head `first`."""
         return "kvq".index(kind) * self._all_heads(rank) + self.nbytes_of(self.batch * self.tokens * first)
 
-    def output(self, rank: int) -> int:
-        """The same for the output of all heads for its tokens."""
+    def output_offset(self, rank: int) -> int:
+        """The byte in the memory of `rank` at which the output of all heads for its tokens begins."""
         return 3 * self._all_heads(rank)
 
     def nbytes_of(self, vectors: int) -> int:
@@ -127,16 +128,17 @@ class Layout:
     def nbytes(self) -> int:
         """Bytes that the fullest memory needs."""
         own = (self.nbytes_of(self.batch * length * sum(self.heads)) for length in self.lengths)
-        return max(self.output(rank) + size for rank, size in enumerate(own))
+        return max(self.output_offset(rank) + size for rank, size in enumerate(own))
 
-    def letters(self, kind: str, sender: int, receiver: int) -> list[Letter]:
-        """What `receiver` gets of the queries, keys or values [B, n, heads, head_dim] of `sender`, parcel by parcel."""
+    def transfers(self, kind: str, sender: int, receiver: int) -> list[Letter]:
+        """What `receiver` gets of the queries, keys or values [B, n, heads, head_dim] of `sender`, one transfer for
+        each run of its heads."""
         before, n = sum(self.lengths[:sender]), self.lengths[sender]
         vector, row = self.nbytes_of(1), self.nbytes_of(sum(self.heads))
-        letters = []
-        for part, (first, count) in enumerate(self.parcels(kind, receiver)):
-            width, there = count * vector, self.place(kind, receiver, first)
-            letters.append(
+        transfers = []
+        for part, (first, count) in enumerate(self.head_runs(kind, receiver)):
+            width, there = count * vector, self.offset(kind, receiver, first)
+            transfers.append(
                 Letter(
                     receiver,
                     _FIRST_CHANNEL[kind] + part,
@@ -148,27 +150,27 @@ class Layout:
                     packed=there + self.batch * before * width,
                 )
             )
-        return letters
+        return transfers
 
-    def letters_of_output(self, sender: int, receiver: int) -> list[Letter]:
+    def output_transfers(self, sender: int, receiver: int) -> list[Letter]:
         """What `receiver` gets of the output [B, tokens of all, heads of a slice, head_dim] of `sender`, by slices."""
         n, vector, row = self.lengths[receiver], self.nbytes_of(1), self.nbytes_of(sum(self.heads))
-        letters = []
+        transfers = []
         for part, (first, count) in enumerate(self.slices(sender)):
             width, before = count * vector, (sum(self.heads[:sender]) + first) * vector
-            letters.append(
+            transfers.append(
                 Letter(
                     receiver,
                     _FIRST_CHANNEL["output"] + part,
                     (self.batch, n, width),
                     start=sum(self.lengths[:receiver]) * width,
                     strides=(self.tokens * width, width),
-                    offset=self.output(receiver) + before,
+                    offset=self.output_offset(receiver) + before,
                     strides_there=(n * row, row),
-                    packed=self.output(receiver) + self.batch * n * before,
+                    packed=self.output_offset(receiver) + self.batch * n * before,
                 )
             )
-        return letters
+        return transfers
 
     def _all_heads(self, rank: int) -> int:
         """Bytes of the keys, values or queries."""
@@ -177,16 +179,17 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Mail:
+class TransferSchedule:
     """What one rank sends for each block, and what it waits for, in the order in which it travels.
 
-    Values set out whole, then the first parcel of the keys, that of the queries, and what the later slices need.
+    Values set out whole, then the keys and the queries of the first slice, and then what the later slices need.
 
     Args:
-        sent: of what ("q", "k", "v"), and which letters, once queries, keys or values are there.
-        sent_output: once the output of each slice of its heads is there.
-        awaited: before each slice of its heads.
-        awaited_output: at the end.
+        sent: what is sent, part by part, once the queries, keys or values are there: of which of them ("q", "k", "v"),
+            and the transfers.
+        sent_output: the transfers once the output of each slice of its heads is there.
+        awaited: what the rank waits for before each slice of its heads.
+        awaited_output: what it waits for at the end.
     """
 
     sent: dict[str, list[tuple[str, list[Letter]]]]
@@ -195,15 +198,15 @@ class Mail:
     awaited_output: list[Letter]
 
     @classmethod
-    def of(cls, layout: Layout, place: int, order: Sequence[int]) -> Mail:
-        """That of the rank at `place`, which takes the ranks in this order."""
-        out = {kind: _by_part(layout.letters(kind, place, rank) for rank in order) for kind in "vkq"}
-        coming = {kind: _by_part(_from(rank, layout.letters(kind, rank, place)) for rank in order) for kind in "vkq"}
+    def of(cls, layout: Layout, index: int, order: Sequence[int]) -> TransferSchedule:
+        """The schedule of the rank `index` of the Ulysses group, which serves the ranks in this order."""
+        out = {kind: _by_part(layout.transfers(kind, index, rank) for rank in order) for kind in "vkq"}
+        coming = {kind: _by_part(_from(rank, layout.transfers(kind, rank, index)) for rank in order) for kind in "vkq"}
         first_keys, *later_keys = out["k"] or [[]]
-        with_queries = [("q", letters) for letters in out["q"]]
-        for part, letters in enumerate(later_keys):
-            with_queries.insert(2 * part + 1, ("k", letters))
-        awaited = [[*_at(coming["k"], part), *_at(coming["q"], part)] for part in range(len(layout.cuts[place]))]
+        with_queries = [("q", transfers) for transfers in out["q"]]
+        for part, transfers in enumerate(later_keys):
+            with_queries.insert(2 * part + 1, ("k", transfers))
+        awaited = [[*_at(coming["k"], part), *_at(coming["q"], part)] for part in range(len(layout.cuts[index]))]
         if awaited:
             awaited[0] = [*chain(*coming["v"]), *awaited[0]]
         return cls(
@@ -211,24 +214,24 @@ class Mail:
                 "v": [("v", [*chain(*out["v"])])],
                 "k": [("k", first_keys)],
                 "q": [
-                    (kind, [*chain(*(letters for _, letters in together))])
+                    (kind, [*chain(*(transfers for _, transfers in together))])
                     for kind, together in groupby(with_queries, key=itemgetter(0))
                 ],
             },
-            sent_output=_by_part(layout.letters_of_output(place, rank) for rank in order),
+            sent_output=_by_part(layout.output_transfers(index, rank) for rank in order),
             awaited=awaited,
-            awaited_output=[*chain(*_by_part(_from(rank, layout.letters_of_output(rank, place)) for rank in order))],
+            awaited_output=[*chain(*_by_part(_from(rank, layout.output_transfers(rank, index)) for rank in order))],
         )
 
 
-def _from(rank: int, letters: Iterable[Letter]) -> list[Letter]:
-    """As their receiver waits for them."""
-    return [replace(letter, rank=rank) for letter in letters]
+def _from(rank: int, transfers: Iterable[Letter]) -> list[Letter]:
+    """The transfers from `rank` as their receiver waits for them."""
+    return [replace(transfer, rank=rank) for transfer in transfers]
 
 
-def _by_part(letters: Iterable[Sequence[Letter]]) -> list[list[Letter]]:
-    """Those of all ranks, first parcels first; ranks may have more of them than others."""
-    rows = list(letters)
+def _by_part(transfers: Iterable[Sequence[Letter]]) -> list[list[Letter]]:
+    """The first transfer of every rank, then the second of every rank that has more, and so on."""
+    rows = list(transfers)
     return [[row[part] for row in rows if part < len(row)] for part in range(max(map(len, rows), default=0))]
 
 

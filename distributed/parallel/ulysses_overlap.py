@@ -20,7 +20,7 @@ from ...wanvideo.attention.kernels import AttentionKernel
 from ..comm.peer_memory import Mailbox
 from ..comm.timing import ALL_TO_ALL, LATER_SLICES, standing
 from .sequence import SequenceGroup
-from .ulysses_layout import Layout, Mail, cut, cut_for_two_hops
+from .ulysses_layout import Layout, TransferSchedule, cut, cut_for_two_hops
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class OverlappedAttention:
     """
 
     def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, mailbox: Mailbox):
-        self.kernel, self.mailbox, self.place = kernel, mailbox, group.ulysses_index
+        self.kernel, self.mailbox, self.index = kernel, mailbox, group.ulysses_index
         self.lengths = tuple(group.lengths(tokens))
         self.heads = tuple(group.heads(heads))
         ranks = len(self.lengths)  # an order of its own for each, so that not all send to one at a time; itself last
-        self.order = [(self.place + i) % ranks for i in range(1, ranks + 1)]
+        self.order = [(self.index + i) % ranks for i in range(1, ranks + 1)]
         self._given: tuple[int, int, torch.dtype] | None = None  # of what the layout depends on, what can change
         self._announced: dict[str, torch.Tensor] = {}
 
@@ -65,8 +65,8 @@ class OverlappedAttention:
         """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
         self._prepare(len(x), x.shape[-1], x.dtype)
         x = self._announced[kind] = x.contiguous()  # not given back before it has left
-        for sent, letters in self._mail.sent[kind]:
-            self.mailbox.send(letters, self._announced[sent])
+        for sent, transfers in self._schedule.sent[kind]:
+            self.mailbox.send(transfers, self._announced[sent])
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape.
@@ -76,20 +76,20 @@ class OverlappedAttention:
         for kind, x in (("v", v), ("k", k), ("q", q)):
             if kind not in self._announced:
                 self.announce(kind, x)
-        arrivals, mail, among = self._arrivals, self._mail, self.mailbox.members
+        arrivals, schedule, among = self._arrivals, self._schedule, self.mailbox.members
         for part, inputs in enumerate(arrivals.slices):
             with standing(LATER_SLICES if part else ALL_TO_ALL, among):
-                self.mailbox.wait(mail.awaited[part])
+                self.mailbox.wait(schedule.awaited[part])
             self._send_output(part, self.kernel(*inputs).contiguous())
         with standing(ALL_TO_ALL, among):
-            self.mailbox.wait(mail.awaited_output)
+            self.mailbox.wait(schedule.awaited_output)
         # who has sent its output has had all of this rank's queries, keys and values
         self._announced.clear()
         return arrivals.output
 
     def _send_output(self, part: int, out: torch.Tensor) -> None:
         self.mailbox.hold(out)
-        self.mailbox.send(self._mail.sent_output[part], out)
+        self.mailbox.send(self._schedule.sent_output[part], out)
 
     def _prepare(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
         given = batch, head_dim, dtype
@@ -100,7 +100,7 @@ class OverlappedAttention:
             self.mailbox.arrange(layout, layout.nbytes)
         self._given = given
         self._arrivals = self._all_arrivals(layout)
-        self._mail = Mail.of(layout, self.place, self.order)
+        self._schedule = TransferSchedule.of(layout, self.index, self.order)
 
     def _layout_of(self, batch: int, head_dim: int, dtype: torch.dtype) -> Layout:
         far = self.mailbox.hops > 1
@@ -110,18 +110,18 @@ class OverlappedAttention:
         return Layout(self.lengths, cuts, batch, head_dim, dtype, apart=far)
 
     def _all_arrivals(self, layout: Layout) -> Arrivals:
-        me = self.place
+        me = self.index
 
         def own(offset: int, tokens: int, heads: int) -> torch.Tensor:
             return self.mailbox.own(offset, (layout.batch, tokens, heads, layout.head_dim), layout.dtype)
 
         def of_slice(kind: str, start: int, count: int) -> torch.Tensor:
-            """[B, tokens, heads of the slice, head_dim], among the heads of its parcel."""
-            first, heads = next(x for x in reversed(layout.parcels(kind, me)) if x[0] <= start)
-            parcel = own(layout.place(kind, me, first), layout.tokens, heads)
-            return parcel[:, :, start - first : start - first + count]
+            """[B, tokens, heads of the slice, head_dim], among the heads that travel together."""
+            first, heads = next(x for x in reversed(layout.head_runs(kind, me)) if x[0] <= start)
+            together = own(layout.offset(kind, me, first), layout.tokens, heads)
+            return together[:, :, start - first : start - first + count]
 
         return Arrivals(
-            tuple(tuple(of_slice(kind, *heads) for kind in "qkv") for heads in layout.slices(me)),
-            own(layout.output(me), layout.lengths[me], sum(layout.heads)),
+            tuple((of_slice("q", *at), of_slice("k", *at), of_slice("v", *at)) for at in layout.slices(me)),
+            own(layout.output_offset(me), layout.lengths[me], sum(layout.heads)),
         )

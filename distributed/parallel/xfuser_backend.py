@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -210,6 +209,7 @@ def _unbound_default_group() -> Iterator[None]:
     which two or three are used, and says of its own that they break like that (parallel_state.py).
     """
     default = dist.group.WORLD
+    assert default is not None
     device, default.bound_device_id = default.bound_device_id, None
     try:
         yield
@@ -275,8 +275,8 @@ def _register(kernel: AttentionKernel) -> str:
 class _Modules:
     """The parts of xfuser and yunchang that this file uses."""
 
-    parallel_state: ModuleType
-    runtime_state: ModuleType
+    parallel_state: Any  # a module whose globals are set
+    runtime_state: Any
     arguments: type
     attention_functions: dict
     usp: Callable[..., torch.Tensor]

@@ -5,19 +5,18 @@ A group's blocks are divided among *pipeline* stages, through which its items pa
 stage the token sequence is shared by `ulysses x ring` ranks: *Ulysses* exchanges heads for tokens around
 self-attention (DeepSpeed-Ulysses, arXiv 2309.14509), *ring* passes keys and values round (arXiv 2310.01889); USP
 combines them (arXiv 2405.07719). *Tensor* parallel ranks hold the same tokens and a part of each matrix
-(Megatron-LM, arXiv 1909.08053).
-
-Ranks are numbered data x pipeline x sequence x tensor, the last one fastest: the ranks that talk most are neighbours.
+(Megatron-LM, arXiv 1909.08053). ranks.py says which rank is where.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...wanvideo.base.errors import UserError
+from .ranks import RankMesh
 
 RING_COST = 0.2
 """What a ring adds to self-attention, whatever its length, as a share of it: smaller blocks and their merge.
@@ -40,20 +39,19 @@ class SequenceDegrees:
 
     @property
     def ranks(self) -> int:
+        """Ranks that share the sequence."""
         return self.ulysses * self.ring
+
+    def ulysses_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        """The Ulysses groups among the `ranks` of a sequence: runs of them, in the order of their shards."""
+        return [tuple(ranks[start : start + self.ulysses]) for start in range(0, len(ranks), self.ulysses)]
+
+    def ring_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        """The rings among the `ranks` of a sequence: each has one rank of every Ulysses group."""
+        return [tuple(ranks[start :: self.ulysses]) for start in range(self.ulysses)]
 
     def __str__(self) -> str:
         return f"Ulysses {self.ulysses} x ring {self.ring}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands in each kind of parallelism, counted from 0."""
-
-    data: int
-    stage: int
-    sequence: int
-    tensor: int
 
 
 @dataclass(frozen=True)
@@ -77,47 +75,26 @@ class ParallelPlan:
         """Ranks that share one token sequence while every data-parallel group has work."""
         return self.num_gpus // (self.data_parallel * self.pipeline_parallel * self.tensor_parallel)
 
-    def place(self, rank: int) -> Place:
-        """Where `rank` stands."""
-        rest, tensor = divmod(rank, self.tensor_parallel)
-        rest, sequence = divmod(rest, self.sequence_ranks)
-        data, stage = divmod(rest, self.pipeline_parallel)
-        return Place(data, stage, sequence, tensor)
-
-    def rank_at(self, place: Place) -> int:
-        """The rank that stands there."""
-        rest = place.data * self.pipeline_parallel + place.stage
-        return (rest * self.sequence_ranks + place.sequence) * self.tensor_parallel + place.tensor
-
-    def tensor_groups(self) -> list[tuple[int, ...]]:
-        """The ranks that hold the parts of the same matrices, for every group there is."""
-        return self._groups(lambda at: (at.data, at.stage, at.sequence))
-
-    def pipelines(self) -> list[tuple[int, ...]]:
-        """The ranks that pass the same tokens from stage to stage, for every pipeline there is."""
-        return self._groups(lambda at: (at.data, at.sequence, at.tensor))
+    @property
+    def mesh(self) -> RankMesh:
+        """The coordinates of the ranks, and their groups along each axis."""
+        return RankMesh(self.data_parallel, self.pipeline_parallel, self.sequence_ranks, self.tensor_parallel)
 
     def sequence_groups(self, ranks: int) -> list[tuple[int, ...]]:
         """The ranks that share a token sequence, in the order of their shards, for every group there is.
 
         `ranks` is `sequence_ranks`, or as many times that as there are data-parallel groups (see `group_ranks`).
         """
-        if ranks > self.sequence_ranks:
-            return self._groups(lambda at: (at.stage, at.tensor))
-        return self._groups(lambda at: (at.data, at.stage, at.tensor))
+        return self.mesh.groups("data", "sequence") if ranks > self.sequence_ranks else self.mesh.groups("sequence")
 
     def sequence_speeds(self, members: Sequence[int]) -> tuple[int, ...]:
         """How fast the ranks of a sequence group are, with those that have the same tokens as each of them in other
         stages or for other parts of the matrices: the slowest counts. Empty where all GPUs are alike."""
         if not self.speeds:
             return ()
-        parts = list(itertools.product(range(self.pipeline_parallel), range(self.tensor_parallel)))
-
-        def with_its_tokens(rank: int) -> Iterator[int]:
-            place = self.place(rank)
-            return (self.rank_at(replace(place, stage=stage, tensor=tensor)) for stage, tensor in parts)
-
-        return tuple(min(self.speeds[peer] for peer in with_its_tokens(rank)) for rank in members)
+        groups = self.mesh.groups("stage", "tensor")
+        slowest = {rank: min(self.speeds[peer] for peer in group) for group in groups for rank in group}
+        return tuple(slowest[rank] for rank in members)
 
     def tokens_of(self, rank: int, tokens: int) -> int:
         """Tokens of a sequence that `rank` has while every data-parallel group has work; at least those."""
@@ -128,13 +105,7 @@ class ParallelPlan:
 
     def replicas(self) -> list[tuple[int, ...]]:
         """The ranks that hold the same weights, for every part into which stages and tensor ranks divide a model."""
-        return self._groups(lambda at: (at.stage, at.tensor))
-
-    def _groups(self, key: Callable[[Place], tuple[int, ...]]) -> list[tuple[int, ...]]:
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.num_gpus):
-            groups.setdefault(key(self.place(rank)), []).append(rank)
-        return [tuple(group) for group in groups.values()]
+        return self.mesh.groups("data", "sequence")
 
     def validate(self) -> None:
         """Check what needs no model.
@@ -167,8 +138,10 @@ class ParallelPlan:
 
     def holds_as(self, other: ParallelPlan) -> bool:
         """Whether every rank has the same part of a model under both plans, in the same groups of ranks."""
-        sizes = ((plan.pipeline_parallel, plan.tensor_parallel) for plan in (self, other))
-        return len(set(sizes)) == 1 and all(self._part(rank) == other._part(rank) for rank in range(self.num_gpus))
+        if (self.pipeline_parallel, self.tensor_parallel) != (other.pipeline_parallel, other.tensor_parallel):
+            return False
+        coords = ((self.mesh.coords(rank), other.mesh.coords(rank)) for rank in range(self.num_gpus))
+        return all((mine.stage, mine.tensor) == (its.stage, its.tensor) for mine, its in coords)
 
     def completions(self) -> list[ParallelPlan]:
         """All plans that keep the sizes which are set here; those left at 1 (degrees: 0) are free.
@@ -189,10 +162,6 @@ class ParallelPlan:
         if not plans:
             self.validate()
         return plans
-
-    def _part(self, rank: int) -> tuple[int, int]:
-        place = self.place(rank)
-        return place.stage, place.tensor
 
     def _sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("data_parallel", "pipeline_parallel", "tensor_parallel")}
@@ -356,6 +325,7 @@ def bounds(total: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def divisors(n: int) -> list[int]:
+    """The numbers that divide `n`, in ascending order."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
-from ...wanvideo.base.variant import Hearing
+from ...wanvideo.base.config import WanConfig
 from ..plan.degrees import ParallelPlan, SequenceDegrees, bounds
 from ..protocol.machine import Machine
 
@@ -36,28 +35,6 @@ _EXPOSED_HEADS = 0.3
 _GATHER_COST = 0.5
 """What a gather of weights costs though it is hidden, as a share of its time: NCCL's kernels take multiprocessors from
 the computation beside it (benchmarks/LOG.md, 5)."""
-
-
-class Dimensions(Protocol):
-    """The fields of `WanConfig` that count here."""
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    image_dim: int
-    image_positions: int
-
-    @property
-    def carried(self) -> int:
-        """Streams of tokens that go from one pipeline stage to the next beside the video's."""
-
-    @property
-    def hearing(self) -> Hearing:
-        """What tokens attend to of their frame."""
-
-    def in_turn(self, blocks: range) -> list[int]:
-        """The numbers of these blocks and of the side blocks behind them."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +76,12 @@ class Expected:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the forward, from ComfyUI's process to the workers and back."""
         return self.compute + self.exchange + self.weights + self.idle + _HOP_SECONDS
 
 
 def expect(
-    config: Dimensions, plan: ParallelPlan, work: Work, machine: Machine, blocks: Blocks | None = None
+    config: WanConfig, plan: ParallelPlan, work: Work, machine: Machine, blocks: Blocks | None = None
 ) -> Expected:
     """The expected time of one forward on the busiest rank.
 
@@ -133,7 +111,7 @@ def expect(
     )
 
 
-def block_flops(config: Dimensions, tokens: int, ranks: int = 1, tensor: int = 1) -> tuple[float, float]:
+def block_flops(config: WanConfig, tokens: int, ranks: int = 1, tensor: int = 1) -> tuple[float, float]:
     """Floating-point operations of one block for one item on a rank: of products, and of attention.
 
     Every rank computes keys and values of the text, the image and what is heard itself. What only some blocks have
@@ -141,7 +119,7 @@ def block_flops(config: Dimensions, tokens: int, ranks: int = 1, tensor: int = 1
     """
     d, own, heard = config.dim, math.ceil(tokens / ranks), config.hearing
     context = TEXT_TOKENS + ((config.image_positions or IMAGE_TOKENS) if config.image_dim else 0)
-    products = 2 * own * (6 * d * d + 2 * d * config.ffn_dim) + 2 * context * 2 * d * d
+    products: float = 2 * own * (6 * d * d + 2 * d * config.ffn_dim) + 2 * context * 2 * d * d
     attention = 4 * tokens * tokens * d / ranks + 4 * own * context * d
     keys = math.ceil(tokens / _FRAME_TOKENS) * heard.tokens
     products += heard.share * (2 * own * 2 * d * d + 2 * keys * heard.width * 2 * d)
@@ -150,7 +128,7 @@ def block_flops(config: Dimensions, tokens: int, ranks: int = 1, tensor: int = 1
 
 
 def _block_compute(
-    config: Dimensions, plan: ParallelPlan, degrees: SequenceDegrees, work: Work, machine: Machine
+    config: WanConfig, plan: ParallelPlan, degrees: SequenceDegrees, work: Work, machine: Machine
 ) -> float:
     """Seconds of one item in one block; a ring's smaller pieces, uneven heads and unlike GPUs included."""
     tensor, pace = plan.tensor_parallel, plan.token_cost(work.tokens, degrees.ranks)
@@ -165,7 +143,7 @@ def _block_compute(
 
 
 def _block_exchange(
-    config: Dimensions, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
+    config: WanConfig, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
 ) -> float:
     """Seconds in which one item's bytes of one block travel and nothing is computed."""
     own = math.ceil(work.tokens / degrees.ranks) * config.dim * work.itemsize
@@ -181,7 +159,7 @@ def _block_exchange(
     return heads + around + sums * own * 2 * (tensor - 1) / tensor / machine.link
 
 
-def _exchanges(config: Dimensions, degrees: SequenceDegrees, tensor: int) -> float:
+def _exchanges(config: WanConfig, degrees: SequenceDegrees, tensor: int) -> float:
     """How often a block waits for other ranks: around attention, in a ring, for sums and for the norms' means."""
     sums = 6 + config.hearing.share if tensor > 1 else 0
     return 2 * (degrees.ulysses > 1) + (degrees.ring - 1) + sums

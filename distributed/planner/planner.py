@@ -145,7 +145,7 @@ def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:
 
 
 def slowest(surveyed: Sequence[Surveyed]) -> Machine:
-    """One machine for all workers: they wait for the slowest."""
+    """The rates of the slowest worker in each respect, for which all others wait."""
     machines = [worker.machine for worker in surveyed]
     return Machine(
         products=min(machine.products for machine in machines),

@@ -58,6 +58,7 @@ class Choice:
 
     @property
     def seconds(self) -> float:
+        """Expected seconds of a forward."""
         return self.expected.seconds
 
 
@@ -79,6 +80,7 @@ class Question:
 
     @property
     def work(self) -> Work:
+        """The forward whose time counts; a video of unknown length is taken for 81 frames at 480p."""
         return Work(
             self.tokens or REFERENCE_TOKENS,
             self.items,
@@ -88,7 +90,7 @@ class Question:
         )
 
     def free(self) -> Question:
-        """The same with all sizes left to us."""
+        """The same question with all sizes free to be chosen."""
         return replace(self, asked=ParallelPlan(self.asked.num_gpus, speeds=self.asked.speeds))
 
 
@@ -188,7 +190,7 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
         own = [plan.tokens_of(rank, work.tokens) for rank in ranks]
         size = work.itemsize, spec.slice_tokens
         activations = [activation_bytes(question.config, tokens, spec.max_batch, *size) for tokens in own]
-        demand = demand_of(parts[plan.place(ranks[0]).stage], question.config, max(activations), unit)
+        demand = demand_of(parts[plan.mesh.coords(ranks[0]).stage], question.config, max(activations), unit)
         there = room_beside([room.devices[rank] for rank in ranks], activations)
         on_host = room.host * len(ranks) // plan.num_gpus
         choices = spec.shard_weights, spec.offload

@@ -76,14 +76,20 @@ class StepOut(Request[Done]):
     nbytes: float
 
 
+EXACT = "exact"
+"""Name of the strategy that approximates nothing."""
+
+
 @dataclass(frozen=True)
 class Displaced:
-    """How one forward takes part in displaced patch parallelism; see schedule.py for its fields.
+    """The part that one forward takes in an approximate sampling run; see schedule.py for its fields.
 
     Args:
         kind: "exact", "fill" or "stale".
         run: buffers of another run are dropped.
         lanes: a name for each batch item; items of one name follow each other over the steps.
+        split, fp8_buffers, manager: of displaced patches alone.
+        strategy: the name under which the workers know the strategy (see strategy.py).
     """
 
     kind: str
@@ -92,6 +98,7 @@ class Displaced:
     split: PatchSplit
     fp8_buffers: bool = False
     manager: str = "auto"
+    strategy: str = "displaced"
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,11 @@ class Forward(Request[ForwardDone]):
     out: TensorRef
     displaced: Displaced | None = None
     conditioning: ConditioningRef | None = None
+
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy by which the workers share this forward."""
+        return EXACT if self.displaced is None else self.displaced.strategy
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ class PoolSettings:
         usp_backend: "native" (torch.distributed), "xfuser", or "auto" (the one measured faster: native).
         overlap: exchange what an Ulysses group or a ring shares, and the sums of tensor-parallel ranks, during
             computation.
-        pipeline_mode: one of `PIPELINE_MODES`. "pipefusion" makes the forwards that a `Displaced` calls stale stream
-            patches through the stages (see pipefusion.py).
+        pipeline_mode: one of `PIPELINE_MODES`. With "pipefusion" the client asks for forwards by the strategy of that
+            name, which streams patches through the stages (see pipefusion.py).
         auto: sizes of the plan that are 1, and degrees that are 0, are chosen for the model and its video (see
             search.py).
         by_speed: GPUs of different kinds share a sequence after their measured speeds (see `planner.speeds_of`), which

@@ -62,7 +62,7 @@ def place_model(
 
 def sizes_on_rank(source: WeightSource, spec: ModelSpec, plan: ParallelPlan, rank: int) -> dict[str, int]:
     """Bytes of a rank's part of each weight that its pipeline stage has, by name."""
-    coordinates, shapes = plan.place(rank), source.config.shapes()
+    coordinates, shapes = plan.mesh.coords(rank), source.config.shapes()
     shard = TensorShard(plan.tensor_parallel, coordinates.tensor)
     stage = Stage.of(coordinates.stage, plan.pipeline_parallel)
     sizes = storage_bytes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])

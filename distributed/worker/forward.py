@@ -1,5 +1,5 @@
-"""One DiT forward on one rank: which items and tokens are this rank's, in which order they pass through its blocks, and
-what is asked and done before each block.
+"""One DiT forward on one rank: its inputs, its batch items, what its strategy makes of them (see parallel/strategy.py),
+the way through the blocks, and what is asked and done before each block.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from dataclasses import dataclass
 import torch
 
 from ...wanvideo.base.conditioning import NOTHING, Conditioning
-from ...wanvideo.base.grid import Grid, Part, pad_to_patch, patchify, sequence_of
-from ...wanvideo.model.layers import SelfAttention
-from ...wanvideo.model.model import WanModel
-from ..approximate.displaced import FillAttention, PatchParallel, StaleAttention
-from ..approximate.pipefusion import PatchStream
-from ..approximate.schedule import EXACT
+from ...wanvideo.base.grid import Part, pad_to_patch, patchify, sequence_of
+from ..approximate import strategies as _strategies  # noqa: F401 (registers them)
 from ..comm import timing
 from ..parallel.groups import Membership
 from ..parallel.pipeline import Flow
-from ..parallel.sequence import SequenceGroup
-from ..plan.degrees import Place, bounds
+from ..parallel.strategy import Step, StepInputs, Strategies, WorkItem
+from ..plan.degrees import bounds
+from ..plan.ranks import RankCoords
 from ..protocol.refs import ArenaRef, TensorRef
 from ..protocol.reports import Exchange
-from ..protocol.requests import Displaced, Forward
+from ..protocol.requests import Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Gate
 from ..weights.device_memory import MemoryMeter
+from ..weights.loaded import LoadedModel
 from ..weights.models import Models
 from ..weights.prefetch import BlockPrefetcher
 
@@ -38,13 +36,20 @@ _BLOCKS_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Portion:
-    """Some batch items and tokens of one forward, as this rank works on them."""
+class Tensors:
+    """What one forward reads, on this rank's device, and where its result goes.
 
-    items: slice
-    part: Part
-    tokens: int
-    attend: SelfAttention
+    Attributes:
+        x: latent [B, in_dim, T, H, W].
+        timestep: [B] or [B, T].
+        context: text embedding [B, L, text_dim].
+        out: result [B, tokens of the video, 4*out_dim] in the client's memory.
+    """
+
+    x: torch.Tensor
+    timestep: torch.Tensor
+    context: torch.Tensor
+    out: torch.Tensor
 
 
 class ForwardRunner:
@@ -58,10 +63,7 @@ class ForwardRunner:
     def __init__(self, membership: Membership, models: Models, gate: Gate, arena: ArenaReader, memory: MemoryMeter):
         self.membership, self.models, self.gate, self.arena, self.memory = membership, models, gate, arena, memory
         self.rank, self.device = membership.rank, membership.device
-        settings, plan = membership.settings, membership.plan
-        self.patches = PatchParallel(self.rank, plan, self.device)
-        streamed = settings.pipeline_mode == "pipefusion" and plan.pipeline_parallel > 1
-        self.stream = PatchStream(plan.pipeline_parallel, self.device) if streamed else None
+        self.strategies = Strategies(membership)
         self._conditioning_arena = ArenaReader()
         self._kept: tuple[object, dict] = (None, {})  # what the model has computed from the conditioning of that key
 
@@ -69,14 +71,17 @@ class ForwardRunner:
     def kept_bytes(self) -> int:
         """Bytes on the device of keys and values that are kept between steps."""
         texts = sum(loaded.text_bytes for loaded in self.models.loaded.values())
-        return self.patches.nbytes + (self.stream.nbytes if self.stream is not None else 0) + texts
+        return self.strategies.nbytes + texts
 
     def trim(self) -> None:
         """Give back what only a sampling run needs."""
-        self.patches.clear()
+        self.strategies.trim()
         self.forget()
-        if self.stream is not None:
-            self.stream.clear()
+
+    def close(self) -> None:
+        """Give back all memory. The next forward begins anew."""
+        self.strategies.close()
+        self.forget()
 
     def forget(self) -> None:
         """Drop what models have computed from their conditioning."""
@@ -84,62 +89,64 @@ class ForwardRunner:
 
     def run(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
-        loaded, plan = self.models.loaded[request.spec], self.membership.plan
-        model, prefetcher = loaded.model, loaded.prefetcher
-        with timing.standing(timing.LATENTS):
-            x, timestep, context = (
-                self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
-            )
-        conditioning = self._conditioning(request, len(x))
-        grid = sequence_of(x, conditioning.options)
-        ranks = plan.group_ranks(len(x))
-        group = self.membership.groups[plan.sequence_degrees(model.config.num_heads, ranks)]
-        tokens = patchify(pad_to_patch(x))
-        out = self.arena.view(request.arena, request.out)
-        start, stop = group.shard(grid.tokens)
-        if model.asks_other_ranks(conditioning):
-            model.over_sequence = self.membership.over_sequence(group)
-        step = self._begin(request.displaced, model, conditioning, grid, ranks)
+        loaded, strategy = self.models.loaded[request.spec], self.strategies.named(request.strategy)
+        model, tensors = loaded.model, self._tensors(request)
+        inputs = self._step_inputs(request, loaded, tensors.x)
+        tokens = patchify(pad_to_patch(tensors.x))
+        step = strategy.begin(inputs)
         self.gate.begin(request.id)
-        batches = self._batches(request.spec, len(x), self.membership.place.data)
-        with timing.standing(timing.WEIGHTS):
-            kept = self._to_keep(step, batches, model, grid, group)
-            patches = request.displaced is not None and self.stream is None  # whose buffers have all that is left
-            contexts = len(conditioning.options.vace_strengths)
-            self.models.settle(request.spec, stop - start, kept, contexts, keep_texts=not patches)
+        self._settle(request.spec, inputs, step, strategy.keeps_texts)
         self.memory.begin()
-        portions = [portion for items in batches for portion in self._portions(items, step, model, grid, group)]
-        # ranks that gather weights from each other run the blocks equally often, and leave them together
-        together = loaded.blocks.group.ranks > ranks
-        missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
-        idle = missing * len(portions) // len(batches)
-        before_block = self._before_block(prefetcher, len(x), together)
-        flow = self._flow(portions, idle, model, conditioning, before_block)
+        work = [item for items in inputs.batches for item in step.work(items)]
+        flow = self._flow(request.spec, loaded, inputs, work, len(tensors.x))
         # tensor-parallel ranks have the same result
-        writes = self.membership.stage.is_last and self.membership.place.tensor == 0
-        with prefetcher.prefetching(len(portions) + idle):
-            for portion, stream in flow:
-                items, part = portion.items, portion.part
+        writes = self.membership.stage.is_last and self.membership.coords.tensor == 0
+        with loaded.prefetcher.prefetching(len(work) + flow.idle):
+            for item, stream in flow:
+                items, part = item.items, item.part
                 try:
                     result = model.transform(
                         tokens[items, part] if stream is None else stream,
-                        grid,
+                        inputs.grid,
                         part,
-                        timestep[items],
-                        context[items],
-                        portion.attend,
+                        tensors.timestep[items],
+                        tensors.context[items],
+                        item.attend,
                         flow.before_block,
-                        conditioning.items(items),
+                        inputs.conditioning.items(items),
                     )
                 finally:
-                    if isinstance(portion.attend, FillAttention | StaleAttention):
-                        portion.attend.finish()
+                    item.finish()
                 flow.pass_on(result)
                 if writes:
                     with timing.standing(timing.LATENTS):
-                        _write(out, items, part, result)
-        stale = [portion.attend for portion in portions if isinstance(portion.attend, StaleAttention)]
-        return self.patches.report(stale) if stale else None
+                        _write(tensors.out, items, part, result)
+        return step.report()
+
+    def _tensors(self, request: Forward) -> Tensors:
+        refs, out = (request.x, request.timestep, request.context), self.arena.view(request.arena, request.out)
+        with timing.standing(timing.LATENTS):
+            x, timestep, context = (self._input(request.arena, ref) for ref in refs)
+        return Tensors(x, timestep, context, out)
+
+    def _step_inputs(self, request: Forward, loaded: LoadedModel, x: torch.Tensor) -> StepInputs:
+        """What the strategy is told."""
+        model, plan = loaded.model, self.membership.plan
+        conditioning = self._conditioning(request, loaded, len(x))
+        degrees = plan.sequence_degrees(model.config.num_heads, plan.group_ranks(len(x)))
+        group = self.membership.groups[degrees]
+        if model.asks_other_ranks(conditioning):
+            model.over_sequence = self.membership.over_sequence(group)
+        batches = self._batches(request.spec, len(x), self.membership.coords.data)
+        grid = sequence_of(x, conditioning.options)
+        return StepInputs(model, conditioning, grid, group, batches, request.displaced)
+
+    def _settle(self, spec: ModelSpec, inputs: StepInputs, step: Step, keep_texts: bool) -> None:
+        """Put the weights in place, with room for what the forward takes and will keep."""
+        start, stop = inputs.group.shard(inputs.grid.tokens)
+        contexts = len(inputs.conditioning.options.vace_strengths)
+        with timing.standing(timing.WEIGHTS):
+            self.models.settle(spec, stop - start, step.new_bytes, contexts, keep_texts=keep_texts)
 
     def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
         """The batch items of a data-parallel group, as many in each slice as go through the model at once."""
@@ -151,73 +158,28 @@ class ForwardRunner:
         step = min(spec.max_batch, math.ceil((last - first) / plan.pipeline_parallel))  # more slices fill a pipeline
         return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
-    def _begin(
-        self, step: Displaced | None, model: WanModel, conditioning: Conditioning, grid: Grid, ranks: int
-    ) -> Displaced | None:
-        """Begin an approximate step; None where it is computed exactly.
-
-        Keys and values are kept of all blocks or none. Displaced patches have none of VACE's streams, nor of what lies
-        behind the video. What other ranks are asked in a block is asked of all its tokens together.
-        """
-        layers = range(model.config.num_layers)
-        if step is None or set(conditioning.options.skip_blocks) & set(layers) or model.asks_other_ranks(conditioning):
-            return None
-        if self.stream is not None:
-            self.stream.begin(step, model.self_attentions(conditioning, model.span))
-            return step
-        if ranks == 1 or grid.tail or model.self_attentions(conditioning, layers) > len(layers):
-            return None
-        self.patches.begin(step)
-        return step
-
-    def _portions(
-        self, items: slice, step: Displaced | None, model: WanModel, grid: Grid, group: SequenceGroup
-    ) -> list[Portion]:
-        """What this rank does for some batch items: its tokens, and how they see the others."""
-        attend = self.membership.attention(group, model, grid, items.stop - items.start)
-        start, stop = group.shard(grid.tokens)
-        if step is None or step.kind == EXACT:
-            return [Portion(items, slice(start, stop), stop - start, attend)]
-        if self.stream is not None:
-            heads = self.membership.heads(model)
-            stretches = self.stream.stretches(step, step.lanes[items], model, grid, group, heads)
-            return [Portion(items, slice(s.start, s.stop), s.stop - s.start, s.attend) for s in stretches]
-        attend = self.patches.attention(step, step.lanes[items], model, grid, group, attend)
-        part = attend.part
-        return [Portion(items, part, part.stop - part.start if isinstance(part, slice) else len(part), attend)]
-
-    def _to_keep(
-        self, step: Displaced | None, batches: Sequence[slice], model: WanModel, grid: Grid, group: SequenceGroup
-    ) -> int:
-        """Bytes of keys and values that this forward will keep anew."""
-        if self.stream is None or step is None or step.kind == EXACT:
-            return 0
-        lanes = [step.lanes[items] for items in batches]
-        return self.stream.missing_bytes(lanes, model, grid, group, self.membership.heads(model))
-
     def _most_batches(self, spec: ModelSpec, batch: int) -> int:
         """Slices of batch items in the data-parallel group that has most of them."""
         return max(len(self._batches(spec, batch, data)) for data in range(self.membership.plan.data_parallel))
 
     def _flow(
-        self,
-        portions: Sequence[Portion],
-        idle: int,
-        model: WanModel,
-        conditioning: Conditioning,
-        before_block: Callable[[int, int | None], None],
-    ) -> Flow[Portion]:
-        """The portions of this rank on their way through its stage."""
-        stage, carried = self.membership.stage, model.carried(model.span.start, conditioning)
+        self, spec: ModelSpec, loaded: LoadedModel, inputs: StepInputs, work: Sequence[WorkItem], batch: int
+    ) -> Flow[WorkItem]:
+        """The work of this rank on its way through its stage."""
+        model, stage = loaded.model, self.membership.stage
+        # ranks that gather weights from each other run the blocks equally often, and leave them together
+        together = loaded.blocks.group.ranks > inputs.group.degrees.ranks
+        missing = self._most_batches(spec, batch) - len(inputs.batches) if together else 0
+        carried = model.carried(model.span.start, inputs.conditioning)
         streams = (1 + carried,) if carried else ()
         return Flow(
             stage,
-            portions,
+            work,
             stage.most_blocks(model.config),
-            lambda portion: (*streams, portion.items.stop - portion.items.start, portion.tokens, model.config.dim),
+            lambda item: (*streams, item.items.stop - item.items.start, item.tokens, model.config.dim),
             self.device,
-            before_block,
-            idle,
+            self._before_block(loaded.prefetcher, batch, together),
+            missing * len(work) // len(inputs.batches),
             model.config.in_turn(model.span),
         )
 
@@ -228,8 +190,8 @@ class ForwardRunner:
         one request (see cancel.py), then the block's weights."""
         plan = self.membership.plan
         alone = not together and batch >= plan.data_parallel
-        data = self.membership.place.data if alone else 0  # the first of those that work together
-        leaders = [plan.rank_at(Place(data, stage, 0, 0)) for stage in range(plan.pipeline_parallel)]
+        data = self.membership.coords.data if alone else 0  # the first of those that work together
+        leaders = [plan.mesh.rank(RankCoords(data, stage, 0, 0)) for stage in range(plan.pipeline_parallel)]
         launched: deque[torch.cuda.Event] = deque()
 
         def check(stage: int, block: int | None) -> None:
@@ -245,17 +207,19 @@ class ForwardRunner:
 
         return check
 
-    def _conditioning(self, request: Forward, batch: int) -> Conditioning:
+    def _conditioning(self, request: Forward, loaded: LoadedModel, batch: int) -> Conditioning:
         """The conditioning of a batch, left in the arena: the model fetches what belongs to its tokens."""
         ref = request.conditioning
         if ref is None:
             return NOTHING
-        views = {name: self._conditioning_arena.view(ref.arena, tensor) for name, tensor in ref.tensors.items()}
+        arena, views = ref.arena, {}
+        if arena is not None:  # options alone have none
+            views = {name: self._conditioning_arena.view(arena, tensor) for name, tensor in ref.tensors.items()}
         shared = {name: view.expand(batch, *view.shape[1:]) for name, view in views.items()}
-        key = (ref.arena, request.spec, self.models.loaded[request.spec].uuid, batch)
+        key = (arena, request.spec, loaded.uuid, batch)
         if self._kept[0] != key:
             self._kept = (key, {})
-        return Conditioning(**shared, options=ref.options, kept=self._kept[1])
+        return Conditioning(ref.options, self._kept[1], shared)
 
     def _input(self, arena: ArenaRef, ref: TensorRef) -> torch.Tensor:
         return self.arena.view(arena, ref).to(self.device)

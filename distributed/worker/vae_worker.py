@@ -80,7 +80,8 @@ class Strip:
         self._last = len(strips.parts) - 1
 
     def fill_border(self, frames: torch.Tensor) -> None:
-        """See `Frame`; every rank of the strips calls it."""
+        """Fill the border of the strip with the neighbours' rows or columns (see `Frame`). Every rank of the strips
+        calls this."""
         along, across = (1, 2) if self.strips.axis == 0 else (2, 1)
         frames.select(across, 0).zero_()
         frames.select(across, -1).zero_()
@@ -99,7 +100,7 @@ class Strip:
             border.copy_(received)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Frame`; every rank of the strips calls it."""
+        """The whole frame of which x is this rank's strip (see `Frame`); every rank of the strips calls this."""
         along, unit = (1, 2)[self.strips.axis], x.shape[1 + self.strips.axis]
         scale = unit // (self.strips.parts[self.rank][1] - self.strips.parts[self.rank][0])
         pieces, operations = [], []
@@ -134,6 +135,7 @@ class VAEs:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The decoders and encoders whose weights this worker has."""
         return tuple(self.weights)
 
     @property
@@ -178,7 +180,7 @@ class VAEs:
 
     def _decode(self, request: DecodeVAE) -> None:
         latent = self._inputs.view(request.arena, request.latent)
-        strips = share_frame(*latent.shape[-2:], self.ranks, request.options)
+        strips = share_frame(latent.shape[-2], latent.shape[-1], self.ranks, request.options)
         piece_bytes = self._fitting_pieces(request.key, Decoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
@@ -198,7 +200,7 @@ class VAEs:
         frames = self._inputs.view(request.arena, request.frames)
         out = self._outputs.view(request.out_arena, request.out)
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
-        strips = share_frame(*out.shape[-2:], self.ranks, request.options)
+        strips = share_frame(out.shape[-2], out.shape[-1], self.ranks, request.options)
         piece_bytes = self._fitting_pieces(request.key, Encoder, strips, request.options)
         if self.rank >= len(strips.parts):
             return
@@ -224,14 +226,19 @@ class VAEs:
         return Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
 
     def _coder(self, key: str, kind: type[_Coder], options: VAEOptions) -> _Coder:
-        name = key, options.convolution
-        if name not in self._coders:
-            for other in [other for other in self._coders if other[0] == key]:
-                del self._coders[other]
-            weights = self.weights[key]
-            ops = VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution)
-            self._coders[name] = kind(weights, ops)
-        return self._coders[name]
+        coder = self._coders.get((key, options.convolution))
+        if isinstance(coder, kind):
+            return coder
+        self._forget_coders(key)
+        weights = self.weights[key]
+        coder = kind(weights, VAEOps(self.device, next(iter(weights.values())).dtype, options.convolution))
+        self._coders[key, options.convolution] = coder
+        return coder
+
+    def _forget_coders(self, key: str) -> None:
+        """A coder has the weights in an order of its own, which is that of one way to convolve."""
+        for name in [name for name in self._coders if name[0] == key]:
+            del self._coders[name]
 
     def _fitting_pieces(self, key: str, kind: type[Coder], strips: Strips, options: VAEOptions) -> int:
         """The largest piece that fits on every rank; models step out where even the smallest does not."""

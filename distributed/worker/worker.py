@@ -73,12 +73,11 @@ class Worker:
     ):
         self.rank, self.locations = rank, locations
         self.device = device or device_at(settings, locations[rank])
+        self.gate = gate
         self.membership = Membership(rank, settings, self.device)
-        self.models = self._no_models()
         self.memory = MemoryMeter(self.device)
         self.arena = ArenaReader()
-        self.runner = ForwardRunner(self.membership, self.models, gate, self.arena, self.memory)
-        self.vaes = VAEs(rank, settings, self.device, gate, self.models)
+        self._begin()
         self.fused = pointwise.use_triton(self.device)
         self.machine: Machine | None = None
 
@@ -150,7 +149,7 @@ class Worker:
         self.memory.last = None  # it speaks of weights that are gone
         self.vaes.drop()
         if not self.models.loaded:
-            self.runner.patches.close()
+            self.runner.close()
         self.models.memory.release()
 
     def trim(self) -> None:
@@ -171,19 +170,23 @@ class Worker:
     def divide(self, plan: ParallelPlan) -> None:
         """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""
         before, settings = self.membership.plan, replace(self.membership.settings, plan=plan)
+        self.runner.strategies.close()  # what they keep is of the groups of ranks before
         self.membership.follow(settings)
         if plan.holds_as(before):
             self.models.settings = settings
         else:
             self.unload(list(self.models.loaded))
             self.membership.rejoin(self.models.process_groups())
-            self.models = self.runner.models = self.vaes.models = self._no_models()
+            self._begin()
         for loaded in self.models.loaded.values():
             self.membership.join(loaded.source.config.num_heads)
 
-    def _no_models(self) -> Models:
+    def _begin(self) -> None:
+        """Begin with no models under the plan at hand: all who use them get the same ones."""
         mine = self.membership
-        return Models(self.rank, mine.settings, self.device, mine.shard, mine.stage)
+        self.models = Models(self.rank, mine.settings, self.device, mine.shard, mine.stage)
+        self.runner = ForwardRunner(mine, self.models, self.gate, self.arena, self.memory)
+        self.vaes = VAEs(self.rank, mine.settings, self.device, self.gate, self.models)
 
 
 def main(join: bytes, connection: Connection) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def ready(worker: Worker) -> Ready:
-    """Its hello."""
+    """The first message of a worker, once it has joined the others."""
     try:
         xfuser = importlib.metadata.version("xfuser")
     except importlib.metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def ready(worker: Worker) -> Ready:
 
 
 def worker_status(worker: Worker) -> WorkerStatus:
-    """Memory and models as they are now."""
+    """The memory and the models of a worker as they are now."""
     used, total = _device_memory(worker.device)
     return WorkerStatus(
         rank=worker.rank,
@@ -51,21 +51,21 @@ def worker_status(worker: Worker) -> WorkerStatus:
 
 
 def held_bytes(worker: Worker) -> tuple[int, int, int]:
-    """Bytes on the device of weights, of keys and values that are kept between steps, and of mailboxes."""
+    """Bytes on a worker's device: of weights, of keys and values that are kept between steps, and of mailboxes."""
     weights = worker.models.memory.device_bytes + worker.vaes.nbytes
     mailboxes = sum(mailbox.nbytes for mailbox in worker.membership.mailboxes.values())
     return weights, worker.runner.kept_bytes, mailboxes
 
 
 def link(worker: Worker) -> str:
-    """How it reaches the other workers (see topology.py)."""
+    """How a worker reaches the other ones (see topology.py)."""
     own = worker.locations[worker.rank]
     others = [at for rank, at in enumerate(worker.locations) if rank != worker.rank]
     return link_kind(worker.device, [at.device for at in others if at.host == own.host])
 
 
 def out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:
-    """What torch says, and what to do about it."""
+    """What torch says of an allocation that failed, and what to do about it."""
     used, total = _device_memory(device)
     return (
         f"{device} ran out of memory ({used / 2**30:.1f} of {total / 2**30:.1f} GiB in use; "
@@ -100,7 +100,7 @@ def _model_status(worker: Worker, spec: ModelSpec, loaded: LoadedModel) -> Model
 
 
 def device_name(device: torch.device) -> str:
-    """What it is called, as all of its kind are."""
+    """The name of a device, which all devices of its kind have."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

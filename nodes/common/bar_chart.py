@@ -21,12 +21,12 @@ _DARK = (16, 17, 20)
 
 @dataclass(frozen=True)
 class Chart:
-    """Bars of one unit. A chart without bars shows its title and `note`.
+    """Bars whose values have one unit. A chart without bars shows its title and `note`.
 
     Args:
         parts: name and colour of each part of a bar.
-        bars: for each a label, its parts' values, and what stands behind it.
-        form: a value in words.
+        bars: for each bar its label, the values of its parts, and the words to the right of it.
+        form: turns a value into words.
         note: a line under the title.
     """
 
@@ -43,11 +43,12 @@ class Chart:
 
     @property
     def height(self) -> int:
+        """Pixels from the top of the title to the space below the chart."""
         lines = 1 + bool(self.note) + (len(self._legend()) if self.bars else 0)
         return lines * _LINE + len(self.bars) * ROW + MARGIN
 
     def draw(self, pen: ImageDraw.ImageDraw, top: int) -> None:
-        """Draw it from `top` on."""
+        """Draw the chart on a canvas, its title `top` pixels below the upper edge."""
         pen.text((MARGIN, top), self.title, INK, font(18))
         top += _LINE
         if self.note:
@@ -76,7 +77,7 @@ class Chart:
                 pen.text(((left + right) / 2, top + BAR / 2), words, _on(colour), font(15), "mm")
 
     def _legend(self) -> list[list[tuple[str, Colour]]]:
-        """The parts with what the bars have of them, in lines of three."""
+        """The name of each part with its least and largest value among the bars, in lines of three."""
         entries = []
         for i, (name, colour) in enumerate(self.parts):
             least, most = (self.form(pick(values[i] for _, values, _ in self.bars)) for pick in (min, max))
@@ -91,7 +92,7 @@ class Chart:
 
 
 def draw_charts(caption: str, charts: Sequence[Chart]) -> torch.Tensor:
-    """Charts under each other, below a caption of one line or more.
+    """Draw charts under each other, below a caption of one line or more.
 
     Returns:
         float32 [1, height, 1024, 3] from 0 to 1.

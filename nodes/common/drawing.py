@@ -18,15 +18,15 @@ MARGIN = 16  # pixels
 
 
 def canvas(width: int, height: int) -> Image.Image:
-    """An empty picture."""
+    """Return an empty picture of so many pixels."""
     return Image.new("RGB", (width, height), BACK)
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """The letters that come with Pillow."""
+    """Return the font that comes with Pillow, in so many pixels."""
     return ImageFont.load_default(size)
 
 
 def as_image(picture: Image.Image) -> torch.Tensor:
-    """A picture as ComfyUI's IMAGE: float32 [1, height, width, 3] from 0 to 1."""
+    """Return a picture as ComfyUI's IMAGE: float32 [1, height, width, 3] from 0 to 1."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).unsqueeze(0)

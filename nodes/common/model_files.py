@@ -16,8 +16,11 @@ _found: dict[str, tuple[list[str], dict[str, float]]] = {}
 
 
 def model_names() -> list[str]:
-    """Names relative to ComfyUI's folders for diffusion models. A stock ComfyUI lists neither GGUF files nor folders;
-    this looks for them by itself, as ComfyUI's own lists belong to all nodes."""
+    """List the models in ComfyUI's folders for diffusion models, by their paths below these folders.
+
+    A stock ComfyUI lists neither GGUF files nor folders of shards. Both are looked for here, and not added to
+    ComfyUI's own lists, which belong to all nodes.
+    """
     files = [file for root in folder_paths.get_folder_paths(MODEL_FOLDER) for file in _files_below(root)]
     folders = {os.path.dirname(file) for file in files if _is_index_of_model(file)} - {""}
     names = {name for name in folder_paths.get_filename_list(MODEL_FOLDER) if not _is_part(name, folders)}
@@ -25,7 +28,7 @@ def model_names() -> list[str]:
 
 
 def model_path(name: str) -> str:
-    """The file or folder of a name; for one that is gone, a path that `read_header` will refuse by name."""
+    """Return the path of a listed model; for a model that is gone, a path that `read_header` refuses by name."""
     path = folder_paths.get_full_path(MODEL_FOLDER, name)
     if path is not None:
         return path
@@ -38,7 +41,7 @@ def model_path(name: str) -> str:
 
 
 def patch_files() -> Iterator[str]:
-    """The files that ModelPatchLoader offers; looks for them when asked for the first."""
+    """List the files that ModelPatchLoader offers. They are looked for when the first one is asked for."""
     for name in folder_paths.get_filename_list(PATCH_FOLDER):
         path = folder_paths.get_full_path(PATCH_FOLDER, name)
         if path is not None:
@@ -46,7 +49,7 @@ def patch_files() -> Iterator[str]:
 
 
 def _is_index_of_model(file: str) -> bool:
-    """Whether shards of a transformer are listed; those of a text encoder are in folders beside it."""
+    """Whether a file lists the shards of a transformer, and not those of a text encoder in a folder beside it."""
     return is_index(file) and os.path.basename(file).startswith("diffusion_pytorch_model")
 
 

@@ -1,4 +1,4 @@
-"""What a node waits for, as text under it while the workers start and load."""
+"""Text under a running node while the workers start and load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...distributed.protocol.specs import ModelSpec
 
 
 class LoadingText:
-    """Says what is being loaded once `show` is called, and how long it took at the end; else nothing."""
+    """Says which model is being loaded once `show` is called, and at the end how long that took; else nothing."""
 
     def __init__(self, spec: ModelSpec, pool: Pool):
         self._name, self._workers = spec.name, pool.settings.plan.num_gpus
@@ -25,7 +25,7 @@ class LoadingText:
         return self
 
     def show(self) -> None:
-        """Called while there is something to wait for."""
+        """Show the text; called again and again while the workers are not ready."""
         if not self._shown:
             self._shown = True
             doing = "Starting workers and loading" if self._starting else "Loading"

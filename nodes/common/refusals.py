@@ -1,4 +1,4 @@
-"""What a model that runs in other processes cannot honour, said in plain words instead of being dropped."""
+"""Refusals, in plain words, of what a model that runs in other processes cannot honour and must not drop silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STOCK = "or load the model with ComfyUI's Load Diffusion Model, which runs it o
 
 
 class NotOnWorkers(RuntimeError):
-    """A feature of the graph that needs the weights or the blocks in the ComfyUI process."""
+    """The graph uses a feature that needs the weights or the blocks in the ComfyUI process."""
 
 
 def refuse(what: str, instead: str) -> NoReturn:
@@ -64,7 +64,7 @@ def _an(variant: str) -> str:
 
 
 def refuse_transformer_options(options: Mapping[str, Any]) -> None:
-    """Refuse what ComfyUI's own Wan model would run inside the blocks; blocks that are left out are none of it.
+    """Refuse code that ComfyUI's own Wan model would run inside the blocks. Blocks that are left out are no such code.
 
     Raises:
         NotOnWorkers: patches of attention or blocks, or an attention override.
@@ -87,6 +87,7 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
 
 
 def refuse_replacement(names: Sequence[str]) -> NoReturn:
+    """Refuse blocks, or attention inside blocks, that a node replaces; `names` are ComfyUI's names for them."""
     refuse(
         "A node replaces transformer blocks or their attention by its own code (patches_replace: "
         f"{', '.join(names)}), as PerturbedAttentionGuidance does",
@@ -95,12 +96,14 @@ def refuse_replacement(names: Sequence[str]) -> NoReturn:
 
 
 def refuse_rope_options(names: Sequence[str]) -> NoReturn:
+    """Refuse changes of the rotary positions that these options name and the workers do not know."""
     refuse(
         f"A node changes the positions in an unknown way (rope_options: {', '.join(names)})", f"Remove it, {_STOCK}."
     )
 
 
 def refuse_merging() -> NoReturn:
+    """Refuse to merge this model with another one."""
     refuse(
         "A model merge needs the weights in the ComfyUI process",
         "Merge with stock loaders first, save the result with Save Model, and load that file here.",
@@ -108,6 +111,7 @@ def refuse_merging() -> NoReturn:
 
 
 def refuse_saving() -> NoReturn:
+    """Refuse to save the model or a LoRA made from it."""
     refuse(
         "Saving needs the weights in the ComfyUI process",
         "Load the file with ComfyUI's Load Diffusion Model and save from there.",
@@ -115,6 +119,7 @@ def refuse_saving() -> NoReturn:
 
 
 def refuse_weight_hooks() -> NoReturn:
+    """Refuse weights that a hook gives to some of the conditioning."""
     refuse(
         "A hook gives some of the conditioning its own weights (Create Hook LoRA, Create Hook Model as LoRA)",
         "Remove the hook and use LoraLoaderModelOnly behind the loader, which acts on the whole model.",
@@ -122,6 +127,7 @@ def refuse_weight_hooks() -> NoReturn:
 
 
 def refuse_injection(key: str) -> NoReturn:
+    """Refuse code that a node injects into the layers; `key` is ComfyUI's name of the injection."""
     refuse(
         f"A node injects code into the model's layers ({key})",
         f"Remove that node (for a LoRA: use LoraLoaderModelOnly, not a bypass loader), {_STOCK}.",
@@ -129,6 +135,7 @@ def refuse_injection(key: str) -> NoReturn:
 
 
 def refuse_module(name: str) -> NoReturn:
+    """Refuse to hand out a module of the transformer."""
     refuse(
         f"A node reaches into the transformer's modules (diffusion_model.{name})",
         f"Remove that node (for a LoRA: use LoraLoaderModelOnly), {_STOCK}.",
@@ -136,14 +143,17 @@ def refuse_module(name: str) -> NoReturn:
 
 
 def refuse_object_patch(name: str) -> NoReturn:
+    """Refuse another object in the place of a part of the transformer."""
     refuse(f"A node replaces a part of the transformer ({name})", f"Remove that node, {_STOCK}.")
 
 
 def refuse_weight_wrapper(name: str) -> NoReturn:
+    """Refuse a function around a weight."""
     refuse(f"A node wraps a weight of the transformer ({name})", f"Remove that node, {_STOCK}.")
 
 
 def refuse_compute_dtype(dtype: object) -> NoReturn:
+    """Refuse a precision that a node asks for."""
     refuse(
         f"ModelComputeDtype asks for {str(dtype).removeprefix('torch.')}",
         "Remove that node and set use_fp16 or use_bf16 in XDit+USP Config.",
@@ -151,6 +161,7 @@ def refuse_compute_dtype(dtype: object) -> NoReturn:
 
 
 def refuse_multigpu_clone() -> NoReturn:
+    """Refuse a copy of the model on another GPU."""
     refuse(
         "MultiGPU CFG Split or Select Model Device wants a copy of the model on another GPU",
         "Remove that node: data_parallel_size 2 in XDit+USP Config puts the two branches on different GPUs.",

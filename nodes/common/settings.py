@@ -1,4 +1,4 @@
-"""What the XDit+USP Config node hands to the loader, and what its widgets mean to a pool. Knows no ComfyUI."""
+"""The settings that the XDit+USP Config node hands to the loader, and their meaning to a pool. Knows no ComfyUI."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class USPConfig:
 
     @property
     def plan(self) -> ParallelPlan:
-        """The sizes as they stand here."""
+        """The parallel degrees as the widgets have them."""
         return ParallelPlan(
             num_gpus=self.num_gpus,
             data_parallel=self.data_parallel_size,
@@ -69,10 +69,10 @@ class USPConfig:
 
     @property
     def speeds(self) -> tuple[int, ...]:
-        """The numbers in gpu_shares; empty where there are none, or all are the same.
+        """The relative speeds of the GPUs, from gpu_shares; empty where it has no numbers, or all are the same.
 
         Raises:
-            SettingsError: they are not one for each GPU.
+            SettingsError: there is not one number for each GPU.
         """
         if self.gpu_shares.strip() in SHARES:
             return ()
@@ -93,16 +93,17 @@ class USPConfig:
 
     @property
     def chooses_sizes(self) -> bool:
-        """Whether sizes that are left at 1, and degrees at 0, are chosen for the model and its video."""
+        """Whether the planner chooses the sizes that are left at 1, and the degrees that are left at 0."""
         exact = self.pipeline_mode == "exact" or self.pipeline_parallel_size == 1
         return self.parallel_plan == "auto" and exact and self.usp_backend != "xfuser"
 
     @property
     def runs_on_cuda(self) -> bool:
+        """Whether the workers will run on GPUs of this machine."""
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def validate(self) -> None:
-        """Check what can be known without a model.
+        """Check the widgets as far as that can be done without a model.
 
         Raises:
             SettingsError: the widgets contradict each other, or ask for GPUs that are not there.
@@ -145,7 +146,7 @@ class USPConfig:
             )
 
     def pool_settings(self) -> PoolSettings:
-        """The pool that this config names: equal settings share one pool."""
+        """Return the settings of the pool of workers; equal settings share one pool."""
         return PoolSettings(
             plan=self.plan,
             device=self.device,
@@ -160,9 +161,9 @@ class USPConfig:
     def model_spec(
         self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", module: str = ""
     ) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`, with the file `module` beside it unless that is "".
+        """Return how the workers load and run the checkpoint at `path`, with the file `module` beside it, if any.
 
-        In an fp8 mode `base_precision` is that of the weights that fit to it (see
+        In an fp8 mode `base_precision` is the precision of weights that this mode takes (see
         `wanvideo.model.fp8_mode.weights_for`).
 
         Raises:
@@ -186,7 +187,7 @@ class USPConfig:
         )
 
     def compute_dtype(self, base_precision: str) -> str:
-        """Precision of the activations in matrix products: `fp16`, `bf16`, or that of the weights (bf16 for fp8)."""
+        """Return the precision of activations in matrix products: `fp16`, `bf16`, or the weights' (bf16 for fp8)."""
         if self.use_fp16:
             return "fp16"
         return "bf16" if self.use_bf16 or base_precision.startswith("fp8") else base_precision

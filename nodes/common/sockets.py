@@ -1,4 +1,4 @@
-"""Where our nodes stand in ComfyUI's menu, and the types of the sockets that only they have."""
+"""The places of our nodes in ComfyUI's menu, and the types of the sockets that only these nodes have."""
 
 from __future__ import annotations
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from comfy_api.latest import io
 
 from ...distributed.approximate.displaced_memory import TooLarge, check_run, check_weights, gib
 from ...distributed.approximate.kv_buffers import INSTALL_LINE, MANAGERS, official_version
 from ...distributed.approximate.patch_layout import token_pixels
+from ...distributed.client.displaced_runs import DisplacedRuns
 from ...distributed.client.pool import acquire
 from ...distributed.plan.degrees import SPLIT_MODES, PlanError
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.weight_source import storage_format
-from ..common.model_files import model_names, model_path
-from ..common.settings import ATTENTION_MODES, DEVICES, SettingsError
+from ..common import inputs
+from ..common.model_files import model_path
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..model.patch_runs import PatchRuns
+from ..common.validation import check_file, check_widgets, file_fingerprint
 from ..model.remote_model import build_model
-from ..usp.loader_node import XDitUSPWanVideoModelLoader
 from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="OfficialDistriFusionModelLoader",
             display_name="🎯 Official DistriFusion Model Loader",
@@ -44,7 +46,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
                 "for each other. Not exact, and it needs much host memory: XDit+USP WanVideo Model Loader is exact and "
                 "needs less. Meant for four GPUs or more without NVLink: try both."
             ),
-            inputs=[*_model(), *_patches(), *_hosts(), *_optional()],
+            inputs=[*_model(), *_patches(), *_hosts(), *_quality(), *_exchange(), inputs.device()],
             outputs=[
                 DISTRIFUSION_MODEL.Output(
                     display_name="model", tooltip="For Official DistriFusion Sampler, or any other MODEL input."
@@ -55,7 +57,6 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             ],
         )
 
-    # As XDit+USP Config: what is named here is not checked by ComfyUI, and None where it is linked.
     @classmethod
     def validate_inputs(
         cls,
@@ -66,6 +67,10 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         split_cfg: bool | None = False,
         device: str | None = "auto",
     ) -> bool | str:
+        """Check the file, and the inputs that can contradict another input or this machine, before anything runs.
+
+        ComfyUI leaves out its own check (minimum, maximum, choice) of every input that is named here.
+        """
         named = {
             "num_gpus": num_gpus,
             "world_size": world_size,
@@ -73,32 +78,30 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             "split_cfg": split_cfg,
             "device": device,
         }
-        if None not in named.values():
-            try:
-                DistriFusionConfig(**named).validate()
-            except SettingsError as error:
-                return str(error)
-        return XDitUSPWanVideoModelLoader.validate_inputs(model)
+        found = check_widgets(DistriFusionConfig, named)
+        return check_file(read_header, model) if found is True else found
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
-        return XDitUSPWanVideoModelLoader.fingerprint_inputs(model)
+        """Return another value for another file, even under the same name."""
+        return file_fingerprint(model)
 
     @classmethod
-    def execute(cls, model: str, **widgets: int | float | bool | str) -> io.NodeOutput:
+    def execute(cls, model: str, **widgets: Any) -> io.NodeOutput:
+        """Return a MODEL whose weights are read with its first sampling step, and what it needs of each GPU."""
         config = DistriFusionConfig(**widgets)
         config.validate()
         header = read_header(model_path(model))
-        patcher = build_model(
-            header, config.model_spec(header.path), acquire(config.pool_settings()), config.patch_settings()
-        )
-        text = "\n".join(_status(patcher.remote.patch_runs))
+        spec, pool = config.model_spec(header.path), acquire(config.pool_settings())
+        runs = DisplacedRuns(config.patch_settings(), header.config, spec, pool, header)
+        patcher = build_model(header, spec, pool, runs)
+        text = "\n".join(_status(runs))
         log.info("DistriFusion: %s\n%s", model, text)
         return io.NodeOutput(patcher, text)
 
 
-def _status(runs: PatchRuns) -> Iterator[str]:
-    """What the node says; refuses what cannot fit.
+def _status(runs: DisplacedRuns) -> Iterator[str]:
+    """The text of the node; refuses a model that cannot fit.
 
     Raises:
         TooLarge: the weights alone are more than a worker may take.
@@ -119,14 +122,14 @@ def _status(runs: PatchRuns) -> Iterator[str]:
 
 
 def availability() -> str:
-    """Whether the official package is there, or how to get it."""
+    """Say whether the official package is installed, or how to install it."""
     version = official_version()
     if version:
         return f"the official package distrifuser {version} is installed"
     return f"the official package is not installed, and this pack's own code does the same (for it: {INSTALL_LINE})"
 
 
-def _need(runs: PatchRuns, width: int, height: int) -> str:
+def _need(runs: DisplacedRuns, width: int, height: int) -> str:
     plan, pixels = runs.pool.settings.plan, token_pixels(runs.config)
     if plan.sequence_ranks == 1:
         return "one GPU has each video to itself, which is exact and needs no buffers"
@@ -144,11 +147,7 @@ def _need(runs: PatchRuns, width: int, height: int) -> str:
 
 def _model() -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "model",
-            options=model_names(),
-            tooltip="A Wan model: what XDit+USP WanVideo Model Loader reads.",
-        ),
+        inputs.model_file("model", "A Wan model: what XDit+USP WanVideo Model Loader reads."),
         io.Combo.Input(
             "precision",
             options=list(PRECISIONS),
@@ -169,12 +168,8 @@ def _model() -> list[io.Input]:
 
 def _patches() -> list[io.Input]:
     return [
-        io.Int.Input(
-            "num_gpus",
-            default=2,
-            min=1,
-            max=8,
-            tooltip="GPUs that share the video, one worker process and one patch each. With device cpu: CPU processes.",
+        inputs.num_gpus(
+            "GPUs that share the video, one worker process and one patch each. With device cpu: CPU processes."
         ),
         io.Int.Input(
             "patch_size",
@@ -226,14 +221,10 @@ def _hosts() -> list[io.Input]:
     ]
 
 
-def _optional() -> list[io.Input]:
+def _quality() -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "attention_mode",
-            options=list(ATTENTION_MODES),
-            default="auto",
-            optional=True,
-            tooltip="As in XDit+USP WanVideo Model Loader: auto is the fastest exact kernel that is installed.",
+        inputs.attention_mode(
+            "As in XDit+USP WanVideo Model Loader: auto is the fastest exact kernel that is installed."
         ),
         io.Int.Input(
             "warmup_steps",
@@ -256,6 +247,11 @@ def _optional() -> list[io.Input]:
                 "adds is far smaller than that of their being a step old."
             ),
         ),
+    ]
+
+
+def _exchange() -> list[io.Input]:
+    return [
         io.Boolean.Input(
             "split_cfg",
             default=False,
@@ -276,23 +272,9 @@ def _optional() -> list[io.Input]:
                 "pinned host memory, where the buffers then are. auto: host on GPUs, official or native on the CPU."
             ),
         ),
-        io.Float.Input(
-            "gpu_memory_fraction",
-            default=0.9,
-            min=0.1,
-            max=1.0,
-            step=0.05,
+        inputs.gpu_memory_fraction(
+            "The share of its GPU that a worker may take. What does not fit is refused before it starts. On the "
+            "CPU: of the host's memory, all workers together.",
             optional=True,
-            tooltip=(
-                "The share of its GPU that a worker may take. What does not fit is refused before it starts. On the "
-                "CPU: of the host's memory, all workers together."
-            ),
-        ),
-        io.Combo.Input(
-            "device",
-            options=list(DEVICES),
-            default="auto",
-            optional=True,
-            tooltip="auto: the GPUs where there are any, else the CPU. cpu is meant for tests: it is slow.",
         ),
     ]

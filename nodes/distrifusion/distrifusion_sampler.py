@@ -11,9 +11,10 @@ from comfy_api.latest import io
 
 from nodes import common_ksampler  # ComfyUI's, not this folder
 
+from ...distributed.client.displaced_runs import DisplacedRuns
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..model.model_patcher import RemoteModelPatcher
-from ..model.patch_runs import SYNC_FREQUENCY, PatchRuns
+from ..model.model_patcher import RemoteModelPatcher, displaced_runs
+from ..model.sampled_forward import SYNC_FREQUENCY, sampled_forward
 
 
 class OfficialDistriFusionSampler(io.ComfyNode):
@@ -21,6 +22,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="OfficialDistriFusionSampler",
             display_name="🎯 Official DistriFusion Sampler",
@@ -36,38 +38,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show. Without effect where cfg is 1."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, such as EmptyHunyuanLatentVideo."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise. The same seed and settings give the same video.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="How closely to follow the prompt. Above 1 two branches are computed, with buffers each.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="ComfyUI's own samplers."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="ComfyUI's own noise schedules."
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of the latent is made anew; below 1 it keeps some of what is there.",
-                ),
+                *_sampling(),
                 io.Int.Input(
                     "sync_frequency",
                     default=10,
@@ -97,10 +68,16 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         denoise: float,
         sync_frequency: int,
     ) -> io.NodeOutput:
-        patcher = with_sync_frequency(model, sync_frequency)
+        """Sample as KSampler does.
+
+        Raises:
+            ValueError: `model` is not from the DistriFusion loader.
+            PlanError: the video cannot be cut like this, or does not fit into memory.
+        """
+        patcher, runs = with_sync_frequency(model, sync_frequency)
         if "context_handler" not in patcher.model_options:  # which shows the model parts of the latent alone
             branches = 1 if cfg == 1.0 else 2
-            _check(patcher.remote.patch_runs, latent_image["samples"], branches, sync_frequency, steps)
+            _check(runs, latent_image["samples"], branches, sync_frequency, steps)
         sampled = common_ksampler(
             patcher,
             seed,
@@ -116,13 +93,50 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         return io.NodeOutput(sampled[0])
 
 
-def with_sync_frequency(model: object, frequency: int) -> RemoteModelPatcher:
-    """A clone of a DistriFusion MODEL that is synchronised every `frequency`-th step.
+def _sampling() -> list[io.Input]:
+    """The inputs of KSampler."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Of the noise. The same seed and settings give the same video.",
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
+        io.Float.Input(
+            "cfg",
+            default=6.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="How closely to follow the prompt. Above 1 two branches are computed, with buffers each.",
+        ),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="ComfyUI's own samplers."),
+        io.Combo.Input(
+            "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="ComfyUI's own noise schedules."
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much of the latent is made anew; below 1 it keeps some of what is there.",
+        ),
+    ]
+
+
+def with_sync_frequency(model: object, frequency: int) -> tuple[RemoteModelPatcher, DisplacedRuns]:
+    """Clone a DistriFusion MODEL so that every `frequency`-th step is synchronous; returns it and its sampling runs.
 
     Raises:
         ValueError: `model` has no patches.
     """
-    if not isinstance(model, RemoteModelPatcher) or model.remote.patch_runs is None:
+    runs = displaced_runs(model)
+    if not isinstance(model, RemoteModelPatcher) or runs is None:
         loader = "XDit+USP WanVideo Model Loader" if isinstance(model, RemoteModelPatcher) else "a stock loader"
         raise ValueError(
             f"This MODEL comes from {loader} and has no patches to synchronise. "
@@ -131,10 +145,10 @@ def with_sync_frequency(model: object, frequency: int) -> RemoteModelPatcher:
     patcher = model.clone()
     options = patcher.model_options.get("transformer_options", {})
     patcher.model_options["transformer_options"] = {**options, SYNC_FREQUENCY: frequency}
-    return patcher
+    return patcher, runs
 
 
-def _check(runs: PatchRuns, latent: torch.Tensor, branches: int, sync_frequency: int, steps: int) -> None:
+def _check(runs: DisplacedRuns, latent: torch.Tensor, branches: int, sync_frequency: int, steps: int) -> None:
     """Refuse now what the first step would refuse, before anything is loaded.
 
     Raises:
@@ -143,4 +157,5 @@ def _check(runs: PatchRuns, latent: torch.Tensor, branches: int, sync_frequency:
     if latent.ndim != 5:
         return  # the MODEL itself says what is wrong with it
     size = (latent.shape[0] * branches, *latent.shape[1:])
-    runs.check(size, {SYNC_FREQUENCY: sync_frequency, "sample_sigmas": range(steps + 1)})
+    options = {SYNC_FREQUENCY: sync_frequency, "sample_sigmas": range(steps + 1)}
+    runs.check(size, sampled_forward(options, size[0]))

@@ -1,4 +1,4 @@
-"""The widgets of the DistriFusion loader, and what they mean to a pool and its patches. Knows no ComfyUI."""
+"""The settings of the DistriFusion loader, and their meaning to a pool and its patches. Knows no ComfyUI."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ class DistriFusionConfig:
 
     @property
     def weight_dtype(self) -> str:
+        """The precision or the 8-bit format of the weights."""
         return self.precision if self.quantization == "disabled" else self.quantization
 
     def validate(self) -> None:
-        """Check what can be known without a model.
+        """Check the widgets as far as that can be done without a model.
 
         Raises:
             SettingsError: the widgets contradict each other or this machine.
@@ -62,16 +63,16 @@ class DistriFusionConfig:
         self._usp.validate()
 
     def pool_settings(self) -> PoolSettings:
-        """The pool that runs this model; that of an XDit+USP Config with the same sizes, as set."""
+        """Return the settings of the pool of workers, which an XDit+USP Config with the same sizes, as set, has too."""
         return self._usp.pool_settings()
 
     def model_spec(self, path: str) -> ModelSpec:
-        """How the workers load and run the checkpoint at `path`: whole on each GPU, which is what is checked before."""
+        """Return how the workers load and run the checkpoint at `path`: whole on each GPU, with nothing offloaded."""
         spec = self._usp.model_spec(path, self.weight_dtype, self.attention_mode)
         return replace(spec, compute_dtype=self.precision, shard_weights="off", offload="off")
 
     def patch_settings(self) -> PatchSettings:
-        """How the frame is cut, and when patches may use what is one step old."""
+        """Return how the frame is cut, and when patches may use keys and values that are one step old."""
         return PatchSettings(
             split=PatchSplit(self.split_mode, self.patch_size, self.patch_overlap),
             warmup_steps=self.warmup_steps,

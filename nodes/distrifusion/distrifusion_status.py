@@ -12,13 +12,15 @@ from ...distributed.approximate.displaced_memory import gib
 from ...distributed.approximate.kv_buffers import official_version
 from ...distributed.approximate.patch_layout import PatchLayout, token_pixels
 from ...distributed.approximate.schedule import StepInfo
+from ...distributed.client.displaced_runs import DisplacedRuns, RunRecord
 from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
+from ..common import inputs
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..model.model_patcher import RemoteModelPatcher
-from ..model.patch_runs import PatchRuns, RunRecord
+from ..common.validation import new_fingerprint
+from ..model.model_patcher import displaced_runs
 from .distrifusion_loader import availability
 from .patch_picture import draw_layout
 
@@ -30,6 +32,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="OfficialDistriFusionStatus",
             display_name="🎯 Official DistriFusion Status",
@@ -43,7 +46,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 DISTRIFUSION_MODEL.Input(
                     "model", tooltip="From Official DistriFusion Model Loader, or any node behind it."
                 ),
-                io.AnyType.Input("after", optional=True, tooltip="Any output. The status is taken once it is there."),
+                inputs.after(),
                 io.Image.Input("frame", optional=True, tooltip="The patches are drawn over its first frame."),
             ],
             outputs=[io.String.Output(display_name="status"), io.Image.Output(display_name="patches")],
@@ -52,25 +55,35 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: object) -> float:
-        return float("nan")  # equal to nothing, so ComfyUI never takes the old text
+        """Let the node run with every prompt."""
+        return new_fingerprint()
 
     @classmethod
     def execute(cls, model: object, after: object = None, frame: torch.Tensor | None = None) -> io.NodeOutput:
-        if not isinstance(model, RemoteModelPatcher) or model.remote.patch_runs is None:
+        """Return the status as text, and the patches as a picture over `frame` [B, H, W, 3].
+
+        Raises:
+            ValueError: the MODEL does not run by patches.
+        """
+        runs = displaced_runs(model)
+        if runs is None:
             raise ValueError(
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        runs, pool = model.remote.patch_runs, model.remote.pool.status(poll)
+        pool = runs.pool.status(poll)
         layout, problem = _layout(runs)
         text = "\n".join(_report(runs, pool, layout, problem))
         picture = draw_layout(layout, _caption(runs), None if frame is None else frame[0])
         return io.NodeOutput(text, picture, ui=ui.PreviewText(text))
 
 
-def _layout(runs: PatchRuns) -> tuple[PatchLayout, str]:
-    """The patches of the last video, or of one of the size that Wan is mostly used with; why it cannot be cut."""
+def _layout(runs: DisplacedRuns) -> tuple[PatchLayout, str]:
+    """The patches of the last video, or before it of a video of the size that Wan is mostly used with.
+
+    With them comes the reason why the video cannot be cut; "" where it can.
+    """
     width, height, frames = _EXAMPLE
     pixels = token_pixels(runs.config)
     grid = runs.record.grid or Grid(frames, height // pixels, width // pixels)
@@ -80,12 +93,12 @@ def _layout(runs: PatchRuns) -> tuple[PatchLayout, str]:
         return runs.layout(grid, 1), str(error)
 
 
-def _caption(runs: PatchRuns) -> str:
+def _caption(runs: DisplacedRuns) -> str:
     split = runs.settings.split
     return f"{split.mode} patches: patch_size {split.size}, patch_overlap {split.overlap}"
 
 
-def _report(runs: PatchRuns, pool: PoolStatus, layout: PatchLayout, problem: str) -> Iterator[str]:
+def _report(runs: DisplacedRuns, pool: PoolStatus, layout: PatchLayout, problem: str) -> Iterator[str]:
     version = official_version()
     yield f"{'✅' if version else '⚠️'} Official DistriFusion: {availability()}."
     settings, plan = runs.settings, pool.settings.plan
@@ -115,7 +128,7 @@ def _worker(worker: WorkerStatus) -> str:
 
 
 def _gpu(index: int) -> str:
-    """Without a context on the GPU, which would take memory there."""
+    """A GPU on which no worker runs yet; asked without a CUDA context, which would take memory there."""
     found = torch.cuda.get_device_properties(index)
     return f"rank {index}: {found.name}, {gib(found.total_memory)}; what is free, and the link, once the workers run"
 
@@ -169,7 +182,7 @@ def _exchange_lines(record: RunRecord) -> Iterator[str]:
 
 
 def _hidden(exchange: Exchange) -> str:
-    """Of the rank that waited longest."""
+    """The share of the exchange that computation hides on the rank that waited longest."""
     if exchange.seconds <= 0:
         return "not measured"
     share = max(0.0, 1 - exchange.waited / exchange.seconds)

@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 
 def draw_layout(layout: PatchLayout, caption: str, frame: torch.Tensor | None = None) -> torch.Tensor:
-    """Bands of rows over a frame, runs of frames on a strip, both where the layout cuts both ways.
+    """Draw bands of rows over a frame, runs of frames on a strip, both where the layout cuts both ways.
 
     Args:
         caption: the first line of the picture.

@@ -13,6 +13,7 @@ class TinyWanTextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="TinyWanTextEncode",
             display_name="Tiny Wan Text Encode",
@@ -38,6 +39,7 @@ class TinyWanTextEncode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
+        """Check that all words of the prompt are known; returns True, or words about what is wrong."""
         if prompt is None:  # linked: known in execute only
             return True
         try:
@@ -48,4 +50,5 @@ class TinyWanTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompt: str) -> io.NodeOutput:
+        """Return the conditioning of a prompt."""
         return io.NodeOutput([[encode(prompt).unsqueeze(0), {}]])

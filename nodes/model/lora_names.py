@@ -23,10 +23,10 @@ Value = TypeVar("Value")
 
 
 def with_native_names(name: str, lora: Mapping[str, Value], weights: Iterable[str]) -> dict[str, Value]:
-    """The tensors of the LoRA file `name` that belong to a model with these `weights`, under ComfyUI's names.
+    """Return the tensors of the LoRA file `name` that belong to a model with these `weights`, under ComfyUI's names.
 
     Raises:
-        ValueError: none does.
+        ValueError: no tensor belongs to the model.
     """
     modules = _modules(weights)
     found = {key: native for key in lora if (native := _native(key, modules)) is not None}
@@ -48,7 +48,7 @@ def with_native_names(name: str, lora: Mapping[str, Value], weights: Iterable[st
 
 
 def _modules(weights: Iterable[str]) -> dict[str, str]:
-    """Every name that a module goes by, to its original one."""
+    """The original name of every module, by all names that LoRA files have for it."""
     modules: dict[str, str] = {}
     for weight in weights:
         original = weight.removesuffix(".weight").removesuffix(".bias")
@@ -59,14 +59,14 @@ def _modules(weights: Iterable[str]) -> dict[str, str]:
 
 
 def _native(key: str, modules: Mapping[str, str]) -> str | None:
-    """ComfyUI's name of a LoRA's tensor; None for one that no module of the model has."""
+    """ComfyUI's name of a LoRA's tensor; None where the tensor is for no module of the model."""
     flat = next((prefix for prefix in _FLAT_PREFIXES if key.startswith(prefix)), "")
     rest = key.removeprefix(flat)
     while not flat and (prefix := next((p for p in _PREFIXES if rest.startswith(p)), "")):
         rest = rest.removeprefix(prefix)
-    places = [i for i, letter in enumerate(rest) if letter == "."]
-    for place in reversed(places):  # the longest name, as one may begin with another
-        module = modules.get(rest[:place])
+    dots = [i for i, letter in enumerate(rest) if letter == "."]
+    for dot in reversed(dots):  # the longest name, as one may begin with another
+        module = modules.get(rest[:dot])
         if module is not None:
-            return f"{NATIVE}{module}{rest[place:]}"
+            return f"{NATIVE}{module}{rest[dot:]}"
     return None

@@ -1,154 +1,105 @@
-"""The MODEL as ComfyUI handles it: what it does with patches, with memory and with what cannot be honoured.
+"""The MODEL as ComfyUI handles it: LoRA patches on their way to the workers, and ComfyUI's view of the workers' memory.
 
-Its transformer is in remote_model.py. ComfyUI's memory manager sees here what the workers hold on its own device.
+Its transformer is in remote_model.py, and what it refuses in weightless_patcher.py.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
-from ...distributed.plan.placement import PlacementError
+from ...distributed.client.displaced_runs import DisplacedRuns
 from ...distributed.weights.lora_transfer import PatchSet
-from ...wanvideo.base.errors import UserError
-from ..common import refusals
 from . import infinitetalk_patch
+from .shared_device import EVERYTHING, SharedDevice
 from .weight_patches import check_fit, for_workers, refuse_foreign
+from .weightless_patcher import WeightlessPatcher
 
 if TYPE_CHECKING:
     from .remote_model import RemoteWan
 
-log = logging.getLogger(__name__)
 
-EVERYTHING = 1e30
-"""Bytes, as ComfyUI's own unload_all_models asks for."""
-
-
-def free_shared_gpu(nbytes: float) -> bool:
-    """Let ComfyUI's own models leave the GPU that it shares with a worker, as far as `nbytes` need it.
-
-    Returns whether any did.
-    """
-    management = comfy.model_management
-    device = management.get_torch_device()
-    if device.type != "cuda":  # ComfyUI runs with --cpu and shares no GPU with the workers
-        return False
-    # dropping one of our own MODELs would unload the pool that is asking
-    ours = [m for m in management.current_loaded_models if isinstance(m.model, RemoteModelPatcher)]
-    freed = management.free_memory(nbytes, device, keep_loaded=ours)
-    management.soft_empty_cache()
-    return bool(freed)
+def displaced_runs(model: object) -> DisplacedRuns | None:
+    """The sampling runs of a MODEL of the DistriFusion loader; None for any other MODEL."""
+    runs = model.remote.runs if isinstance(model, RemoteModelPatcher) else None
+    return runs if isinstance(runs, DisplacedRuns) else None
 
 
-class RemoteModelPatcher(ModelPatcher):
-    """The MODEL. Keeps LoRA patches for the workers, and refuses what needs the weights in this process."""
+class RemoteModelPatcher(WeightlessPatcher):
+    """The MODEL. Keeps LoRA patches for the workers, and shows the workers' memory to ComfyUI's memory manager."""
 
     @property
     def remote(self) -> RemoteWan:
+        """The transformer, which asks the workers."""
         return self.model.diffusion_model
+
+    @property
+    def shared_device(self) -> SharedDevice:
+        """The weights of this model on ComfyUI's own device, which the workers hold."""
+        return SharedDevice(self.remote.pool, self.remote.spec)
 
     # Where ComfyUI would write patches into weights, note them down for the workers instead.
 
     def load(self, *args: Any, **options: Any) -> None:
+        """Load as ComfyUI does, with the patches left to the workers."""
         super().load(*args, **options)
         self._hand_over_patches()
 
     def pre_run(self) -> None:
+        """Begin to sample: hand the patches over, and begin a new run."""
         self._hand_over_patches()
         if self.remote.runs is not None:
             self.remote.runs.begin()
         super().pre_run()
 
     def cleanup(self) -> None:
-        """Sampling has ended, in whatever way: what the workers hold beyond weights makes room for the VAE."""
+        """End sampling, in whatever way: the memory that workers hold beyond weights makes room for the VAE."""
         super().cleanup()
-        try:
-            self.remote.pool.trim()
-        except UserError as error:  # must not take the place of the error that ended the sampling
-            log.warning("%s", error)
+        self.shared_device.trim()
 
-    # One GPU, two users: what the workers hold on ComfyUI's own device is shown to its memory manager. Where that
-    # wants some of it for another model, weights step out to host memory; the next forward brings them back. Cancel
-    # has to wait for that: an interrupt in the middle of its freeing would make it lose count of its models.
+    # What the workers hold on ComfyUI's own device is shown to its memory manager. Where that wants some of it for
+    # another model, weights move to host memory; the next forward brings them back. Cancel has to wait for that: an
+    # interrupt in the middle of ComfyUI's freeing would make it lose count of its models.
 
     def model_size(self) -> int:
         """Bytes of the weights on ComfyUI's device once all are there; 1 while the workers have none (0 is unset)."""
-        return max(1, self._held()[1])
+        return max(1, self.shared_device.held()[1])
 
     def loaded_size(self) -> int:
         """Bytes of the weights on ComfyUI's device now."""
-        return self._held()[0]
+        return self.shared_device.held()[0]
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, **options: Any) -> int:
-        """There is nothing to split in this process, however little ComfyUI has left."""
+        """Load as a whole, however little memory ComfyUI has left: there is nothing to split in this process."""
         return super().partially_load(device_to, EVERYTHING, **options)
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_options: Any) -> int:
-        """Weights of `memory_to_free` bytes, or all, leave ComfyUI's device; returns how many did."""
-        return self._step_out(memory_to_free)
+        """Let weights of `memory_to_free` bytes, or all, leave ComfyUI's device; returns the bytes that did."""
+        return self.shared_device.offload(memory_to_free)
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-        """ComfyUI drops this model, for good with `unpatch_all`.
+        """Let go of this model, for good with `unpatch_all`, as ComfyUI drops it.
 
-        While a node runs that is to make room on its device, where the weights step out. Otherwise the user wants all
-        memory back (Unload models), and the workers forget the model.
+        While a node runs, ComfyUI wants room on its device, and the weights there move to host memory. Otherwise the
+        user wants all memory back (Unload models), and the workers forget the model.
         """
         model = super().detach(unpatch_all)
         if unpatch_all:
             if get_executing_context() is not None:
-                self._step_out(EVERYTHING)
+                self.shared_device.offload(EVERYTHING)
             else:
-                self._unload_workers()
+                self.shared_device.unload()
         return model
 
     def model_patches_models(self) -> list[ModelPatcher]:
-        """What ComfyUI loads beside this model."""
+        """The models that ComfyUI loads beside this one."""
         options = self.model_options["transformer_options"]
         return infinitetalk_patch.loaded_elsewhere(options, super().model_patches_models())
-
-    def _held(self) -> tuple[int, int]:
-        return self.remote.pool.models.held(self.remote.spec, self._shared_ranks())
-
-    def _shared_ranks(self) -> Sequence[int]:
-        """The workers on ComfyUI's own device: one on a GPU, all of them without any."""
-        pool, device = self.remote.pool, comfy.model_management.get_torch_device()
-        if device.type != pool.settings.device:
-            return ()
-        here = [(rank, at.device) for rank, at in enumerate(pool.locations) if at.is_here]
-        if device.type == "cpu":
-            return [rank for rank, _ in here]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return [rank for rank, own in here if own == index]
-
-    def _step_out(self, nbytes: float) -> int:
-        ranks = self._shared_ranks()
-        if not ranks:
-            return 0
-        try:
-            freed = self.remote.pool.step_out(self.remote.spec, ranks, nbytes)
-        except PlacementError as error:
-            log.warning("%s The model is read again with the next sampling.", error)
-            freed = self.loaded_size()
-            self._unload_workers()
-        except UserError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
-            log.warning("%s", error)
-            return 0
-        if freed:
-            log.info("Weights of %.1f GiB have left ComfyUI's device to make room.", freed / 2**30)
-        return freed
-
-    def _unload_workers(self) -> None:
-        try:
-            self.remote.pool.unload(self.remote.spec)
-        except UserError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
-            log.warning("%s", error)
 
     def _hand_over_patches(self) -> None:
         if not self.patches:
@@ -161,46 +112,13 @@ class RemoteModelPatcher(ModelPatcher):
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
+        """Add LoRA patches as ComfyUI does.
+
+        Raises:
+            NotOnWorkers: they bring the weights of another model, or fit none of this one.
+        """
         for patch in patches.values():
             refuse_foreign(patch)
         if strength_patch:
             check_fit(patches, self.remote.header.tensors)
         return super().add_patches(patches, strength_patch, strength_model)
-
-    # What cannot be honoured.
-
-    def add_hook_patches(self, *_args: Any, **_options: Any) -> None:
-        refusals.refuse_weight_hooks()
-
-    def get_key_patches(self, *_args: Any, **_options: Any) -> None:
-        refusals.refuse_merging()
-
-    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
-        if filter_prefix is not None:  # Extract and Save Lora, which wants the values and not the names
-            refusals.refuse_saving()
-        return super().model_state_dict()
-
-    def model_state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
-        refusals.refuse_saving()
-
-    def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
-        refusals.refuse_saving()
-
-    def set_injections(self, key: str, injections: Sequence[Any]) -> None:
-        if injections:
-            refusals.refuse_injection(key)
-
-    def add_object_patch(self, name: str, obj: Any) -> None:
-        if name.startswith("diffusion_model."):
-            refusals.refuse_object_patch(name)
-        super().add_object_patch(name, obj)
-
-    def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        if dtype not in (None, self.remote.dtype):
-            refusals.refuse_compute_dtype(dtype)
-
-    def add_weight_wrapper(self, name: str, *_args: Any, **_options: Any) -> None:
-        refusals.refuse_weight_wrapper(name)
-
-    def deepclone_multigpu(self, *_args: Any, **_options: Any) -> None:
-        refusals.refuse_multigpu_clone()

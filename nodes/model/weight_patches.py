@@ -35,14 +35,14 @@ def refuse_foreign(patch: object) -> None:
     """Refuse the patches of model merging, which bring the weights of another model.
 
     Raises:
-        NotOnWorkers: `patch` is one of them.
+        NotOnWorkers: `patch` is of this kind.
     """
     if isinstance(patch, list) or (isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "model_as_lora"):
         refuse_merging()
 
 
 def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict[str, list[WeightPatch]]:
-    """Translate `ModelPatcher.patches` for the model that the workers hold by `spec`.
+    """Translate `ModelPatcher.patches` for the model that the workers have loaded as `spec`.
 
     Returns:
         Patches by weight name without prefix, in the order in which they apply.
@@ -51,7 +51,8 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
         NotOnWorkers: a patch changes the shape of a weight.
     """
     checkpoint = Checkpoint(spec.path, spec.module)
-    translated, left_out = {}, []
+    translated: dict[str, list[WeightPatch]] = {}
+    left_out = []
     for key, entries in patches.items():
         comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while
         name = key.removeprefix(PREFIX)
@@ -59,35 +60,40 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
             left_out.append(name)
             continue
         shape = checkpoint.header.tensors[name].shape
-        entries = [entry for entry in entries if fits(entry[1], shape)]
-        plain = [_plain(entry) for entry in entries]
-        if None in plain:
-            weight = as_tensor(checkpoint.tensor(name), torch.float32)
-            dtype = storage_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
-            translated[name] = [_computed(entries, weight, key, dtype)]
-        else:
-            translated[name] = plain
+        translated[name] = _translated([entry for entry in entries if fits(entry[1], shape)], key, checkpoint, spec)
     if left_out:
         log.info("ComfyUI applies no LoRA to %s, so these workers do not either.", listed(left_out))
     return {name: changes for name, changes in translated.items() if changes}
 
 
+def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec: ModelSpec) -> list[WeightPatch]:
+    """The patches of one weight: each as it is, or where ComfyUI must compute one of them, the weight after all."""
+    plain = [patch for entry in entries if (patch := _plain(entry)) is not None]
+    if len(plain) == len(entries):
+        return plain
+    name = key.removeprefix(PREFIX)
+    weight = as_tensor(checkpoint.tensor(name), torch.float32)
+    dtype = storage_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
+    return [_computed(entries, weight, key, dtype)]
+
+
 def reaches(name: str) -> bool:
     """Whether ComfyUI applies patches to this weight.
 
-    It passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head, and
-    the positions of the image tokens.
+    ComfyUI passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head,
+    and the positions of the image tokens.
     """
     return name.endswith((".weight", ".bias"))
 
 
 def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Say how much of a LoRA fits the model's `tensors`, unless it is all.
+    """Log how much of a LoRA fits the model's `tensors`, unless all of it fits.
 
-    `patches` is what `ModelPatcher.add_patches` is given; its keys may come with an offset, which is not looked at.
+    Args:
+        patches: the argument of `ModelPatcher.add_patches`. Its keys may come with an offset, which is not looked at.
 
     Raises:
-        NotOnWorkers: nothing does.
+        NotOnWorkers: nothing fits.
     """
     touched = {key.removeprefix(PREFIX): patch for key, patch in patches.items() if isinstance(key, str)}
     touched = {name: patch for name, patch in touched.items() if name in tensors}
@@ -130,7 +136,7 @@ def _kind_of(patch: tuple) -> tuple[str, tuple]:
 
 
 def _plain(entry: Entry) -> WeightPatch | None:
-    """The entry as a patch of ours; None if only ComfyUI can compute it."""
+    """The entry as a patch that the workers merge; None where only ComfyUI can compute it."""
     strength, patch, base_scale, offset, function = entry
     if offset is not None or function is not None:
         return None
@@ -151,7 +157,7 @@ def _plain(entry: Entry) -> WeightPatch | None:
 
 
 def _sendable(tensor: torch.Tensor) -> torch.Tensor:
-    """In a dtype that travels; the merge is in float32 in any case."""
+    """Convert a tensor to a dtype that travels; the merge is in float32 in any case."""
     return tensor if tensor.dtype in DTYPES.values() else tensor.to(torch.float32)
 
 

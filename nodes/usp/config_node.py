@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ...distributed.plan.placement import CHOICES
 from ...distributed.protocol.specs import PIPELINE_MODES
-from ..common.settings import DEVICES, PLANS, SHARES, SettingsError, USPConfig
+from ..common import inputs
+from ..common.settings import PLANS, SHARES, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
+from ..common.validation import check_widgets
 
 
 class XDitUSPConfig(io.ComfyNode):
@@ -15,6 +19,7 @@ class XDitUSPConfig(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPConfig",
             display_name="XDit+USP Config",
@@ -25,7 +30,19 @@ class XDitUSPConfig(io.ComfyNode):
                 "GPUs; what the sizes leave over shares the token sequence of the video. All of it is exact (the "
                 "result is that of one GPU within rounding), save pipeline_mode pipefusion."
             ),
-            inputs=[*_sizes(), *_precision(), *_memory(), *_communication(), *_later_inputs()],
+            # Inputs that the first guides do not have stand at the end: saved workflows keep widget values by position.
+            inputs=[
+                *_workers(),
+                *_degrees(),
+                *_precision(),
+                *_memory(),
+                *_communication(),
+                *_sequence_degrees(),
+                *_device_and_backend(),
+                *_pipeline_mode(),
+                *_placement(),
+                *_plan(),
+            ],
             outputs=[
                 XDITUSPCONFIG.Output(
                     display_name="xdit_usp_config",
@@ -34,9 +51,6 @@ class XDitUSPConfig(io.ComfyNode):
             ],
         )
 
-    # What is named here can contradict another input or this machine. ComfyUI leaves out the check of
-    # minimum, maximum and choice for it, and gives None for a linked input, whose value is known in `execute`
-    # only.
     @classmethod
     def validate_inputs(
         cls,
@@ -52,6 +66,10 @@ class XDitUSPConfig(io.ComfyNode):
         parallel_plan: str | None = PLANS[0],
         gpu_shares: str | None = SHARES[0],
     ) -> bool | str:
+        """Check the inputs that can contradict another input or this machine, before anything runs.
+
+        ComfyUI leaves out its own check (minimum, maximum, choice) of every input that is named here.
+        """
         named = {
             "num_gpus": num_gpus,
             "pipeline_parallel_size": pipeline_parallel_size,
@@ -65,42 +83,31 @@ class XDitUSPConfig(io.ComfyNode):
             "parallel_plan": parallel_plan,
             "gpu_shares": gpu_shares,
         }
-        if None in named.values():
-            return True
-        try:
-            USPConfig(**named).validate()
-        except SettingsError as error:
-            return str(error)
-        return True
+        return check_widgets(USPConfig, named)
 
     @classmethod
-    def execute(cls, **widgets: int | float | bool | str) -> io.NodeOutput:
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """Return the settings, once they are checked."""
         config = USPConfig(**widgets)
         config.validate()
         return io.NodeOutput(config)
 
 
-def _sizes() -> list[io.Input]:
+def _workers() -> list[io.Input]:
     return [
-        io.Int.Input(
-            "num_gpus",
-            default=2,
-            min=1,
-            max=8,
-            tooltip="GPUs that work on the model together, one worker process each. With device cpu: CPU processes.",
+        inputs.num_gpus(
+            "GPUs that work on the model together, one worker process each. With device cpu: CPU processes."
         ),
-        io.Float.Input(
-            "gpu_memory_fraction",
-            default=0.9,
-            min=0.1,
-            max=1.0,
-            step=0.05,
-            tooltip=(
-                "Cap on the share of its GPU's memory that torch gives to each worker; beyond it the worker "
-                "stops with an out-of-memory message. Lower it to keep room on the GPU for the text encoder "
-                "and the VAE. No effect on the CPU."
-            ),
+        inputs.gpu_memory_fraction(
+            "Cap on the share of its GPU's memory that torch gives to each worker; beyond it the worker "
+            "stops with an out-of-memory message. Lower it to keep room on the GPU for the text encoder "
+            "and the VAE. No effect on the CPU."
         ),
+    ]
+
+
+def _degrees() -> list[io.Input]:
+    return [
         io.Int.Input(
             "pipeline_parallel_size",
             default=1,
@@ -233,8 +240,7 @@ def _communication() -> list[io.Input]:
     ]
 
 
-def _later_inputs() -> list[io.Input]:
-    """Inputs that the first guides do not have: at the end, as saved workflows keep widget values by position."""
+def _sequence_degrees() -> list[io.Input]:
     return [
         io.Int.Input(
             "ulysses_degree",
@@ -256,13 +262,12 @@ def _later_inputs() -> list[io.Input]:
             optional=True,
             tooltip="GPUs that pass keys and values round in a ring. 0: automatic.",
         ),
-        io.Combo.Input(
-            "device",
-            options=list(DEVICES),
-            default="auto",
-            optional=True,
-            tooltip="auto: the GPUs where there are any, else the CPU. cpu is meant for tests: it is slow.",
-        ),
+    ]
+
+
+def _device_and_backend() -> list[io.Input]:
+    return [
+        inputs.device(),
         io.Combo.Input(
             "usp_backend",
             options=["auto", "native", "xfuser"],
@@ -274,6 +279,11 @@ def _later_inputs() -> list[io.Input]:
                 "Status says which one runs. The CPU always uses native."
             ),
         ),
+    ]
+
+
+def _pipeline_mode() -> list[io.Input]:
+    return [
         io.Combo.Input(
             "pipeline_mode",
             options=list(PIPELINE_MODES),
@@ -287,6 +297,11 @@ def _later_inputs() -> list[io.Input]:
                 "which XDIT_USP_README.md has figures for."
             ),
         ),
+    ]
+
+
+def _placement() -> list[io.Input]:
+    return [
         io.Combo.Input(
             "shard_weights",
             options=list(CHOICES),
@@ -309,6 +324,11 @@ def _later_inputs() -> list[io.Input]:
                 "of them, for the smallest use of GPU memory. off: none."
             ),
         ),
+    ]
+
+
+def _plan() -> list[io.Input]:
+    return [
         io.Combo.Input(
             "parallel_plan",
             options=list(PLANS),

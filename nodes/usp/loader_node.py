@@ -12,14 +12,15 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ...distributed.client.pool import acquire
-from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.vace_module import read_model
-from ...wanvideo.checkpoint.weight_source import file_stamp, storage_format
+from ...wanvideo.checkpoint.weight_source import storage_format
 from ...wanvideo.model import fp8_mode as fp8_modes
-from ..common.model_files import model_names, model_path
-from ..common.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
+from ..common import inputs
+from ..common.model_files import model_path
+from ..common.settings import WEIGHT_PRECISIONS, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
+from ..common.validation import check_file, file_fingerprint
 from ..model.lora_names import with_native_names
 from ..model.model_patcher import RemoteModelPatcher
 from ..model.remote_model import build_model
@@ -36,6 +37,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPWanVideoModelLoader",
             display_name="XDit+USP WanVideo Model Loader",
@@ -48,84 +50,27 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                 "prompt."
             ),
             inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=model_names(),
-                    tooltip=(
-                        "A Wan model from models/diffusion_models or models/unet: .safetensors in fp32, "
-                        "bf16, fp16, fp8 or fp8_scaled, .gguf, or the transformer folder of a diffusers model."
-                    ),
-                ),
-                io.Combo.Input(
-                    "base_precision",
-                    options=list(WEIGHT_PRECISIONS),
-                    default="bf16",
-                    tooltip=(
-                        "Precision of the weights in the workers. What an fp8 or GGUF file has quantised stays in its "
-                        "format and size whatever you choose; this is for the rest of it. fp8_e4m3fn and fp8_e5m2 "
-                        "quantise the blocks of any other file while loading, with a scale for each output channel: "
-                        "half the memory of bf16. The activations have the precision of use_fp16 or use_bf16 in "
-                        "XDit+USP Config, or this one where both are off (bf16 for fp8)."
-                    ),
-                ),
+                *_model(),
                 XDITUSPCONFIG.Input("xdit_usp_config", tooltip="From XDit+USP Config."),
-                io.Combo.Input(
-                    "attention_mode",
-                    options=list(ATTENTION_MODES),
-                    default="auto",
-                    optional=True,
-                    tooltip=(
-                        "auto: the fastest exact kernel that is installed. sageattn quantises its inputs: "
-                        "faster, and not exact. XDit+USP Status says which one runs."
-                    ),
+                inputs.attention_mode(
+                    "auto: the fastest exact kernel that is installed. sageattn quantises its inputs: "
+                    "faster, and not exact. XDit+USP Status says which one runs."
                 ),
-                io.Custom("WANVIDLORA").Input(
-                    "lora",
-                    optional=True,
-                    tooltip=(
-                        "LoRAs from WanVideo Lora Select, applied as LoraLoaderModelOnly does. You can as "
-                        "well put LoraLoaderModelOnly behind this node."
-                    ),
-                ),
-                VACEPATH.Input(
-                    "vace_model",
-                    optional=True,
-                    tooltip=(
-                        "A VACE module for a text-to-video model of the same size, from XDit+USP VACE Module Select. "
-                        "Both files together are a VACE model. Leave it open with a whole VACE file."
-                    ),
-                ),
-                io.Combo.Input(
-                    "fp8_mode",
-                    options=list(fp8_modes.MODES),
-                    default=fp8_modes.DISABLED,
-                    optional=True,
-                    tooltip=(
-                        "Lossy, and faster on Ada, Hopper and newer GPUs. linear: the matrix products of the blocks in "
-                        "fp8 (e4m3, a scale for each token and each output channel); weights of bf16 and fp16 files "
-                        "are rounded to fp8 while loading. linear+attention: self-attention in fp8 too, with "
-                        "FlashAttention-3 on Hopper. On random numbers a product is off by 3 % and attention by 5 %; "
-                        "videos of the tiny Wan have a PSNR of 29 and 27 dB against exact ones. Use it with use_bf16."
-                    ),
-                ),
+                *_additions(),
+                _fp8_mode(),
             ],
             outputs=[WAN_MODEL.Output(display_name="model", tooltip="Plugs into every MODEL input.")],
         )
 
     @classmethod
     def validate_inputs(cls, model: str | None = None) -> bool | str:
-        if model is None:  # linked: known in execute only
-            return True
-        try:
-            read_header(model_path(model))
-        except CheckpointError as error:
-            return str(error)
-        return True
+        """Check that the file can be read, before anything runs."""
+        return check_file(read_header, model)
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
-        path = model_path(model) if model else ""
-        return file_stamp(path) if os.path.exists(path) else ""  # a file that was replaced is another model
+        """Return another value for another file, even under the same name."""
+        return file_fingerprint(model)
 
     @classmethod
     def execute(
@@ -138,6 +83,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         vace_model: object = None,
         fp8_mode: str = fp8_modes.DISABLED,
     ) -> io.NodeOutput:
+        """Return a MODEL whose weights are read with its first sampling step."""
         _check_config(xdit_usp_config)
         header = read_model(model_path(model), module := module_path(vace_model))
         weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
@@ -157,6 +103,66 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         return io.NodeOutput(patcher)
 
 
+def _model() -> list[io.Input]:
+    return [
+        inputs.model_file(
+            "model",
+            "A Wan model from models/diffusion_models or models/unet: .safetensors in fp32, "
+            "bf16, fp16, fp8 or fp8_scaled, .gguf, or the transformer folder of a diffusers model.",
+        ),
+        io.Combo.Input(
+            "base_precision",
+            options=list(WEIGHT_PRECISIONS),
+            default="bf16",
+            tooltip=(
+                "Precision of the weights in the workers. What an fp8 or GGUF file has quantised stays in its "
+                "format and size whatever you choose; this is for the rest of it. fp8_e4m3fn and fp8_e5m2 "
+                "quantise the blocks of any other file while loading, with a scale for each output channel: "
+                "half the memory of bf16. The activations have the precision of use_fp16 or use_bf16 in "
+                "XDit+USP Config, or this one where both are off (bf16 for fp8)."
+            ),
+        ),
+    ]
+
+
+def _additions() -> list[io.Input]:
+    """Inputs that change the model: LoRAs, and a VACE module."""
+    return [
+        io.Custom("WANVIDLORA").Input(
+            "lora",
+            optional=True,
+            tooltip=(
+                "LoRAs from WanVideo Lora Select, applied as LoraLoaderModelOnly does. You can as "
+                "well put LoraLoaderModelOnly behind this node."
+            ),
+        ),
+        VACEPATH.Input(
+            "vace_model",
+            optional=True,
+            tooltip=(
+                "A VACE module for a text-to-video model of the same size, from XDit+USP VACE Module Select. "
+                "Both files together are a VACE model. Leave it open with a whole VACE file."
+            ),
+        ),
+    ]
+
+
+def _fp8_mode() -> io.Input:
+    return io.Combo.Input(
+        "fp8_mode",
+        options=list(fp8_modes.MODES),
+        default=fp8_modes.DISABLED,
+        optional=True,
+        tooltip=(
+            "Lossy, and faster on Ada, Hopper and newer GPUs. linear: the matrix products of the blocks in "
+            "fp8 (e4m3, a scale for each token and each output channel); weights of bf16 and fp16 files "
+            "are rounded to fp8 while loading. linear+attention: self-attention in fp8 too, with "
+            "FlashAttention-3 on Hopper. On random numbers a product is off by 3 % and attention by 5 %; "
+            "videos of the tiny Wan have a PSNR of 29 and 27 dB against exact ones. Use it with use_bf16."
+        ),
+    )
+
+
 def _workers(config: USPConfig, num_heads: int) -> str:
     if config.chooses_sizes and config.num_gpus > 1:
         return f"{config.num_gpus} workers, whose sizes are chosen with the first sampling step"
@@ -172,10 +178,11 @@ def _check_config(config: object) -> None:
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
-    """One entry of a WANVIDLORA list, applied as LoraLoaderModelOnly does it, with more names known.
+    """Apply one entry of a WANVIDLORA list as LoraLoaderModelOnly does, with the names of more training scripts known.
 
     Raises:
-        ValueError: the entry asks for what that loader cannot do, names no file, or one for another model.
+        ValueError: the entry asks for something that LoraLoaderModelOnly cannot do, its file is not there, or the file
+            is for another model.
     """
     path, strength = entry.get("path"), entry.get("strength", 1.0)
     name = entry.get("name") or os.path.basename(str(path))

@@ -1,4 +1,4 @@
-"""WanVideo Parallel VAE Decode and Encode: by all workers of a pool, each a strip of every frame."""
+"""WanVideo Parallel VAE Decode and Encode: all workers of a pool do it, each a strip of every frame."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import comfy.model_management
 import comfy.utils
@@ -19,7 +19,8 @@ from ...wanvideo.vae.vae_layout import HALVES, Half, frames_of, kind_of, latent_
 from ...wanvideo.vae.vae_ops import VAEError
 from ..common.settings import USPConfig
 from ..common.sockets import CATEGORY
-from ..model.model_patcher import RemoteModelPatcher, free_shared_gpu
+from ..model.model_patcher import RemoteModelPatcher
+from ..model.shared_device import free_shared_gpu
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="WanVideoParallelVAEDecode",
             display_name="WanVideo Parallel VAE Decode",
@@ -45,8 +47,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a Wan video, from any sampler."),
-                io.Vae.Input("vae", tooltip="The model's VAE, from Load VAE. Its weights go to the workers once."),
-                *_more_inputs(),
+                *_common_inputs(),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The frames, as VAE Decode gives them.")],
         )
@@ -55,17 +56,10 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
     def execute(
         cls, samples: Mapping[str, Any], vae: Any, precision: str = "auto", workers: object = None
     ) -> io.NodeOutput:
+        """Return the frames, on the device and in the dtype that VAE Decode gives them."""
         weights, latent = vae_weights(vae, "decoder"), samples["samples"]
-        pool = find_pool(workers)
-        decoded = decode(
-            pool,
-            weights,
-            latent,
-            _DTYPES[vae.vae_dtype] if precision == "auto" else precision,
-            poll=comfy.model_management.throw_exception_if_processing_interrupted,
-            make_room=free_shared_gpu,
-            progress=_progress_bar(len(latent) * frames_of(latent.shape[2])),
-        )
+        pool, total = find_pool(workers), len(latent) * frames_of(latent.shape[2])
+        decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(total))
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
         return io.NodeOutput(_as_comfyui_has_it(decoded.frames.flatten(0, 1), vae))
 
@@ -75,6 +69,7 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="WanVideoParallelVAEEncode",
             display_name="WanVideo Parallel VAE Encode",
@@ -86,31 +81,24 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames. Edges beyond a multiple of 8 (5B: 16) are cropped."),
-                io.Vae.Input("vae", tooltip="The model's VAE, from Load VAE. Its weights go to the workers once."),
-                *_more_inputs(),
+                *_common_inputs(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The latent, as VAE Encode gives it.")],
         )
 
     @classmethod
-    def execute(
-        cls, pixels: torch.Tensor, vae: Any, precision: str = "auto", workers: object = None
-    ) -> io.NodeOutput:
+    def execute(cls, pixels: torch.Tensor, vae: Any, precision: str = "auto", workers: object = None) -> io.NodeOutput:
+        """Return the latent, on the device and in the dtype that VAE Encode gives it."""
         weights, frames = vae_weights(vae, "encoder"), vae.vae_encode_crop_pixels(pixels)[..., :3]
-        latent = encode(
-            find_pool(workers),
-            weights,
-            frames,
-            _DTYPES[vae.vae_dtype] if precision == "auto" else precision,
-            poll=comfy.model_management.throw_exception_if_processing_interrupted,
-            make_room=free_shared_gpu,
-            progress=_progress_bar(latent_frames(len(frames))),
-        )
+        pool, total = find_pool(workers), latent_frames(len(frames))
+        latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(total))
         return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
 
 
-def _more_inputs() -> list[io.Input]:
+def _common_inputs() -> list[io.Input]:
+    """The inputs behind the video or its latent."""
     return [
+        io.Vae.Input("vae", tooltip="The model's VAE, from Load VAE. Its weights go to the workers once."),
         io.Combo.Input(
             "precision",
             options=list(PRECISIONS),
@@ -129,18 +117,40 @@ def _more_inputs() -> list[io.Input]:
     ]
 
 
+def _dtype(vae: Any, precision: str) -> str:
+    """The precision of weights and activations, for "auto" the one that ComfyUI has chosen for this VAE."""
+    return _DTYPES[vae.vae_dtype] if precision == "auto" else precision
+
+
+class _Callbacks(TypedDict):
+    """What the workers' client calls while it waits: for Cancel, for room on the shared GPU, and with frames done."""
+
+    poll: Callable[[], None]
+    make_room: Callable[[int], object]
+    progress: Callable[[int], object]
+
+
+def _callbacks(total: int) -> _Callbacks:
+    """The ways from the client to ComfyUI, for a result of `total` frames."""
+    return {
+        "poll": comfy.model_management.throw_exception_if_processing_interrupted,
+        "make_room": free_shared_gpu,
+        "progress": _progress_bar(total),
+    }
+
+
 def _as_comfyui_has_it(result: torch.Tensor, vae: Any) -> torch.Tensor:
-    """On the device and in the dtype that this VAE's own results have."""
+    """Move a result to the device and into the dtype that this VAE's own results have."""
     device = getattr(vae, "output_device", comfy.model_management.intermediate_device())
     dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
     return result.to(device, dtype)
 
 
 def find_pool(workers: object) -> Pool:
-    """The pool of a MODEL or a config of ours, else one that runs.
+    """Return the pool of a MODEL or a config of ours; where neither is given, a pool that runs.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the MODEL is not ours, or no pool runs.
     """
     if isinstance(workers, RemoteModelPatcher):
         return workers.remote.pool
@@ -162,10 +172,10 @@ def find_pool(workers: object) -> Pool:
 
 
 def vae_weights(vae: Any, half: Half) -> VAEWeights:
-    """A VAE of ComfyUI's, one half of which is needed, as workers take it.
+    """The weights of a VAE of ComfyUI's, as workers take them, of which they will use one half.
 
     Raises:
-        VAEError: it is none of Wan's, or another node has patched it.
+        VAEError: the VAE is none of Wan's, or another node has patched it.
     """
     model = getattr(vae, "first_stage_model", None)
     if model is None:
@@ -181,19 +191,19 @@ def vae_weights(vae: Any, half: Half) -> VAEWeights:
 
 
 _keys: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
-"""Of VAEs seen before: the same file loaded twice is one VAE to the workers."""
+"""The keys of VAEs seen before: the same file loaded twice is one VAE to the workers."""
 
 
 def _content_key(state: Mapping[str, torch.Tensor]) -> str:
     content = hashlib.blake2b(digest_size=16)
     for name in sorted(name for half in HALVES for name in weights_of(half, state)):
         content.update(name.encode())
-        content.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        content.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 
 def _progress_bar(total: int) -> Callable[[int], None]:
-    """Shows how many of `total` frames are there."""
+    """Show how many of `total` frames are there."""
     bar, shown = comfy.utils.ProgressBar(total), 0
 
     def show(frames: int) -> None:

@@ -11,7 +11,9 @@ from ...distributed.client.pool import PoolStatus
 from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.checkpoint.weight_source import storage_format
+from ..common import inputs
 from ..common.sockets import CATEGORY
+from ..common.validation import new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, shares_lines, worker_lines
 
@@ -21,6 +23,7 @@ class XDitUSPStatus(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPStatus",
             display_name="XDit+USP Status",
@@ -33,7 +36,7 @@ class XDitUSPStatus(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From XDit+USP WanVideo Model Loader or any node behind it."),
-                io.AnyType.Input("after", optional=True, tooltip="Any output. The status is taken once it is there."),
+                inputs.after(),
             ],
             outputs=[
                 io.String.Output(display_name="status"),
@@ -47,10 +50,16 @@ class XDitUSPStatus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: object) -> float:
-        return float("nan")  # equal to nothing, so ComfyUI never takes the old text
+        """Let the node run with every prompt."""
+        return new_fingerprint()
 
     @classmethod
     def execute(cls, model: object, after: object = None) -> io.NodeOutput:
+        """Return the status as text and as a picture.
+
+        Raises:
+            ValueError: the MODEL is none of ours.
+        """
         if not isinstance(model, RemoteModelPatcher):
             raise ValueError(
                 "This MODEL does not run in workers, so there is no status. "
@@ -63,7 +72,7 @@ class XDitUSPStatus(io.ComfyNode):
 
 
 def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
-    """The text of the status node; `weights` says how those of `spec` are held."""
+    """Return the text of the status node; `weights` says in which format the workers hold the weights of `spec`."""
     plan, device = status.settings.plan, status.settings.device
     if status.state != "ready":
         return (
@@ -83,7 +92,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
 
 
 def _kernels(status: PoolStatus, index: int) -> str:
-    """The attention kernel of a model; by rank where GPUs are unlike and have several."""
+    """The attention kernel of a model; by rank where unlike GPUs have different kernels."""
     kernels = [worker.models[index].kernel for worker in status.workers if index < len(worker.models)]
     if len(set(kernels)) == 1:
         return kernels[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ _UNLIKE = 1.25
 
 
 def forward_line(status: PoolStatus) -> str:
-    """What is known of the last forward as a whole."""
+    """Say how long the last forward took as a whole."""
     if not status.times:
         return _no_times(status)
     return (
@@ -38,7 +38,7 @@ def forward_line(status: PoolStatus) -> str:
 
 
 def shares_lines(status: PoolStatus) -> Iterator[str]:
-    """How unlike GPUs share a video, and how they had better where some computed for much longer than others."""
+    """Say how unlike GPUs share a video, and which shares would be better where some GPUs computed for much longer."""
     plan = status.settings.plan
     if plan.speeds:
         yield f"shares of the video: as {' to '.join(map(str, plan.speeds))}, by rank"
@@ -56,7 +56,7 @@ def shares_lines(status: PoolStatus) -> Iterator[str]:
 
 
 def worker_lines(status: PoolStatus, worker: WorkerStatus) -> Iterator[str]:
-    """What is known of one worker's part of the last forward."""
+    """Say where the time and the memory of one worker went in the last forward."""
     if worker.rank < len(status.times):
         yield f"  last forward: {_times_words(status.times[worker.rank])}"
     if worker.memory is not None:
@@ -64,7 +64,7 @@ def worker_lines(status: PoolStatus, worker: WorkerStatus) -> Iterator[str]:
 
 
 def draw_status(status: PoolStatus, plan: str) -> torch.Tensor:
-    """A row of bars for the time of the last forward, and one for memory.
+    """Draw a row of bars for the time of the last forward, and a row for memory.
 
     Args:
         plan: the degrees, in words.
@@ -77,8 +77,9 @@ def draw_status(status: PoolStatus, plan: str) -> torch.Tensor:
     if status.state != "ready":
         return draw_charts(f"{workers}: {status.state}", [Chart("They start with the next sampling step.")])
     charts = [_time_chart(status)]
-    if all(worker.memory is not None for worker in status.workers):
-        charts.append(_memory_chart(status))
+    uses = [(worker.rank, worker.memory) for worker in status.workers if worker.memory is not None]
+    if len(uses) == len(status.workers):
+        charts.append(_memory_chart(uses, settings.device))
     return draw_charts(f"{workers}\n{plan}", charts)
 
 
@@ -93,15 +94,13 @@ def _time_chart(status: PoolStatus) -> Chart:
     )
 
 
-def _memory_chart(status: PoolStatus) -> Chart:
-    uses = [(worker.rank, worker.memory) for worker in status.workers]
-    on_host = status.settings.device != "cuda"
+def _memory_chart(uses: Sequence[tuple[int, MemoryUse]], device: str) -> Chart:
     return Chart(
-        _memory_title(uses[0][1], status.settings.device).capitalize(),
+        _memory_title(uses[0][1], device).capitalize(),
         _MEMORY,
         tuple((f"rank {rank}", _parts(use), f"of {size(use.total)}") for rank, use in uses),
         size,
-        "The host's, as each worker sees it: to it the other workers are others." if on_host else "",
+        "The host's, as each worker sees it: to it the other workers are others." if device != "cuda" else "",
     )
 
 
@@ -139,10 +138,12 @@ def _memory_words(use: MemoryUse) -> str:
 
 
 def seconds(value: float) -> str:
+    """Write seconds, to the millisecond below 100."""
     return f"{value:.1f} s" if value >= 100 else f"{value:.3f} s"
 
 
 def size(nbytes: float) -> str:
+    """Write bytes in MiB or GiB."""
     if nbytes == 0:
         return "0"
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

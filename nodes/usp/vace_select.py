@@ -1,20 +1,19 @@
 """XDit+USP VACE Module Select: the file of a VACE module, for the `vace_model` input of the loader.
 
-The value is what kijai's select nodes give as VACEPATH, so that theirs plug into our loader as well.
+The value has the form that kijai's select nodes give to a VACEPATH, so that these plug into our loader as well.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from comfy_api.latest import io
 
-from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.vace_module import read_module
-from ...wanvideo.checkpoint.weight_source import file_stamp
-from ..common.model_files import model_names, model_path
+from ..common import inputs
+from ..common.model_files import model_path
 from ..common.sockets import CATEGORY
+from ..common.validation import check_file, file_fingerprint
 
 VACEPATH = io.Custom("VACEPATH")
 
@@ -24,6 +23,7 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
         return io.Schema(
             node_id="XDitUSPVACEModuleSelect",
             display_name="XDit+USP VACE Module Select",
@@ -33,13 +33,10 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
                 "VACE model of the text-to-video model in XDit+USP WanVideo Model Loader."
             ),
             inputs=[
-                io.Combo.Input(
+                inputs.model_file(
                     "vace_model",
-                    options=model_names(),
-                    tooltip=(
-                        "A VACE module from models/diffusion_models or models/unet, of the size of its model (14B or "
-                        "1.3B). Each of the two files may be in any format."
-                    ),
+                    "A VACE module from models/diffusion_models or models/unet, of the size of its model (14B or "
+                    "1.3B). Each of the two files may be in any format.",
                 )
             ],
             outputs=[VACEPATH.Output(display_name="vace_model", tooltip="Plugs into vace_model of the loader.")],
@@ -47,29 +44,25 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vace_model: str | None = None) -> bool | str:
-        if vace_model is None:  # linked: known in execute only
-            return True
-        try:
-            read_module(model_path(vace_model))
-        except CheckpointError as error:
-            return str(error)
-        return True
+        """Check that the file can be read, before anything runs."""
+        return check_file(read_module, vace_model)
 
     @classmethod
     def fingerprint_inputs(cls, vace_model: str | None = None) -> str:
-        path = model_path(vace_model) if vace_model else ""
-        return file_stamp(path) if os.path.exists(path) else ""  # a file that was replaced is another module
+        """Return another value for another file, even under the same name."""
+        return file_fingerprint(vace_model)
 
     @classmethod
     def execute(cls, vace_model: str) -> io.NodeOutput:
+        """Return the path of the file."""
         return io.NodeOutput([{"path": model_path(vace_model)}])
 
 
 def module_path(vace_model: object) -> str:
-    """The file that a VACEPATH names: a mapping with `path`, or a list of one; "" for none.
+    """Return the file that a VACEPATH (a mapping with `path`, or a list of one such mapping) names; "" for no VACEPATH.
 
     Raises:
-        ValueError: it names several, or none.
+        ValueError: the VACEPATH names several files, or none.
     """
     if vace_model is None or vace_model == []:
         return ""

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from testkit import gloo_group, tiny
 from testkit.patch_runs import STEPS, UNEVEN, Ran, Reference, assert_like_the_reference, sample, through
-from wan_parallel.distributed.approximate.displaced import StaleError
 from wan_parallel.distributed.approximate.kv_buffers import (
     INSTALL_LINE,
     BufferManager,
@@ -24,6 +23,7 @@ from wan_parallel.distributed.approximate.kv_buffers import (
     official_version,
 )
 from wan_parallel.distributed.approximate.schedule import FILL, STALE, PatchSettings, Schedule
+from wan_parallel.distributed.approximate.stale import StaleError
 from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.parallel.sequence import MissingPackage

@@ -7,18 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from testkit import tiny
-from testkit.tiny import sentences
-from wan_parallel.distributed.approximate.displaced_memory import TooLarge, host_memory
-from wan_parallel.distributed.approximate.pipefusion import PatchStream
 from wan_parallel.distributed.approximate.pipefusion_memory import kept_bytes, stream_memory
 from wan_parallel.distributed.approximate.schedule import FILL
+from wan_parallel.distributed.approximate.strategies.pipefusion import StreamedStep
 from wan_parallel.distributed.parallel.pipeline import Stage
-from wan_parallel.distributed.parallel.sequence import place_in
+from wan_parallel.distributed.parallel.sequence import group_of
+from wan_parallel.distributed.parallel.strategy import StepInputs
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.nodes.model.stream_runs import BESIDE, Beside, StreamRuns
+from wan_parallel.wanvideo.base.conditioning import NOTHING
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.grid import Grid
 from wan_parallel.wanvideo.variants.vace import Vace
@@ -45,20 +43,23 @@ def streaming(plan: ParallelPlan, fraction: float = 1.0) -> PoolSettings:
 def test_the_figure_is_what_the_first_rank_allocates(plan, batch, config, contexts):
     grid, ranks = Grid(2, 3, 4), plan.group_ranks(batch)
     degrees = plan.sequence_degrees(config.num_heads, ranks)
-    group = place_in(degrees, 0, plan.sequence_groups(ranks))
+    group = group_of(degrees, 0, plan.sequence_groups(ranks))
     span = Stage.of(0, plan.pipeline_parallel).span(config.num_layers)
-    model = SimpleNamespace(config=config, compute_dtype=torch.bfloat16, span=span)
     attentions = len(span) + contexts * len(config.side_blocks(span))
+    model = SimpleNamespace(
+        config=config, compute_dtype=torch.bfloat16, span=span, self_attentions=lambda *_forward: attentions
+    )
     items = -(-batch // plan.data_parallel) if batch >= plan.data_parallel else batch
-    stream, heads = PatchStream(plan.pipeline_parallel, torch.device("cpu")), config.num_heads // plan.tensor_parallel
-    names = tuple(map(str, range(items)))
-    stream.begin(Displaced(FILL, "run", names, PatchSplit()), attentions)
-    room = stream._room(items, model, grid, group, heads)
+    names, kept = tuple(map(str, range(items))), {}
+    inputs = StepInputs(model, NOTHING, grid, group, [slice(0, items)])
+    fill, heads = Displaced(FILL, "run", names, PatchSplit()), config.num_heads // plan.tensor_parallel
+    step = StreamedStep(kept, inputs, fill, plan.pipeline_parallel, heads, torch.device("cpu"))
+    room = step.allocate(items)
     allocated = sum(tensor.nbytes for tensor in room)
     assert kept_bytes(config, streaming(plan), "bf16", grid.tokens, batch, contexts) == allocated
-    assert stream.missing_bytes([names], model, grid, group, heads) == allocated
-    stream._kept[names] = room
-    assert stream.missing_bytes([names], model, grid, group, heads) == 0
+    assert step.new_bytes == allocated
+    kept[names] = room
+    assert step.new_bytes == 0
 
 
 @pytest.mark.parametrize("stages, tensor", [(2, 1), (4, 1), (2, 2)])
@@ -81,56 +82,3 @@ def test_weights_that_can_leave_count_less():
     assert needs["off", "off"] == pytest.approx(13.5 * GIB, rel=0.01)
     assert needs["auto", "off"] == pytest.approx(needs["off", "off"] / plan.sequence_ranks + 1.3 * GIB, rel=0.05)
     assert needs["auto", "auto"] == needs["off", "auto"] < 2 * GIB
-
-
-def test_a_run_that_does_not_fit_is_refused_before_anything_starts():
-    size = (2, 16, 21, 60, 104)
-    plan = ParallelPlan(2, pipeline_parallel=2)
-    fraction = 2 * 20 * GIB / host_memory()  # 20 GiB for each worker; keys and values of two branches take 25
-    pool = SimpleNamespace(settings=streaming(plan, fraction), launcher_pid=0)
-    runs = StreamRuns(PRESETS["14b"], ModelSpec("random:14b"), pool)
-    options = {"sample_sigmas": torch.ones(21)}
-    with pytest.raises(TooLarge) as refusal:
-        runs.check(size, options)
-    text = str(refusal.value)
-    assert sentences(text) == 2
-    for said in ("keys and values 25.0 GiB", "a worker may take 20.0 GiB", "pipeline_mode to exact", "fewer frames"):
-        assert said in text
-    runs.check((1, *size[1:]), options)  # one branch fits
-    runs.check(size, {"sample_sigmas": torch.ones(5)})  # four steps are all exact, and nothing is kept
-    runs.check(size, {**options, "context_window": object()})
-
-
-def test_the_second_branch_is_counted_with_the_first():
-    config, latent = tiny.TINY, torch.ones(1, 16, 3, 8, 8)
-    settings = streaming(ParallelPlan(2, pipeline_parallel=2))
-    spec = ModelSpec("x", "fp32", "fp32")
-    kept = kept_bytes(config, settings, "fp32", 48, 1)
-    least = stream_memory(config, settings, spec, 48, kept).total + kept // 2
-    pool = SimpleNamespace(settings=streaming(settings.plan, 2 * least / host_memory()), launcher_pid=0)
-    runs = StreamRuns(config, spec, pool)
-
-    def step(branch: str, timestep: float) -> None:
-        options = {"uuids": [branch], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21)}
-        with runs.step(latent * timestep / 900, torch.tensor([timestep]), options, "") as displaced:
-            assert displaced is not None
-
-    step("positive", 900.0)
-    step("positive", 899.0)
-    with pytest.raises(TooLarge):
-        step("negative", 900.0)
-
-
-def test_a_branch_with_other_videos_beside_it_begins_anew_and_takes_more():
-    latent, settings = torch.ones(1, 16, 3, 8, 8), streaming(ParallelPlan(2, pipeline_parallel=2))
-    runs = StreamRuns(tiny.VACE, ModelSpec("x", "fp32", "fp32"), SimpleNamespace(settings=settings, launcher_pid=0))
-
-    def step(number: int, *beside: int) -> str:
-        options = {"uuids": ["a"], "cond_or_uncond": [0], "sample_sigmas": torch.ones(21), BESIDE: Beside(*beside)}
-        with runs.step(latent * (1 + number / 100), torch.tensor([900.0 - number]), options, "") as displaced:
-            return displaced.kind
-
-    assert [step(number, 1) for number in range(6)] == ["exact", "exact", "exact", "fill", "stale", "stale"]
-    assert step(6, 2) == step(7, 2, 10) == "exact"
-    kept = [kept_bytes(tiny.VACE, settings, "fp32", *size) for size in ((48, 1, 1), (48, 1, 2), (58, 1, 2))]
-    assert list(runs._kept.values()) == kept

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_divided import KeptInOneProcess
 from testkit import tiny, worker_group
-from wan_parallel.distributed.approximate.pipefusion import cut
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
+from wan_parallel.distributed.approximate.strategies.pipefusion import cut
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec
@@ -76,7 +76,9 @@ def outcome(tmp_path_factory, paths) -> worker_group.Outcome:
     for run in RUNS:
         for number, kind in enumerate(STEPS):
             given, conditioning = run.step(number)
-            part_in_run = Displaced(kind, str(run), ("conditional", "unconditional"), PatchSplit())
+            part_in_run = Displaced(
+                kind, str(run), ("conditional", "unconditional"), PatchSplit(), strategy="pipefusion"
+            )
             spec = ModelSpec(paths[run.config], "fp32", "fp32")
             job = worker_group.Job(run.plan, spec, given, part_in_run, "pipefusion", conditioning=conditioning)
             jobs.append(job)

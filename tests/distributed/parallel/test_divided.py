@@ -10,8 +10,8 @@ import pytest
 import torch
 from testkit import tiny, worker_group
 from testkit.format_files import write_gguf, written
-from wan_parallel.distributed.approximate.pipefusion import cut
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
+from wan_parallel.distributed.approximate.strategies.pipefusion import cut
 from wan_parallel.distributed.parallel.partition import held_parameters
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
@@ -183,7 +183,8 @@ def streamed_jobs(path: str) -> list[worker_group.Job]:
     for plan, size in itertools.product(STREAMED, STREAMED_SIZES):
         for step, kind in enumerate(STEPS):
             given = step_inputs(size, step)
-            part_in_run = Displaced(kind, f"run of {plan} {size}", ("conditional", "unconditional"), PatchSplit())
+            run, lanes = f"run of {plan} {size}", ("conditional", "unconditional")
+            part_in_run = Displaced(kind, run, lanes, PatchSplit(), strategy="pipefusion")
             jobs.append(worker_group.Job(plan, ModelSpec(path, "fp32", "fp32"), given, part_in_run, "pipefusion"))
     return jobs
 

@@ -16,6 +16,7 @@ import torch
 from testkit import gloo_group, tiny
 from wan_parallel.distributed.comm.peer_memory import HostMailbox, Letter, Mailbox, Word, strided
 from wan_parallel.distributed.comm.peer_memory_cuda import open_mailbox
+from wan_parallel.distributed.parallel.exact import exact_attention
 from wan_parallel.distributed.parallel.groups import Membership
 from wan_parallel.distributed.parallel.sequence import NativeAttention, SequenceGroup, join_group
 from wan_parallel.distributed.parallel.ulysses_overlap import OverlappedAttention
@@ -229,7 +230,7 @@ def run_without_room(rank: int, world: int, path: str) -> gloo_group.Results:
     (group,) = membership.groups.values()
     had = len(membership.mailboxes)
     with mock.patch.object(pinned, "host_room", lambda: 0):
-        attend = membership.attention(group, model, grid, 1)
+        attend = exact_attention(membership, group, model, grid, 1)
     part = slice(*group.shard(grid.tokens))
     out = model.transform(patchify(pad_to_patch(x))[:, part], grid, part, timestep, context, attend)
     return {"without room": out, "mailboxes": torch.tensor([had, len(membership.mailboxes)])}

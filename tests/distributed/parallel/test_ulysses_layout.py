@@ -1,4 +1,4 @@
-"""Into which slices Ulysses' exchange cuts the heads, and where its letters lie.
+"""Into which slices Ulysses' exchange cuts the heads, and where its transfers lie.
 tests/distributed/parallel/test_sequence.py runs it."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pytest
 import testkit  # noqa: F401 (registers wan_parallel)
 import torch
 from wan_parallel.distributed.comm.peer_memory import strided
-from wan_parallel.distributed.parallel.ulysses_layout import Layout, Mail, cut, cut_for_two_hops
+from wan_parallel.distributed.parallel.ulysses_layout import Layout, TransferSchedule, cut, cut_for_two_hops
 
 H200 = 132
 
@@ -75,12 +75,12 @@ LAYOUTS = [
 def test_every_byte_that_a_rank_gets_has_a_place_of_its_own(layout, receiver):
     """In its memory, and where it is set down on the way."""
     there, on_the_way = (torch.zeros(layout.nbytes, dtype=torch.int32) for _ in range(2))
-    letters = [x for kind in "qkv" for sender in range(3) for x in layout.letters(kind, sender, receiver)]
-    letters += [x for sender in range(3) for x in layout.letters_of_output(sender, receiver)]
-    for letter in letters:
-        _, rows, width = letter.shape
-        strided(there, letter.shape, letter.offset, letter.strides_there).add_(1)
-        strided(on_the_way, letter.shape, letter.packed, (rows * width, width)).add_(1)
+    transfers = [x for kind in "qkv" for sender in range(3) for x in layout.transfers(kind, sender, receiver)]
+    transfers += [x for sender in range(3) for x in layout.output_transfers(sender, receiver)]
+    for transfer in transfers:
+        _, rows, width = transfer.shape
+        strided(there, transfer.shape, transfer.offset, transfer.strides_there).add_(1)
+        strided(on_the_way, transfer.shape, transfer.packed, (rows * width, width)).add_(1)
     vectors = 3 * layout.tokens * layout.heads[receiver] + layout.lengths[receiver] * sum(layout.heads)
     for counts in (there, on_the_way):
         assert counts.max() == 1 and counts.sum() == layout.nbytes_of(layout.batch * vectors)
@@ -88,12 +88,12 @@ def test_every_byte_that_a_rank_gets_has_a_place_of_its_own(layout, receiver):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["near", "far"])
 def test_whatever_is_sent_is_waited_for_in_the_order_in_which_it_comes(layout):
-    mails = [Mail.of(layout, place, [(place + i) % 3 for i in (1, 2, 3)]) for place in range(3)]
+    schedules = [TransferSchedule.of(layout, index, [(index + i) % 3 for i in (1, 2, 3)]) for index in range(3)]
     for sender, receiver in itertools.product(range(3), repeat=2):
-        inputs = [x for kind in "vkq" for _, letters in mails[sender].sent[kind] for x in letters]
-        outputs = [x for letters in mails[sender].sent_output for x in letters]
+        inputs = [x for kind in "vkq" for _, transfers in schedules[sender].sent[kind] for x in transfers]
+        outputs = [x for transfers in schedules[sender].sent_output for x in transfers]
         sent = [x for x in inputs if x.rank == receiver and layout.heads[receiver]]
-        awaited = [replace(x, rank=receiver) for part in mails[receiver].awaited for x in part if x.rank == sender]
+        awaited = [replace(x, rank=receiver) for part in schedules[receiver].awaited for x in part if x.rank == sender]
         assert sent == awaited
-        coming = [replace(x, rank=receiver) for x in mails[receiver].awaited_output if x.rank == sender]
+        coming = [replace(x, rank=receiver) for x in schedules[receiver].awaited_output if x.rank == sender]
         assert [x for x in outputs if x.rank == receiver] == coming

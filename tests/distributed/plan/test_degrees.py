@@ -112,12 +112,12 @@ def test_a_plan_is_described_in_one_line():
 def test_every_rank_has_one_place_and_one_group_of_each_kind(sizes):
     plan = ParallelPlan(8, **sizes)
     plan.validate()
-    assert [plan.rank_at(plan.place(rank)) for rank in range(8)] == list(range(8))
-    assert len({plan.place(rank) for rank in range(8)}) == 8
+    assert [plan.mesh.rank(plan.mesh.coords(rank)) for rank in range(8)] == list(range(8))
+    assert len({plan.mesh.coords(rank) for rank in range(8)}) == 8
     merged = plan.sequence_ranks * plan.data_parallel
     kinds = {
-        plan.tensor_parallel: plan.tensor_groups(),
-        plan.pipeline_parallel: plan.pipelines(),
+        plan.tensor_parallel: plan.mesh.groups("tensor"),
+        plan.pipeline_parallel: plan.mesh.groups("stage"),
         plan.sequence_ranks: plan.sequence_groups(plan.sequence_ranks),
         merged: plan.sequence_groups(merged),
     }
@@ -128,8 +128,8 @@ def test_every_rank_has_one_place_and_one_group_of_each_kind(sizes):
 
 def test_neighbours_hold_the_same_matrices_and_groups_of_the_batch_are_farthest_apart():
     plan = ParallelPlan(8, data_parallel=2, pipeline_parallel=2, tensor_parallel=2)
-    assert plan.tensor_groups() == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    assert plan.pipelines() == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert plan.mesh.groups("tensor") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert plan.mesh.groups("stage") == [(0, 2), (1, 3), (4, 6), (5, 7)]
     assert plan.sequence_groups(1) == [(rank,) for rank in range(8)]
     assert plan.sequence_groups(2) == [(0, 4), (1, 5), (2, 6), (3, 7)]  # a batch too small to split
 

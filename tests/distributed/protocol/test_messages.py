@@ -44,7 +44,8 @@ STALLS = (reports.Stall.of("ring", (0, 2), [0.25, 1e-6]), reports.Stall.of("weig
 FAILURE = Failure("Two words. Do this.", ("TooLarge", "PlanError"), True)
 REPLY = replies.Reply(7, 1, replies.ForwardDone(STALLS, EXCHANGE), 0.1 + 0.2, WEIGHTS, ("vae-bf16-decoder",))
 OUTCOMES = (replies.Done(), replies.ForwardDone(()), STATUS, SURVEYED, replies.GivenUp(), FAILURE)
-DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), PatchSplit("temporal", 32, 16), True, "native")
+SPLIT = PatchSplit("temporal", 32, 16)
+DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), SPLIT, True, "native", "new")
 SETTINGS = specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False)
 LOCATIONS = (specs.RankLocation("", 0), specs.RankLocation("another", 3))
 SAMPLES = [

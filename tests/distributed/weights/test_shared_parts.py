@@ -41,7 +41,8 @@ def shared_jobs(path: str) -> list[worker_group.Job]:
             spec = replace(job.spec, shard_weights=shard, offload=offload)
             for kind in (FILL, STALE) if mode == "pipefusion" else (None,):
                 lanes = tuple(str(item) for item in range(case["batch"]))
-                step = Displaced(kind, f"run {shard} {offload}", lanes, PatchSplit()) if kind else None
+                run = f"run {shard} {offload}"
+                step = Displaced(kind, run, lanes, PatchSplit(), strategy=mode) if kind else None
                 jobs.append(replace(job, spec=spec, displaced=step, pipeline_mode=mode))
     return jobs
 

@@ -12,7 +12,7 @@ from wan_parallel.distributed.client.shared_conditioning import SharedConditioni
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.messages import decode, encode
 from wan_parallel.distributed.protocol.replies import Reply
-from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Unload
+from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Request, Unload
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
@@ -63,28 +63,28 @@ class Outcome:
 
 def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
-    gate, arena = GateMemory(world_size), Arena(sum(_room(job) for job in jobs))
+    gate, arena = GateMemory(world_size), Arena(sum(room(job) for job in jobs))
     shared = [SharedConditioning() for _ in jobs]
-    requests = [
-        _request(number, job, arena, further) for number, (job, further) in enumerate(zip(jobs, shared, strict=True), 1)
-    ]
-    work = [(job.settings, request, job.slow) for job, request in zip(jobs, requests, strict=True)]
+    requests = [request(i, job, arena, further) for i, (job, further) in enumerate(zip(jobs, shared, strict=True), 1)]
+    work = [(job.settings, forward, job.slow) for job, forward in zip(jobs, requests, strict=True)]
     results = gloo_group.run(world_size, _work, folder, gate.path, work)
     latents = []
-    for job, request in zip(jobs, requests, strict=True):
+    for job, forward in zip(jobs, requests, strict=True):
         x = job.given.x
-        latents.append(unpatchify(arena.view(request.out).clone(), grid_of(x), tuple(x.shape[-3:])))
+        latents.append(unpatchify(arena.view(forward.out).clone(), grid_of(x), tuple(x.shape[-3:])))
     held = [[int(rank["held"][i]) for rank in results] for i in range(len(jobs))]
     replies = [[decode(rank[f"reply {i}"].numpy().tobytes()) for rank in results] for i in range(len(jobs))]
     return Outcome(latents, held, replies)
 
 
-def _room(job: Job) -> int:
+def room(job: Job) -> int:
+    """Bytes of an arena in which the inputs and the output of a job lie."""
     return needed(job.given) + job.given.x.numel() * 8 + 4096  # the output may be padded to whole tokens
 
 
-def _request(number: int, job: Job, arena: Arena, further: SharedConditioning) -> Forward:
-    x = job.given.x
+def request(number: int, job: Job, arena: Arena, further: SharedConditioning | None = None) -> Forward:
+    """The request of a job, whose inputs are written into `arena` and whose further ones into `further`."""
+    x, further = job.given.x, further or SharedConditioning()
     refs = [arena.write(tensor) for tensor in job.given]
     channels = model_config(job.spec.path, job.spec.module).out_dim
     out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, channels * 4))
@@ -100,7 +100,7 @@ def _work(rank: int, world_size: int, gate: str, work: list[tuple[PoolSettings, 
         if settings not in workers:
             workers[settings] = Worker(rank, settings, Gate(gate), on_one_host(world_size))
         worker = workers[settings]
-        _handle(worker, Load(request.id, request.spec))
+        handle(worker, Load(request.id, request.spec))
         model = worker.models.loaded[request.spec].model
         held.append(worker.models.loaded[request.spec].device_bytes)
         hooks = [
@@ -108,16 +108,17 @@ def _work(rank: int, world_size: int, gate: str, work: list[tuple[PoolSettings, 
             for block in model.blocks
             if rank == slow.rank
         ]
-        reply = encode(_handle(worker, request))
+        reply = encode(handle(worker, request))
         replies[f"reply {len(held) - 1}"] = torch.frombuffer(bytearray(reply), dtype=torch.uint8)
         for hook in hooks:
             hook.remove()
         if following is None or following[0] != settings:  # a sampling run ends with its model
-            _handle(worker, Unload(request.id, tuple(worker.models.loaded)))
+            handle(worker, Unload(request.id, tuple(worker.models.loaded)))
     return {"held": torch.tensor(held), **replies}
 
 
-def _handle(worker: Worker, request: Load | Forward | Unload) -> Reply:
+def handle(worker: Worker, request: Request) -> Reply:
+    """Let a worker answer a request, which must not fail."""
     reply = worker.handle(request)
     assert reply.failure is None, reply.failure
     return reply

@@ -18,22 +18,22 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ...wanvideo.attention.kernels import AttentionKernel
-from ...wanvideo.base.errors import UserError
-from ...wanvideo.base.grid import Grid
-from ...wanvideo.model.layers import SelfAttention
-from ...wanvideo.model.model import WanModel
-from ..comm import timing
-from ..comm.host_kv import HostManager
-from ..parallel.sequence import SequenceGroup
-from ..plan.degrees import ParallelPlan
-from ..protocol.reports import Exchange
-from ..protocol.requests import Displaced
-from ..shm.pinned import Segment
-from .kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
-from .patch_exchange import PatchesOfShards, Strips
-from .patch_layout import PatchLayout, split_grid, token_pixels
-from .schedule import STALE
+from ....wanvideo.attention.kernels import AttentionKernel
+from ....wanvideo.model.layers import SelfAttention
+from ...comm import timing
+from ...comm.host_kv import HostManager
+from ...parallel.exact import exact_attention
+from ...parallel.groups import Membership
+from ...parallel.sequence import SequenceGroup
+from ...parallel.strategy import Step, StepInputs, WorkItem
+from ...protocol.reports import Exchange
+from ...protocol.requests import Displaced
+from ...shm.pinned import Segment
+from ..kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
+from ..patch_exchange import PatchesOfShards, Strips
+from ..patch_layout import PatchLayout, split_grid, token_pixels
+from ..schedule import STALE
+from ..stale import StaleError, StaleStrategy
 
 _PURPOSE, _REMEDY = "the patches' keys and values", "Use fewer frames, kv_buffers fp8, or another manager."
 
@@ -139,31 +139,72 @@ class FillAttention:
             self.branch.finish(self._layer)
 
 
-class PatchParallel:
+class DisplacedStep(Step):
+    """A forward that leaves its keys and values for the next one, or that uses those of the one before."""
+
+    def __init__(self, patches: DisplacedPatches, inputs: StepInputs, step: Displaced):
+        self.patches, self.inputs, self.step = patches, inputs, step
+        self._stale: list[StaleAttention] = []
+
+    def work(self, items: slice) -> list[WorkItem]:
+        """This rank's patch of the video if the step is stale, else its shard of the sequence; in one pass.
+
+        Raises:
+            StaleError: there is nothing from the step before.
+            MissingPackage: the official manager was asked for and is not installed.
+        """
+        if self.step.kind == STALE:
+            stale = self.patches.stale(self.step, items, self.inputs)
+            self._stale.append(stale)
+            return [WorkItem(items, stale.part, len(stale.part), stale, stale.finish)]
+        fill = self.patches.fill(self.step, items, self.inputs)
+        return [WorkItem(items, fill.part, fill.part.stop - fill.part.start, fill, fill.finish)]
+
+    def report(self) -> Exchange | None:
+        """What the stale forwards of this request exchanged. Waits for the device."""
+        if not self._stale:
+            return None
+        branches = [attention.branch for attention in self._stale]
+        return Exchange(
+            manager=branches[0].manager_name,
+            received=sum(attention.received for attention in self._stale),
+            seconds=sum(branch.layer_seconds * branch.layers for branch in branches),
+            waited=sum(attention.waited for attention in self._stale),
+            buffers=self.patches.nbytes,
+        )
+
+
+class DisplacedPatches(StaleStrategy, name="displaced"):
     """The displaced patches of one worker, over the models, runs and branches that it is asked for.
 
-    Every method is called on all ranks with the same request.
+    Nothing else may take the memory beside a forward: the client has promised it to the buffers (displaced_memory.py).
     """
 
-    def __init__(self, rank: int, plan: ParallelPlan, device: torch.device):
-        self.rank, self.plan, self.device = rank, plan, device
-        self._groups: dict[int, Groups] = {}
+    keeps_texts = False
+
+    def __init__(self, membership: Membership):
+        super().__init__(membership)
+        self.device = membership.device
         self._branches: dict[Hashable, Branch] = {}
         self._segments: list[Segment] = []
-        self._run = ""
 
-    def begin(self, step: Displaced) -> None:
-        """Drop the buffers of an earlier run."""
-        if step.run != self._run:
-            self.clear()
-            self._run = step.run
+    def suits(self, inputs: StepInputs) -> bool:
+        """Whether several ranks share the video, and there is nothing else: VACE's streams and what lies behind the
+        video are in no patch."""
+        layers = range(inputs.model.config.num_layers)
+        alone = inputs.model.self_attentions(inputs.conditioning, layers) <= len(layers)
+        return inputs.group.degrees.ranks > 1 and not inputs.grid.tail and alone
+
+    def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
+        """A forward that fills the buffers, or one that uses them."""
+        return DisplacedStep(self, inputs, step)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers of all branches on this rank's device."""
         return sum(branch.manager.nbytes for branch in self._branches.values())
 
-    def clear(self) -> None:
+    def trim(self) -> None:
         """Drop all buffers, once nothing is being written into them."""
         for branch in self._branches.values():
             branch.manager.clear()
@@ -171,59 +212,56 @@ class PatchParallel:
 
     def close(self) -> None:
         """Give host memory back too."""
-        self.clear()
+        self.trim()
         while self._segments:
             self._segments.pop().close()
 
-    def attention(
-        self,
-        step: Displaced,
-        lanes: tuple[str, ...],
-        model: WanModel,
-        grid: Grid,
-        group: SequenceGroup,
-        exact: SelfAttention,
-    ) -> FillAttention | StaleAttention:
-        """Self-attention of one forward of some batch items, which is no exact one.
+    def stale(self, step: Displaced, items: slice, inputs: StepInputs) -> StaleAttention:
+        """Self-attention of this rank's patch of some batch items, to what the step before has left."""
+        branch, group = self._begun(step.lanes[items]), inputs.group
+        if branch is None:
+            raise StaleError.nothing_kept()
+        groups = self._groups(group)
+        return StaleAttention(branch, group.index, inputs.model.self_kernel, groups, self.device)
 
-        Raises:
-            StaleError: there is nothing from the step before.
-            MissingPackage: the official manager was asked for and is not installed.
-        """
+    def fill(self, step: Displaced, items: slice, inputs: StepInputs) -> FillAttention:
+        """Exact self-attention of this rank's shard of some batch items, which leaves keys and values behind."""
+        lanes, group = step.lanes[items], inputs.group
+        exact = exact_attention(self.membership, group, inputs.model, inputs.grid, len(lanes))
+        branch = self._begun(lanes)
+        groups = self._groups(group)
+        if branch is None:
+            branch = self._branches[lanes] = self._new_branch(step, len(lanes), inputs, groups)
+        return FillAttention(branch, exact, group, groups, self.device)
+
+    def _begun(self, lanes: Hashable) -> Branch | None:
+        """The buffers of some batch items, if the last forward left all of them; complete again once finished."""
         branch = self._branches.get(lanes)
         if branch is not None and not branch.complete:
             self._branches.pop(lanes).manager.clear()
-            branch = None
-        if step.kind == STALE:
-            if branch is None:
-                raise StaleError("The workers have no keys and values of the step before. Queue the prompt again.")
+            return None
+        if branch is not None:
             branch.complete = False  # until it has been finished: the forward may end before it gets here
-            groups = self._groups[group.degrees.ranks]
-            return StaleAttention(branch, group.index, model.self_kernel, groups, self.device)
-        groups = self._join(group.degrees.ranks)
-        if branch is None:
-            branch = self._branches[lanes] = self._new_branch(step, len(lanes), model, grid, group, groups)
-        branch.complete = False
-        return FillAttention(branch, exact, group, groups, self.device)
+        return branch
 
-    def _new_branch(
-        self, step: Displaced, batch: int, model: WanModel, grid: Grid, group: SequenceGroup, groups: Groups
-    ) -> Branch:
+    def _new_branch(self, step: Displaced, batch: int, inputs: StepInputs, groups: Groups) -> Branch:
         """Allocate the buffers of some batch items, and time their exchange."""
-        config, ranks = model.config, group.degrees.ranks
-        layout = split_grid(grid, step.split, ranks, token_pixels(config))
-        heads = config.num_heads // self.plan.tensor_parallel
+        model, group = inputs.model, inputs.group
+        config, ranks, layers = model.config, group.degrees.ranks, len(model.span)
+        layout = split_grid(inputs.grid, step.split, ranks, token_pixels(config))
+        heads = self.membership.heads(model)
         codec = Codec(batch, max(layout.counts), heads, config.head_dim, model.compute_dtype, step.fp8_buffers)
         name = manager_name(step.manager, self.device)
+        manager: Manager
         if name == "host":
-            manager = self._host_manager(codec, len(model.span), group.index, groups)
+            manager = self._host_manager(codec, layers, group.index, groups)
         else:
-            buffers = make_buffers(name, self.rank, group.index, ranks, self.device, groups.gather)
-            for _ in model.span:
+            buffers = make_buffers(name, self.membership.rank, group.index, ranks, self.device, groups.gather)
+            for _ in range(layers):
                 buffers.register_tensor(codec.shape, codec.dtype)
             buffers.create_buffer()
             manager = GatherManager(buffers)
-        return Branch(layout, codec, manager, name, len(model.span), self._time_exchange(manager, codec))
+        return Branch(layout, codec, manager, name, layers, self._time_exchange(manager, codec))
 
     def _host_manager(self, codec: Codec, layers: int, place: int, groups: Groups) -> HostManager:
         """Pinning takes a second for each GiB, so a segment is kept for later runs."""
@@ -231,7 +269,8 @@ class PatchParallel:
         manager = HostManager(place, ranks, self.device)
         for _ in range(layers):
             manager.register_tensor(codec.shape, codec.dtype)
-        used = [branch.manager.segment for branch in self._branches.values()]
+        managers = [branch.manager for branch in self._branches.values()]
+        used = [other.segment for other in managers if isinstance(other, HostManager)]
         free = [s for s in self._segments if s not in used and s.ranks == ranks]
         segment = next((s for s in free if s.nbytes >= manager.registered_bytes), None)
         if segment is None:
@@ -245,25 +284,10 @@ class PatchParallel:
         dist.barrier(groups.gather)  # see create_buffer
         return manager
 
-    def _join(self, ranks: int) -> Groups:
-        """The process groups of this rank for videos shared by `ranks`; made at first use, by all ranks."""
-        if ranks not in self._groups:
-            for members in self.plan.sequence_groups(ranks):
-                made = Groups(dist.new_group(list(members)), dist.new_group(list(members)))
-                if self.rank in members:
-                    self._groups[ranks] = made
-        return self._groups[ranks]
-
-    def report(self, attentions: list[StaleAttention]) -> Exchange:
-        """What the stale forwards of one request exchanged. Waits for the device."""
-        branches = [attention.branch for attention in attentions]
-        return Exchange(
-            manager=branches[0].manager_name,
-            received=sum(attention.received for attention in attentions),
-            seconds=sum(branch.layer_seconds * branch.layers for branch in branches),
-            waited=sum(attention.waited for attention in attentions),
-            buffers=self.nbytes,
-        )
+    def _groups(self, group: SequenceGroup) -> Groups:
+        """The process groups of the ranks that share a video; made at first use, by all ranks."""
+        ranks = group.degrees.ranks
+        return Groups(self.membership.further_group(ranks, "gather"), self.membership.further_group(ranks, "fresh"))
 
     def _time_exchange(self, manager: Manager, codec: Codec) -> float:
         """Seconds that the exchange of one layer takes alone: the second of two, as the first one connects."""
@@ -280,7 +304,3 @@ class PatchParallel:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class StaleError(UserError, RuntimeError):
-    """A stale step was asked for where there is nothing stale."""

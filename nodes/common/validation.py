@@ -1,0 +1,58 @@
+"""The answers that several nodes give to ComfyUI's validate_inputs and fingerprint_inputs.
+
+ComfyUI gives None for an input that is linked to another node: its value is known in `execute` only, which checks it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ...wanvideo.base.tensor_info import CheckpointError
+from ...wanvideo.checkpoint.weight_source import file_stamp
+from .model_files import model_path
+from .settings import SettingsError
+
+
+class Settings(Protocol):
+    """Widgets of a node that can check themselves."""
+
+    def validate(self) -> None:
+        """Raise SettingsError where the widgets contradict each other or this machine."""
+
+
+def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any]) -> bool | str:
+    """Check the widgets that a node's settings are made of; returns True, or words about what is wrong."""
+    if None in widgets.values():
+        return True
+    try:
+        settings(**widgets).validate()
+    except SettingsError as error:
+        return str(error)
+    return True
+
+
+def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
+    """Check a model file by reading its header; returns True, or words about what is wrong."""
+    if name is None:
+        return True
+    try:
+        read(model_path(name))
+    except CheckpointError as error:
+        return str(error)
+    return True
+
+
+def file_fingerprint(name: str | None) -> str:
+    """Return the stamp of a model file, as a replaced file is another model; "" for a file that is not there."""
+    path = model_path(name) if name else ""
+    return file_stamp(path) if os.path.exists(path) else ""
+
+
+def new_fingerprint() -> float:
+    """Return the fingerprint of a node that runs with every prompt: NaN, which equals nothing that ComfyUI has stored.
+
+    Each call makes a NaN of its own, as tuples take one and the same object for equal even where it is NaN.
+    """
+    return float("nan")

@@ -1,0 +1,45 @@
+"""The place of a forward in its sampling run, read from ComfyUI's transformer options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...distributed.client.sampling_runs import SampledForward
+from .infinitetalk_patch import has_places
+
+SYNC_FREQUENCY = "wan_parallel_sync_frequency"
+"""Where OfficialDistriFusionSampler leaves its setting among the transformer options."""
+
+
+def sampled_forward(
+    options: Mapping[str, Any], batch: int, vace_contexts: int = 0, context_tokens: int = 0
+) -> SampledForward:
+    """Translate ComfyUI's transformer options of a forward of `batch` items; the other arguments go in as they are."""
+    sigmas = options.get("sample_sigmas")
+    return SampledForward(
+        branch_ids(options, batch),
+        steps=None if sigmas is None else len(sigmas) - 1,
+        in_context_window=options.get("context_window") is not None,
+        skips_blocks=bool(options.get("patches_replace", {}).get("dit")),
+        two_speakers=has_places(options),
+        sync_frequency=options.get(SYNC_FREQUENCY),
+        vace_contexts=vace_contexts,
+        context_tokens=context_tokens,
+    )
+
+
+def branch_ids(options: Mapping[str, Any], batch: int) -> tuple[str, ...]:
+    """Return a name for each batch item, the same in every step of a run; none where the options name other items.
+
+    ComfyUI puts as many videos into a batch as there are, for each conditioning in `uuids` one after the other.
+    """
+    branches = [
+        f"{name}:{label}"
+        for name, label in zip(options.get("uuids") or (), options.get("cond_or_uncond") or (), strict=False)
+    ]
+    if not branches:
+        return tuple(str(item) for item in range(batch))
+    if batch % len(branches):
+        return ()
+    return tuple(f"{branch}:{item}" for branch in branches for item in range(batch // len(branches)))

@@ -1,0 +1,51 @@
+"""ComfyUI's model around the transformer (BaseModel): the answers that differ when the transformer is elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import comfy.model_base
+import torch
+
+from ..common import refusals
+from .conditioning_inputs import check_start_image, latent_node
+
+
+class _Weightless(comfy.model_base.BaseModel):
+    """The answers that differ from those of ComfyUI's class of a Wan model, which comes behind this one."""
+
+    def memory_required(self, *_args: Any, **_options: Any) -> float:
+        """Return 0, as activations are in the workers. So both branches of cfg always come in one batch."""
+        return 0.0
+
+    def process_latent_in(self, latent: torch.Tensor) -> torch.Tensor:
+        """Normalise a latent as ComfyUI does; refuse a latent of another model."""
+        self._check_channels(latent)
+        return super().process_latent_in(latent)
+
+    def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
+        """Return the channels of a start image as ComfyUI does; refuse an image that the model has no channels for."""
+        self._check_channels(inputs["noise"])
+        check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
+        return super().concat_cond(**inputs)
+
+    def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        """Refuse to save."""
+        refusals.refuse_saving()
+
+    def _check_channels(self, latent: torch.Tensor) -> None:
+        config = self.diffusion_model.header.config
+        wanted = self.diffusion_model.out_dim
+        if latent.ndim != 5 or latent.shape[1] != wanted:
+            raise ValueError(
+                f"The latent has the shape {list(latent.shape)}, but this {config.variant} model takes videos of "
+                f"{wanted} channels ([batch, {wanted}, frames, height, width]). Connect {latent_node(config)}, or a "
+                "video encoded with this model's own VAE."
+            )
+
+
+@functools.cache
+def weightless(cls: type) -> type:
+    """Return a subclass of ComfyUI's class `cls` of a Wan model, for a transformer that is a `RemoteWan`."""
+    return type(f"Remote{cls.__name__}", (_Weightless, cls), {})

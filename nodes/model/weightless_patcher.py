@@ -1,0 +1,61 @@
+"""A ModelPatcher of ComfyUI's that refuses, in plain words, what needs the weights or the blocks in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..common import refusals
+
+
+class WeightlessPatcher(ModelPatcher):
+    """Refuses what cannot be honoured where the weights are elsewhere; each method raises NotOnWorkers."""
+
+    def add_hook_patches(self, *_args: Any, **_options: Any) -> None:
+        """Refuse weights that a hook gives to some of the conditioning."""
+        refusals.refuse_weight_hooks()
+
+    def get_key_patches(self, *_args: Any, **_options: Any) -> None:
+        """Refuse to hand out weights for a merge."""
+        refusals.refuse_merging()
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
+        """Return names and shapes; refuse a prefix, with which Extract and Save Lora asks for the values."""
+        if filter_prefix is not None:
+            refusals.refuse_saving()
+        return super().model_state_dict()
+
+    def model_state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        """Refuse to save."""
+        refusals.refuse_saving()
+
+    def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
+        """Refuse to save."""
+        refusals.refuse_saving()
+
+    def set_injections(self, key: str, injections: Sequence[Any]) -> None:
+        """Refuse code that is injected into the layers."""
+        if injections:
+            refusals.refuse_injection(key)
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        """Replace a part of the model that is in this process, such as its sampling; refuse one of the transformer."""
+        if name.startswith("diffusion_model."):
+            refusals.refuse_object_patch(name)
+        super().add_object_patch(name, obj)
+
+    def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Refuse another precision than the one that the transformer has to ComfyUI."""
+        if dtype not in (None, self.model.diffusion_model.dtype):
+            refusals.refuse_compute_dtype(dtype)
+
+    def add_weight_wrapper(self, name: str, *_args: Any, **_options: Any) -> None:
+        """Refuse a function around a weight."""
+        refusals.refuse_weight_wrapper(name)
+
+    def deepclone_multigpu(self, *_args: Any, **_options: Any) -> None:
+        """Refuse a copy of the model on another GPU."""
+        refusals.refuse_multigpu_clone()

@@ -1,0 +1,48 @@
+"""Just enough of ComfyUI to import the nodes where there is none, and to read their schemas. Nothing of it runs."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+MODULES = (
+    *("comfy", "comfy.lora", "comfy.model_base", "comfy.model_detection", "comfy.model_management"),
+    *("comfy.model_patcher", "comfy.patcher_extension", "comfy.samplers", "comfy.sd", "comfy.utils"),
+    *("comfy.weight_adapter", "comfy_api", "comfy_api.latest", "comfy_execution", "comfy_execution.utils"),
+    *("folder_paths", "nodes", "server"),
+)
+
+
+class _Kind:
+    """A type of input or output, such as `io.Int`: what it is called with is kept."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def Input(self, input_id: str, **given: Any) -> SimpleNamespace:
+        return SimpleNamespace(id=input_id, kind=self.name, **given)
+
+    def Output(self, **given: Any) -> SimpleNamespace:
+        return SimpleNamespace(kind=self.name, **given)
+
+
+class _IO(ModuleType):
+    ComfyNode = type("ComfyNode", (), {})
+    Schema = SimpleNamespace
+    Custom = _Kind
+
+    def __getattr__(self, name: str) -> _Kind:
+        return _Kind(name)
+
+
+def install() -> None:
+    """Put the stand-ins where `import` looks first. For a process of its own, as nothing takes them away again."""
+    for name in MODULES:
+        sys.modules[name] = MagicMock(name=name)
+    sys.modules["comfy.model_base"].BaseModel = type("BaseModel", (), {})
+    sys.modules["comfy.model_patcher"].ModelPatcher = type("ModelPatcher", (), {})
+    sys.modules["comfy_api.latest"].ComfyExtension = type("ComfyExtension", (), {})
+    sys.modules["comfy_api.latest"].io = _IO("io")
+    sys.modules["folder_paths"].get_filename_list.return_value = ["a.safetensors"]
