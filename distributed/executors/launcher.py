@@ -7,26 +7,25 @@ it ends, in whatever way, the workers end with it.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from ..protocol.messages import Cancel, PoolFailed, PoolReady, Ready, Replies, Reply, Start, decode, encode
 from ..shm.cancel import GateMemory
+from .worker_processes import Arguments, WorkerProcess, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0
 """After one worker's error the others may still answer; one that does not waits in a collective for ever."""
 _JOIN_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Launcher:
         self.client_end = _end_of(message.client_pid)
         self.gate = GateMemory()
         self.pending: dict[int, _Pending] = {}
-        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.processes: list[WorkerProcess] = []
         self.connections: list[Connection] = []
 
     def run(self) -> int:
@@ -73,19 +72,30 @@ class Launcher:
             self._stop()
 
     def _spawn(self) -> None:
-        context = multiprocessing.get_context("spawn")
         store = os.memfd_create("wan-parallel-store")  # rendezvous of torch.distributed: no port, no file
-        for rank in range(self.settings.plan.num_gpus):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_worker,
-                args=(rank, self.start, theirs, f"/proc/{os.getpid()}/fd/{store}", self.gate.path),
-                name=f"wan-parallel-rank-{rank}",
-            )
-            process.start()
+        path = f"/proc/{os.getpid()}/fd/{store}"
+        pipes = [multiprocessing.Pipe() for _ in range(self.settings.plan.num_gpus)]
+        self.connections = [ours for ours, _ in pipes]
+        work: list[Arguments] = [
+            (rank, self.start, theirs, path, self.gate.path) for rank, (_, theirs) in enumerate(pipes)
+        ]
+        if self.settings.device == "cpu" and can_fork():
+            self._fork(work)
+        else:
+            self.processes.extend(spawn(arguments) for arguments in work)
+        for _, theirs in pipes:
             theirs.close()
-            self.processes.append(process)
-            self.connections.append(ours)
+
+    def _fork(self, work: list[Arguments]) -> None:
+        """Let a zygote start the workers. The client may go meanwhile."""
+        zygote = Zygote(work)
+        self.processes = [zygote.process]
+        while zygote.pids not in (news := wait([self.client, *self.client_end, zygote.pids])):
+            self._hear_client(news)
+        zygote.process.join()
+        if zygote.process.exitcode != 0:
+            raise _PoolEnded(_epitaph("The process that starts the workers", zygote.process))
+        self.processes = [*zygote.workers()]
 
     def _wait_until_ready(self) -> None:
         ready: dict[int, Ready] = {}
@@ -117,11 +127,8 @@ class Launcher:
         deadline = min((p.deadline for p in self.pending.values()), default=float("inf"))
         timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + 0.01
         news = wait([self.client, *self.client_end, *self.connections, *sentinels], timeout)
-        if not set(self.client_end).isdisjoint(news):
-            raise EOFError
-        if self.client in news:
-            self._pass_on(self.client.recv_bytes())
-        messages = []
+        self._hear_client(news)
+        messages: list[tuple[int, Ready | Reply]] = []
         for rank, connection in enumerate(self.connections):
             if connection in news:
                 try:
@@ -131,6 +138,17 @@ class Launcher:
         if not messages:
             self._check_alive()
         return messages
+
+    def _hear_client(self, news: Sequence[object]) -> None:
+        """Pass on what the client says, if `news` has it.
+
+        Raises:
+            EOFError: the client has gone.
+        """
+        if not set(self.client_end).isdisjoint(news):
+            raise EOFError
+        if self.client in news:
+            self._pass_on(self.client.recv_bytes())
 
     def _pass_on(self, data: bytes) -> None:
         message = decode(data)
@@ -147,7 +165,7 @@ class Launcher:
     def _check_alive(self) -> None:
         dead = [rank for rank, process in enumerate(self.processes) if process.exitcode is not None]
         if dead:
-            raise _PoolEnded(" ".join(_epitaph(rank, self.processes[rank]) for rank in dead))
+            raise _PoolEnded(" ".join(_epitaph(f"Worker rank {rank}", self.processes[rank]) for rank in dead))
 
     def _tell_client(self, message: PoolFailed) -> None:
         try:
@@ -163,13 +181,13 @@ class Launcher:
             process.join(_JOIN_SECONDS)
 
 
-def _epitaph(rank: int, process: multiprocessing.process.BaseProcess) -> str:
+def _epitaph(title: str, process: WorkerProcess) -> str:
     code = process.exitcode
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system does that when host memory runs out)" if -code == signal.SIGKILL else ""
-        return f"Worker rank {rank} (pid {process.pid}) was ended by {name}{hint}."
-    return f"Worker rank {rank} (pid {process.pid}) ended with status {code}; its last words are in the console."
+        return f"{title} (pid {process.pid}) was ended by {name}{hint}."
+    return f"{title} (pid {process.pid}) ended with status {code}; its last words are in the console."
 
 
 def _end_of(pid: int) -> list[int]:
@@ -181,26 +199,6 @@ def _end_of(pid: int) -> list[int]:
         return [os.pidfd_open(pid)]
     except OSError:
         return []
-
-
-def _die_with_parent() -> None:
-    """End this process when the launcher has ended, however it ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    launcher = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([launcher.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def _worker(*arguments: object) -> None:
-    """Entry of a worker process. Imports torch there, so that the launcher does without."""
-    _die_with_parent()  # first: the import takes seconds
-    from ..worker.worker import main
-
-    main(*arguments)
 
 
 def main(descriptor: str) -> int:

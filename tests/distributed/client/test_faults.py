@@ -122,17 +122,21 @@ def test_the_death_of_the_launcher_fails_the_forward_and_ends_the_workers(own_po
     right(own_pool)
 
 
-@pytest.mark.parametrize("victim", ["worker", "launcher"])
+@pytest.mark.parametrize("victim", ["zygote", "worker", "launcher", "launcher beside the zygote"])
 def test_a_death_during_the_start_is_told_and_the_next_start_works(victim, right):
     pool, killed, everyone = Pool(PoolSettings(ParallelPlan(2), device="cpu")), [], set()
+    zygotes = []
 
     def kill() -> None:
         children = descendants(pool.launcher_pid)
         everyone.update(children | {pool.launcher_pid})
-        workers = {pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()}
-        if not killed and len(workers) == 2:
+        python = sorted(pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
+        zygotes.extend(python[:1] if not zygotes else [])
+        workers = [pid for pid in python if pid not in zygotes]
+        present = zygotes if "zygote" in victim else workers[1:]
+        if not killed and present:
             killed.append(time.monotonic())
-            os.kill(min(workers) if victim == "worker" else pool.launcher_pid, signal.SIGKILL)
+            os.kill(pool.launcher_pid if "launcher" in victim else present[0], signal.SIGKILL)
 
     with pytest.raises(WorkerDied, match="SIGKILL"):
         pool.ensure_ready(ModelSpec("random:1.3b"), poll=kill)
