@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--repeat-faults", type=int, default=1, help="how often to run each test that kills or interrupts a process"
     )
+    parser.addoption(
+        "--full-support-matrix",
+        action="store_true",
+        help="run every variant in every format under every strategy, not each pair of them alone",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
