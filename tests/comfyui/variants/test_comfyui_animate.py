@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from test_comfyui_results import EXACT, Loader
 from testkit import tiny
 from testkit.comfyui import loras
 from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
+from testkit.comfyui.results import EXACT, Loader
 from wan_parallel.wanvideo.base.variant_shapes import FaceDims
 
 CONFIG = replace(tiny.ANIMATE, num_layers=5, text_dim=4096, image_dim=1280, face=FaceDims())
