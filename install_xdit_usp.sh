@@ -3,7 +3,8 @@
 set -euo pipefail
 
 readonly DEMO_TORCH="2.13.0"
-PACK="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)" # logical path: a pack linked into custom_nodes stays there
+# Logical path: a pack linked into custom_nodes stays there. With CDPATH set, cd would print the folder too.
+PACK="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 readonly PACK
 readonly VENV="$PACK/.venv"
 

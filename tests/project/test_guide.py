@@ -22,10 +22,25 @@ from wan_parallel.wanvideo.quant.gguf_blocks import BLOCKS
 SPELLED = {True: "on", False: "off"}
 
 
-def test_the_files_that_the_readme_sends_to_are_there() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(\w+\.py)`", section("Where to change what", readme))
-    assert "pool.py" in named and [name for name in named if not (ROOT / "distributed" / name).exists()] == []
+def test_the_files_and_folders_that_the_architecture_names_are_there() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = section("The packages", page).split("| **")[1:]
+    named = [
+        (folder, name)
+        for folder, rows_below in (part.split("/** |", 1) for part in table)
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", rows_below)
+    ]
+    assert len(named) > 20
+    assert [
+        name for folder, name in named if not ((ROOT / name).exists() or list((ROOT / folder).rglob(name.rstrip("/"))))
+    ] == []
+
+
+def test_each_package_has_a_line_in_the_architecture() -> None:
+    page = section("The packages", (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+    packages = [path.parent.name for top in ("distributed", "wanvideo") for path in (ROOT / top).glob("*/__init__.py")]
+    unexplained = [name for name in packages if f"`{name}/`" not in page]
+    assert set(unexplained) <= {"base", "ops", "example"} and len(packages) == 20
 
 
 def test_the_config_table_has_every_input_with_its_default() -> None:

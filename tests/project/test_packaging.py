@@ -88,6 +88,20 @@ def comfyui(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_pack_is_found_whatever_cdpath_says(comfyui: Path) -> None:
+    """cd prints the folder where it was found by CDPATH."""
+    ran = subprocess.run(
+        ["bash", f"custom_nodes/wan parallel/{INSTALLER.name}", "--with-example-models"],
+        cwd=comfyui,
+        env=os.environ | {"CDPATH": ".", "COMFYUI_PYTHON": str(comfyui / "python")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def link_models(comfyui: Path) -> subprocess.CompletedProcess[str]:
     script = comfyui / "custom_nodes" / "wan parallel" / INSTALLER.name
     return install("--with-example-models", script=script, COMFYUI_PYTHON=str(comfyui / "python"))
