@@ -32,7 +32,8 @@ try:
     _bootstrap = util.module_from_spec(_spec)
     _spec.loader.exec_module(_bootstrap)
     _bootstrap.load_pack()
-    config = import_module("wan_parallel.wanvideo.base.config")
+    header = import_module("wan_parallel.wanvideo.checkpoint.header")
+    tensor_info = import_module("wan_parallel.wanvideo.base.tensor_info")
     sampling = import_module("wan_parallel.wanvideo.example.sampling")
     tiny_text = import_module("wan_parallel.wanvideo.example.tiny_text")
     plans = import_module("wan_parallel.distributed.plan.degrees")
@@ -225,7 +226,7 @@ def read_model() -> object:
     for path in (tiny_wan.T2V_FILE, tiny_wan.VAE_FILE):
         if not path.is_file():
             raise DemoError(f"{path} is missing. Restore it with 'git checkout', or get the whole pack again.")
-    return config.read_header(tiny_wan.T2V_FILE).config
+    return header.read_header(tiny_wan.T2V_FILE).config
 
 
 def describe(plan: object, model: object, how: object, shared: Result, one: Result) -> dict[str, object]:
@@ -301,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # so that the pool is closed as after Ctrl-C
     try:
         return 0 if run(arguments) else 1
-    except (DemoError, plans.PlanError, config.CheckpointError) as error:
+    except (DemoError, plans.PlanError, tensor_info.CheckpointError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("Stopped. Run it again to start from the beginning.", 130)

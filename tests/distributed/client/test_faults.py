@@ -404,7 +404,7 @@ def test_when_the_client_is_killed_nothing_of_the_pool_is_left(client_of, mode):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_when_the_client_is_asked_to_end_the_pool_ends_with_it(client_of, end):
+def test_when_the_client_is_asked_to_end_the_pool_ends_with_it(ctrl_c_works, client_of, end):
     client = client_of("busy")
     client.process.send_signal(end)
     client.process.wait(10)
