@@ -23,8 +23,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchlib.rows import Line, machine_fields, publish
 from wan_parallel.wanvideo.checkpoint.weight_source import DTYPES
 from wan_parallel.wanvideo.ops import pointwise
-from wan_parallel.wanvideo.quant.block_scaled import GROUPS, BlockScaledWeight
-from wan_parallel.wanvideo.quant.gguf_blocks import BLOCKS, GgufWeight
+from wan_parallel.wanvideo.quant.formats.block_scaled import GROUPS, BlockScaledWeight
+from wan_parallel.wanvideo.quant.formats.gguf_blocks import BLOCKS, GgufWeight
 
 
 @dataclass(frozen=True)

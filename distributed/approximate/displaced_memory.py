@@ -15,7 +15,7 @@ import torch
 
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.header import Header
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, held_as, held_sizes
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, storage_bytes, storage_format
 from ..comm.host_kv import FETCHED_AHEAD
 from ..plan.degrees import PlanError
 from .patch_layout import PatchLayout
@@ -55,8 +55,8 @@ class PatchMemory:
 
 
 def weight_bytes(config: WanConfig, weight_dtype: str, header: Header | None = None) -> int:
-    """Bytes of the weights in a worker, of which a file's `header` tells what is quantised (see `held_sizes`)."""
-    return sum(held_sizes(config, header, WEIGHT_DTYPES[weight_dtype]).values())
+    """Bytes of the weights in a worker, of which a file's `header` tells what is quantised (see `storage_bytes`)."""
+    return sum(storage_bytes(config, header, WEIGHT_DTYPES[weight_dtype]).values())
 
 
 def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8: bool = False) -> int:
@@ -139,7 +139,7 @@ def check_weights(config: WanConfig, weight_dtype: str, available: int, header: 
     weights = weight_bytes(config, weight_dtype, header)
     if weights > available:
         raise TooLarge(
-            f"The weights in {held_as(header, weight_dtype)} are {gib(weights)}, and a worker may take "
+            f"The weights in {storage_format(header, weight_dtype)} are {gib(weights)}, and a worker may take "
             f"{gib(available)}: every GPU holds the whole model. Choose a smaller model, a precision or quantization "
             "with fewer bytes, or raise gpu_memory_fraction."
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.header import Header
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, held_sizes
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, storage_bytes
 from ..parallel.partition import parts_of
 from ..parallel.pipeline import Stage
 from ..plan.placement import activation_bytes, demand_of, needed_bytes
@@ -62,7 +62,7 @@ def stream_memory(
         header: of the model's file; random weights have none.
     """
     plan, itemsize = settings.plan, DTYPES[spec.compute_dtype].itemsize
-    sizes = held_sizes(config, header, WEIGHT_DTYPES[spec.weight_dtype])
+    sizes = storage_bytes(config, header, WEIGHT_DTYPES[spec.weight_dtype])
     share = math.ceil(tokens / plan.sequence_ranks)
     working = activation_bytes(config, share, spec.max_batch, itemsize, spec.slice_tokens) // _RESERVE
     most = max(parts_of(config, plan, sizes), key=lambda part: sum(part.values()))

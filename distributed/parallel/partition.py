@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ...wanvideo.base.config import WanConfig
-from ...wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, held_sizes_of
+from ...wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, storage_bytes_of
 from ..plan.degrees import ParallelPlan, PlanError, divisors
 from ..protocol.specs import ModelSpec, PoolSettings
 from .pipeline import Stage
@@ -36,7 +36,7 @@ def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
 
 def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
     """Bytes of weights on the rank that has most of them."""
-    return _of_largest_part(config, plan, held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module))
+    return _of_largest_part(config, plan, storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module))
 
 
 def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...wanvideo.base.config import WanConfig
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, held_sizes_of
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, storage_bytes_of
 from ..parallel.partition import check_plan, parts_of
 from ..plan.degrees import ParallelPlan, PlanError
 from ..plan.placement import (
@@ -198,7 +198,7 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
 
 @functools.lru_cache(maxsize=16)
 def _held_sizes(spec: ModelSpec) -> Mapping[str, int]:
-    return held_sizes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module)
+    return storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module)
 
 
 def _fitting(

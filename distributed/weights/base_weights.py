@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 
 from ...wanvideo.checkpoint.weight_source import WeightSource
-from ...wanvideo.quant.formats import is_quantized
 from ...wanvideo.quant.quantized import QuantizedWeight, Weight
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -64,7 +63,7 @@ def as_in_file(weight: Weight, source: WeightSource, name: str) -> bool:
         return isinstance(weight, torch.Tensor) and weight.dtype in (torch.bfloat16, torch.float32)
     info = source.header.tensors[name]
     if isinstance(weight, QuantizedWeight):
-        return is_quantized(info)
+        return info.is_quantized
     return weight.dtype in (torch.float32, _DTYPES.get(info.dtype)) and info.dtype != "F64"
 
 

@@ -22,12 +22,12 @@ from ...wanvideo.checkpoint.weight_source import (
     DTYPES,
     WEIGHT_DTYPES,
     WeightSource,
+    cast_and_move,
     change,
-    held_dtype,
-    held_sizes,
     is_quantized_at_load,
     open_weights,
-    place,
+    storage_bytes,
+    storage_dtype,
 )
 from ...wanvideo.model.fp8_mode import use_fp8
 from ...wanvideo.model.model import WanModel
@@ -440,7 +440,7 @@ class Models:
 
     def _finished(self, spec: ModelSpec, name: str, weight: Weight) -> Weight:
         """A part of a weight, changed or not, as the model holds it."""
-        weight = place(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
+        weight = cast_and_move(weight, WEIGHT_DTYPES[spec.weight_dtype], self.device, name)
         if isinstance(weight, QuantizedWeight):
             return weight
         if self.device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
@@ -448,8 +448,8 @@ class Models:
         return weight.contiguous()  # columns of a mapped file, which would be read with every use
 
     def _unplaced(self, source: WeightSource, spec: ModelSpec, name: str) -> tuple[Weight, torch.dtype | None]:
-        """This worker's part of a weight before `place`, and the dtype in which that holds it; None where it is what
-        it shall be."""
+        """This worker's part of a weight before `cast_and_move`, and the dtype to which that function will cast the
+        part, or None where the part is in its final form already."""
         whole, dtype = source.tensor(name), WEIGHT_DTYPES[spec.weight_dtype]
         weight = self.shard.take(name, whole)
         if not isinstance(weight, torch.Tensor):
@@ -457,15 +457,15 @@ class Models:
         if weight.numel() < whole.numel():
             weight = weight.clone()  # else the whole would stay in memory, or be read with every use
         if is_quantized_at_load(name, weight.ndim, dtype):
-            return place(weight, dtype, self.device, name), None
-        return weight, held_dtype(name, weight.ndim, dtype)
+            return cast_and_move(weight, dtype, self.device, name), None
+        return weight, storage_dtype(name, weight.ndim, dtype)
 
     def _held_sizes(self, source: WeightSource, spec: ModelSpec, rank: int) -> dict[str, int]:
         """Bytes of a rank's part of each weight that its stage has."""
         plan, shapes = self.settings.plan, source.config.shapes()
         at = plan.place(rank)
         shard, stage = TensorShard(plan.tensor_parallel, at.tensor), Stage.of(at.stage, plan.pipeline_parallel)
-        sizes = held_sizes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
+        sizes = storage_bytes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
         return {
             name: sizes[name] * math.prod(shard.held_shape(name, shape)) // math.prod(shape)
             for name, shape in shapes.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...wanvideo.checkpoint.weight_source import held_as
+from ...wanvideo.checkpoint.weight_source import storage_format
 from ...wanvideo.model import fp8_mode
 from ..comm.topology import link_kind
 from ..protocol.messages import Ready
@@ -78,7 +78,7 @@ def _model_status(worker: Worker, spec: ModelSpec, loaded: LoadedModel) -> Model
     degrees = plan.sequence_degrees(loaded.model.config.num_heads)
     return ModelStatus(
         name=spec.name,
-        weight_dtype=held_as(loaded.source.header, spec.weight_dtype),
+        weight_dtype=storage_format(loaded.source.header, spec.weight_dtype),
         compute_dtype=spec.compute_dtype,
         kernel=loaded.model.kernel.name,
         backend="xfuser" if membership.settings.usp_backend == "xfuser" else "native",

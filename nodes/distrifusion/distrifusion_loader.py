@@ -14,7 +14,7 @@ from ...distributed.client.pool import acquire
 from ...distributed.plan.degrees import SPLIT_MODES, PlanError
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.checkpoint.header import read_header
-from ...wanvideo.checkpoint.weight_source import held_as
+from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common.model_files import model_names, model_path
 from ..common.settings import ATTENTION_MODES, DEVICES, SettingsError
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
@@ -112,7 +112,7 @@ def _status(runs: PatchRuns) -> Iterator[str]:
         f"{split.mode} patches, patch_size {split.size}, patch_overlap {split.overlap}; {runs.settings.warmup_steps} "
         "synchronous steps at the start of a run"
     )
-    weights = held_as(runs.header, spec.weight_dtype)
+    weights = storage_format(runs.header, spec.weight_dtype)
     yield f"weights {weights}, activations {spec.compute_dtype}; a worker may take {gib(runs.available)}"
     for width, height in _SIZES:
         yield f"81 frames of {width}x{height} with cfg above 1: {_need(runs, width, height)}"

@@ -19,7 +19,7 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.base.lora import Difference, LowRank, Replacement, WeightPatch
 from ...wanvideo.base.tensor_info import TensorInfo, listed
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, held_dtype
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, storage_dtype
 from ...wanvideo.quant.quantized import as_tensor
 from ..common.refusals import refuse, refuse_merging
 
@@ -63,7 +63,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
         plain = [_plain(entry) for entry in entries]
         if None in plain:
             weight = as_tensor(checkpoint.tensor(name), torch.float32)
-            dtype = held_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
+            dtype = storage_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
             translated[name] = [_computed(entries, weight, key, dtype)]
         else:
             translated[name] = plain

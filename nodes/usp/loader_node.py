@@ -15,7 +15,7 @@ from ...distributed.client.pool import acquire
 from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.vace_module import read_model
-from ...wanvideo.checkpoint.weight_source import file_stamp, held_as
+from ...wanvideo.checkpoint.weight_source import file_stamp, storage_format
 from ...wanvideo.model import fp8_mode as fp8_modes
 from ..common.model_files import model_names, model_path
 from ..common.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
@@ -148,7 +148,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             "XDit+USP: %s on %s; weights %s, activations %s. The workers start with the first sampling step.",
             spec.name,
             _workers(xdit_usp_config, header.config.num_heads),
-            held_as(header, spec.weight_dtype),
+            storage_format(header, spec.weight_dtype),
             spec.compute_dtype,
         )
         patcher = build_model(header, spec, pool)

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...distributed.client.pool import PoolStatus
 from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
-from ...wanvideo.checkpoint.weight_source import held_as
+from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common.sockets import CATEGORY
 from ..model.model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, shares_lines, worker_lines
@@ -58,7 +58,7 @@ class XDitUSPStatus(io.ComfyNode):
             )
         remote = model.remote
         status = remote.pool.status(comfy.model_management.throw_exception_if_processing_interrupted)
-        text = report(status, remote.spec, held_as(remote.header, remote.spec.weight_dtype))
+        text = report(status, remote.spec, storage_format(remote.header, remote.spec.weight_dtype))
         return io.NodeOutput(text, draw_status(status, _plan(status)), ui=ui.PreviewText(text))
 
 

@@ -16,8 +16,8 @@ from wan_parallel.nodes.common.settings import ATTENTION_MODES, WEIGHT_PRECISION
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig
 from wan_parallel.wanvideo.base.config import PRESETS
 from wan_parallel.wanvideo.base.grid import Grid
-from wan_parallel.wanvideo.checkpoint.weight_source import held_bytes
-from wan_parallel.wanvideo.quant.gguf_blocks import BLOCKS
+from wan_parallel.wanvideo.checkpoint.weight_source import total_storage_bytes
+from wan_parallel.wanvideo.quant.formats.gguf_blocks import BLOCKS
 
 SPELLED = {True: "on", False: "off"}
 
@@ -99,7 +99,7 @@ def test_the_table_of_model_files_names_what_is_read() -> None:
     table = rows("Model files")
     assert [name for name in BLOCKS if name not in " ".join(file for file, _ in table)] == []
     at_load = next(held for file, held in table if "fp8_e4m3fn" in file)
-    assert f"{held_bytes('random:14b', torch.float8_e4m3fn) / 2**30:.1f} GiB for the 14B" in at_load
+    assert f"{total_storage_bytes('random:14b', torch.float8_e4m3fn) / 2**30:.1f} GiB for the 14B" in at_load
     assert all(name in section("Model files", GUIDE) for name in WEIGHT_PRECISIONS)
 
 

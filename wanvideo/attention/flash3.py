@@ -26,17 +26,21 @@ _ARGUMENTS = {"q_descale", "k_descale", "v_descale", "softmax_scale", "num_split
 
 
 def installed() -> bool:
-    """Whether one of the packages is there."""
+    """Whether a package that has FlashAttention-3 is installed."""
     return _has_build() or has_module("fa3_fwd_interface")
 
 
 def dtypes() -> frozenset[torch.dtype]:
-    """Of plain attention. The fa3-fwd wheel was built without float16."""
+    """The types in which the package computes plain attention. The fa3-fwd wheel was built without float16."""
     return frozenset({torch.float16, torch.bfloat16} if _has_build() else {torch.bfloat16})
 
 
 def load() -> Forward:
-    """The forward of the package that is installed."""
+    """The forward of the installed package; a build of the hopper folder comes before the wheel.
+
+    Raises:
+        ImportError: neither package is installed, or its import fails.
+    """
     build = _has_build()
     module = importlib.import_module("flash_attn_interface" if build else "fa3_fwd_interface")
     operator = _operator("flash_attn_3" if build else "fa3_fwd")

@@ -29,40 +29,53 @@ _P_SCALE = 256.0
 
 @dataclass(frozen=True, eq=False)
 class Fp8Heads:
-    """data * scale + mean: e4m3 [B, n, H, D], float32 [B, H] and [B, H, D]; without a mean, data * scale."""
+    """data * scale: `data` e4m3 [B, n, H, D], `scale` float32 [B, H]."""
 
     data: Tensor
     scale: Tensor
-    mean: Tensor | None
 
-    def varying(self) -> Tensor:
-        """Without the mean, in float32."""
+    def dequantize(self) -> Tensor:
+        """data * scale in float32 [B, n, H, D]."""
         return self.data.float() * self.scale[:, None, :, None]
 
 
-def to_heads(x: Tensor, smooth: bool = False, unbiased: bool = False) -> Fp8Heads:
-    """Round x [B, n, H, D] to nearest with one scale for each head.
+@dataclass(frozen=True, eq=False)
+class SmoothedHeads(Fp8Heads):
+    """data * scale + mean: `mean` float32 [B, H, D] was taken off all tokens before they were rounded."""
+
+    mean: Tensor
+
+
+def to_heads(x: Tensor) -> Fp8Heads:
+    """Round x [B, n, H, D] to nearest with one scale for each head."""
+    if kernels := _fused(x):
+        data, scale, _ = kernels.to_heads(x, smooth=False)
+        return Fp8Heads(data, scale)
+    values = x.float()
+    scale = fp8.power_of_two(values.abs().amax((1, 3)))
+    return Fp8Heads((values / scale[:, None, :, None]).to(fp8.FP8), scale)
+
+
+def to_smoothed_heads(x: Tensor, unbiased: bool = False) -> SmoothedHeads:
+    """Take the mean over the tokens off x [B, n, H, D], and round to nearest with one scale for each head.
 
     Args:
-        smooth: take the mean over the tokens off before.
         unbiased: choose `mean` anew after that, so that data * scale + mean has the mean of x. Rounding is not fair:
             16-bit numbers lie halfway between two of e4m3 one time in 16, and all of these go the same way once a
             mean is off. Next to the output of attention over many tokens, which is close to the mean, that is much.
     """
     kernels = _fused(x)
     if kernels:
-        data, scale, mean = kernels.to_heads(x, smooth)
+        data, scale, mean = kernels.to_heads(x, smooth=True)
     else:
         values = x.float()
-        mean = values.mean(1) if smooth else None
-        scale = fp8.power_of_two(values.abs().amax((1, 3)) + (mean.abs().amax(-1) if smooth else 0))
-        if smooth:
-            values = values - mean[:, None]
-        data = (values / scale[:, None, :, None]).to(fp8.FP8)
+        mean = values.mean(1)
+        scale = fp8.power_of_two(values.abs().amax((1, 3)) + mean.abs().amax(-1))
+        data = ((values - mean[:, None]) / scale[:, None, :, None]).to(fp8.FP8)
     if unbiased:  # in a pass of its own: in the kernel that rounds them, half of the sums were NaN with Triton 3.6
         sums = kernels.sum_heads(data) if kernels else data.bfloat16().sum(1, dtype=torch.float32)
         mean = mean - sums * (scale / x.shape[1])[..., None]
-    return Fp8Heads(data, scale, mean)
+    return SmoothedHeads(data, scale, mean)
 
 
 def add_mean_(out: Tensor, mean: Tensor) -> Tensor:
@@ -78,8 +91,8 @@ def _fused(x: Tensor) -> ModuleType | None:
     return fp8.fused(x.device) if fits else None
 
 
-def _rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Fp8Heads, Fp8Heads, Fp8Heads]:
-    return to_heads(q), to_heads(k, smooth=True), to_heads(v, smooth=True, unbiased=True)
+def _rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Fp8Heads, SmoothedHeads, SmoothedHeads]:
+    return to_heads(q), to_smoothed_heads(k), to_smoothed_heads(v, unbiased=True)
 
 
 def load_flash_attn_3() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
@@ -97,9 +110,9 @@ def load_flash_attn_3() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor
 def reference(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """What FlashAttention-3 computes, exponentials in e4m3 included, with float32 sums: for tests on a CPU."""
     q8, k8, v8 = _rounded(q, k, v)
-    keys, values = k8.varying(), v8.varying()
+    keys, values = k8.dequantize(), v8.dequantize()
     outs, sums = [], []
-    for part in q8.varying().split(_QUERIES, dim=1):
+    for part in q8.dequantize().split(_QUERIES, dim=1):
         scores = torch.einsum("bqhd,bkhd->bhqk", part, keys) / math.sqrt(q.shape[-1])
         largest = scores.amax(-1, keepdim=True)
         weights = (scores - largest).exp_()

@@ -45,8 +45,10 @@ class AttentionError(ValueError):
 class AttentionKernel:
     """One way to compute attention; made by `get_kernel`.
 
-    `has_lse` says whether `with_lse` works; `lossy`, whether the kernel quantises its inputs, and then `bound` is
-    the greatest relative error of its output on normal numbers.
+    Args:
+        has_lse: whether `with_lse` works.
+        lossy: whether the kernel quantises its inputs.
+        bound: the greatest relative error of a lossy kernel's output on normal numbers.
     """
 
     name: str
@@ -56,7 +58,7 @@ class AttentionKernel:
     bound: float = 5e-2
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v. Takes `[B, S, H, D]`, returns `[B, S_q, H, D]` in the dtype of `q`."""
+        """softmax(q k^T / sqrt(D)) v, `[B, S_q, H, D]` in the dtype of `q`. q, k and v are `[B, S, H, D]`."""
         if q.numel() == 0 or k.numel() == 0:
             return _attend_to_nothing(q)[0]
         return self.forward(q, k, v, False)[0]
@@ -64,30 +66,38 @@ class AttentionKernel:
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The output `[B, S_q, H, D]` and the log-sum-exp `[B, H, S_q]` in float32.
 
-        Raises AttentionError if the kernel gives no log-sum-exp.
+        Raises:
+            AttentionError: the kernel gives no log-sum-exp.
         """
         if not self.has_lse:
-            raise AttentionError(
-                f"The attention kernel {self.name} gives no log-sum-exp, which a ring needs. "
-                "Set ring_degree to 1 or pick another attention kernel."
-            )
+            raise self._without_lse()
         if q.numel() == 0 or k.numel() == 0:
             return _attend_to_nothing(q)
         out, lse = self.forward(q, k, v, True)
+        if lse is None:
+            raise self._without_lse()
         if lse.dim() == 4:  # cuDNN keeps a last dimension of 1
             lse = lse.squeeze(-1)
         return out, lse[..., : q.shape[1]].float()  # the efficient kernel pads S_q to a multiple of 32
+
+    def _without_lse(self) -> AttentionError:
+        return AttentionError(
+            f"The attention kernel {self.name} gives no log-sum-exp, which a ring needs. "
+            "Set ring_degree to 1 or pick another attention kernel."
+        )
 
 
 def get_kernel(
     name: str, device: torch.device, dtype: torch.dtype, allow_flash: bool = True, allow_sdpa: bool = True
 ) -> AttentionKernel:
-    """The kernel of that name, tried out once on this device and dtype.
+    """The kernel called `name`, tried out once on this device and dtype.
 
-    `auto` picks the fastest exact kernel that is installed; `allow_flash` and `allow_sdpa` say whether it may
-    pick the flash-attn packages and torch's own kernels. A kernel asked for by name is not held back by them.
+    Args:
+        name: one of `KERNEL_NAMES`; `auto` picks the fastest exact kernel that is installed.
+        allow_flash, allow_sdpa: whether `auto` may pick the flash-attn packages, and torch's own kernels.
 
-    Raises AttentionError for an unknown or missing kernel, or one that can't do this device or dtype.
+    Raises:
+        AttentionError: the kernel is unknown, not installed, wrong, or unable to run on this device or in this dtype.
     """
     device = torch.device(device)
     if name != "auto":
@@ -113,7 +123,8 @@ def get_kernel(
 def get_fp8_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     """The kernel of self-attention on fp8 numbers, tried out once: FlashAttention-3's, or plain torch on a CPU.
 
-    Raises AttentionError where there is none.
+    Raises:
+        AttentionError: this device has no such kernel.
     """
     device = torch.device(device)
     source = _FP8_SOURCES[device.type]
@@ -198,7 +209,7 @@ def _sdpa_cuda(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor,
         return _efficient(q, k, v, want_lse)
     major = torch.cuda.get_device_capability(q.device)[0]
     if major >= 9:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         params = torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, False, False)
         if torch.backends.cuda.can_use_cudnn_attention(params):
             return _cudnn(q, k, v, want_lse)

@@ -1,4 +1,4 @@
-"""The tokens of a latent: where they lie, how it becomes tokens and they become a latent."""
+"""The tokens of a latent: where each token lies, how a latent becomes tokens, and how tokens become a latent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
 
 @dataclass(frozen=True)
 class Grid:
-    """The tokens of a latent, frames x rows x columns, and how many of other grids follow them in the sequence."""
+    """The tokens of a latent, frames x rows x columns, and how many tokens of other grids follow in the sequence."""
 
     frames: int
     rows: int
@@ -28,14 +28,17 @@ class Grid:
 
     @property
     def video_tokens(self) -> int:
+        """Tokens of the latent, without the tail."""
         return self.frames * self.rows * self.columns
 
     @property
     def frame_tokens(self) -> int:
+        """Tokens of one frame."""
         return self.rows * self.columns
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the latent in tokens."""
         return self.frames, self.rows, self.columns
 
 
@@ -55,7 +58,7 @@ def sequence_of(x: torch.Tensor, options: Options) -> Grid:
 
 
 def video_part(grid: Grid, part: Part) -> Part:
-    """Those tokens of `part` that belong to the video; indices are never of a tail."""
+    """The tokens of `part` that belong to the video. A `part` of indices has no others."""
     if isinstance(part, slice):
         return slice(min(part.start, grid.video_tokens), min(part.stop, grid.video_tokens))
     return part

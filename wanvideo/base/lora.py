@@ -67,13 +67,13 @@ def merge(weight: torch.Tensor, patches: Sequence[WeightPatch]) -> torch.Tensor:
 
 
 def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, runs: Sequence[tuple[int, int]]) -> WeightPatch:
-    """What a patch of a whole weight of `shape` changes in some of its rows (dim 0) or columns (dim 1).
+    """The part of a patch of a weight of `shape` that changes some of the weight's rows (dim 0) or columns (dim 1).
 
     Args:
-        runs: start and length of each run of them.
+        runs: start and length of each run of rows or columns.
 
     Raises:
-        PatchError: the patch does not have that shape.
+        PatchError: the patch does not have the weight's shape.
     """
     match patch:
         case LowRank():
@@ -103,7 +103,8 @@ def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _like(change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """In the shape of `weight`, on its device, in float32. Moved first: torch would convert it where it comes from."""
+    """`change` in the shape of `weight`, on its device, in float32. It is moved first: torch would convert it where it
+    comes from."""
     return _shaped(change, tuple(weight.shape)).to(weight.device).float()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RopeOptions:
-    """How far apart and from where on the tokens of a video are placed: position = shift + scale * index."""
+    """Positions of the tokens of a video along its three axes: position = shift + scale * index."""
 
     scale_t: float = 1.0
     scale_y: float = 1.0
@@ -39,10 +39,12 @@ class Segment:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the grid."""
         return self.frames, self.rows, self.columns
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of the grid."""
         return self.frames * self.rows * self.columns
 
 

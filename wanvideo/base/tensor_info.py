@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class CheckpointError(ValueError):
     """The file cannot be used as a Wan DiT. The text says why and what to do."""
+
+
+def unreadable(path: str, error: OSError) -> CheckpointError:
+    """What to tell a user about a checkpoint that could not be opened or read."""
+    name = Path(path).name
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder.")
+    return CheckpointError(
+        f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
+    )
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The float types of more than a byte, by the names that safetensors and GGUF share."""
 
 
 @dataclass(frozen=True)
@@ -15,14 +30,10 @@ class TensorInfo:
     """One tensor of a checkpoint.
 
     Args:
-        dtype: safetensors' or GGUF's name for how the numbers are written, such as BF16, F8_E4M3 or Q4_K, or NVFP4 or
-            MXFP8.
-        shape: its shape as a float tensor.
+        dtype: safetensors' or GGUF's name for the type in which the file stores it, such as BF16, F8_E4M3 or Q4_K.
+        shape: its shape.
         file, key: the file that holds it, and its name there.
         offset, nbytes: where its bytes are in the file, and how many.
-        scale: what its numbers are to be multiplied by; of NVFP4 and MXFP8 a number for each group of them.
-        whole_scale: beside that, of NVFP4, one for all.
-        rotation: columns that were rotated together before the numbers were rounded (see `Int8Weight`), or 0.
     """
 
     dtype: str
@@ -31,9 +42,6 @@ class TensorInfo:
     key: str
     offset: int
     nbytes: int
-    scale: TensorInfo | None = None
-    whole_scale: TensorInfo | None = None
-    rotation: int = 0
 
 
 @dataclass(frozen=True)

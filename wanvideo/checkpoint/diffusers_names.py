@@ -1,4 +1,4 @@
-"""The names that diffusers gives to the tensors of a Wan DiT, and those of Wan's authors, which this package uses.
+"""The names that diffusers gives to the tensors of a Wan DiT, and the names of Wan's authors, which this pack uses.
 
 After diffusers' scripts/convert_wan_to_diffusers.py. Note that the two norms of a block swap their numbers.
 """
@@ -57,13 +57,13 @@ _IN_BLOCK = re.compile(r"((?:vace_)?blocks\.\d+\.)(.*)")
 
 
 def original_name(name: str) -> str:
-    """The original name of a tensor that diffusers calls `name`; a name without another one stays."""
+    """The original name of a tensor that diffusers calls `name`; a name that both share is returned as it is."""
     block = _IN_BLOCK.fullmatch(name)
     return block[1] + _renamed(block[2], _BLOCK) if block else _renamed(name, _MODEL)
 
 
 def diffusers_name(name: str) -> str:
-    """The name that diffusers has for a tensor with the original `name`."""
+    """The name that diffusers gives to the tensor with the original `name`."""
     block = _IN_BLOCK.fullmatch(name)
     return block[1] + _renamed(block[2], _TO_BLOCK) if block else _renamed(name, _TO_MODEL)
 

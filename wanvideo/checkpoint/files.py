@@ -12,11 +12,17 @@ import re
 import struct
 from pathlib import Path
 
-from ..base.tensor_info import CheckpointError, Contents, TensorInfo, elements, listed
+from ..base.tensor_info import CheckpointError, Contents, TensorInfo, elements, listed, unreadable
 from .gguf_file import read_gguf
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_ITEM_BYTES = {
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+"""safetensors' types of whole bytes, whatever format uses them."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
 
@@ -36,22 +42,22 @@ def read_contents(path: str) -> Contents:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether a file is to be read as GGUF, which its name says."""
+    """Whether a file is read as GGUF: its name ends in .gguf."""
     return path.lower().endswith(".gguf")
 
 
 def is_index(path: str) -> bool:
-    """Whether a file lists the shards of a model."""
+    """Whether a file is an index, which lists the shards of a model."""
     return path.endswith(_INDEX)
 
 
 def is_shard(path: str) -> bool:
-    """Whether a file is one of several that hold a model."""
+    """Whether a file is a shard, one of several files that hold a model."""
     return _SHARD.fullmatch(os.path.basename(path)) is not None
 
 
 def model_files(path: str) -> list[str]:
-    """The files that `path` stands for: itself, or those of a folder or of a shard's model that are there."""
+    """The files that `path` stands for: the file itself, or the existing files of a folder or of a shard's model."""
     index = _index_of(path)
     folder = os.path.dirname(index) if index else path
     if not os.path.isdir(folder):
@@ -118,17 +124,11 @@ def _read_safetensors(path: str) -> Contents:
                 )
             file.seek(8)
             entries = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder."
-        ) from None
     except OSError as error:
-        raise CheckpointError(
-            f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
-        ) from error
+        raise unreadable(path, error) from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:  # the latter from deep nesting
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"The header of {name} is corrupt. Download the file again.") from error
     return _checked_entries(path, entries, 8 + length, size)
 

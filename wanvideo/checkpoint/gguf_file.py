@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from ..base.tensor_info import CheckpointError, Contents, TensorInfo
-from ..quant.gguf_blocks import BLOCKS
+from ..base.tensor_info import CheckpointError, Contents, TensorInfo, unreadable
+from ..quant.formats.registry import is_gguf_type
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""Metadata of ComfyUI-GGUF's converter for tensors that it had to reshape."""
+"""Start of the metadata in which ComfyUI-GGUF's converter notes the shapes of tensors that it had to reshape."""
 
 
 def read_gguf(path: str) -> Contents:
@@ -31,7 +31,7 @@ def read_gguf(path: str) -> Contents:
     tensors = {}
     for tensor in reader.tensors:
         dtype = tensor.tensor_type.name
-        if dtype not in BLOCKS and dtype not in _PLAIN:
+        if dtype not in _PLAIN and not is_gguf_type(dtype):
             raise CheckpointError(
                 f"{Path(path).name} has {dtype} tensors, which this version cannot read. "
                 "Use the Q4_K, Q5_K, Q6_K or Q8_0 version of the model."
@@ -50,12 +50,11 @@ def map_file(path: str) -> torch.Tensor:
 
 
 def gguf_tensor(info: TensorInfo, file: torch.Tensor) -> torch.Tensor:
-    """A tensor of a mapped GGUF file: float in its shape, or uint8 [rows, bytes] in a block format."""
+    """A tensor of a mapped GGUF file: in its shape if its type is a float one, else its bytes, uint8 [nbytes]."""
     data = file[info.offset : info.offset + info.nbytes]
     if info.dtype in _PLAIN:
         return data.view(_PLAIN[info.dtype]).view(info.shape)
-    block = BLOCKS[info.dtype]
-    return data.view(-1, info.shape[-1] // block.numbers * block.nbytes)
+    return data
 
 
 def _open(path: str) -> GGUFReader:
@@ -73,16 +72,10 @@ def _open(path: str) -> GGUFReader:
         if start and start != b"GGUF":
             raise CheckpointError(f"{name} is not a GGUF file, whatever its name. Download it again.")
         return GGUFReader(path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder."
-        ) from None
     except OSError as error:
-        raise CheckpointError(
-            f"{name} cannot be read: {error.strerror}. Choose a file, and check its permissions and its disk."
-        ) from error
+        raise unreadable(path, error) from error
+    except CheckpointError:
+        raise
     # what reading past the end of the file, or numbers that make no sense, end in inside the package
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{name} is cut short or its header is corrupt. Download it again.") from error

@@ -16,7 +16,8 @@ from ..base.audio_shapes import DancerMusic, HumoAudio
 from ..base.config import WanConfig
 from ..base.tensor_info import CheckpointError, TensorInfo, listed
 from ..base.variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
-from ..quant.formats import format_name, logical_tensors
+from ..quant.format import LogicalTensor
+from ..quant.formats.registry import format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, original_name
 from .files import read_contents
 
@@ -39,7 +40,7 @@ class Header:
     path: str
     prefix: str
     config: WanConfig
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, LogicalTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property

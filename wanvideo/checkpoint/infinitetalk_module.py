@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.audio_shapes import TalkAudio
-from ..base.tensor_info import CheckpointError, Contents, TensorInfo, listed
-from ..quant.formats import logical_tensors
+from ..base.tensor_info import CheckpointError, Contents, listed
+from ..quant.format import LogicalTensor
+from ..quant.formats.registry import logical_tensors
 from .files import read_contents
 from .header import Header
 
@@ -60,7 +61,7 @@ def with_talk(base: Header, path: str) -> Header:
     return replace(base, config=replace(config, talk=talk), tensors={**base.tensors, **module})
 
 
-def _blocks(path: str, layers: int) -> Mapping[str, TensorInfo]:
+def _blocks(path: str, layers: int) -> Mapping[str, LogicalTensor]:
     """The tensors of the first `layers` blocks."""
     tensors = logical_tensors(path, read_contents(path))
     blocks = {f"{_BLOCKS}{i}." for i in range(layers)}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..base.config import PRESETS, WanConfig
 from ..base.tensor_info import CheckpointError, TensorInfo, listed
-from ..quant.formats import logical_tensors
+from ..quant.format import LogicalTensor
+from ..quant.formats.registry import logical_tensors
 from .files import read_contents
 from .header import PREFIXES, Header, read_header
 from .infinitetalk_module import is_talk, with_talk
@@ -34,7 +35,7 @@ def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
     return with_module(header, module, read_module(module)) if module else header
 
 
-def read_module(path: str) -> dict[str, TensorInfo]:
+def read_module(path: str) -> dict[str, LogicalTensor]:
     """The tensors of a VACE module by their original names, from the header alone.
 
     Raises:
@@ -55,7 +56,7 @@ def read_module(path: str) -> dict[str, TensorInfo]:
     return {key.removeprefix(prefix): info for key, info in logical_tensors(path, contents, prefix).items()}
 
 
-def with_module(base: Header, path: str, module: Mapping[str, TensorInfo]) -> Header:
+def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) -> Header:
     """The model that `base` and the module in the file `path` are together.
 
     Raises:

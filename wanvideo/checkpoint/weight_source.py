@@ -1,4 +1,4 @@
-"""Weights of a Wan DiT: from its file through the page cache, or random ones for benchmarks."""
+"""Weights of a Wan DiT, from its file through the page cache or at random for benchmarks, and how they are held."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from safetensors import safe_open
 from ..base.config import PRESETS, WanConfig
 from ..base.lora import WeightPatch, merge
 from ..base.tensor_info import CheckpointError, TensorInfo
-from ..quant.formats import format_name, is_quantized, quantized_bytes, weight_of
-from ..quant.quantized import FLOAT8, Fp8Weight, QuantizedWeight, Weight, as_tensor
+from ..quant.formats.fp8 import FLOAT8, Fp8Weight
+from ..quant.formats.registry import format_name
+from ..quant.quantized import QuantizedWeight, Weight, as_tensor
 from .files import is_gguf, model_files
 from .gguf_file import gguf_tensor, map_file
 from .header import Header
@@ -30,18 +31,29 @@ _BIAS_OF_BLOCK = re.compile(r"blocks\.\d+\.((self|cross)_attn\.(q|k|v|o|k_img|v_
 
 
 class WeightSource(Protocol):
-    """Where the tensors of one model come from, by their names without prefix. `header` is None without a file."""
+    """Where the tensors of one model come from, by their names without prefix."""
 
-    config: WanConfig
-    header: Header | None
+    @property
+    def config(self) -> WanConfig:
+        """The model's dimensions."""
 
-    def tensor(self, name: str) -> Weight: ...
+    @property
+    def header(self) -> Header | None:
+        """What the model's file tells; None without a file."""
+
+    def tensor(self, name: str) -> Weight:
+        """The weight `name` before `cast_and_move`."""
 
 
 class Checkpoint:
-    """A model's file or files, each opened once and memory-mapped: processes that read it share its pages.
+    """A model's file or files, each opened once and memory-mapped: processes that read a file share its pages.
 
-    `module` is the file of a module beside it, VACE's or InfiniteTalk's.
+    Args:
+        path: a file, a folder of shards, or one shard.
+        module: the file of a module beside the model, VACE's or InfiniteTalk's.
+
+    Raises:
+        CheckpointError: see `read_model`.
     """
 
     def __init__(self, path: str, module: str = ""):
@@ -51,9 +63,8 @@ class Checkpoint:
         self._mapped = functools.cache(map_file)
 
     def tensor(self, name: str) -> Weight:
-        """The weight as it stands in the file, on the CPU."""
-        info = self.header.tensors[name]
-        return weight_of(info, *(self._read(part) if part else None for part in (info, info.scale, info.whole_scale)))
+        """The weight `name` as its file has it, on the CPU."""
+        return self.header.tensors[name].load(self._read)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if is_gguf(info.file):
@@ -62,10 +73,10 @@ class Checkpoint:
 
 
 def random_config(size: str) -> WanConfig:
-    """Dimensions of a released size, such as 14b.
+    """Dimensions of the released model of a size, such as 14b.
 
     Raises:
-        CheckpointError: there is no such size.
+        CheckpointError: no model of this size was released.
     """
     if size not in PRESETS:
         raise CheckpointError(f"There is no Wan of size {size}. Known sizes: {', '.join(PRESETS)}.")
@@ -73,9 +84,9 @@ def random_config(size: str) -> WanConfig:
 
 
 class RandomWeights:
-    """Normal weights of a released size (`random:14b`): what a speed needs, without a file of 28 GB."""
+    """Normal weights of a released size (`random:14b`), for measuring speed without a file of 28 GB."""
 
-    header = None
+    header: Header | None = None
 
     def __init__(self, size: str, device: torch.device | str):
         self.config = random_config(size)
@@ -84,7 +95,7 @@ class RandomWeights:
         self._seeds = {name: seed for seed, name in enumerate(self._shapes)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Normal with deviation 0.02, bf16, the same on every device of one kind and in every call."""
+        """Normal numbers with deviation 0.02 in bf16, the same on every device of one kind and in every call."""
         generator = torch.Generator(self._device).manual_seed(self._seeds[name])
         weight = torch.randn(self._shapes[name], generator=generator, device=self._device, dtype=torch.bfloat16)
         return weight * 0.02
@@ -113,57 +124,66 @@ def model_config(path: str, module: str = "") -> WanConfig:
 
 
 def file_stamp(path: str) -> str:
-    """Changes when the file does, or one of a folder's; "" for random weights."""
+    """A text that changes whenever the model's file, or a file of its folder, changes; "" for random weights."""
     if path.startswith(RANDOM_PREFIX):
         return ""
     stats = [os.stat(file) for file in model_files(path)]
     return f"{max(stat.st_mtime_ns for stat in stats)}-{sum(stat.st_size for stat in stats)}"
 
 
-def held_as(header: Header | None, weight_dtype: str) -> str:
-    """How the weights of a model are held, such as bf16, or GGUF Q4_K and bf16; random weights have no header."""
-    quantized = {name: info for name, info in header.tensors.items() if is_quantized(info)} if header else {}
+def storage_format(header: Header | None, weight_dtype: str) -> str:
+    """What a user calls the formats in which workers hold the weights of a model: bf16, or GGUF Q4_K and bf16.
+
+    Args:
+        header: of the model's file; None for random weights.
+        weight_dtype: a name of `WEIGHT_DTYPES`.
+    """
+    quantized = {name: info for name, info in header.tensors.items() if info.is_quantized} if header else {}
     if not quantized:
         return f"{weight_dtype} and bf16" if weight_dtype in FLOAT8 else weight_dtype
     return f"{format_name(quantized)} and {'bf16' if weight_dtype in FLOAT8 else weight_dtype}"
 
 
-def held_sizes(config: WanConfig, header: Header | None, weight_dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each weight of a model as `place` holds it; reads none. Random weights have no header."""
-    sizes = {name: _held(name, shape, weight_dtype) for name, shape in config.shapes().items()}
+def storage_bytes(config: WanConfig, header: Header | None, weight_dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each weight of a model in memory, by name, once `cast_and_move` has cast it; no weight is read.
+
+    Args:
+        header: of the model's file; None for random weights.
+    """
+    sizes = {name: _cast_bytes(name, shape, weight_dtype) for name, shape in config.shapes().items()}
     tensors = header.tensors if header else {}
-    return sizes | {name: quantized_bytes(info) for name, info in tensors.items() if is_quantized(info)}
+    return sizes | {name: info.storage_bytes for name, info in tensors.items() if info.is_quantized}
 
 
-def held_sizes_of(path: str, weight_dtype: torch.dtype, module: str = "") -> dict[str, int]:
-    """`held_sizes` of a checkpoint or of random weights.
+def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "") -> dict[str, int]:
+    """`storage_bytes` of the checkpoint `path` (`module`: a file beside it) or of random weights.
 
     Raises:
         CheckpointError: see `open_weights`.
     """
     if path.startswith(RANDOM_PREFIX):
-        return held_sizes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
+        return storage_bytes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
     header = read_model(path, module)
-    return held_sizes(header.config, header, weight_dtype)
+    return storage_bytes(header.config, header, weight_dtype)
 
 
-def held_bytes(path: str, weight_dtype: torch.dtype) -> int:
-    """Bytes that a model takes on a device where it is held in `weight_dtype`.
+def total_storage_bytes(path: str, weight_dtype: torch.dtype) -> int:
+    """Bytes of all weights of a model in memory: quantised as in its file, or cast to `weight_dtype`.
 
     Raises:
         CheckpointError: see `open_weights`.
     """
-    return sum(held_sizes_of(path, weight_dtype).values())
+    return sum(storage_bytes_of(path, weight_dtype).values())
 
 
-def _held(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
+def _cast_bytes(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) -> int:
     if is_quantized_at_load(name, len(shape), weight_dtype):
-        return math.prod(shape) + shape[0] * 4
-    return math.prod(shape) * held_dtype(name, len(shape), weight_dtype).itemsize
+        return Fp8Weight.quantized_bytes(shape)
+    return math.prod(shape) * storage_dtype(name, len(shape), weight_dtype).itemsize
 
 
-def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
-    """A weight as the model holds it on `device`.
+def cast_and_move(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
+    """The weight `name` of a file in the type in which the model holds it, on `device`.
 
     Matrices and 2-D convolutions are in `weight_dtype`; norms, modulation and the patch embedding in float32: these are
     0.1 % of the bytes, and the residual stream they act on is float32. Biases go with their matrices in the blocks,
@@ -176,22 +196,24 @@ def place(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str,
         return weight.to(device)
     if is_quantized_at_load(name, weight.ndim, weight_dtype):
         return Fp8Weight.quantize(weight.to(device), weight_dtype)
-    return weight.to(device, held_dtype(name, weight.ndim, weight_dtype))
+    return weight.to(device, storage_dtype(name, weight.ndim, weight_dtype))
 
 
 def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
-    """Whether `place` quantises a float weight: in fp8, the matrices of the blocks, which are 98 % of the bytes."""
+    """Whether `cast_and_move` quantises the float weight `name`: for fp8, it does so with the matrices of the blocks,
+    which are 98 % of the bytes."""
     return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or name.startswith("audio_injector."))
 
 
-def held_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which `place` holds a weight of so many dimensions that is not quantised."""
+def storage_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which `cast_and_move` casts the weight `name` of `ndim` dimensions, if it does not quantise it."""
     if ndim not in (2, 4) and not _BIAS_OF_BLOCK.search(name):
         return torch.float32
     return torch.bfloat16 if weight_dtype in FLOAT8.values() else weight_dtype
 
 
 def change(weight: Weight, patches: Sequence[WeightPatch]) -> Weight:
-    """A file's weight with `patches` merged in float32 (see `merge`): in float32, or quantised as it was."""
+    """A file's weight with `patches` merged in float32 (see `merge`). The result is in float32 if the weight is a float
+    tensor, and in about as many bits as the weight (see `QuantizedWeight.requantize`) if it is quantised."""
     merged = merge(as_tensor(weight, torch.float32), patches)
     return weight.requantize(merged) if isinstance(weight, QuantizedWeight) else merged

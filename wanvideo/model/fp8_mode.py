@@ -11,7 +11,7 @@ import torch
 from ..attention.kernels import get_fp8_kernel
 from ..checkpoint.header import Header
 from ..quant import fp8
-from ..quant.formats import format_name, is_quantized
+from ..quant.formats.registry import format_name
 from .layers import Block
 from .model import WanModel
 
@@ -29,8 +29,8 @@ def weights_for(header: Header | None, mode: str, weight_dtype: str) -> str:
     if mode == DISABLED:
         return weight_dtype
     tensors = header.tensors.items() if header else ()
-    quantized = {name: info for name, info in tensors if is_quantized(info) and "blocks." in name}
-    others = {name: info for name, info in quantized.items() if info.dtype != "F8_E4M3"}
+    quantized = {name: info for name, info in tensors if info.is_quantized and "blocks." in name}
+    others = {name: info for name, info in quantized.items() if not info.format.fp8_products}
     if others:
         raise fp8.Fp8Error(
             f"The file has {format_name(others)} weights, which fp8_mode {mode} cannot multiply. "

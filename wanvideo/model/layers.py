@@ -24,8 +24,9 @@ from ..base.grid import PATCH
 from ..ops import pointwise
 from ..ops.pointwise import ByToken, Vectors
 from ..quant import fp8
+from ..quant.formats.fp8 import Fp8Weight
 from ..quant.fp8 import Fp8Rows
-from ..quant.quantized import Fp8Weight, as_tensor
+from ..quant.quantized import as_tensor
 from .text_keys import Keys
 
 TIMESTEP_PERIOD = 10000.0

@@ -16,7 +16,7 @@ from ..attention.kernels import AttentionKernel, get_kernel
 from ..base.conditioning import NOTHING, Conditioning, core, extended
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part, pad_to_patch, patchify, sequence_of, unpatchify
-from ..checkpoint.weight_source import open_weights, place
+from ..checkpoint.weight_source import cast_and_move, open_weights
 from ..ops import pointwise
 from ..ops.rope import sequence_table
 from ..quant.quantized import QuantizedWeight, Weight
@@ -89,7 +89,7 @@ class WanModel(nn.Module):
         with torch.device("meta"):
             model = cls(source.config, attention, compute_dtype, slice_tokens)
         for name in source.config.shapes():
-            model.set_weight(name, place(source.tensor(name), weight_dtype, device, name))
+            model.set_weight(name, cast_and_move(source.tensor(name), weight_dtype, device, name))
         return model.eval().requires_grad_(False)
 
     def set_weight(self, name: str, weight: Weight) -> None:

@@ -1,8 +1,8 @@
-"""Keys and values that the blocks made of a text, and of a start image, kept while the same ones come again.
+"""Keys and values that the blocks computed from a text and a start image, kept while this text and image come again.
 
-They depend on neither the video nor the step: of a run only the first step computes them, and of the patches that pass
-through a pipeline only the first one. Each rank that shares a sequence needs all of them, so the more GPUs share it,
-the more that counts.
+Keys and values of a text depend on neither the video nor the step: only the first step of a run computes them, and only
+the first of the patches that pass through a pipeline. Each rank that shares a sequence needs all of them, so keeping
+them saves more time, the more GPUs share the sequence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 MOST = 4
-"""Texts at a time: both branches of cfg, and as many again for prompts by region or of a schedule."""
+"""How many texts are kept: both branches of cfg, and as many again for prompts by region or of a schedule."""
 
 Keys = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [B, L, heads, head_dim] of the text, and of the image where a block attends to one."""
@@ -32,10 +32,10 @@ class _Kept:
 
 
 class TextKeys:
-    """What blocks have computed of the last texts, the one used last at the end.
+    """The keys and values of the last texts, in the order of their last use.
 
     Args:
-        room: gives the bytes that may still be taken for it.
+        room: gives the bytes of the device that may still be taken for keys and values.
     """
 
     def __init__(self, room: Callable[[], int]):
@@ -48,9 +48,17 @@ class TextKeys:
         return sum(kept.nbytes for kept in self._texts)
 
     def of(self, text: torch.Tensor, image: torch.Tensor | None, blocks: int) -> dict[nn.Module, Keys] | None:
-        """Where each block's attention finds or leaves those of this text [B, L, dim] and image, both embedded.
+        """The keys and values of a text and an image, by the attention module of each block. A module that is not there
+        yet computes its own and adds them.
 
-        None where there is no room. Waits until the device has embedded them.
+        Waits until the device has embedded the text and the image, which are compared with those kept.
+
+        Args:
+            text, image: embedded, [B, L, dim]; a model without image tokens has no image.
+            blocks: how many blocks will add keys and values.
+
+        Returns:
+            None where the device has no room for them.
         """
         kept = next((kept for kept in reversed(self._texts) if kept.is_of(text, image)), None)
         if kept is None:
@@ -66,7 +74,7 @@ class TextKeys:
         return kept.keys
 
     def clear(self) -> None:
-        """Forget all, as where the weights change."""
+        """Forget all keys and values, as is needed when the weights change."""
         self._texts.clear()
 
 

@@ -1,4 +1,4 @@
-"""What happens between the matrix products: norms with modulation, rotated queries, gated sums.
+"""Operations between the matrix products: norms with modulation, rotated queries, gated sums.
 
 Each function reads its input and writes its output once where Triton can be used (see `use_triton`), and is
 plain torch elsewhere. Both compute in float32.
@@ -6,18 +6,14 @@ plain torch elsewhere. Both compute in float32.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
 from .rope import apply_rope
-
-log = logging.getLogger(__name__)
+from .triton_probe import tried_out
 
 _kernels: ModuleType | None = None
 
@@ -28,18 +24,19 @@ of its own; for 75,600 rows it is the other way round, 16.63 and 16.34 ms (H200,
 
 @dataclass(frozen=True, eq=False)
 class ByToken:
-    """A vector for each token, where there are few different ones: written out, they would be larger than all else.
+    """A vector for each token, held as the few different vectors: written out for each token, the vectors would take
+    more memory than all else.
 
     Args:
-        values: float32 [B, R, d].
-        row: int64 [n], which of the R each token has.
+        values: float32 [B, R, d], the R different vectors.
+        row: int64 [n], which of the R vectors each token has.
     """
 
     values: torch.Tensor
     row: torch.Tensor
 
     def of(self, tokens: slice) -> ByToken:
-        """Those of some of the tokens."""
+        """The vectors of some of the tokens."""
         return ByToken(self.values, self.row[tokens])
 
 
@@ -48,28 +45,18 @@ Vectors = torch.Tensor | ByToken
 
 
 def written_out(v: Vectors) -> torch.Tensor:
-    """As a tensor."""
+    """Vectors as a tensor, float32 [B, 1 or n, d]."""
     return v.values[:, v.row] if isinstance(v, ByToken) else v
 
 
 def use_triton(device: torch.device) -> bool:
-    """Take Triton's kernels on this device from now on if they work here; returns whether they do.
-
-    Triton comes with torch's CUDA builds and compiles at the first call, for which it needs a C compiler.
-    """
+    """Take Triton's kernels on this device from now on if they work here (see `tried_out`); returns whether they do."""
     global _kernels
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda":
         return False
     if _kernels is None:
-        module = import_module(".pointwise_triton", __package__)
-        try:
-            module.try_out(device)
-        except Exception as error:  # a missing compiler, header or driver: Triton has no class of its own for it
-            reason = str(error).strip().splitlines()
-            log.warning("Triton does not work here (%s). Install gcc and Python's headers for more speed.", reason[:1])
-            return False
-        _kernels = module
-    return True
+        _kernels = tried_out(".pointwise_triton", __package__, device)
+    return _kernels is not None
 
 
 def triton_in_use() -> bool:
@@ -142,7 +129,7 @@ def add_norm(
 ) -> torch.Tensor:
     """`add_`, then `norm` of the sum: the same numbers, and x is read once for both.
 
-    All that are `ByToken` have the same rows.
+    Arguments that are `ByToken` must have the same rows.
     """
     if x.is_cuda and _kernels is not None:
         return _kernels.add_norm(x, y, gate, scale, shift, eps, dtype)

@@ -125,13 +125,13 @@ def rms_norm(
     batch, n, d = x.shape
     x = x.contiguous()
     out = torch.empty_like(x)
-    rotate, given = rope is not None, mean_square is not None
-    table = torch.view_as_real(rope) if rotate else weight
-    squares = mean_square.contiguous() if given else weight
-    half = rope.shape[-1] if rotate else 1
+    table = weight if rope is None else torch.view_as_real(rope)
+    squares = weight if mean_square is None else mean_square.contiguous()
+    half = 1 if rope is None else rope.shape[-1]
     if x.numel():
         block, warps = _launch(d)
-        tensors, constants = (x, weight, table, squares, out), (half, block // 2, rotate, given)
+        tensors = x, weight, table, squares, out
+        constants = half, block // 2, rope is not None, mean_square is not None
         _rms_norm((batch * n,), tensors, (n, d, eps), constants, warps)
     return out
 
@@ -184,22 +184,22 @@ def try_out(device: torch.device) -> None:
 
 
 def _vectors(v: Vectors, x: torch.Tensor) -> torch.Tensor:
-    """Those that there are, [B, R, d], or [B, n, d] with strides of 0 where they repeat."""
+    """The different vectors [B, R, d] of a `ByToken`, else vectors [B, n, d] with strides of 0 where they repeat."""
     return v.values.expand(len(x), -1, -1) if isinstance(v, ByToken) else v.expand(x.shape)
 
 
 def _rows(v: Vectors | None) -> torch.Tensor | None:
-    """Which of them each token has; None where that is its own."""
+    """Which of the R different vectors each token has, int64 [n]; None where v is written out."""
     return v.row.contiguous() if isinstance(v, ByToken) else None
 
 
 def _or(rows: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """Something to give to a kernel that does not look at it."""
+    """`rows`, or any tensor at all for a kernel that does not read its argument."""
     return x if rows is None else rows
 
 
 def _strides(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Of items and tokens, of all of them in turn."""
+    """The strides of the batch items and of the tokens, tensor after tensor."""
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 

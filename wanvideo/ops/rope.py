@@ -65,10 +65,11 @@ def sequence_table(
         complex64 [frames * rows * columns + options.tail_tokens, head_dim // 2].
     """
     frames, rows, columns = grid
-    front = options.reference_frames if options.reference_rope else 0
+    reference_rope = options.reference_rope
+    front = 0 if reference_rope is None else options.reference_frames
     tables = [rope_table((frames - front, rows, columns), head_dim, device, options.rope, options.fps)]
-    if front:
-        tables.insert(0, rope_table((front, rows, columns), head_dim, device, options.reference_rope))
+    if front and reference_rope is not None:
+        tables.insert(0, rope_table((front, rows, columns), head_dim, device, reference_rope))
     tables += [_segment_table(segment, grid, head_dim, device) for segment in options.tail]
     return torch.cat(tables) if len(tables) > 1 else tables[0]
 

@@ -14,11 +14,11 @@ import torch
 import triton
 
 _KEPT = 1024
-"""Kinds of launches that are remembered; a model at one resolution has about twenty."""
+"""How many kinds of launches are remembered; a model at one resolution has about twenty."""
 _ALIGNED = 16
 """Bytes by which addresses are divisible in kernels that Triton compiles for aligned ones."""
 _TAKES_ALL = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-"""Whether what was compiled is launched with all arguments; before, without the constants."""
+"""Whether a compiled kernel is launched with all arguments; older Triton launches it without the constants."""
 
 
 class Launcher:
@@ -35,7 +35,7 @@ class Launcher:
     def __call__(
         self, grid: Sequence[int], tensors: Sequence[torch.Tensor], numbers: tuple, constants: tuple, num_warps: int = 4
     ) -> None:
-        """Launch it on the current stream of the device of the tensors, which is the current device."""
+        """Launch the kernel on the current stream of the tensors' device, which must be the current device."""
         device = tensors[0].device.index
         kinds = tuple([(tensor.dtype, tensor.data_ptr() % _ALIGNED == 0) for tensor in tensors])
         key = (device, kinds, numbers, constants, num_warps)

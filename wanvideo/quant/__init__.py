@@ -1,4 +1,4 @@
 """Quantised weights: how each format lies in a file, how it is dequantised, and products in fp8.
 
-May import base/ and ops/. Open formats.py first.
+May import base/ and ops/. Open formats/registry.py first.
 """

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from ..ops.triton_launch import Launcher
-from .block_scaled import GROUPS, BlockScaledWeight
+from .formats.block_scaled import GROUPS, BlockScaledWeight
 
 _NUMBERS = 2048
-"""That a program writes."""
+"""How many numbers a program writes."""
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..ops import pointwise
 from ..ops.pointwise import Vectors, written_out
-from .quantized import Fp8Weight
+from .formats.fp8 import Fp8Weight
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -51,6 +51,7 @@ class Fp8Rows:
     dtype: torch.dtype
 
     def dequantize(self) -> torch.Tensor:
+        """The rows in `dtype`, multiplied out in float32."""
         return (self.data.float() * self.scale).to(self.dtype)
 
 
@@ -61,30 +62,34 @@ def power_of_two(largest: torch.Tensor) -> torch.Tensor:
 
 
 def to_rows(x: torch.Tensor) -> Fp8Rows:
-    """Round x [..., d] to nearest."""
+    """Round x [..., d] to nearest, with a scale for each row."""
     if kernels := fused(x.device):
-        return Fp8Rows(*kernels.to_rows(x), x.dtype)
+        data, scale = kernels.to_rows(x)
+        return Fp8Rows(data, scale, x.dtype)
     return _rounded(x.float(), x.dtype)
 
 
 def gelu_rows(x: torch.Tensor) -> Fp8Rows:
     """GELU (tanh) of x [..., d] in float32, rounded once."""
     if kernels := fused(x.device):
-        return Fp8Rows(*kernels.to_rows(x, gelu=True), x.dtype)
+        data, scale = kernels.to_rows(x, gelu=True)
+        return Fp8Rows(data, scale, x.dtype)
     return _rounded(F.gelu(x.float(), approximate="tanh"), x.dtype)
 
 
 def norm_rows(x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype) -> Fp8Rows:
-    """`pointwise.norm` in float32, rounded once; `dtype` is that of products of the rows."""
+    """`pointwise.norm` in float32, rounded once to fp8 rows; products of these rows come in `dtype`."""
     if kernels := fused(x.device):
-        return Fp8Rows(*kernels.norm_rows(x, written_out(scale), written_out(shift), eps), dtype)
+        data, scales = kernels.norm_rows(x, written_out(scale), written_out(shift), eps)
+        return Fp8Rows(data, scales, dtype)
     return _rounded(pointwise.norm(x, scale, shift, eps, torch.float32), dtype)
 
 
 class GeluRows(torch.nn.Module):
-    """Between the two products of a feed-forward."""
+    """The activation between the two products of a feed-forward: GELU, rounded to fp8 rows."""
 
     def forward(self, x: torch.Tensor) -> Fp8Rows:
+        """`gelu_rows` of x [..., d]."""
         return gelu_rows(x)
 
 
@@ -108,10 +113,10 @@ def product(rows: Fp8Rows, weight: Fp8Weight, bias: torch.Tensor) -> torch.Tenso
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> str:
-    """How products with results in `dtype` run on this device, as a user may read it.
+    """How fp8 products with results in `dtype` run on this device, in words for a user.
 
     Raises:
-        Fp8Error: it has no fp8 products, or they are wrong.
+        Fp8Error: the device has no fp8 products, or wrong ones.
     """
     return _NAMES[_multiplication(device, dtype)]
 
@@ -123,7 +128,7 @@ def fused(device: torch.device) -> ModuleType | None:
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> Fp8Rows:
-    """float32 [..., d]; the division is exact."""
+    """Round float32 `values` [..., d], with a power of two for each row: the division is exact."""
     scale = power_of_two(values.abs().amax(-1, keepdim=True))
     return Fp8Rows((values / scale).to(FP8), scale, dtype)
 
@@ -149,14 +154,14 @@ def _reference(
 def _rowwise(
     rows: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """All in one, with a result in bf16."""
+    """Product, scales and bias in one call, with a result in bf16."""
     return _scaled(rows, row_scale, weight, scale, bias, torch.bfloat16)
 
 
 def _rowwise_fp16(
     rows: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """The same in fp16, which older versions of torch refuse."""
+    """As `_rowwise`, with a result in fp16, which older versions of torch refuse."""
     return _scaled(rows, row_scale, weight, scale, bias, torch.float16)
 
 
@@ -191,7 +196,8 @@ _NAMES: dict[Multiplication, str] = {
     _tensorwise: "scaled behind the product",
 }
 _TOLERANCE = 1e-2
-"""Of a product against float64 with the same rounded numbers: the result in bf16, and sums of the tensor cores."""
+"""Greatest relative error of a product against float64 on the same rounded numbers. It allows for the rounding of the
+result to bf16 and of the sums in the tensor cores."""
 
 
 @functools.cache
@@ -224,7 +230,7 @@ def _multiplication(device: torch.device, dtype: torch.dtype) -> Multiplication:
 
 
 def _error_of(multiply: Multiplication, device: torch.device) -> float:
-    """Relative, on small matrices, against float64."""
+    """The relative error of `multiply` on small matrices, against float64."""
     generator = torch.Generator(device).manual_seed(0)
     x, w = (torch.randn(rows, 256, device=device, generator=generator) for rows in (48, 64))
     bias = torch.randn(64, device=device, generator=generator)

@@ -206,7 +206,10 @@ def _launch(d: int, per_warp: int = 1024) -> dict[str, int]:
 def to_heads(
     x: torch.Tensor, smooth: bool, dtype: torch.dtype = _FP8
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See `fp8_attention.to_heads`: numbers in `dtype`, scales, mean. Any strides but the last; D a power of 2."""
+    """See `fp8_attention.to_heads` and `to_smoothed_heads`: numbers in `dtype`, scales, mean.
+
+    x may have any strides but in its last dimension, and D must be a power of 2.
+    """
     batch, n, heads, d = x.shape
     strides, (largest, sums) = x.stride()[:3], _extents(x)
     chunks = sums.shape[1]

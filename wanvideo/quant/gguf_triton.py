@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 
 from ..ops.triton_launch import Launcher
-from .gguf_blocks import BLOCKS, GgufWeight
+from .formats.gguf_blocks import BLOCKS, GgufWeight
 
 _WARPS = 4
 _NUMBERS = 4096
-"""That a program writes, four runs of eight a lane; with half as many Q4_K takes a tenth longer (H200)."""
+"""How many numbers a program writes, four runs of eight a lane; with half as many Q4_K takes a tenth longer (H200)."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
 """Wan's two video VAEs, decoding and encoding in pieces of frames.
 
-May import base/. Open vae_coder.py first.
+May import base/ and ops/. Open vae_coder.py first.
 """

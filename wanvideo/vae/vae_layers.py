@@ -18,39 +18,42 @@ import torch
 from torch.nn import functional as F
 
 from .vae_layout import inner_layers
-from .vae_ops import VAEOps, norm
+from .vae_ops import Convolution, VAEOps, norm
 
 
 class Frame(Protocol):
-    """What lies around the part of each frame that is decoded or encoded here."""
+    """Surroundings of the part of each frame that is decoded or encoded on this rank."""
 
     size: tuple[int, int]
-    """Rows and columns of the latent on the rank that has most, by which pieces are cut alike on all."""
+    """Rows and columns of the latent on the rank that has most of it: all ranks cut pieces by this size."""
 
     def fill_border(self, frames: torch.Tensor) -> None:
-        """Fill the first and last row and column of [T, H + 2, W + 2, C] with what lies there; zeros outside."""
+        """Fill the first and last row and column of `frames` [T, H + 2, W + 2, C] with the pixels of the neighbours, or
+        with zeros at the edge of the video."""
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """All of each frame, from the part [T, H, W, C] of every rank."""
+        """Whole frames, put together from the part `x` [T, H, W, C] of every rank."""
 
 
 class WholeFrame:
-    """A `Frame` that is here as a whole."""
+    """A `Frame` without neighbours: this rank has the whole frame."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
 
     def fill_border(self, frames: torch.Tensor) -> None:
+        """Fill the border with zeros, as nothing lies around a whole frame."""
         for edge in (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]):
             edge.zero_()
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself, as all of each frame is here."""
         return x
 
 
 @dataclass
 class Pass:
-    """One video on its way through a half: what surrounds it, and what the layers keep of its earlier frames."""
+    """One video on its way through a half: its surroundings, and the earlier frames that the layers keep."""
 
     frame: Frame
     past: dict[str, torch.Tensor]
@@ -90,7 +93,7 @@ class Pass:
 
 
 class CausalConv:
-    """A 3x3x3 convolution of a tensor as it is."""
+    """A 3x3x3 convolution without a norm before it."""
 
     def __init__(self, name: str, weights: Weights):
         self.name, self.conv = name, weights.conv(name)
@@ -100,7 +103,7 @@ class CausalConv:
 
 
 class NormConv:
-    """RMSNorm, SiLU and a 3x3x3 convolution, and `residual` on top."""
+    """RMSNorm, SiLU and a 3x3x3 convolution, to whose result `residual` is added."""
 
     def __init__(self, norm_name: str, conv_name: str, weights: Weights):
         self.name, self.ops = conv_name, weights.ops
@@ -147,8 +150,12 @@ class Upsample:
 
     def __init__(self, name: str, weights: Weights):
         self.name, self.conv = name, weights.conv(f"{name}.resample.1")
-        self.temporal = f"{name}.time_conv.weight" in weights.tensors
-        self.time_conv = weights.conv(f"{name}.time_conv") if self.temporal else None
+        self.time_conv = weights.conv(f"{name}.time_conv") if f"{name}.time_conv.weight" in weights.tensors else None
+
+    @property
+    def temporal(self) -> bool:
+        """Whether it doubles the frames."""
+        return self.time_conv is not None
 
     def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         frames, rows, columns, channels = x.shape
@@ -156,7 +163,7 @@ class Upsample:
             first, later = x, None
         else:
             count = 0 if self.name in run.past else 1
-            first, later = x[:count], self._doubled(x[count:], run)
+            first, later = x[:count], self._doubled(self.time_conv, x[count:], run)
             frames = count + 2 * (frames - count)
         buffer = x.new_empty(frames, 2 * rows + 2, 2 * columns + 2, channels)
         interior = buffer[:, 1:-1, 1:-1].unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
@@ -167,26 +174,32 @@ class Upsample:
         run.frame.fill_border(buffer)
         return self.conv(buffer, None)
 
-    def _doubled(self, x: torch.Tensor, run: Pass) -> torch.Tensor | None:
-        """Two frames for each one of x, side by side in the channels."""
+    def _doubled(self, time_conv: Convolution, x: torch.Tensor, run: Pass) -> torch.Tensor | None:
+        """Two frames for each frame of x, side by side in the channels."""
         if not len(x):
             run.past[self.name] = x.new_zeros(2, *x.shape[1:])
             return None
-        return self.time_conv(run.frames_before(self.name, x), None)
+        return time_conv(run.frames_before(self.name, x), None)
 
 
 class Downsample:
     """Half the rows and columns, and half the frames where there is a convolution over time.
 
-    The first frame of a video passes that as it is.
+    The first frame of a video is not halved.
     """
 
     def __init__(self, name: str, weights: Weights):
         self.name = name
         self.weight, self.bias = (weights.tensors[f"{name}.resample.1.{part}"] for part in ("weight", "bias"))
         self.weight = self.weight.contiguous(memory_format=torch.channels_last)
-        self.temporal = f"{name}.time_conv.weight" in weights.tensors
-        self.time_weight, self.time_bias = (weights.tensors.get(f"{name}.time_conv.{p}") for p in ("weight", "bias"))
+        self.time_conv: tuple[torch.Tensor, torch.Tensor] | None = None  # weight and bias
+        if f"{name}.time_conv.weight" in weights.tensors:
+            self.time_conv = weights.tensors[f"{name}.time_conv.weight"], weights.tensors[f"{name}.time_conv.bias"]
+
+    @property
+    def temporal(self) -> bool:
+        """Whether it halves the frames."""
+        return self.time_conv is not None
 
     def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         frames, rows, columns, channels = x.shape
@@ -195,9 +208,9 @@ class Downsample:
         run.frame.fill_border(buffer)
         seen = buffer[:, 1:, 1:].permute(0, 3, 1, 2)  # nothing above, and nothing to the left
         y = F.conv2d(seen, self.weight, self.bias, stride=2).permute(0, 2, 3, 1).contiguous()
-        return y if self.time_weight is None else self._halve_frames(y, run)
+        return y if self.time_conv is None else self._halve_frames(*self.time_conv, y, run)
 
-    def _halve_frames(self, y: torch.Tensor, run: Pass) -> torch.Tensor:
+    def _halve_frames(self, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, run: Pass) -> torch.Tensor:
         before = run.past.pop(self.name, None)
         run.past[self.name] = y[-1:].clone()
         first = y[:1] if before is None else y[:0]
@@ -205,23 +218,26 @@ class Downsample:
         if len(seen) < 3:
             return first
         frames = seen.permute(3, 0, 1, 2).unsqueeze(0)
-        later = F.conv3d(frames, self.time_weight, self.time_bias, stride=(2, 1, 1))[0].permute(1, 2, 3, 0)
+        later = F.conv3d(frames, weight, bias, stride=(2, 1, 1))[0].permute(1, 2, 3, 0)
         return torch.cat([first, later])
 
 
 class Weights:
-    """The weights of a VAE on its device, as the layers want them."""
+    """The weights of a VAE on its device, in the forms in which its layers use them."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ops: VAEOps):
         self.tensors, self.ops = tensors, ops
 
     def gamma(self, name: str) -> torch.Tensor:
+        """The factors [C] of the norm `name`."""
         return self.tensors[f"{name}.gamma"].flatten()
 
-    def conv(self, name: str) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    def conv(self, name: str) -> Convolution:
+        """The convolution `name` with its bias."""
         return self.ops.conv(self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
 
     def linear(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The convolution `name` of single pixels, as a function of [..., C]."""
         weight, bias = self.tensors[f"{name}.weight"].flatten(1), self.tensors[f"{name}.bias"]
         return lambda x: F.linear(x, weight, bias)
 
@@ -249,7 +265,7 @@ Layer = Callable[[torch.Tensor, Pass], torch.Tensor]
 
 
 def make_layer(name: str, weights: Weights) -> Layer:
-    """The layer, or the group of layers, that has this name."""
+    """The layer, or the group of layers, called `name`."""
     if f"{name}.weight" in weights.tensors:
         return CausalConv(name, weights)
     if f"{name}.to_qkv.weight" in weights.tensors:
@@ -294,11 +310,9 @@ def _neighbours(x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:
 
 def _different(times: int, frames: int, pixels: int) -> tuple[int, int, int]:
     """How many neighbours in time, rows and columns differ, where there are so many times the channels for them."""
-    parts = []
-    for count in (frames, pixels, pixels):
-        parts.append(min(count, times))
-        times //= parts[-1]
-    return tuple(parts)
+    in_time = min(frames, times)
+    rows = min(pixels, times // in_time)
+    return in_time, rows, min(pixels, times // in_time // rows)
 
 
 def pixels_to_channels(x: torch.Tensor, patch: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ same layers, in groups with a shortcut around each, and sees 2 x 2 pixels as one
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -17,7 +17,7 @@ _Weight = TypeVar("_Weight")
 Half = Literal["decoder", "encoder"]
 HALVES: tuple[Half, ...] = ("decoder", "encoder")
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of the weights of a VAE, or of one half of it, under their names in Wan's files."""
+"""Shapes of the weights of a VAE, or of one half of it, by their names in Wan's files."""
 
 FRAMES = 4
 """Video frames for each latent frame after the first, which is one."""
@@ -29,7 +29,7 @@ BLOCKS = {"decoder": "upsamples", "encoder": "downsamples"}
 """What a half calls its layers between the finest resolution and the coarsest."""
 
 _FINEST = 8
-"""Rows of a half's finest resolution for each of the latent."""
+"""Rows of a half's finest resolution for each row of the latent."""
 _LIVE = 4
 """Tensors of the largest size that a residual block has at a time: its input, a buffer, and two results."""
 
@@ -48,7 +48,7 @@ class VAEKind:
 
     @property
     def scale(self) -> int:
-        """Pixels of a row or column for each of the latent."""
+        """Pixels of a row or column for each position of a row or column of the latent."""
         return _FINEST * self.patch
 
 
@@ -60,7 +60,7 @@ class Conv:
     """A convolution as memory sees it.
 
     Args:
-        scale: rows of its larger tensor for each of the latent.
+        scale: rows of its larger tensor for each row of the latent.
         before, after: channels.
         kept: earlier frames that it keeps.
     """
@@ -78,7 +78,7 @@ class Stage:
     Args:
         names: of its layers, in their order; a group is one of them.
         convs: those larger than a pixel in space or time.
-        frames: how many frames come out for each that goes in.
+        frames: how many frames come out for each frame that goes in.
         least: frames of its largest tensor for the smallest piece, with those of its border.
     """
 
@@ -97,10 +97,10 @@ class Stage:
 
 
 def kind_of(shapes: Shapes, half: Half) -> VAEKind:
-    """Which VAE this half belongs to, from the header of a file or from what a program holds.
+    """Which of Wan's VAEs has a half with weights of these shapes.
 
     Raises:
-        VAEError: to none of Wan's.
+        VAEError: none of Wan's VAEs has.
     """
     kind = next((kind for kind in KINDS.values() if _belongs(shapes, half, kind)), None)
     if kind is None:
@@ -112,7 +112,7 @@ def kind_of(shapes: Shapes, half: Half) -> VAEKind:
 
 
 def weights_of(half: Half, weights: Mapping[str, _Weight]) -> dict[str, _Weight]:
-    """Those weights of a VAE that a half needs."""
+    """The weights of a VAE that its `half` needs, by name."""
     mine = f"{half}.", f"{LATENT_CONV[half]}."
     return {name: weight for name, weight in weights.items() if name.startswith(mine)}
 
@@ -130,18 +130,22 @@ def check_latent(shapes: Shapes, latent: tuple[int, ...]) -> None:
 
 
 def frames_of(latent_frames: int) -> int:
-    """Video frames of so many latent ones."""
+    """How many video frames `latent_frames` latent frames decode to."""
     return 1 + FRAMES * (latent_frames - 1)
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of a video; what is left of the last four is not encoded."""
+    """How many latent frames `frames` video frames encode to; an incomplete last four is dropped."""
     return 1 + (frames - 1) // FRAMES
 
 
-def inner_layers(name: str, shapes: Shapes) -> tuple[str, ...]:
-    """Names of the layers in a group; none if it is a layer by itself."""
-    return _numbered(f"{name}.{BLOCKS[_half_of(name)]}", shapes)
+def inner_layers(name: str, weights: Iterable[str]) -> tuple[str, ...]:
+    """Names of the layers in the group `name`; none if `name` is a layer by itself.
+
+    Args:
+        weights: names of all weights.
+    """
+    return _numbered(f"{name}.{BLOCKS[_half_of(name)]}", weights)
 
 
 def stages_of(shapes: Shapes, half: Half) -> tuple[Stage, ...]:
@@ -199,7 +203,7 @@ def _belongs(shapes: Shapes, half: Half, kind: VAEKind) -> bool:
 
 
 def _positions(size: tuple[int, int], scale: int) -> int:
-    """Of a frame with its border, for a latent of `size` rows and columns."""
+    """Positions of a frame and its border, at `scale` times the resolution of a latent of `size` rows and columns."""
     return (size[0] * scale + 2) * (size[1] * scale + 2)
 
 
@@ -207,9 +211,9 @@ def _half_of(name: str) -> Half:
     return "decoder" if name.startswith("decoder.") else "encoder"
 
 
-def _numbered(name: str, shapes: Shapes) -> tuple[str, ...]:
-    """`name`.0, `name`.1 and so on, as far as they have weights."""
-    found = {int(match[1]) for weight in shapes if (match := re.match(rf"{re.escape(name)}\.(\d+)\.", weight))}
+def _numbered(name: str, weights: Iterable[str]) -> tuple[str, ...]:
+    """`name`.0, `name`.1 and so on, as far as there are weights with these names in front."""
+    found = {int(match[1]) for weight in weights if (match := re.match(rf"{re.escape(name)}\.(\d+)\.", weight))}
     return tuple(f"{name}.{i}" for i in sorted(found))
 
 
@@ -222,7 +226,8 @@ def _stage(
 ) -> tuple[Stage, int]:
     """A stage that begins at a resolution, and the one at which it ends."""
     layers = [layer for name in names for layer in inner_layers(name, shapes) or (name,)]
-    convs, frames = [], 1
+    convs: list[Conv] = []
+    frames = 1
     for layer in layers:
         if _resamples(layer, shapes):
             convs += _resampling(layer, scale, shapes)

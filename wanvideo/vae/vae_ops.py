@@ -6,16 +6,13 @@ nothing is padded or joined beside the one pass that writes the buffer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
-log = logging.getLogger(__name__)
+from ..ops.triton_probe import tried_out
 
 CONVOLUTIONS = ("auto", "triton", "conv3d", "conv3d_ncdhw", "conv2d")
 """Ways to compute a 3x3x3 convolution: kernels of our own, torch's with channels last and first, and torch's 2-D one on
@@ -52,7 +49,7 @@ class VAEOps:
     def conv(self, weight: torch.Tensor, bias: torch.Tensor) -> Convolution:
         """A convolution without padding, of weight [O, C, kt, kh, kw] or [O, C, kh, kw] and bias [O]."""
         flat = weight.ndim == 4
-        if self.convolution == "triton" and self.triton.fits(weight):
+        if self.triton is not None and self.convolution == "triton" and self.triton.fits(weight):
             return self.triton.Conv(weight.unsqueeze(2) if flat else weight, bias)
         if flat:
             return _Conv2d(weight, bias)
@@ -107,19 +104,10 @@ class _FramesInChannels:
 
 def _triton(device: torch.device) -> ModuleType | None:
     """The Triton kernels, where they work."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
     global _kernels
-    if _kernels is None:
-        module = import_module(".vae_triton", __package__)
-        try:
-            module.try_out(device)
-        except Exception as error:  # a missing compiler, header or driver: Triton has no class of its own for it
-            reason = str(error).strip().splitlines()
-            log.warning("Triton does not work here (%s). Install gcc and Python's headers for more speed.", reason[:1])
-            return None
-        _kernels = module
-    return _kernels
+    if device.type == "cuda" and _kernels is None:
+        _kernels = tried_out(".vae_triton", __package__, device)
+    return _kernels if device.type == "cuda" else None
 
 
 _kernels: ModuleType | None = None

@@ -13,7 +13,7 @@ import gguf
 import numpy
 import torch
 from wan_parallel.wanvideo.base.config import WanConfig
-from wan_parallel.wanvideo.quant.gguf_blocks import BLOCKS
+from wan_parallel.wanvideo.quant.formats.gguf_blocks import BLOCKS
 
 from testkit import tiny
 

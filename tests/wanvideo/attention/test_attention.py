@@ -294,3 +294,12 @@ def test_a_kernel_that_fails_is_refused():
 
     with pytest.raises(AttentionError, match="no kernel image is available"):
         kernels._try_out(AttentionKernel("broken", forward), CPU, BF16)
+
+
+def test_a_kernel_that_keeps_its_log_sum_exp_back_is_refused():
+    """Another version of a package may ignore that it is asked for one."""
+    kernel = AttentionKernel("silent", lambda q, k, v, want_lse: (kernels._sdpa_cpu(q, k, v, False)[0], None))
+    with pytest.raises(AttentionError, match="The attention kernel silent gives no log-sum-exp, which a ring needs"):
+        kernel.with_lse(*(torch.ones(1, 4, 2, 16) for _ in range(3)))
+    with pytest.raises(AttentionError, match="fails on cpu"):
+        kernels._try_out(kernel, CPU, BF16)

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from testkit.interpreted import DEVICE, INTERPRETED, assert_same_bits, kernels_of, on_triton, run_interpreted
-from wan_parallel.wanvideo.quant.block_scaled import GROUPS, BlockScaledWeight
+from wan_parallel.wanvideo.quant.formats.block_scaled import GROUPS, BlockScaledWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -18,12 +18,14 @@ from wan_parallel.distributed.weights.lora_transfer import PatchSet
 from wan_parallel.wanvideo.base.lora import LowRank, merge
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import read_header
-from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint, file_stamp, held_bytes
+from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint, file_stamp, total_storage_bytes
 from wan_parallel.wanvideo.model.model import WanModel
-from wan_parallel.wanvideo.quant import gguf_blocks
-from wan_parallel.wanvideo.quant.block_scaled import BlockScaledWeight
-from wan_parallel.wanvideo.quant.gguf_blocks import BLOCKS, GgufWeight
-from wan_parallel.wanvideo.quant.quantized import Fp8Weight, Int8Weight, QuantizedWeight, as_tensor
+from wan_parallel.wanvideo.quant.formats import gguf_blocks
+from wan_parallel.wanvideo.quant.formats.block_scaled import BlockScaledWeight
+from wan_parallel.wanvideo.quant.formats.fp8 import Fp8Weight
+from wan_parallel.wanvideo.quant.formats.gguf_blocks import BLOCKS, GgufWeight
+from wan_parallel.wanvideo.quant.formats.int8 import Int8Weight
+from wan_parallel.wanvideo.quant.quantized import QuantizedWeight, as_tensor
 
 GIVEN = tiny.inputs()
 
@@ -51,7 +53,7 @@ def test_a_quantised_file_computes_what_it_stands_for_in_its_own_bytes(tmp_path,
             of_rows, of_groups = (weight.components().get(name, torch.empty(0)) for name in ("scale", "scales"))
             assert weight.nbytes <= weight.shape.numel() + 4 * len(of_rows) + of_groups.numel()
     held = sum(weight.nbytes for _, weight in model.weights())
-    assert 0.99 < held_bytes(path, torch.float32) / held <= 1.0
+    assert 0.99 < total_storage_bytes(path, torch.float32) / held <= 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -218,7 +220,7 @@ def test_a_gguf_file_computes_what_it_stands_for_in_its_own_bytes(tmp_path, kind
     bits = {"Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5, "Q4_0": 4.5, "Q3_K": 3.4375}.get(kind, 32)
     assert weight.nbytes == weight.shape.numel() * bits / 8
     held = sum(weight.nbytes for _, weight in model.weights())
-    assert held_bytes(path, torch.float32) == held
+    assert total_storage_bytes(path, torch.float32) == held
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.3, 0.999])

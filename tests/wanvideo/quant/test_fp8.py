@@ -25,8 +25,8 @@ from wan_parallel.wanvideo.model import fp8_mode
 from wan_parallel.wanvideo.model.layers import Linear
 from wan_parallel.wanvideo.model.model import WanModel
 from wan_parallel.wanvideo.quant import fp8
+from wan_parallel.wanvideo.quant.formats.fp8 import Fp8Weight
 from wan_parallel.wanvideo.quant.fp8 import Fp8Error
-from wan_parallel.wanvideo.quant.quantized import Fp8Weight
 
 CPU = torch.device("cpu")
 GIVEN = tiny.inputs(size=(3, 8, 10))
@@ -185,8 +185,8 @@ def test_blocks_of_keys_merge_by_their_log_sum_exps():
 
 def test_rounding_leaves_the_mean_of_the_values_alone():
     v = (normal(1, 4000, 2, 64) + 0.004).bfloat16()
-    rounded = fp8_attention.to_heads(v, smooth=True, unbiased=True)
-    got = (rounded.varying() + rounded.mean[:, None]).mean(1)
+    rounded = fp8_attention.to_smoothed_heads(v, unbiased=True)
+    got = (rounded.dequantize() + rounded.mean[:, None]).mean(1)
     assert float((got - v.float().mean(1)).abs().max()) < 1e-6
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from testkit.interpreted import DEVICE, INTERPRETED, assert_same_bits, kernels_of, on_triton, run_interpreted
-from wan_parallel.wanvideo.quant.gguf_blocks import BLOCKS, GgufWeight
+from wan_parallel.wanvideo.quant.formats.gguf_blocks import BLOCKS, GgufWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COLUMNS = 1536  # of the 1.3B's narrower matrices

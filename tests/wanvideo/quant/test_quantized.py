@@ -10,16 +10,11 @@ from wan_parallel.distributed.weights.lora_transfer import PatchSet
 from wan_parallel.wanvideo.base.lora import Difference, LowRank, merge
 from wan_parallel.wanvideo.model.layers import Linear
 from wan_parallel.wanvideo.model.model import WanModel
-from wan_parallel.wanvideo.quant.block_scaled import BlockScaledWeight
-from wan_parallel.wanvideo.quant.gguf_blocks import GgufWeight
-from wan_parallel.wanvideo.quant.quantized import (
-    FLOAT8,
-    Fp8Weight,
-    Int8Weight,
-    QuantizedWeight,
-    as_tensor,
-    rows_together,
-)
+from wan_parallel.wanvideo.quant.formats.block_scaled import BlockScaledWeight
+from wan_parallel.wanvideo.quant.formats.fp8 import FLOAT8, Fp8Weight
+from wan_parallel.wanvideo.quant.formats.gguf_blocks import GgufWeight
+from wan_parallel.wanvideo.quant.formats.int8 import Int8Weight
+from wan_parallel.wanvideo.quant.quantized import QuantizedWeight, as_tensor, rows_together
 from wan_parallel.wanvideo.variants.variant_model import VariantModel
 
 GIVEN = tiny.inputs()

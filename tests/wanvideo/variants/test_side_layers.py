@@ -22,7 +22,8 @@ from wan_parallel.wanvideo.base.audio_shapes import TalkAudio
 from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
-from wan_parallel.wanvideo.quant.quantized import Fp8Weight, Weight
+from wan_parallel.wanvideo.quant.formats.fp8 import Fp8Weight
+from wan_parallel.wanvideo.quant.quantized import Weight
 from wan_parallel.wanvideo.variants.build import model_class
 
 SIDES = {

@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import ClassVar
 
 import torch
 
-from ..ops.pointwise import triton_in_use
+from ...base.tensor_info import FLOATS, CheckpointError, TensorInfo, elements
+from ...ops.pointwise import triton_in_use
+from ..format import Format, Read, StoredTensor
+from ..quantized import QuantizedWeight, Weight, covering
 from .gguf_blocks import to_eight_bits
-from .quantized import QuantizedWeight, covering
+from .scales import INPUT_SCALES, SCALES, scale_info
 
 
 @dataclass(frozen=True)
 class Group:
-    """Numbers of a row that share a scale, and the bytes that hold them."""
+    """How many numbers of a row share a scale, and how many bytes hold these numbers."""
 
     numbers: int
     nbytes: int
@@ -28,6 +32,58 @@ class Group:
 
 GROUPS = {"NVFP4": Group(16, 8), "MXFP8": Group(32, 32)}
 _TILE_ROWS, _TILE_GROUPS = 128, 4
+_WHOLE_SCALE, _SMOOTHING = ".weight_scale_2", ".pre_quant_scale"
+_STORED_AS = {"NVFP4": "U8", "MXFP8": "F8_E4M3"}
+_SCALE_TYPES = ("U8", "F8_E4M3", "F8_E8M0")
+
+
+@dataclass(frozen=True)
+class BlockScaled(Format):
+    """NVFP4 or MXFP8 (`kind`), with the tensor of the groups' scales and, of NVFP4, that of the matrix's scale."""
+
+    companions: ClassVar[tuple[str, ...]] = (*SCALES, *INPUT_SCALES, _WHOLE_SCALE, _SMOOTHING)
+    kind: str
+    scales: TensorInfo
+    whole_scale: TensorInfo | None
+
+    @classmethod
+    def recognise(cls, stored: StoredTensor) -> BlockScaled | None:
+        """NVFP4 and MXFP8 are recognised by the note that names them."""
+        noted = stored.noted_format
+        if noted not in ("nvfp4", "mxfp8") or _SMOOTHING in stored.companions:  # inputs would have to be scaled first
+            return None
+        kind, info, scales = str(noted).upper(), stored.info, scale_info(stored.companions)
+        whole = stored.companions.get(_WHOLE_SCALE) if kind == "NVFP4" else None
+        rows, width = info.shape if len(info.shape) == 2 else (0, 1)
+        group = GROUPS[kind]
+        one = whole is not None and whole.dtype in FLOATS and elements(whole.shape) == 1
+        fits = info.dtype == _STORED_AS[kind] and width % group.nbytes == 0 and (one or kind != "NVFP4")
+        count = elements(scales.shape) if scales is not None and scales.dtype in _SCALE_TYPES else 0
+        if scales is None or not fits or count != scales_in_file(rows, width // group.nbytes):
+            raise CheckpointError(
+                f"{stored.file_name} has {stored.name} in {noted}, of which a scale is missing or of another size. "
+                "Download it again, or use the fp8_scaled, GGUF or bf16 version of the model."
+            )
+        return cls(kind, scales, whole)
+
+    @property
+    def name(self) -> str:
+        """nvfp4 or mxfp8."""
+        return self.kind.lower()
+
+    def logical_shape(self, info: TensorInfo) -> tuple[int, ...]:
+        """Rows, and the numbers that lie in the bytes of a row."""
+        group, (rows, nbytes) = GROUPS[self.kind], info.shape
+        return rows, nbytes // group.nbytes * group.numbers
+
+    def load(self, info: TensorInfo, read: Read) -> Weight:
+        """A `BlockScaledWeight`."""
+        whole = None if self.whole_scale is None else read(self.whole_scale)
+        return BlockScaledWeight.of_file(self.kind, read(info), read(self.scales), whole)
+
+    def storage_bytes(self, info: TensorInfo) -> int:
+        """The numbers, and a byte for the scale of each group."""
+        return info.nbytes + elements(info.shape) // GROUPS[self.kind].numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,25 +113,30 @@ class BlockScaledWeight(QuantizedWeight):
 
     @property
     def shape(self) -> torch.Size:
+        """The logical shape, [rows, columns]."""
         return torch.Size((len(self.data), self.columns))
 
     @property
     def format(self) -> str:
+        """nvfp4 or mxfp8."""
         return self.kind.lower()
 
     def components(self) -> dict[str, torch.Tensor]:
+        """`data`, `scales` and `scale`."""
         return {"data": self.data, "scales": self.scales, "scale": self.scale}
 
     def replace(self, components: Mapping[str, torch.Tensor]) -> BlockScaledWeight:
-        return replace(self, **components)
+        """The weight with other `data`, `scales` and `scale`."""
+        return replace(self, data=components["data"], scales=components["scales"], scale=components["scale"])
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """numbers * scales * scale, by a Triton kernel on a GPU where Triton works; its results are the same."""
         if not (self.data.is_cuda and triton_in_use()):
             return self.dequantize_by_torch(dtype)
-        return import_module(".block_scaled_triton", __package__).dequantize(self, dtype)
+        return import_module("..block_scaled_triton", __package__).dequantize(self, dtype)
 
     def dequantize_by_torch(self, dtype: torch.dtype) -> torch.Tensor:
-        """The same on any device, in plain torch."""
+        """`dequantize` in plain torch, which runs on any device."""
         numbers = self._numbers().to(dtype)  # exact: all floats hold these
         numbers = numbers.unflatten(1, (-1, GROUPS[self.kind].numbers))
         out = torch.empty_like(numbers)
@@ -84,6 +145,7 @@ class BlockScaledWeight(QuantizedWeight):
         return out.flatten(1).narrow(1, self.skip, self.columns)
 
     def narrow(self, dim: int, start: int, length: int) -> BlockScaledWeight:
+        """Some rows, or some columns with all groups that these touch."""
         if dim == 0:
             return replace(self, data=self.data.narrow(0, start, length), scales=self.scales.narrow(0, start, length))
         group = GROUPS[self.kind]
@@ -97,7 +159,7 @@ class BlockScaledWeight(QuantizedWeight):
         )
 
     def requantize(self, weight: torch.Tensor) -> QuantizedWeight:
-        """In 8 bits (see `to_eight_bits`): 4 would round away most of what a LoRA changes."""
+        """`weight` in 8 bits (see `to_eight_bits`): 4 bits would round away most of what a LoRA changes."""
         return to_eight_bits(weight)
 
     def _numbers(self) -> torch.Tensor:
@@ -118,11 +180,11 @@ class BlockScaledWeight(QuantizedWeight):
 def in_rows(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     """Scales in the order in which tensor cores read them, as [rows, groups].
 
-    They come in tiles of 128 rows and 4 groups, tile after tile along the rows, padded to whole ones. In a tile, those
-    of rows i, 32 + i, 64 + i and 96 + i are neighbours (cuBLAS, "1D Block Scaling Factors Layout").
+    The scales come in tiles of 128 rows and 4 groups, tile after tile along the rows, padded to whole tiles. In a tile,
+    the scales of rows i, 32 + i, 64 + i and 96 + i are neighbours (cuBLAS, "1D Block Scaling Factors Layout").
 
     Raises:
-        ValueError: there are more or fewer.
+        ValueError: there are more or fewer scales.
     """
     if scales.numel() != scales_in_file(rows, groups):
         raise ValueError(f"{scales.numel()} scales for {rows} rows of {groups} groups")
@@ -132,7 +194,7 @@ def in_rows(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
 
 
 def scales_in_file(rows: int, groups: int) -> int:
-    """How many a file has for so many, padding included."""
+    """How many scales a file has for `rows` rows of `groups` groups, padding included."""
     down, across = _tiles(rows, groups)
     return down * _TILE_ROWS * across * _TILE_GROUPS
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import ClassVar
 
 import torch
 
-from ..ops.pointwise import triton_in_use
-from .quantized import Int8Weight, QuantizedWeight, covering
+from ...base.tensor_info import TensorInfo
+from ...ops.pointwise import triton_in_use
+from ..format import Format, Read, StoredTensor
+from ..quantized import QuantizedWeight, Weight, covering
+from .int8 import Int8Weight
 
 _CHUNK = 1 << 25
 """Numbers dequantised at once: intermediate results take several times the room of a float32 matrix."""
@@ -43,25 +47,30 @@ class GgufWeight(QuantizedWeight):
 
     @property
     def shape(self) -> torch.Size:
+        """The logical shape, [rows, columns]."""
         return torch.Size((len(self.blocks), self.columns))
 
     @property
     def format(self) -> str:
-        return f"GGUF {self.dtype}"
+        """The type of the blocks behind "GGUF"."""
+        return _name(self.dtype)
 
     def components(self) -> dict[str, torch.Tensor]:
+        """`blocks`."""
         return {"blocks": self.blocks}
 
     def replace(self, components: Mapping[str, torch.Tensor]) -> GgufWeight:
+        """The weight with other `blocks`."""
         return replace(self, blocks=components["blocks"])
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers, by a Triton kernel on a GPU where Triton works; its results are the same."""
         if not (self.blocks.is_cuda and triton_in_use()):
             return self.dequantize_by_torch(dtype)
-        return import_module(".gguf_triton", __package__).dequantize(self, dtype)
+        return import_module("..gguf_triton", __package__).dequantize(self, dtype)
 
     def dequantize_by_torch(self, dtype: torch.dtype) -> torch.Tensor:
-        """The same on any device, in plain torch."""
+        """`dequantize` in plain torch, which runs on any device."""
         block = BLOCKS[self.dtype]
         out = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
         step = max(1, _CHUNK // max(1, self.columns))
@@ -72,6 +81,7 @@ class GgufWeight(QuantizedWeight):
         return out
 
     def narrow(self, dim: int, start: int, length: int) -> GgufWeight:
+        """Some rows, or some columns with all blocks that these touch."""
         if dim == 0:
             return replace(self, blocks=self.blocks.narrow(0, start, length))
         block = BLOCKS[self.dtype]
@@ -80,6 +90,7 @@ class GgufWeight(QuantizedWeight):
         return GgufWeight(self.dtype, blocks, length, self.skip + start - first * block.numbers)
 
     def requantize(self, weight: torch.Tensor) -> QuantizedWeight:
+        """`weight` in 8 bits (see `to_eight_bits`), whatever the type of the blocks."""
         return to_eight_bits(weight)
 
 
@@ -200,4 +211,31 @@ BLOCKS = {
     "Q5_K": BlockFormat(256, 176, _q5_k),
     "Q6_K": BlockFormat(256, 210, _q6_k),
 }
-"""What this module reads, by GGUF's names."""
+"""The types of blocks that this module reads, by GGUF's names."""
+
+
+@dataclass(frozen=True)
+class GgufBlocks(Format):
+    """Blocks of the type `dtype`, which GGUF's header names. A row is a sequence of whole blocks."""
+
+    gguf_types: ClassVar[frozenset[str]] = frozenset(BLOCKS)
+    dtype: str
+
+    @classmethod
+    def recognise(cls, stored: StoredTensor) -> GgufBlocks | None:
+        """Blocks are recognised by their type."""
+        return cls(stored.info.dtype) if stored.info.dtype in BLOCKS else None
+
+    @property
+    def name(self) -> str:
+        """The type of the blocks behind "GGUF"."""
+        return _name(self.dtype)
+
+    def load(self, info: TensorInfo, read: Read) -> Weight:
+        """A `GgufWeight`."""
+        block, columns = BLOCKS[self.dtype], info.shape[-1]
+        return GgufWeight(self.dtype, read(info).view(-1, columns // block.numbers * block.nbytes), columns)
+
+
+def _name(dtype: str) -> str:
+    return f"GGUF {dtype}"

@@ -1,0 +1,142 @@
+"""What a format of weights in a file has to say: how it is recognised, what it stands for, how it is loaded, how many
+bytes it takes, and its name.
+
+A format is a subclass of `Format` in a module of formats/. Readers of files, memory estimates and refusals ask the
+classes defined there (see formats/registry.py), and name none of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..base.tensor_info import TensorInfo
+from .quantized import QuantizedWeight, Weight
+
+Read = Callable[[TensorInfo], torch.Tensor]
+"""Reads a tensor as its file stores it, on the CPU. A GGUF tensor that is not in a float type comes as its bytes, uint8
+[nbytes]."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, and what the file says about it: a format is recognised from these.
+
+    Args:
+        path: the model's file, which refusals name.
+        name: the tensor's name in the file.
+        info: its type, shape and position there.
+        companions: the tensors that describe it, by the end of their names (see `Format.companions`).
+        note: ComfyUI's note about its layer (`X.comfy_quant`, or of the metadata); empty without a note.
+    """
+
+    path: str
+    name: str
+    info: TensorInfo
+    companions: Mapping[str, TensorInfo]
+    note: Mapping[str, object]
+
+    @property
+    def file_name(self) -> str:
+        """The name of the model's file without its folders."""
+        return Path(self.path).name
+
+    @property
+    def noted_format(self) -> object:
+        """The name of the format in ComfyUI's note, or None. A damaged file may have anything here."""
+        return self.note.get("format")
+
+
+class Format(ABC):
+    """The format of one tensor of a file, with what describes the tensor there, such as its scale.
+
+    Defining a subclass registers it. Exactly one format may recognise a tensor, so that their order does not matter: a
+    format of ComfyUI's is recognised from the note that names it, another one from its type in the file.
+    """
+
+    quantized: ClassVar[bool] = True
+    """Whether the model holds matrices in this format as the file has them, and not as float tensors."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Ends of the names of tensors that describe the weight of their layer: X.weight_scale describes X.weight."""
+    markers: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors without meaning of their own, which mark the file."""
+    gguf_types: ClassVar[frozenset[str]] = frozenset()
+    """The types of GGUF tensors, by GGUF's names, that this format reads."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        FORMATS.append(cls)
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, stored: StoredTensor) -> Format | None:
+        """The format of a tensor, or None if the tensor is in another one.
+
+        Raises:
+            CheckpointError: the tensor is in this format, and damaged or of a kind that has no code here.
+        """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What a user calls the format, such as scaled fp8 e4m3."""
+
+    @property
+    def fp8_products(self) -> bool:
+        """Whether fp8_mode can multiply these weights as they are: `load` gives an `Fp8Weight` of e4m3 numbers."""
+        return False
+
+    def logical_shape(self, info: TensorInfo) -> tuple[int, ...]:
+        """The shape of the float tensor that the stored tensor `info` stands for."""
+        return info.shape
+
+    @abstractmethod
+    def load(self, info: TensorInfo, read: Read) -> Weight:
+        """The weight, on the CPU. A tensor of other than two dimensions may come as a matrix of as many numbers.
+
+        Args:
+            info: the tensor, with its logical shape.
+        """
+
+    def storage_bytes(self, info: TensorInfo) -> int:
+        """Bytes of the matrix `info` in memory, without what is as small as a scale for each row."""
+        return info.nbytes
+
+
+FORMATS: list[type[Format]] = []
+"""Every format, once the package formats/ is imported: a subclass of `Format` adds itself."""
+
+
+@dataclass(frozen=True)
+class LogicalTensor(TensorInfo):
+    """A tensor of a model: `shape` is that of the float tensor it stands for, `dtype` the type in which the file stores
+    it, and `format` says how the one becomes the other."""
+
+    format: Format
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model holds this tensor as the file has it: quantised matrices. Other tensors of a quantised
+        format are dequantised while they are loaded."""
+        return self.format.quantized and len(self.shape) == 2
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of a tensor that `is_quantized` in memory, without what is as small as a scale for each row."""
+        return self.format.storage_bytes(self)
+
+    def load(self, read: Read) -> Weight:
+        """The weight on the CPU: quantised if the file has quantised it and it is a matrix, else a float tensor.
+
+        Args:
+            read: gives the tensors of the file that hold it.
+        """
+        weight = self.format.load(self, read)
+        if isinstance(weight, QuantizedWeight) and len(self.shape) != 2:
+            return weight.dequantize(torch.float32).view(self.shape)
+        return weight
