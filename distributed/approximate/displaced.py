@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...wanvideo.attention.kernels import AttentionKernel
+from ...wanvideo.base.errors import UserError
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.model.layers import SelfAttention
 from ...wanvideo.model.model import WanModel
@@ -26,7 +27,7 @@ from ..comm import timing
 from ..comm.host_kv import HostManager
 from ..parallel.sequence import SequenceGroup
 from ..plan.degrees import ParallelPlan
-from ..protocol.messages import Exchange
+from ..protocol.reports import Exchange
 from ..protocol.requests import Displaced
 from ..shm.pinned import Segment
 from .kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
@@ -281,5 +282,5 @@ class PatchParallel:
             torch.cuda.synchronize(self.device)
 
 
-class StaleError(RuntimeError):
+class StaleError(UserError, RuntimeError):
     """A stale step was asked for where there is nothing stale."""

@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
@@ -24,8 +25,18 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 _ADOPTION_SECONDS = 0.001
 
-Arguments = tuple[int, bytes, Connection, str, str]
-"""What one worker is given: its rank, the first message, its end of the pipe, the paths of the store and the gate."""
+
+@dataclass(frozen=True)
+class Work:
+    """What one worker is given.
+
+    Args:
+        join: a `messages.Join`, encoded.
+        connection: the worker's end of the pipe to the launcher.
+    """
+
+    join: bytes
+    connection: Connection
 
 
 class WorkerProcess(Protocol):
@@ -81,33 +92,31 @@ class AdoptedProcess:
                 self._exitcode = os.waitstatus_to_exitcode(status)
 
 
-def spawn(arguments: Arguments) -> BaseProcess:
+def spawn(work: Work) -> BaseProcess:
     """Start one worker in a clean interpreter."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_spawned, args=arguments, name=f"wan-parallel-rank-{arguments[0]}"
-    )
+    process = multiprocessing.get_context("spawn").Process(target=_spawned, args=(work,), name="wan-parallel-worker")
     process.start()
     return process
 
 
 class Zygote:
-    """Forks the workers of `arguments` after the import of torch, and ends.
+    """Forks a worker for each `work` after the import of torch, and ends.
 
     Attributes:
         process: the zygote itself; it ends with status 0 when all workers have been forked.
         pids: becomes readable when the zygote ends. (The sentinel of `process` does not: the workers inherit it.)
     """
 
-    def __init__(self, arguments: Sequence[Arguments]):
+    def __init__(self, work: Sequence[Work]):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         context = multiprocessing.get_context("spawn")
         self.pids, pids = context.Pipe(duplex=False)
-        self.process = context.Process(target=_fork, args=(list(arguments), pids), name="wan-parallel-zygote")
+        self.process = context.Process(target=_fork, args=(list(work), pids), name="wan-parallel-zygote")
         self.process.start()
         pids.close()
 
     def workers(self) -> list[AdoptedProcess]:
-        """The workers in the order of their arguments; to be asked once, after the zygote has ended with status 0."""
+        """The workers in the order of their work; to be asked once, after the zygote has ended with status 0."""
         with self.pids:
             return [AdoptedProcess(pid) for pid in self.pids.recv()]
 
@@ -121,15 +130,15 @@ def can_fork() -> bool:
     return True
 
 
-def _spawned(*arguments: object) -> None:
+def _spawned(work: Work) -> None:
     """Entry of a spawned worker. Imports torch there, so that the launcher does without."""
     _die_with_launcher()  # first: the import takes seconds
     from ..worker.worker import main
 
-    main(*arguments)  # type: ignore[arg-type]  # what the pickled arguments are is said by `Arguments`
+    main(work.join, work.connection)
 
 
-def _fork(arguments: list[Arguments], pids: Connection) -> None:
+def _fork(work: list[Work], pids: Connection) -> None:
     """Entry of the zygote."""
     _die_with_launcher()
     from ..worker import worker  # noqa: F401  # once for all workers
@@ -137,20 +146,17 @@ def _fork(arguments: list[Arguments], pids: Connection) -> None:
     gc.freeze()  # a collection in a worker would otherwise write to all pages that the workers share
     context = multiprocessing.get_context("fork")
     forked = []
-    for own in arguments:
-        foreign = [pids, *(connection for _, _, connection, *_ in arguments if connection is not own[2])]
-        process = context.Process(
-            target=_forked,
-            args=(os.getppid(), os.getpid(), foreign, own),
-            name=f"wan-parallel-rank-{own[0]}",
-        )
+    for own in work:
+        foreign = [pids, *(other.connection for other in work if other is not own)]
+        arguments = (os.getppid(), os.getpid(), foreign, own)
+        process = context.Process(target=_forked, args=arguments, name="wan-parallel-worker")
         process.start()
         forked.append(process.pid)
     pids.send(forked)
     os._exit(0)  # without waiting for its children
 
 
-def _forked(launcher: int, zygote: int, foreign: list[Connection], arguments: Arguments) -> None:
+def _forked(launcher: int, zygote: int, foreign: list[Connection], work: Work) -> None:
     """Entry of a forked worker; `foreign` are the descriptors of others that came with the fork."""
     for connection in foreign:
         connection.close()
@@ -161,7 +167,7 @@ def _forked(launcher: int, zygote: int, foreign: list[Connection], arguments: Ar
     _die_with(os.pidfd_open(launcher))  # not before: the kernel would take the zygote's end for the launcher's
     from ..worker.worker import main
 
-    main(*arguments)
+    main(work.join, work.connection)
 
 
 def _die_with_launcher() -> None:

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
@@ -89,17 +90,29 @@ class Arena:
             self._fd = -1
 
 
-class ReusedArena:
-    """One arena for request after request; another one takes its place when more is needed."""
+class MakeArena(Protocol):
+    """Makes arenas, as `Arena` itself does."""
 
-    def __init__(self) -> None:
+    def __call__(self, nbytes: int, pinned: bool = False) -> Arena:
+        """An arena of at least `nbytes` bytes."""
+
+
+class ReusedArena:
+    """One arena for request after request; another one takes its place when more is needed.
+
+    Args:
+        make: makes them.
+    """
+
+    def __init__(self, make: MakeArena = Arena) -> None:
+        self._make = make
         self._arena: Arena | None = None
 
     def of(self, nbytes: int, pinned: bool = False) -> Arena:
         """An arena of at least so many bytes, without what lay in it. No request may be under way."""
         if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
             self.close()
-            self._arena = Arena(nbytes, pinned)
+            self._arena = self._make(nbytes, pinned)
         self._arena.reset()
         return self._arena
 

@@ -48,6 +48,7 @@ from ..plan.placement import (
     place_weights,
     room_beside,
 )
+from ..protocol.errors import AnotherRankRefused
 from ..protocol.reports import HeldWeights
 from ..protocol.requests import Patch, StepOut
 from ..protocol.specs import ModelSpec, PoolSettings
@@ -61,10 +62,6 @@ from .offload import Residence, ShareGroup, Slots, gather_rows, join_share_group
 log = logging.getLogger(__name__)
 _MARGIN = 2**26
 """Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
-
-
-class AnotherRankRefused(Exception):
-    """A rank cannot do what was asked of all, and says why. The others did nothing."""
 
 
 @dataclass
@@ -287,7 +284,7 @@ class Models:
         for spec, loaded in self.loaded.items():
             whole = max(loaded.device_bytes, loaded.fixed + loaded.residence.bytes_of_staying(loaded.resident))
             now = loaded.device_bytes + loaded.originals.nbytes
-            held.append(HeldWeights(spec, now, max(now, whole)))
+            held.append(HeldWeights(spec, now, max(now, whole), loaded.uuid))
         return tuple(held)
 
     @property

@@ -23,8 +23,8 @@ from ..parallel.groups import Membership
 from ..parallel.pipeline import Flow
 from ..parallel.sequence import SequenceGroup
 from ..plan.degrees import Place, bounds
-from ..protocol.messages import Exchange
 from ..protocol.refs import ArenaRef, TensorRef
+from ..protocol.reports import Exchange
 from ..protocol.requests import Displaced, Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader

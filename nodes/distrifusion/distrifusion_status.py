@@ -14,8 +14,7 @@ from ...distributed.approximate.patch_layout import PatchLayout, token_pixels
 from ...distributed.approximate.schedule import StepInfo
 from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
-from ...distributed.protocol.messages import Exchange
-from ...distributed.protocol.reports import WorkerStatus
+from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..model.model_patcher import RemoteModelPatcher

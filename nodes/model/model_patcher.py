@@ -15,9 +15,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
-from ...distributed.client.errors import PoolError
 from ...distributed.plan.placement import PlacementError
 from ...distributed.weights.lora_transfer import PatchSet
+from ...wanvideo.base.errors import UserError
 from ..common import refusals
 from . import infinitetalk_patch
 from .weight_patches import check_fit, for_workers, refuse_foreign
@@ -71,7 +71,7 @@ class RemoteModelPatcher(ModelPatcher):
         super().cleanup()
         try:
             self.remote.pool.trim()
-        except PoolError as error:  # must not take the place of the error that ended the sampling
+        except UserError as error:  # must not take the place of the error that ended the sampling
             log.warning("%s", error)
 
     # One GPU, two users: what the workers hold on ComfyUI's own device is shown to its memory manager. Where that
@@ -114,18 +114,18 @@ class RemoteModelPatcher(ModelPatcher):
         return infinitetalk_patch.loaded_elsewhere(options, super().model_patches_models())
 
     def _held(self) -> tuple[int, int]:
-        return self.remote.pool.held(self.remote.spec, self._shared_ranks())
+        return self.remote.pool.models.held(self.remote.spec, self._shared_ranks())
 
     def _shared_ranks(self) -> Sequence[int]:
         """The workers on ComfyUI's own device: one on a GPU, all of them without any."""
         pool, device = self.remote.pool, comfy.model_management.get_torch_device()
-        workers = pool.settings.plan.num_gpus
         if device.type != pool.settings.device:
             return ()
+        here = [(rank, at.device) for rank, at in enumerate(pool.locations) if at.is_here]
         if device.type == "cpu":
-            return range(workers)
+            return [rank for rank, _ in here]
         index = torch.cuda.current_device() if device.index is None else device.index
-        return (index,) if index < workers else ()
+        return [rank for rank, own in here if own == index]
 
     def _step_out(self, nbytes: float) -> int:
         ranks = self._shared_ranks()
@@ -137,7 +137,7 @@ class RemoteModelPatcher(ModelPatcher):
             log.warning("%s The model is read again with the next sampling.", error)
             freed = self.loaded_size()
             self._unload_workers()
-        except PoolError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
+        except UserError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
             log.warning("%s", error)
             return 0
         if freed:
@@ -147,7 +147,7 @@ class RemoteModelPatcher(ModelPatcher):
     def _unload_workers(self) -> None:
         try:
             self.remote.pool.unload(self.remote.spec)
-        except PoolError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
+        except UserError as error:  # nothing is left to free, and ComfyUI is in the middle of freeing
             log.warning("%s", error)
 
     def _hand_over_patches(self) -> None:

@@ -16,7 +16,7 @@ from ...distributed.approximate.kv_buffers import manager_name
 from ...distributed.approximate.patch_layout import PatchLayout, split_grid, token_pixels
 from ...distributed.approximate.schedule import STALE, PatchSettings, Schedule, StepInfo
 from ...distributed.client.pool import Pool
-from ...distributed.protocol.messages import Exchange
+from ...distributed.protocol.reports import Exchange
 from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.base.config import WanConfig
@@ -196,8 +196,8 @@ class PatchRuns:
         record = self.record
         stale = displaced is not None and displaced.kind == STALE
         (record.stale if stale else record.synchronous).append(seconds)
-        if stale and self.pool.exchanges:
-            record.exchanges = self.pool.exchanges
+        if stale and self.pool.last.exchanges:
+            record.exchanges = self.pool.last.exchanges
             record.received += max(exchange.received for exchange in record.exchanges)
 
 

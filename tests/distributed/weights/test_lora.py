@@ -200,14 +200,16 @@ def test_bf16_weights_are_merged_from_the_file_each_time(pool_of, spec):
     assert torch.equal(pool.forward(in_bf16, *GIVEN), plain)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.ffn.2.weight", "blocks.9.no.such.weight"])
+@pytest.mark.parametrize(
+    "name, error", [("blocks.1.ffn.2.weight", PatchError), ("blocks.9.no.such.weight", PoolError)], ids=str
+)
 @pytest.mark.parametrize("num_gpus, sizes", [(2, {}), (4, DIVIDED)], ids=str)
-def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec, name, num_gpus, sizes):
+def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec, name, error, num_gpus, sizes):
     pool = pool_of(num_gpus, **sizes)
     plain = pool.forward(spec, *GIVEN)
     pids = pool.worker_pids
     bad = {**some_lora(1.0), name: [Difference(torch.ones(3, 3), 1.0)]}  # names are merged in their order
-    with pytest.raises(PoolError):
+    with pytest.raises(error):
         pool.forward(spec, *GIVEN, patch_set(bad))
     assert torch.equal(pool.forward(spec, *GIVEN), plain)
     assert pool.worker_pids == pids
@@ -215,7 +217,7 @@ def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec,
 
 def test_a_lora_of_another_size_is_refused_with_what_to_do(pool_of, spec):
     bad = {"blocks.1.ffn.2.weight": [Difference(torch.ones(3, 3), 1.0)]}
-    with pytest.raises(PoolError, match=r"does not fit a weight of shape \(256, 512\). Use a LoRA made for this size"):
+    with pytest.raises(PatchError, match=r"does not fit a weight of shape \(256, 512\). Use a LoRA made for this size"):
         pool_of(2).forward(spec, *GIVEN, patch_set(bad))
 
 

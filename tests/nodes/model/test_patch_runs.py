@@ -15,7 +15,7 @@ from wan_parallel.distributed.approximate.patch_layout import split_grid
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.parallel.sequence import MissingPackage
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit, PlanError
-from wan_parallel.distributed.protocol.messages import Exchange
+from wan_parallel.distributed.protocol.reports import Exchange
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.common.settings import SettingsError, USPConfig
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig
@@ -33,7 +33,9 @@ def runs_of(num_gpus: int = 2, fraction: float = 1.0, data_parallel: int = 1, **
     plan = ParallelPlan(num_gpus, data_parallel=data_parallel)
     exchange = Exchange("native", 100, 1.0, 0.5, 10)
     pool = SimpleNamespace(
-        settings=PoolSettings(plan, "cpu", fraction), launcher_pid=1, exchanges=(exchange,) * num_gpus
+        settings=PoolSettings(plan, "cpu", fraction),
+        launcher_pid=1,
+        last=SimpleNamespace(exchanges=(exchange,) * num_gpus),
     )
     return PatchRuns(replace(SETTINGS, **settings), tiny.TINY, ModelSpec("x", "fp32", "fp32"), pool)
 

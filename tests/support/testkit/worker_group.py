@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from wan_parallel.distributed.client.shared_conditioning import SharedConditioning
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.messages import Reply, decode, encode
+from wan_parallel.distributed.protocol.messages import decode, encode
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Unload
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.worker.worker import Worker
@@ -62,7 +63,7 @@ class Outcome:
 
 def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
-    gate, arena = GateMemory(), Arena(sum(_room(job) for job in jobs))
+    gate, arena = GateMemory(world_size), Arena(sum(_room(job) for job in jobs))
     shared = [SharedConditioning() for _ in jobs]
     requests = [
         _request(number, job, arena, further) for number, (job, further) in enumerate(zip(jobs, shared, strict=True), 1)
@@ -92,12 +93,12 @@ def _request(number: int, job: Job, arena: Arena, further: SharedConditioning) -
     return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning)
 
 
-def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:
+def _work(rank: int, world_size: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:
     workers: dict[PoolSettings, Worker] = {}
     held, replies = [], {}
     for (settings, request, slow), following in zip(work, [*work[1:], None], strict=True):
         if settings not in workers:
-            workers[settings] = Worker(rank, settings, Gate(gate))
+            workers[settings] = Worker(rank, settings, Gate(gate), on_one_host(world_size))
         worker = workers[settings]
         _handle(worker, Load(request.id, request.spec))
         model = worker.models.loaded[request.spec].model
@@ -118,5 +119,5 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
 
 def _handle(worker: Worker, request: Load | Forward | Unload) -> Reply:
     reply = worker.handle(request)
-    assert not reply.error, reply.error
+    assert reply.failure is None, reply.failure
     return reply
