@@ -40,8 +40,8 @@ from wan_parallel.distributed.weights import (
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.attention.kernels import AttentionKernel
 from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.model.model import model_class
 from wan_parallel.wanvideo.ops import pointwise
-from wan_parallel.wanvideo.variants.build import model_class
 
 from benchlib.flops import tokens_of
 

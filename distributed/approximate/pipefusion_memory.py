@@ -47,7 +47,7 @@ def kept_bytes(
     plan = settings.plan
     degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
     spans = (Stage.of(i, plan.pipeline_parallel).span(config.num_layers) for i in range(plan.pipeline_parallel))
-    attentions = max(len(span) + contexts * len(config.vace_behind(span)) for span in spans)
+    attentions = max(len(span) + contexts * len(config.side_blocks(span)) for span in spans)
     heads = math.ceil(config.num_heads // plan.tensor_parallel / degrees.ulysses)
     items = math.ceil(batch / plan.data_parallel) if batch >= plan.data_parallel else batch
     return 2 * items * tokens * heads * config.head_dim * DTYPES[compute_dtype].itemsize * attentions

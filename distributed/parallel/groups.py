@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ...wanvideo.base.grid import Grid
-from ...wanvideo.model.layers import SelfAttention
+from ...wanvideo.model.layers import OverSequence, SelfAttention
 from ...wanvideo.model.model import WanModel
-from ...wanvideo.variants.infinitetalk import OverSequence
 from ..comm.peer_memory import Mailbox
 from ..comm.peer_memory_cuda import open_mailbox
 from ..plan.degrees import ParallelPlan, SequenceDegrees

@@ -21,12 +21,13 @@ def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> No
     """
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
-    if config.talk and config.talk.heads % plan.tensor_parallel:
-        possible = divisors(math.gcd(config.talk.heads, config.num_heads))
-        raise PlanError(
-            f"tensor_parallel_size {plan.tensor_parallel} does not divide the {config.talk.heads} heads of "
-            f"InfiniteTalk's layers. Use one of {', '.join(map(str, possible))}."
-        )
+    for heads, layers in filter(None, (variant.own_heads() for variant in config.variants)):
+        if heads % plan.tensor_parallel:
+            possible = divisors(math.gcd(heads, config.num_heads))
+            raise PlanError(
+                f"tensor_parallel_size {plan.tensor_parallel} does not divide the {heads} heads of {layers}. "
+                f"Use one of {', '.join(map(str, possible))}."
+            )
 
 
 def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:

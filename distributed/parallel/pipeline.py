@@ -4,9 +4,9 @@ Exact: a stage gets the residual stream of the stage before, in float32. While o
 unconditional branch) is in a stage, the next one is in the stage before. Self-attention needs all tokens of a block
 before the next can begin, so a single item is in one stage at a time: stages then save memory, and no time.
 
-A VACE block is with the block of the video that it runs behind, and the control streams go from stage to stage with the
-residual stream while a VACE block is to come: (1 + contexts) x tokens x width x 4 bytes for each item at each border,
-for 14B at 480p with one context 1.34 GB, which is twice what it is without.
+A side block (one of VACE) is with the block of the video that it runs behind, and the side streams go from stage to
+stage with the residual stream while a side block is to come: (1 + streams) x tokens x width x 4 bytes for each item at
+each border, for 14B at 480p with one stream 1.34 GB, which is twice what it is without.
 
 Time runs in slots. In slot s, stage p works on item s - p; between two slots every stage passes on what it has.
 All stages agree block by block, in idle slots too, on whether the request is cancelled (see cancel.py), led by the
@@ -28,14 +28,6 @@ from ..plan.degrees import bounds
 
 Batch = TypeVar("Batch")
 
-_EMBEDDINGS = frozenset(
-    (
-        *("ref_conv", "control_adapter", "pose_patch_embedding", "vace_patch_embedding"),
-        *("trainable_cond_mask", "cond_encoder", "frame_packer"),
-    )
-)
-"""Parts that act in front of the first block alone."""
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -52,6 +44,7 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
+        """Whether the stage makes the result."""
         return self.index == len(self.ranks) - 1
 
     def span(self, num_layers: int) -> range:
@@ -59,7 +52,7 @@ class Stage:
         return range(*bounds(num_layers, len(self.ranks), self.index))
 
     def most_blocks(self, config: WanConfig) -> int:
-        """Blocks of the stage that has most of them, VACE's included."""
+        """Blocks of the stage that has most of them, side blocks included."""
         stages = (Stage.of(index, len(self.ranks)) for index in range(len(self.ranks)))
         return max(len(config.in_turn(stage.span(config.num_layers))) for stage in stages)
 
@@ -68,9 +61,10 @@ class Stage:
         part = name.partition(".")[0]
         if (block := config.place_of(name)) is not None:
             return block in self.span(config.num_layers)
-        if part.startswith("patch_embedding") or part in _EMBEDDINGS:
+        if part == "patch_embedding" or any(part in variant.first_stage for variant in config.variants):
             return self.index == 0
-        return part not in ("head", "head_global") or self.is_last
+        last = part == "head" or any(part in variant.last_stage for variant in config.variants)
+        return self.is_last or not last
 
 
 class Flow(Generic[Batch]):

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from ...wanvideo.attention.kernels import AttentionKernel
 from ...wanvideo.base.errors import UserError
-from ...wanvideo.variants.infinitetalk import OverSequence
+from ...wanvideo.model.layers import OverSequence
 from ..comm import timing
 from ..plan.degrees import SequenceDegrees, head_speeds, shares
 

@@ -16,6 +16,7 @@ communicator of their own, as the norms' small reduces would queue behind them.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,44 +26,35 @@ import torch.distributed as dist
 from torch import nn
 
 from ...wanvideo.base.lora import WeightPatch, narrow_patch
+from ...wanvideo.base.variant import COLUMNS, GATHERED, ONCE, PAIRS, ROWS, Splits, Variant, attention_splits, registered
 from ...wanvideo.model.layers import Attention, Block
 from ...wanvideo.model.model import WanModel
 from ...wanvideo.quant.quantized import Weight, rows_together
-from ...wanvideo.variants.infinitetalk import TalkBlock
 from ..comm import timing
 from ..plan.degrees import bounds
 
 _UNIT = 64  # hidden columns of uneven parts: GPUs multiply matrices of odd sizes several times slower
-ROWS, PAIRS, COLUMNS, GATHERED, ONCE = "rows", "pairs", "columns", "gathered", "once"
-
-_ATTENTION = r"((self|cross|audio_cross)_attn|(audio|music)_injector\.injector\.\d+)"
-_SPEECH, _FACE = r"audio_cross_attn", r"face_adapter\.fuser_blocks\.\d+"  # keys and values of one matrix
-
-# How each tensor is divided: its rows; those of each half, which are keys and values; its columns, the products being
-# summed; its rows, the products being put together; or not at all, on the first rank alone, as a bias that must enter a
-# sum once. Others are on every rank.
-_SPLITS = (
-    (rf"{_ATTENTION}\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
-    (rf"{_ATTENTION}\.norm_(q|k|k_img)\.weight", ROWS),
-    (rf"{_ATTENTION}\.o\.weight", COLUMNS),
-    (rf"{_ATTENTION}\.o\.bias", ONCE),
-    (rf"({_SPEECH}\.q_linear|{_FACE}\.linear1_q)\.(weight|bias)", ROWS),
-    (rf"({_SPEECH}\.kv_linear|{_FACE}\.linear1_kv)\.(weight|bias)", PAIRS),
-    (rf"({_SPEECH}\.proj|{_FACE}\.linear2)\.weight", COLUMNS),
-    (rf"({_SPEECH}\.proj|{_FACE}\.linear2)\.bias", ONCE),
+_SPLITS: Splits = (
+    *attention_splits("(self|cross)_attn"),
     (r"(ffn|text_embedding)\.0\.(weight|bias)", ROWS),
     (r"(ffn|text_embedding)\.2\.weight", COLUMNS),
     (r"(ffn|text_embedding)\.2\.bias", ONCE),
     (r"time_projection\.1\.(weight|bias)", GATHERED),
-    (r"injector_adain_layers\.\d+\.linear\.(weight|bias)", GATHERED),
 )
+"""How tensors are divided that every model has; each variant says it of its own."""
+
 _USED_LATER = re.compile(r"(^|\.)(cross_attn\.o|ffn\.2)$")  # outputs that a block asks to have `arrived`
-_PATTERNS = tuple((re.compile(rf"(^|\.){pattern}$"), how) for pattern, how in _SPLITS)
 
 
 def split_of(name: str) -> str | None:
     """How the tensor of that name is divided; None if every rank has the whole."""
-    return next((how for pattern, how in _PATTERNS if pattern.search(name)), None)
+    return next((how for pattern, how in _patterns(registered()) if pattern.search(name)), None)
+
+
+@functools.cache
+def _patterns(variants: tuple[type[Variant], ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    splits = (*_SPLITS, *(split for variant in variants for split in variant.splits))
+    return tuple((re.compile(rf"(^|\.){pattern}$"), how) for pattern, how in splits)
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ class TensorShard:
 
     def take(self, name: str, weight: Weight) -> Weight:
         """This rank's part of a tensor; of one mapped from a file, no other part is read."""
-        if split_of(name) == ONCE and self.index > 0:
+        if split_of(name) == ONCE and self.index > 0 and isinstance(weight, torch.Tensor):  # no bias is quantised
             return torch.zeros_like(weight)
         dim, runs = self._cut(name, tuple(weight.shape))
         if runs == [(0, weight.shape[dim])]:
@@ -112,10 +104,10 @@ class TensorShard:
         for name, module in model.named_modules():
             if isinstance(module, Attention):
                 module.mean_squares = self.mean_squares
-            if isinstance(module, TalkBlock):
+            if isinstance(module, Block):
                 module.over_heads = self.sum
-            if isinstance(module, Block) and self.overlapped is not None:
-                module.at_once, module.arrived = 2, self._arrived
+                if self.overlapped is not None:
+                    module.at_once, module.arrived = 2, self._arrived
             how = split_of(f"{name}.weight")
             if how == COLUMNS:
                 later = self.overlapped is not None and _USED_LATER.search(name) is not None

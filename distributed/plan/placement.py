@@ -34,8 +34,6 @@ REFERENCE_TOKENS = 21 * 30 * 52
 # the attention output and what torch keeps between them. 14B at 480p and 720p takes 1 GPU 208 kB more a token, which
 # is 40 bytes x 5120 (benchmarks/results/h200.jsonl).
 _FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
-_TIMED_BYTES = 8  # two float32 vectors a token, where tokens have times of their own and Triton does not work
-_CONTROL_BYTES = 4  # a control stream of VACE beside the video's residual stream, float32
 _WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
 
 
@@ -142,8 +140,7 @@ def activation_bytes(
         slice_tokens: as in `WanModel`; 0 takes all tokens through the feed-forward at once.
         contexts: of a VACE model.
     """
-    more = (_TIMED_BYTES if config.sound else 0) + (contexts * _CONTROL_BYTES if config.vace_layers else 0)
-    stream = tokens * config.dim * (_FLOAT32_BYTES + more + _COMPUTE_VALUES * itemsize)
+    stream = tokens * config.dim * (_FLOAT32_BYTES + config.token_bytes(contexts) + _COMPUTE_VALUES * itemsize)
     hidden = min(tokens, slice_tokens or tokens) * config.ffn_dim * 2 * itemsize
     return batch * (stream + hidden) + workspace
 

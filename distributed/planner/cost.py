@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...wanvideo.base.variant_shapes import Hearing
+from ...wanvideo.base.variant import Hearing
 from ..plan.degrees import ParallelPlan, SequenceDegrees, bounds
 from ..protocol.machine import Machine
 
@@ -45,16 +45,19 @@ class Dimensions(Protocol):
     ffn_dim: int
     num_heads: int
     num_layers: int
-    vace_layers: int
     image_dim: int
     image_positions: int
+
+    @property
+    def carried(self) -> int:
+        """Streams of tokens that go from one pipeline stage to the next beside the video's."""
 
     @property
     def hearing(self) -> Hearing:
         """What tokens attend to of their frame."""
 
     def in_turn(self, blocks: range) -> list[int]:
-        """The numbers of these blocks and of the VACE blocks behind them."""
+        """The numbers of these blocks and of the side blocks behind them."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,7 @@ def expect(
     waits = layers * _exchanges(config, degrees, plan.tensor_parallel) * machine.latency  # for each slice
     passing = 0.0
     if stages > 1:
-        streams = 2 if config.vace_layers else 1
-        stream = streams * math.ceil(work.tokens / degrees.ranks) * config.dim * 4
+        stream = (1 + config.carried) * math.ceil(work.tokens / degrees.ranks) * config.dim * 4
         passing = (slices + stages - 1) * (items / slices * stream / machine.link + machine.latency)
     one_pass = compute * items / slices + exchange * items / slices + waits
     weights = slices * _waiting_for_weights(blocks or Blocks(), layers, one_pass, machine)

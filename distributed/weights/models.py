@@ -30,10 +30,9 @@ from ...wanvideo.checkpoint.weight_source import (
     storage_dtype,
 )
 from ...wanvideo.model.fp8_mode import use_fp8
-from ...wanvideo.model.model import WanModel
+from ...wanvideo.model.model import WanModel, model_class
 from ...wanvideo.model.text_keys import TextKeys
 from ...wanvideo.quant.quantized import QuantizedWeight, Weight
-from ...wanvideo.variants.build import model_class
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..plan.placement import (

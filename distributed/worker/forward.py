@@ -97,7 +97,7 @@ class ForwardRunner:
         tokens = patchify(pad_to_patch(x))
         out = self.arena.view(request.arena, request.out)
         start, stop = group.shard(grid.tokens)
-        if conditioning.speakers is not None:
+        if model.asks_other_ranks(conditioning):
             model.over_sequence = self.membership.over_sequence(group)
         step = self._begin(request.displaced, model, conditioning, grid, ranks)
         self.gate.begin(request.id)
@@ -157,10 +157,10 @@ class ForwardRunner:
         """Begin an approximate step; None where it is computed exactly.
 
         Keys and values are kept of all blocks or none. Displaced patches have none of VACE's streams, nor of what lies
-        behind the video. Where the speakers are is asked of all tokens of a block together.
+        behind the video. What other ranks are asked in a block is asked of all its tokens together.
         """
         layers = range(model.config.num_layers)
-        if step is None or set(conditioning.options.skip_blocks) & set(layers) or conditioning.speakers is not None:
+        if step is None or set(conditioning.options.skip_blocks) & set(layers) or model.asks_other_ranks(conditioning):
             return None
         if self.stream is not None:
             self.stream.begin(step, model.self_attentions(conditioning, model.span))

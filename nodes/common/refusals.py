@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from ...wanvideo.base.variant import keys
+
 _STOCK = "or load the model with ComfyUI's Load Diffusion Model, which runs it on one GPU"
 
 
@@ -21,27 +23,8 @@ class WrongVariant(NotOnWorkers):
     """The graph conditions another variant of Wan than the one that is loaded."""
 
 
-# Inputs that some Wan variants take: the name that ComfyUI gives them in forward, what they are, who adds them.
-_VARIANT_INPUTS = {
-    "clip_fea": ("a CLIP vision embedding of a start image", "WanImageToVideo"),
-    "reference_latent": ("a reference latent", "Wan22FunControlToVideo"),
-    "vace_context": ("a VACE control video", "WanVaceToVideo"),
-    "vace_strength": ("the strength of a VACE control video", "WanVaceToVideo"),
-    "camera_conditions": ("a camera path", "WanCameraImageToVideo"),
-    "face_pixel_values": ("a face video", "WanAnimateToVideo"),
-    "control_video": ("a control video", "WanSoundImageToVideo"),
-    "reference_motion": ("the video so far", "WanSoundImageToVideo"),
-    "context_latents": ("source or reference videos", "BerniniConditioning"),
-    "audio_embed": ("an audio embedding", "WanHuMoImageToVideo, WanDancerVideo or WanSoundImageToVideo"),
-    "pose_latents": ("a pose video", "WanSCAILToVideo or WanAnimateToVideo"),
-    "clip_fea_ref": ("a CLIP vision embedding of a reference image", "WanDancerVideo"),
-    "fps": ("a frame rate", "WanDancerVideo"),
-    "audio_inject_scale": ("a strength of music", "WanDancerVideo"),
-    "sam_latents": ("masks of the pose video", "WanSCAILToVideo"),
-    "ref_mask_latents": ("masks of the reference images", "WanSCAILToVideo"),
-}
 # What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
-_HARMLESS_INPUTS = frozenset({"denoise_mask", "ref_mask_flag"})
+_HARMLESS_INPUTS = frozenset({"denoise_mask"})
 
 
 def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
@@ -66,9 +49,10 @@ def refuse_inputs(inputs: Mapping[str, Any], variant: str) -> None:
     for name, value in inputs.items():
         if value is None or name in _HARMLESS_INPUTS or name == "control":
             continue
-        if name in _VARIANT_INPUTS:
-            what, node = _VARIANT_INPUTS[name]
-            refuse_variant(f"{what} ({name})", variant, node)
+        if key := keys().get(name):
+            if not key.what:
+                continue
+            refuse_variant(f"{key.what} ({name})", variant, key.node)
         refuse(
             f"The conditioning carries an extra input ({name})",
             f"That comes in a later version: remove the node that adds {name}, {_STOCK}.",

@@ -53,7 +53,7 @@ class Talk:
         if masks is not None:
             masks = masks.float().expand(batch, *masks.shape)
         options = replace(conditioning.options, audio_scale=self.scale)
-        return replace(conditioning, audio=audio, speakers=masks, options=options)
+        return conditioning.having(options, audio=audio, speakers=masks)
 
 
 def talk_in(options: Mapping[str, Any]) -> Talk | None:
@@ -100,9 +100,9 @@ def file_of(model_patch: Any, files: Iterable[str]) -> str:
         NotOnWorkers: there is none, or something has changed the numbers.
     """
     module = model_patch.model
-    path, stamp = _files.get(module, ("", ""))
-    if path and os.path.exists(path) and file_stamp(path) == stamp:
-        return path
+    known, stamp = _files.get(module, ("", ""))
+    if known and os.path.exists(known) and file_stamp(known) == stamp:
+        return known
     weights = module.state_dict()
     path = None if model_patch.patches else next((path for path in files if _holds(path, weights)), None)
     if path is None:

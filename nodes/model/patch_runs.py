@@ -221,10 +221,8 @@ def _why_exact(
     config: WanConfig, settings: PatchSettings, ranks: int, lanes: tuple[str, ...] | None, options: Mapping[str, Any]
 ) -> str:
     """Why this forward takes no part in the method; "" if it does."""
-    if config.vace_layers:
-        return "VACE's blocks attend to tokens of their own, for which there are no buffers"
-    if config.sound:
-        return "S2V's reference lies behind the video, in no patch of it"
+    if config.why_exact:
+        return config.why_exact
     if has_places(options):
         return "who of two speakers a token belongs to is told by keys of the first frame, which are in other patches"
     if options.get("patches_replace", {}).get("dit"):

@@ -16,22 +16,24 @@ from testkit import format_files, tiny
 from testkit.comfyui import loras
 from testkit.comfyui.comfy_server import ComfyServer
 from wan_parallel.wanvideo.base.config import WanConfig
+from wan_parallel.wanvideo.variants.fun_control import Reference
+from wan_parallel.wanvideo.variants.humo import Humo
+from wan_parallel.wanvideo.variants.wandancer import WanDancer
 
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2)
 FOUR_HEADS = WanConfig(dim=512, ffn_dim=1024, num_heads=4, num_layers=2)
 VARIANTS = {  # with the text and image widths that ComfyUI takes for granted
-    name: replace(
-        config,
+    name: config.having(
+        *((tiny.MUSIC,) if config.get(WanDancer) else ()),
         text_dim=4096,
         image_dim=1280 if config.image_dim else 0,
         image_positions=514 if config.image_positions else 0,
-        music=tiny.MUSIC if config.music else None,
     )
     for name, config in tiny.VARIANTS.items()
-    if name not in ("animate", "s2v") and not config.humo  # large, or with tests of their own that write them
+    if name not in ("animate", "s2v") and not config.get(Humo)  # large, or with tests of their own that write them
 }
 VARIANTS |= {
-    "fun-control-5b": replace(tiny.TINY, text_dim=4096, in_dim=148, out_dim=48, reference_dim=48),
+    "fun-control-5b": tiny.TINY.having(Reference(48), text_dim=4096, in_dim=148, out_dim=48),
     "fun-inp-5b": replace(tiny.TINY, text_dim=4096, in_dim=100, out_dim=48),
 }
 FIVE_B = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48)

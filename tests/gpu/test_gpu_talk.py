@@ -13,7 +13,7 @@ from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.conditioning import Conditioning
-from wan_parallel.wanvideo.variants.variant_model import VariantModel
+from wan_parallel.wanvideo.model.model import WanModel
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)
@@ -71,5 +71,5 @@ def test_layers_give_the_same_bits_wherever_they_live(files):
 
 def _alone(files: tuple[str, str], dtype: str, inputs: tuple, conditioning: Conditioning) -> torch.Tensor:
     with torch.inference_mode():
-        model = VariantModel.from_checkpoint(files[0], DTYPES[dtype], DTYPES[dtype], "cuda", module=files[1])
+        model = WanModel.from_checkpoint(files[0], DTYPES[dtype], DTYPES[dtype], "cuda", module=files[1])
         return model(*inputs, conditioning)

@@ -10,7 +10,7 @@ from testkit.tiny import relative_error
 from wan_parallel.distributed.client.pool import acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.variants.build import model_class
+from wan_parallel.wanvideo.model.model import model_class
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)

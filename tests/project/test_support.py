@@ -15,7 +15,7 @@ from testkit import support_matrix, tiny
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.variants.build import model_class
+from wan_parallel.wanvideo.model.model import model_class
 
 TOOL = testkit.ROOT / "tools" / "support_table.py"
 

@@ -3,75 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
 from .config import WanConfig
 from .options import PLAIN, Options
-from .s2v_tail import segments_behind
+from .variant import Asked, inputs, registered
 
 Computed = TypeVar("Computed")
 
-READ = (
-    *("image", "camera", "vace", "tail", "mask", "audio", "image_ref"),
-    *("pose", "face", "control", "subject", "so_far", "speakers"),
-)
-"""Inputs that the transformer reads, on every rank."""
-
-CAMERA_PIXELS = 8  # of a camera path, along each side of one latent pixel
+CONSUMED = ("reference", "extra_frames")
+"""Inputs that `extended` puts before and behind the latent; the transformer reads the others, on every rank."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Conditioning:
     """Inputs of one forward, for every batch item.
 
-    `reference` and `extra_frames` are consumed by `extended`; the transformer reads the rest, which may lie on
-    another device: each rank fetches what belongs to its tokens.
+    An input is an attribute, None where it is not given: Conditioning(image=tokens).image. Which inputs there are, and
+    of which shapes, the variants say (see `variant.Input`). Tensors may lie on another device than the model: each rank
+    fetches what belongs to its tokens.
 
     Args:
-        image: CLIP tokens of the start image, and of the last one behind it, [B, tokens, image_dim].
-        camera: camera path [B, camera_dim, T, 8*H, 8*W].
-        vace: VACE control videos [B, contexts, vace_dim, T, H, W].
-        reference: reference latent [B, reference_dim, H, W]; frames of it [B, in_dim, frames, H, W] for a model that
-            embeds them as it does the video.
-        tail: tokens of further grids behind those of the video (see `tail_of`), [B, tokens, channels*4].
-        mask: what is embedded beside the reference frames and the video, [B, mask_dim, frames + T, H, W].
-        audio: features of what is heard: audio around each latent frame [B, frames, ...] (HuMo), of each layer, four
-            frames for a latent one [B, layers, features, frames] (S2V), of music [B, moments, features] (WanDancer), or
-            of the speech in each latent frame [B, frames, tokens, width] (InfiniteTalk).
-        image_ref: CLIP tokens of a reference image beside the start image (WanDancer).
-        extra_frames: frames behind the latent that are not part of the result, [B, in_dim, frames, H, W].
-        pose: latent of Animate's pose video, [B, pose_dim, frames, H, W], whose first frame is of the video's second.
-        face: Animate's face video in -1..1, [B, 3, frames, pixels, pixels], four frames for each of the latent.
-        control: latent of S2V's control video, [B, control_dim, T, H, W].
-        subject: latent of S2V's reference image, whose tokens lie behind the video, [B, in_dim, frames, H, W].
-        so_far: latent of the video that S2V goes on with, [B, in_dim, frames, H, W]; its tokens lie behind the subject.
-        speakers: masks of two speakers, and perhaps of nobody, over the tokens of the first frame (InfiniteTalk),
-            [B, 2 or 3, rows * columns]; None where one alone speaks.
         options: plain data.
         kept: what `once` has computed, for whoever gives the same conditioning again; without, it computes anew.
+        given: the tensors that are given, by the names of the inputs.
+        tensors: more of them; None takes one away.
+
+    Raises:
+        TypeError: no variant has an input of that name.
     """
 
-    image: torch.Tensor | None = None
-    camera: torch.Tensor | None = None
-    vace: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-    extra_frames: torch.Tensor | None = None
-    pose: torch.Tensor | None = None
-    face: torch.Tensor | None = None
-    control: torch.Tensor | None = None
-    subject: torch.Tensor | None = None
-    so_far: torch.Tensor | None = None
-    speakers: torch.Tensor | None = None
-    tail: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    audio: torch.Tensor | None = None
-    image_ref: torch.Tensor | None = None
-    options: Options = PLAIN
-    kept: dict | None = None
+    options: Options
+    kept: dict | None
+    given: Mapping[str, torch.Tensor] = field(repr=False)
+
+    def __init__(
+        self,
+        options: Options = PLAIN,
+        kept: dict | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
+        **tensors: torch.Tensor | None,
+    ):
+        unknown = sorted(name for name in tensors if not _is_input(name))
+        if unknown:
+            raise TypeError(f"no Wan variant has an input {', '.join(unknown)}")
+        merged = {**(given or {}), **tensors}
+        object.__setattr__(self, "options", options)
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "given", {name: tensor for name, tensor in merged.items() if tensor is not None})
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        if name.startswith("_") or name in ("options", "kept", "given") or not _is_input(name):
+            raise AttributeError(name)
+        return self.given.get(name)
 
     @property
     def empty(self) -> bool:
@@ -80,13 +69,16 @@ class Conditioning:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is there of the inputs that the transformer reads, by name."""
-        named = {name: getattr(self, name) for name in READ}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in self.given.items() if name not in CONSUMED}
+
+    def having(self, options: Options | None = None, **tensors: torch.Tensor | None) -> Conditioning:
+        """The conditioning with other options, or with other tensors; None takes a tensor away."""
+        return Conditioning(options or self.options, self.kept, self.given, **tensors)
 
     def items(self, s: slice) -> Conditioning:
-        """That of the batch items `s`."""
+        """The conditioning of the batch items `s`."""
         kept = None if self.kept is None else self.kept.setdefault((s.start, s.stop), {})
-        return dataclasses.replace(self, kept=kept, **{name: tensor[s] for name, tensor in self.tensors().items()})
+        return Conditioning(self.options, kept, {name: tensor[s] for name, tensor in self.given.items()})
 
     def once(self, name: str, compute: Callable[[], Computed]) -> Computed:
         """What `compute` gives, which depends on the weights and on the tensors here alone."""
@@ -97,23 +89,30 @@ class Conditioning:
         return self.kept[name]
 
 
+@functools.cache
+def _names(_variants: tuple[type, ...]) -> frozenset[str]:
+    return frozenset(given.name for given in inputs())
+
+
+def _is_input(name: str) -> bool:
+    return name in _names(registered())
+
+
 NOTHING = Conditioning()
 
 
 def placed(x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
-    """The conditioning for a latent x, with the places of what lies behind its video."""
-    if conditioning.subject is None and conditioning.so_far is None:
-        return conditioning
-    subject, so_far = (None if y is None else y.shape[-3:] for y in (conditioning.subject, conditioning.so_far))
-    options = dataclasses.replace(conditioning.options, tail=segments_behind(x.shape[-3:], subject, so_far))
-    return dataclasses.replace(conditioning, options=options)
+    """The conditioning for a latent x [B, in_dim, T, H, W], with the places of inputs that lie behind its video."""
+    for variant in registered():
+        conditioning = variant.placed(x, conditioning)
+    return conditioning
 
 
 def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, Conditioning]:
     """Put the reference in front of a latent x [B, in_dim, T, H, W], in the first channels, and extra frames behind.
 
-    They are tokens like all others from then on; `core` takes the frames of x out of the result. What lies behind the
-    video gets its places.
+    They are tokens like all others from then on; `core` takes the frames of x out of the result. Inputs that lie behind
+    the video get their places.
 
     Returns:
         The longer latent, and the conditioning with what is left of it.
@@ -132,9 +131,7 @@ def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor,
     options = dataclasses.replace(
         conditioning.options, reference_frames=0 if reference is None else reference.shape[2]
     )
-    return torch.cat(frames, dim=2), dataclasses.replace(
-        conditioning, reference=None, extra_frames=None, options=options
-    )
+    return torch.cat(frames, dim=2), conditioning.having(options, reference=None, extra_frames=None)
 
 
 def core(result: torch.Tensor, frames: int, options: Options) -> torch.Tensor:
@@ -149,47 +146,15 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
         ValueError: the model has no such input, or it has another shape than the latent asks for.
     """
     batch, _, frames, height, width = x.shape
-    led, pixels = config.face, config.face.pixels if config.face else 0
-    hears = config.sound
-    audio = (batch, None, config.music.features) if config.music else (batch, *_humo_audio(conditioning))
-    if hears:
-        audio = (batch, hears.layers, hears.features, None)
-    if config.talk:
-        audio = (batch, frames, None, config.talk.width)
-    frame_tokens = -(-height // 2) * -(-width // 2)
-    contexts = len(conditioning.options.vace_strengths)
-    reference = (batch, config.reference_dim, height, width)
-    if config.pose_dim:
-        reference = (batch, config.in_dim, None, height, width)
-    expected = {
-        "image": (config.image_dim, (batch, None, config.image_dim)),
-        "camera": (
-            config.camera_dim,
-            (batch, config.camera_dim, frames, CAMERA_PIXELS * height, CAMERA_PIXELS * width),
-        ),
-        "vace": (config.vace_layers, (batch, contexts, config.vace_dim, frames, height, width)),
-        "reference": (config.reference_dim or config.pose_dim, reference),
-        "tail": (config.tail_channels, (batch, conditioning.options.tail_tokens, None)),
-        "audio": (config.music or config.humo or hears or config.talk, audio),
-        "image_ref": (config.music, (batch, None, config.music.image_dim if config.music else None)),
-        "mask": (config.mask_dim, (batch, config.mask_dim, None, height, width)),
-        "extra_frames": (1, (batch, config.in_dim, None, height, width)),
-        "pose": (led, (batch, led.pose_dim if led else 0, None, height, width)),
-        "face": (led, (batch, 3, None, pixels, pixels)),
-        "control": (hears, (batch, hears.control_dim if hears else 0, frames, height, width)),
-        "subject": (hears, (batch, config.in_dim, None, height, width)),
-        "so_far": (hears, (batch, config.in_dim, None, height, width)),
-        "speakers": (config.talk, (batch, None, frame_tokens)),
-    }
-    for name, (there, shape) in expected.items():
-        tensor = getattr(conditioning, name)
-        if tensor is None:
-            continue
-        if not there:
+    asked = Asked(config, batch, frames, height, width, conditioning)
+    expected = {given.name: given.shape(variant, asked) for variant, given in config.inputs}
+    for name, tensor in conditioning.given.items():
+        if name not in expected:
             raise ValueError(
                 f"The conditioning has the input {name}, which this {config.variant} model does not take. "
                 "Use a model of the variant that the conditioning is made for."
             )
+        shape = expected[name]
         fits = tensor.ndim == len(shape) and all(
             want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)
         )
@@ -199,13 +164,6 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
                 f"The conditioning's {name} has shape {tuple(tensor.shape)}, but a latent of shape {tuple(x.shape)} "
                 f"needs [{wanted}]. Give the conditioning node and the latent the same width, height and length."
             )
-    if conditioning.mask is not None:
-        _check_mask(conditioning, frames)
-    if config.humo and conditioning.audio is not None and conditioning.audio[0, 0].numel() != config.humo.features:
-        raise ValueError(
-            f"The audio embedding has {conditioning.audio[0, 0].numel()} numbers for each latent frame, but this HuMo "
-            f"model takes {config.humo.features}. Use the audio encoder that WanHuMoImageToVideo is made for."
-        )
     tail = conditioning.tail
     if tail is not None and tail.shape[2] not in {4 * channels for channels in config.tail_channels}:
         raise ValueError(
@@ -213,61 +171,18 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
             f"{config.variant} model takes {' or '.join(map(str, config.tail_channels))}. Encode them with the model's "
             "own VAE."
         )
-    if conditioning.extra_frames is not None and (config.sound or {"camera", "vace"} & conditioning.tensors().keys()):
+    for variant in config.variants:
+        variant.check(config, x, conditioning)
+
+
+def check_no_subjects(conditioning: Conditioning) -> None:
+    """Check that there are no frames behind the latent, for a variant that has inputs for its frames alone.
+
+    Raises:
+        ValueError: there are.
+    """
+    if conditioning.extra_frames is not None:
         raise ValueError(
             "Subject images (WanPhantomSubjectToVideo) cannot be joined with VACE, a camera path or S2V. "
             "Remove one of them."
-        )
-    if config.sound:
-        _check_sound(x, conditioning)
-    if config.talk and conditioning.audio is not None:
-        _check_talk(conditioning)
-
-
-def _check_talk(conditioning: Conditioning) -> None:
-    if conditioning.extra_frames is not None or conditioning.tail is not None:
-        raise ValueError(
-            "InfiniteTalk cannot be joined with subject images or further videos (WanPhantomSubjectToVideo, "
-            "BerniniConditioning). Remove one of them."
-        )
-    masks = 2 if conditioning.speakers is None else conditioning.speakers.shape[1]
-    if masks not in (2, 3):
-        raise ValueError(
-            f"WanInfiniteTalkToVideo was given {masks} masks, but two speakers need 2, or 3 with one of nobody. "
-            "Connect one mask to mask_1 and one to mask_2."
-        )
-
-
-def _check_sound(x: torch.Tensor, conditioning: Conditioning) -> None:
-    frames, height, width = x.shape[-3:]
-    if placed(x, conditioning).options.tail and (height % 2 or width % 2):
-        raise ValueError(
-            f"The latent is {width} x {height}, but beside a reference S2V takes even sizes alone. "
-            "Use a width and a height that are multiples of 16 pixels."
-        )
-    if conditioning.so_far is not None and min(height, width) < 8:
-        raise ValueError(
-            f"The latent is {width} x {height}, but to go on with a video S2V needs 8 x 8 at least. "
-            "Use a width and a height of at least 64 pixels."
-        )
-    if conditioning.audio is not None:
-        heard = -(-min(4 * frames, conditioning.audio.shape[-1]) // 4)
-        if not heard or frames * -(-height // 2) * -(-width // 2) % heard:
-            raise ValueError(
-                f"The sound lasts for {heard} of {frames} latent frames, which do not divide the video evenly. "
-                "Use a shorter length, or a longer sound."
-            )
-
-
-def _humo_audio(conditioning: Conditioning) -> tuple[None, ...]:
-    return (None,) * (conditioning.audio.ndim - 1 if conditioning.audio is not None else 1)
-
-
-def _check_mask(conditioning: Conditioning, frames: int) -> None:
-    around = (conditioning.reference, conditioning.extra_frames)
-    wanted = frames + sum(tensor.shape[2] for tensor in around if tensor is not None)
-    if conditioning.mask.shape[2] != wanted:
-        raise ValueError(
-            f"The conditioning's mask has {conditioning.mask.shape[2]} latent frames, but the reference images and the "
-            f"video have {wanted}. Give the conditioning node the length of the latent."
         )

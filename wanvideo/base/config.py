@@ -1,40 +1,31 @@
-"""The dimensions of a Wan DiT: of a released size, or of a file (see header.py, which reads them)."""
+"""The dimensions of a Wan DiT: of a released size, or of a file (see checkpoint/header.py, which reads them)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from .audio_shapes import DancerMusic, HumoAudio, TalkAudio
+from .shapes import Shapes, block, image_embedding, linear, patch_embedding
 from .tensor_info import elements
-from .variant_shapes import FACE_STRIDE, SOUND_LAYERS, FaceDims, Hearing, SoundDims, acts_behind
+from .variant import EXTRA_FRAMES, IMAGE, TAIL, Hearing, Input, V, Variant, by_channels
 
-BLOCK_NAME = re.compile(r"(vace_)?blocks\.(\d+)\.(?!before_proj)")
-"""What the weights of a block are called; `before_proj` makes the control streams before any block runs."""
+BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
+"""What the weights of a block of the video are called."""
 
 
 @dataclass(frozen=True)
 class WanConfig:
     """Dimensions of a Wan DiT, named as in Wan 2.1's `wan/modules/model.py`.
 
-    What only some variants have is 0 in the others (see variant_model.py).
-
     Args:
         in_dim: channels of the latent and of what is concatenated to it (a start image, its mask, a control video).
         out_dim: channels of the latent.
-        image_dim: width of the CLIP tokens of the start image.
-        image_positions: CLIP tokens with a learned position, where there is a last image too.
-        reference_dim: channels of the reference latent, whose tokens go in front of the video.
-        camera_dim: channels of the camera path, one set for each pixel.
-        vace_layers: number of VACE blocks, spread evenly over the layers.
-        vace_dim: channels of a VACE control video.
-        face: what Animate has for its pose and face videos; None in the others.
-        sound: what S2V has for sound; None in the others.
-        pose_dim: channels of a pose video, whose tokens go behind the video (SCAIL).
-        mask_dim: channels of the masks that tell the persons of a video and its pose apart (SCAIL-2).
-        humo: HuMo's audio path.
-        music: WanDancer's music path.
-        talk: InfiniteTalk's layers, which come in a file of their own (see infinitetalk_module.py).
+        image_dim: width of the CLIP tokens of the start image; 0 for a model that attends to none.
+        image_positions: CLIP tokens with a learned position, where there is a last image too; else 0.
+        additions: the variants whose layers the model has beside its blocks, by their order (see `having`).
     """
 
     dim: int
@@ -48,180 +39,155 @@ class WanConfig:
     eps: float = 1e-6
     image_dim: int = 0
     image_positions: int = 0
-    reference_dim: int = 0
-    camera_dim: int = 0
-    vace_layers: int = 0
-    vace_dim: int = 0
-    face: FaceDims | None = None
-    sound: SoundDims | None = None
-    pose_dim: int = 0
-    mask_dim: int = 0
-    humo: HumoAudio | None = None
-    music: DancerMusic | None = None
-    talk: TalkAudio | None = None
+    additions: tuple[Variant, ...] = ()
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.dim // self.num_heads
+
+    def having(self, *variants: Variant, **changes: Any) -> WanConfig:
+        """These dimensions with `changes`, and with the layers of `variants` beside, or in place of other dimensions of
+        the same variants."""
+        kept = (variant for variant in self.additions if type(variant) not in map(type, variants))
+        additions = sorted((*kept, *variants), key=lambda variant: (variant.order, type(variant).__name__))
+        return replace(self, additions=tuple(additions), **changes)
+
+    # Its variants.
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """What the model is: the variants whose layers it has, and the one that its channels make if none of them has a
+        name."""
+        if any(variant.name for variant in self.additions):
+            return self.additions
+        return (*self.additions, by_channels(self.in_dim, self.out_dim))
+
+    @property
+    def kind(self) -> Variant:
+        """The variant that the model is called by."""
+        return [variant for variant in self.variants if variant.name][-1]
 
     @property
     def variant(self) -> str:
-        """What a user calls it, such as image-to-video."""
-        if self.vace_layers:
-            return "VACE"
-        if self.face:
-            return "Animate"
-        if self.sound:
-            return "S2V"
-        if self.camera_dim:
-            return "Fun-Camera"
-        if self.pose_dim:
-            return "SCAIL-2" if self.mask_dim else "SCAIL"
-        if self.humo or self.music:
-            return "HuMo" if self.humo else "WanDancer"
-        if self.in_dim >= 3 * self.out_dim:  # a control video and an image
-            return "Fun-Control"
-        return "text-to-video" if self.in_dim == self.out_dim else "image-to-video"
+        """What a user calls the model, such as image-to-video."""
+        return self.kind.name
+
+    def get(self, variant: type[V]) -> V | None:
+        """The dimensions of the layers of a variant; None where the model has no such layers."""
+        return next((own for own in self.additions if type(own) is variant), None)
+
+    def __getitem__(self, variant: type[V]) -> V:
+        """The dimensions of the layers of a variant that the model has.
+
+        Raises:
+            KeyError: it has none.
+        """
+        found = self.get(variant)
+        if found is None:
+            raise KeyError(variant)
+        return found
+
+    @property
+    def inputs(self) -> list[tuple[Variant, Input]]:
+        """The tensors that the model takes beside latent, timestep and text, each with the variant that has its
+        dimensions."""
+        shared = [EXTRA_FRAMES]
+        if self.image_dim:
+            shared.append(IMAGE)
+        if self.tail_channels:
+            shared.append(TAIL)
+        return [(self.kind, given) for given in shared] + [(v, given) for v in self.variants for given in v.inputs]
 
     @property
     def tail_channels(self) -> tuple[int, ...]:
         """Channels that videos in the tail of the sequence may have, with those of what is embedded beside them."""
-        if self.pose_dim:
-            return (self.pose_dim, self.pose_dim + self.mask_dim)
-        return (self.in_dim,) if self.variant in ("text-to-video", "image-to-video", "Fun-Control") else ()
-
-    @property
-    def vace_stride(self) -> int:
-        """Layers from one VACE block to the next."""
-        return self.num_layers // self.vace_layers
-
-    def vace_behind(self, blocks: range) -> range:
-        """The VACE blocks that run behind these blocks of the video."""
-        if not self.vace_layers:
-            return range(0)
-        return range(*(-(-block // self.vace_stride) for block in (blocks.start, blocks.stop)))
-
-    def in_turn(self, blocks: range) -> list[int]:
-        """The numbers of these blocks of the video and of the VACE blocks behind them, in the order in which they run.
-
-        VACE blocks are numbered from `num_layers` on.
-        """
-        turns: list[int] = []
-        for block in blocks:
-            turns += [block, *(self.num_layers + i for i in self.vace_behind(range(block, block + 1)))]
-        return turns
-
-    def block_number(self, name: str) -> int | None:
-        """The number, as `in_turn` has it, of the block that a tensor belongs to, or acts behind before another block
-        comes; None for one of no block."""
-        match = BLOCK_NAME.match(name)
-        return int(match[2]) + (self.num_layers if match[1] else 0) if match else acts_behind(name)
-
-    def place_of(self, name: str) -> int | None:
-        """The block of the video that a tensor belongs to or acts at alone; None for one of no block."""
-        number = self.block_number(name)
-        if name.startswith("vace_blocks."):
-            return 0 if number is None else (number - self.num_layers) * self.vace_stride  # before_proj has no number
-        return number
+        return tuple(channels for variant in self.variants for channels in variant.tail_channels(self))
 
     @property
     def hearing(self) -> Hearing:
         """What tokens attend to of their frame: speech, sound, a face."""
-        if self.talk:
-            return Hearing(1.0, TalkAudio.TOKENS, self.talk.width)
-        if self.humo:
-            return Hearing(1.0, self.humo.tokens, self.humo.width)
-        dims = self.face or self.sound
-        if not dims:
-            return Hearing()
-        places = range(0, self.num_layers, FACE_STRIDE) if self.face else SOUND_LAYERS
-        share = sum(place < self.num_layers for place in places) / self.num_layers
-        return Hearing(share, dims.heads + 1, self.dim)
+        found = (variant.hearing(self) for variant in self.variants)
+        return next((hearing for hearing in found if hearing.tokens), Hearing())
+
+    @property
+    def carried(self) -> int:
+        """Streams of tokens that go from one pipeline stage to the next beside the video's."""
+        return sum(variant.carried for variant in self.variants)
+
+    @property
+    def why_exact(self) -> str:
+        """Why displaced patches (DistriFusion) cannot run the model, which is then computed exactly; "" where they
+        can."""
+        return next((variant.why_exact for variant in self.variants if variant.why_exact), "")
+
+    def token_bytes(self, contexts: int) -> int:
+        """Bytes of activations for each token and channel beside those of every model.
+
+        Args:
+            contexts: how many control videos there are beside the video.
+        """
+        return sum(variant.token_bytes(contexts) for variant in self.variants)
+
+    # Its blocks.
+
+    def side_blocks(self, blocks: range) -> range:
+        """The blocks of a variant's own that run behind these blocks of the video, counted from 0."""
+        found = (variant.side_blocks(self, blocks) for variant in self.variants)
+        return next(filter(None, found), range(0))
+
+    def in_turn(self, blocks: range) -> list[int]:
+        """The numbers of these blocks of the video and of the side blocks behind them, in the order in which they run.
+
+        Side blocks are numbered from `num_layers` on.
+        """
+        turns: list[int] = []
+        for number in blocks:
+            turns += [number, *(self.num_layers + i for i in self.side_blocks(range(number, number + 1)))]
+        return turns
+
+    def block_number(self, name: str) -> int | None:
+        """The number, as `in_turn` has it, of the block that a tensor belongs to, or acts behind before another block
+        comes; None for a tensor of no block."""
+        if match := BLOCK_NAME.match(name):
+            return int(match[1])
+        return _first(variant.block_number(self, name) for variant in self.variants)
+
+    def place_of(self, name: str) -> int | None:
+        """The block of the video that a tensor belongs to or acts at alone; None for a tensor of no block."""
+        if match := BLOCK_NAME.match(name):
+            return int(match[1])
+        return _first(variant.place_of(self, name) for variant in self.variants)
+
+    # Its tensors.
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(elements(shape) for shape in self.shapes().values())
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Shapes:
         """The name and shape of every tensor of the state dict, in the original key names."""
-        d, f = self.dim, self.ffn_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "patch_embedding.weight": (d, self.in_dim, 1, 2, 2),
-            "patch_embedding.bias": (d,),
-            "head.modulation": (1, 2, d),
-        }
-
-        def linear(name: str, columns: int, rows: int) -> None:
-            shapes[f"{name}.weight"] = (rows, columns)
-            shapes[f"{name}.bias"] = (rows,)
-
-        linear("text_embedding.0", self.text_dim, d)
-        linear("text_embedding.2", d, d)
-        linear("time_embedding.0", self.freq_dim, d)
-        linear("time_embedding.2", d, d)
-        linear("time_projection.1", d, 6 * d)
-
-        def block(name: str, image: bool = False) -> None:
-            shapes[f"{name}.modulation"] = (1, 6, d)
-            for attention in ("self_attn", "cross_attn"):
-                for projection in "qkvo":
-                    linear(f"{name}.{attention}.{projection}", d, d)
-                shapes[f"{name}.{attention}.norm_q.weight"] = (d,)
-                shapes[f"{name}.{attention}.norm_k.weight"] = (d,)
-            if image:
-                linear(f"{name}.cross_attn.k_img", d, d)
-                linear(f"{name}.cross_attn.v_img", d, d)
-                shapes[f"{name}.cross_attn.norm_k_img.weight"] = (d,)
-            shapes[f"{name}.norm3.weight"] = (d,)
-            shapes[f"{name}.norm3.bias"] = (d,)
-            linear(f"{name}.ffn.0", d, f)
-            linear(f"{name}.ffn.2", f, d)
-
-        def convolution(name: str, columns: int, size: int) -> None:
-            shapes[f"{name}.weight"] = (d, columns, size, size)
-            shapes[f"{name}.bias"] = (d,)
-
+        d = self.dim
+        shapes = patch_embedding("patch_embedding", self.in_dim, d)
+        shapes["head.modulation"] = (1, 2, d)
+        shapes |= linear("text_embedding.0", self.text_dim, d) | linear("text_embedding.2", d, d)
+        shapes |= linear("time_embedding.0", self.freq_dim, d) | linear("time_embedding.2", d, d)
+        shapes |= linear("time_projection.1", d, 6 * d)
         for i in range(self.num_layers):
-            block(f"blocks.{i}", image=bool(self.image_dim))
-        linear("head.head", d, 4 * self.out_dim)
-
+            shapes |= block(f"blocks.{i}", d, self.ffn_dim, image=bool(self.image_dim))
+        shapes |= linear("head.head", d, 4 * self.out_dim)
         if self.image_dim:
-            width = self.image_dim
-            for norm, size in ((0, width), (4, d)):
-                shapes[f"img_emb.proj.{norm}.weight"] = shapes[f"img_emb.proj.{norm}.bias"] = (size,)
-            linear("img_emb.proj.1", width, width)
-            linear("img_emb.proj.3", width, d)
+            shapes |= image_embedding("img_emb", self.image_dim, d)
         if self.image_positions:
             shapes["img_emb.emb_pos"] = (1, self.image_positions, self.image_dim)
-        if self.reference_dim:
-            convolution("ref_conv", self.reference_dim, 2)
-        if self.camera_dim:
-            convolution("control_adapter.conv", self.camera_dim * 64, 2)
-            for i in (1, 2):
-                convolution(f"control_adapter.residual_blocks.0.conv{i}", d, 3)
-        for stream, channels in (("pose", self.pose_dim), ("mask", self.mask_dim)):
-            if channels:
-                shapes[f"patch_embedding_{stream}.weight"] = (d, channels, 1, 2, 2)
-                shapes[f"patch_embedding_{stream}.bias"] = (d,)
-        if self.humo:
-            shapes |= self.humo.shapes(d, self.num_layers)
-        if self.music:
-            shapes |= self.music.shapes(d, self.in_dim, self.out_dim)
-        if self.talk:
-            shapes |= self.talk.shapes(d, self.num_layers)
-        if self.vace_layers:
-            shapes["vace_patch_embedding.weight"] = (d, self.vace_dim, 1, 2, 2)
-            shapes["vace_patch_embedding.bias"] = (d,)
-            linear("vace_blocks.0.before_proj", d, d)
-            for i in range(self.vace_layers):
-                block(f"vace_blocks.{i}")
-                linear(f"vace_blocks.{i}.after_proj", d, d)
-        if self.face:
-            shapes |= self.face.shapes(d, self.num_layers)
-        if self.sound:
-            shapes |= self.sound.shapes(d, self.in_dim)
+        for variant in self.variants:
+            shapes |= variant.shapes(self)
         return shapes
+
+
+def _first(numbers: Iterable[int | None]) -> int | None:
+    return next((number for number in numbers if number is not None), None)
 
 
 PRESETS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,17 @@ def video_part(grid: Grid, part: Part) -> Part:
     return part
 
 
+def frames_of(grid: Grid, part: Part) -> tuple[slice, Part]:
+    """The frames that the tokens `part` lie in, at least one, and the places of those tokens in these frames."""
+    if isinstance(part, slice):
+        first = min(part.start // grid.frame_tokens, grid.frames - 1)
+        stop = max(first + 1, math.ceil(part.stop / grid.frame_tokens))
+        offset = first * grid.frame_tokens
+        return slice(first, stop), slice(part.start - offset, part.stop - offset)
+    first = int(part.min()) // grid.frame_tokens
+    return slice(first, int(part.max()) // grid.frame_tokens + 1), part - first * grid.frame_tokens
+
+
 def pad_to_patch(x: torch.Tensor) -> torch.Tensor:
     """Extend an odd height or width by wrapping round, as ComfyUI does; the result is cropped again."""
     rows, columns = x.shape[-2] % PATCH[1], x.shape[-1] % PATCH[2]
@@ -81,8 +93,8 @@ def patchify(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(b, t * (h // 2) * (w // 2), c * 4)
 
 
-def unpatchify(tokens: torch.Tensor, grid: Grid, size: tuple[int, int, int]) -> torch.Tensor:
-    """Tokens [B, grid.tokens, 4*C] of the head back to a latent [B, C, *size], cropped to `size`."""
+def unpatchify(tokens: torch.Tensor, grid: Grid, size: Sequence[int]) -> torch.Tensor:
+    """Tokens [B, grid.tokens, 4*C] of the head back to a latent [B, C, T, H, W], cropped to the `size` (T, H, W)."""
     b, c = tokens.shape[0], tokens.shape[-1] // 4
     x = tokens.view(b, *grid.shape, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5)
     x = x.reshape(b, c, grid.frames, grid.rows * 2, grid.columns * 2)

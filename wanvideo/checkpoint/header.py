@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.audio_shapes import DancerMusic, HumoAudio
 from ..base.config import WanConfig
 from ..base.tensor_info import CheckpointError, TensorInfo, listed
-from ..base.variant_shapes import FACE_STRIDE, FaceDims, SoundDims, is_constant
+from ..base.variant import TensorShapes, read_variants, registered
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, original_name
@@ -25,10 +24,6 @@ HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from i
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
 
-# ComfyUI's names of the variants that their tensors tell (see `_refuse_other_kinds`).
-_KINDS = frozenset(
-    ("t2v", "i2v", "vace", "camera", "camera_2.2", "humo", "scail", "scail2", "wandancer", "s2v", "animate")
-)
 FLOW_RVS = "flow_rvs"
 """ComfyUI's name of FlowRVS: text-to-video in everything but its sampling, which its note alone tells."""
 
@@ -122,54 +117,33 @@ def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
     name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
     if note.get("causal_ar"):
         raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")
-    if kind not in _KINDS and kind != FLOW_RVS:
+    known = {kind for variant in registered() for kind in variant.comfyui_names}
+    if kind not in known and kind != FLOW_RVS:
         raise CheckpointError(f"{Path(path).name} is a {name} model. {_LATER}")
 
 
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
-    def shape(key: str, dims: int) -> tuple[int, ...]:
-        info = tensors.get(key)
-        if info is None or len(info.shape) != dims:
-            raise CheckpointError(
-                f"{Path(path).name} has no usable tensor {key}. Download the file again, or choose another."
-            )
-        return info.shape
-
-    def optional(key: str, axis: int) -> int:
-        """The size of a tensor that only some variants have, or 0."""
-        sizes = tensors[key].shape if key in tensors else ()
-        return sizes[axis] if len(sizes) > axis else 0
-
-    dim = shape("head.modulation", 3)[-1]
-    layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
-    vace_layers = {key.split(".")[1] for key in tensors if key.startswith("vace_blocks.")}
+    name = Path(path).name
+    shapes = TensorShapes(name, tensors)
+    dim = shapes.needed("head.modulation", 3)[-1]
     if dim % HEAD_DIM:
         raise CheckpointError(
-            f"{Path(path).name} has width {dim}, which is no multiple of the head size {HEAD_DIM} of Wan. "
+            f"{name} has width {dim}, which is no multiple of the head size {HEAD_DIM} of Wan. "
             "Choose a Wan 2.1 or 2.2 file."
         )
-    return WanConfig(
+    base = WanConfig(
         dim=dim,
-        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
+        ffn_dim=shapes.needed("blocks.0.ffn.0.weight", 2)[0],
         num_heads=dim // HEAD_DIM,
-        num_layers=len(layers),
-        in_dim=shape("patch_embedding.weight", 5)[1],
-        out_dim=shape("head.head.weight", 2)[0] // 4,
-        text_dim=shape("text_embedding.0.weight", 2)[1],
-        freq_dim=shape("time_embedding.0.weight", 2)[1],
-        image_dim=optional("img_emb.proj.1.weight", 1),
-        image_positions=optional("img_emb.emb_pos", 1),
-        reference_dim=optional("ref_conv.weight", 1),
-        camera_dim=optional("control_adapter.conv.weight", 1) // 64,  # 8 x 8 pixels
-        vace_layers=len(vace_layers),
-        vace_dim=optional("vace_patch_embedding.weight", 1),
-        face=FaceDims.read(tensors, shape),
-        sound=SoundDims.read(tensors, shape),
-        pose_dim=optional("patch_embedding_pose.weight", 1),
-        mask_dim=optional("patch_embedding_mask.weight", 1),
-        humo=HumoAudio.told_by(optional),
-        music=DancerMusic.told_by(optional),
+        num_layers=shapes.blocks("blocks"),
+        in_dim=shapes.needed("patch_embedding.weight", 5)[1],
+        out_dim=shapes.needed("head.head.weight", 2)[0] // 4,
+        text_dim=shapes.needed("text_embedding.0.weight", 2)[1],
+        freq_dim=shapes.needed("time_embedding.0.weight", 2)[1],
+        image_dim=shapes.size("img_emb.proj.1.weight", 1),
+        image_positions=shapes.size("img_emb.emb_pos", 1),
     )
+    return base.having(*read_variants(shapes))
 
 
 def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanConfig) -> None:
@@ -180,15 +154,14 @@ def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanCon
             f"{name} lacks {len(missing)} tensors of a Wan model or has them in another shape: "
             f"{listed(missing)}. Download the file again, or choose another."
         )
-    unknown = [key for key in tensors if key not in expected and not is_constant(key)]
+    constants = [key for key in tensors if any(variant.is_constant(key) for variant in config.variants)]
+    unknown = [key for key in tensors if key not in expected and key not in constants]
     if unknown:
         raise CheckpointError(
             f"{name} has {len(unknown)} tensors of an unknown Wan variant: {listed(unknown)}. {_LATER}"
         )
-    uneven = config.vace_layers and config.num_layers % config.vace_layers
-    uneven = uneven or (config.face and config.num_layers % FACE_STRIDE)
-    if config.in_dim < config.out_dim or uneven:
+    if config.in_dim < config.out_dim or not all(variant.divides(config) for variant in config.variants):
         raise CheckpointError(
             f"{name} is an unknown Wan variant: {config.in_dim} channels in, {config.out_dim} out, "
-            f"{config.num_layers} layers, {config.vace_layers} of VACE. {_LATER}"
+            f"{config.num_layers} layers, {TensorShapes(name, tensors).blocks('vace_blocks')} of VACE. {_LATER}"
         )

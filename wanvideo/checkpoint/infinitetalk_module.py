@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.audio_shapes import TalkAudio
 from ..base.tensor_info import CheckpointError, Contents, listed
+from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
 from .files import read_contents
@@ -36,7 +36,7 @@ def with_talk(base: Header, path: str) -> Header:
         CheckpointError: the patch is damaged or made for another size, or the base is of another variant.
     """
     name, base_name, config = Path(path).name, Path(base.path).name, base.config
-    if config.variant not in _VARIANTS or config.reference_dim:
+    if config.variant not in _VARIANTS or config.additions:
         raise CheckpointError(
             f"{base_name} is a {config.variant} model, and {name} (InfiniteTalk) belongs to an image-to-video model. "
             "Choose a Wan 2.1 image-to-video file, or remove WanInfiniteTalkToVideo."
@@ -48,17 +48,16 @@ def with_talk(base: Header, path: str) -> Header:
             f"{name} (InfiniteTalk) is made for a model of width {width}, but {base_name} has width {config.dim}. "
             "Use the 14B image-to-video model, which has width 5120."
         )
-    audio = module.get("blocks.0.audio_cross_attn.kv_linear.weight")
-    talk = TalkAudio(audio.shape[-1] if audio else 0)
-    expected = talk.shapes(config.dim, config.num_layers)
+    (talk,) = read_variants(TensorShapes(name, module), module=True)
+    config, expected = config.having(talk), talk.shapes(config)
     wrong = [key for key, shape in expected.items() if key not in module or module[key].shape != shape]
     wrong += [key for key in module if key not in expected]
-    if wrong or config.dim % (2 * talk.heads):
+    if wrong or not talk.divides(config):
         raise CheckpointError(
             f"{name} (InfiniteTalk) does not fit {base_name}: {len(wrong)} tensors are missing, unknown or of another "
             f"shape: {listed(wrong)}. Download it again, or use the patch made for this model."
         )
-    return replace(base, config=replace(config, talk=talk), tensors={**base.tensors, **module})
+    return replace(base, config=config, tensors={**base.tensors, **module})
 
 
 def _blocks(path: str, layers: int) -> Mapping[str, LogicalTensor]:

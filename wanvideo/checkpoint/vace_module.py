@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.config import PRESETS, WanConfig
-from ..base.tensor_info import CheckpointError, TensorInfo, listed
+from ..base.config import PRESETS
+from ..base.tensor_info import CheckpointError, listed
+from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
 from .files import read_contents
@@ -65,7 +66,7 @@ def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) ->
     name, base_name = Path(path).name, Path(base.path).name
     if base.config.variant != "text-to-video" or base.is_flow_rvs:
         kind = "a FlowRVS" if base.is_flow_rvs else f"an {base.config.variant}"
-        has = "has VACE blocks already" if base.config.vace_layers else f"is {kind} model"
+        has = "has VACE blocks already" if base.config.variant == "VACE" else f"is {kind} model"
         raise CheckpointError(
             f"{base_name} {has}, and the VACE module {name} belongs to a text-to-video model. "
             "Disconnect vace_model, or choose a text-to-video model."
@@ -76,24 +77,18 @@ def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) ->
             f"{name} is made for a model of {_size(width)}, but {base_name} is one of {_size(base.config.dim)}. "
             "Use the module of the same size."
         )
-    config = _config(base.config, module)
+    shapes = TensorShapes(name, module)
+    config, blocks = base.config.having(*read_variants(shapes)), shapes.blocks("vace_blocks")
     expected = {key: shape for key, shape in config.shapes().items() if key.startswith(_PARTS)}
     wrong = [key for key, shape in expected.items() if key not in module or module[key].shape != shape]
     wrong += [key for key in module if key not in expected]
-    if wrong or not config.vace_layers or config.num_layers % config.vace_layers:
+    if wrong or not all(variant.divides(config) for variant in config.variants):
         raise CheckpointError(
-            f"{name} does not fit {base_name}: {config.vace_layers} VACE blocks beside {config.num_layers} layers, and "
+            f"{name} does not fit {base_name}: {blocks} VACE blocks beside {config.num_layers} layers, and "
             f"{len(wrong)} tensors are missing, unknown or of another shape: {listed(wrong)}. "
             "Download it again, or use the module made for this model."
         )
     return replace(base, config=config, tensors={**base.tensors, **module})
-
-
-def _config(base: WanConfig, module: Mapping[str, TensorInfo]) -> WanConfig:
-    blocks = {key.split(".")[1] for key in module if key.startswith("vace_blocks.")}
-    embedding = module.get("vace_patch_embedding.weight")
-    channels = embedding.shape[1] if embedding is not None and len(embedding.shape) == 5 else 0
-    return replace(base, vace_layers=len(blocks), vace_dim=channels)
 
 
 def _size(width: int) -> str:

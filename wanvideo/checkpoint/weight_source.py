@@ -15,6 +15,7 @@ from safetensors import safe_open
 from ..base.config import PRESETS, WanConfig
 from ..base.lora import WeightPatch, merge
 from ..base.tensor_info import CheckpointError, TensorInfo
+from ..base.variant import is_rounded
 from ..quant.formats.fp8 import FLOAT8, Fp8Weight
 from ..quant.formats.registry import format_name
 from ..quant.quantized import QuantizedWeight, Weight, as_tensor
@@ -202,7 +203,7 @@ def cast_and_move(weight: Weight, weight_dtype: torch.dtype, device: torch.devic
 def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
     """Whether `cast_and_move` quantises the float weight `name`: for fp8, it does so with the matrices of the blocks,
     which are 98 % of the bytes."""
-    return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or name.startswith("audio_injector."))
+    return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or is_rounded(name))
 
 
 def storage_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtype:

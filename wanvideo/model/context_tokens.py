@@ -1,20 +1,23 @@
 """Tokens of further videos behind those of the one that is made: they are attended to, and left out of the result.
 
-| of | what | embedded as |
-|---|---|---|
-| Bernini | a source video, reference videos and images, each of its own size | the video |
-| SCAIL | a pose video at half the size | by an embedding of its own; SCAIL-2 adds that of its masks |
+Bernini has a source video, reference videos and images there, each of its own size, which are embedded as the video
+is. A variant may embed them otherwise (see `WanModel.embed_behind`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ..base.conditioning import Conditioning
 from ..base.grid import grid_of, pad_to_patch, patchify
 from ..base.options import PLAIN_ROPE, RopeOptions, Segment
-from .layers import PatchEmbedding
+from ..base.variant import Key
+
+CONTEXT_LATENTS = Key("context_latents", "source or reference videos", "BerniniConditioning")
 
 
 def tail_of(
@@ -34,17 +37,11 @@ def tail_of(
     return torch.cat(tokens, dim=1), tuple(segments)
 
 
-def embed_tail(
-    tokens: torch.Tensor, video: PatchEmbedding, pose: PatchEmbedding | None, mask: PatchEmbedding | None
-) -> torch.Tensor:
-    """Tokens [B, n, C*4] of a tail to float32 [B, n, dim].
-
-    Args:
-        video, pose, mask: what the model has; with `pose`, the channels behind those of the pose are masks.
-    """
-    tokens = tokens.float()
-    if pose is None:
-        return video(tokens)
-    own = pose.weight[0].numel()
-    x = pose(tokens[..., :own])
-    return x + mask(tokens[..., own:]) if tokens.shape[-1] > own else x
+def with_context_videos(conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+    """The conditioning with Bernini's source and reference videos, which are among ComfyUI's keywords `given`, in the
+    order that tells them apart."""
+    latents = given.get(CONTEXT_LATENTS.name)
+    if not latents:
+        return conditioning
+    tail, segments = tail_of(latents, conditioning.options.rope, turned=True)
+    return conditioning.having(replace(conditioning.options, tail=segments), tail=tail)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -43,6 +43,18 @@ MeanSquares = Callable[..., "list[torch.Tensor] | list[None]"]
 None for rows that are whole, of which the norm then takes it itself."""
 
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Adds up a tensor over ranks in place, or takes the largest of each of its numbers."""
+
+
+@dataclass(frozen=True)
+class OverSequence:
+    """How ranks that share the tokens of a video put together what each has; a single one leaves it as it is."""
+
+    add: Reduce
+    largest: Reduce
+
+
 class Linear(nn.Module):
     """x @ weight.T + bias in the dtype of x, whatever the weights are held in; `weight` may be a `QuantizedWeight`.
 
@@ -57,6 +69,7 @@ class Linear(nn.Module):
         self.fp8 = False
 
     def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
+        """x [..., columns] to [..., rows], in the dtype of x (the compute dtype of fp8 rows)."""
         if self.fp8 and isinstance(self.weight, Fp8Weight):
             return fp8.product(x if isinstance(x, Fp8Rows) else fp8.to_rows(x), self.weight, self.bias)
         if isinstance(x, Fp8Rows):  # shared with fp8 weights, which this file has not everywhere
@@ -86,10 +99,13 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor | None = None, mean_square: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """x [B, n, dim], with `rope` [n, head_dim/2] rotated, in the dtype of x."""
         return pointwise.rms_norm(x, self.weight, self.eps, rope, mean_square)
 
 
 class LayerNorm(nn.Module):
+    """A LayerNorm with learned scale and shift, in float32."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
@@ -97,12 +113,13 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype, to_fp8: bool = False) -> torch.Tensor | Fp8Rows:
+        """x [B, n, dim] in float32 to the same shape in `dtype`."""
         return _norm(x, self.weight, self.bias, self.eps, dtype, to_fp8)
 
     def after(
         self, x: torch.Tensor, change: torch.Tensor, gate: Vectors, dtype: torch.dtype, to_fp8: bool
     ) -> torch.Tensor | Fp8Rows:
-        """Of x + change * gate, which x becomes; see `add_norm`."""
+        """The norm of x + change * gate, which x becomes; see `add_norm`."""
         return add_norm(x, change, gate, self.weight, self.bias, self.eps, dtype, to_fp8)
 
 
@@ -115,6 +132,7 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, n, in_dim*4], float32, to [B, n, dim]."""
         return F.linear(tokens, self.weight.flatten(1), self.bias)
 
 
@@ -142,9 +160,11 @@ class Attention(nn.Module):
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def linears(self) -> list[Linear]:
+        """The linear layers."""
         return [module for module in self.children() if isinstance(module, Linear)]
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] as [..., heads, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
     def self_attention(
@@ -164,7 +184,7 @@ class Attention(nn.Module):
     def context_keys(self, inputs: BlockInputs) -> Keys:
         """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
         sources = [(inputs.context, self.k, self.v, self.norm_k)]
-        if self.image:
+        if self.image and inputs.image is not None:
             sources.append((inputs.image, self.k_img, self.v_img, self.norm_k_img))
         keys = [k(context) for context, k, _, _ in sources]
         squares = self.mean_squares(*keys)
@@ -188,13 +208,25 @@ class Attention(nn.Module):
 class FeedForward(nn.Sequential):
     """A product, GELU, another product; GELU in the first one, unless another activation is in its place."""
 
+    @property
+    def up(self) -> Linear:
+        """The first product."""
+        return cast(Linear, self[0])
+
+    @property
+    def down(self) -> Linear:
+        """The second product."""
+        return cast(Linear, self[2])
+
     def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
-        up, activation, down = self
-        return down(up.gelu(x)) if isinstance(activation, nn.GELU) else super().forward(x)
+        """x [B, n, dim] to [B, n, dim]."""
+        if isinstance(self[1], nn.GELU) and isinstance(x, torch.Tensor):
+            return self.down(self.up.gelu(x))
+        return super().forward(x)
 
 
 def to_nobody(_kind: str, _x: torch.Tensor) -> None:
-    pass
+    """An `Announce` that tells nobody."""
 
 
 def _whole_rows(*rows: torch.Tensor) -> list[None]:
@@ -208,13 +240,15 @@ class Block(nn.Module):
         at_once: slices of tokens that are worked on in turn. With 2, what one slice waits for can arrive while the
             other one is computed.
         arrived: called with the output of cross-attention or feed-forward before it is used; returns it complete.
+        over_heads: adds up over the ranks that have heads of the same tokens.
         fp8: whether the products are in fp8; set by `use_fp8`.
     """
 
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__()
         self.at_once = 1
-        self.arrived: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+        self.arrived: Reduce = _as_it_is
+        self.over_heads: Reduce = _as_it_is
         self.fp8 = False
         self.dim, self.eps = config.dim, config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
@@ -228,9 +262,8 @@ class Block(nn.Module):
     def use_fp8(self) -> None:
         """Multiply in fp8 where the weights are held in it; the norms and the activation then give fp8 rows."""
         self.fp8 = True
-        up, _, down = self.ffn
         self.ffn[1] = fp8.GeluRows()
-        for linear in (*self.self_attn.linears(), *self.cross_attn.linears(), up, down):
+        for linear in (*self.self_attn.linears(), *self.cross_attn.linears(), self.ffn.up, self.ffn.down):
             linear.fp8 = True
 
     def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
@@ -298,6 +331,8 @@ def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
 
 
 class Head(nn.Module):
+    """The norm, modulated by the time, and the product that makes the result of the tokens."""
+
     def __init__(self, config: WanConfig):
         super().__init__()
         self.eps = config.eps
@@ -325,11 +360,11 @@ class BlockInputs:
     kernel: AttentionKernel
     compute_dtype: torch.dtype
     slice_tokens: int
-    heard: Any = None  # what a variant's blocks listen to (see humo.py)
+    heard: Any = None  # what a variant's blocks listen to (see `WanModel.heard`)
     kept: dict[nn.Module, Keys] | None = None  # by cross-attention, where they are kept (see text_keys.py)
 
     def keys_of(self, attention: Attention) -> Keys:
-        """Those of the text and the image; computed once where they are kept."""
+        """An attention's keys and values of the text and the image; computed once where they are kept."""
         if self.kept is None:
             return attention.context_keys(self)
         if attention not in self.kept:
@@ -341,7 +376,7 @@ class BlockInputs:
         return [self.by_token(v) for v in (self.time + block.unsqueeze(1)).unbind(2)]
 
     def by_token(self, v: torch.Tensor) -> Vectors:
-        """What is given for each time [B, R, dim], for each token."""
+        """The vectors that are given for each time, [B, R, dim], as vectors for each token."""
         return v if self.row_of_token is None else ByToken(v, self.row_of_token)
 
 
@@ -376,7 +411,7 @@ def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
 
 
 def rows(v: Vectors, s: slice) -> Vectors:
-    """Of vectors for each token, or for all, those of the tokens `s`."""
+    """The vectors of the tokens `s`, out of vectors for each token or of one for all."""
     if isinstance(v, ByToken):
         return v.of(s)
     return v if v.shape[1] == 1 else v[:, s]

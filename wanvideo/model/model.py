@@ -1,4 +1,4 @@
-"""The Wan DiT on one device, of the layers of layers.py; what only some variants have is in variant_model.py.
+"""The Wan DiT on one device, of the layers of layers.py; what only some variants have is in wanvideo/variants/.
 
 Only self-attention mixes tokens. Everything else works on any subset of them, which is what the parallel
 strategies build on: they hand `WanModel.transform` a part of the tokens and an attention that sees the rest.
@@ -6,8 +6,9 @@ strategies build on: they hand `WanModel.transform` a part of the tokens and an 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,13 +16,28 @@ from torch import nn
 from ..attention.kernels import AttentionKernel, get_kernel
 from ..base.conditioning import NOTHING, Conditioning, core, extended
 from ..base.config import WanConfig
-from ..base.grid import Grid, Part, pad_to_patch, patchify, sequence_of, unpatchify
+from ..base.grid import Grid, Part, pad_to_patch, patchify, sequence_of, unpatchify, video_part
 from ..checkpoint.weight_source import cast_and_move, open_weights
 from ..ops import pointwise
 from ..ops.rope import sequence_table
 from ..quant.quantized import QuantizedWeight, Weight
-from .layers import Block, BlockInputs, Head, Linear, PatchEmbedding, SelfAttention, sinusoid, time_vectors, to_nobody
+from .embeddings import ImageEmbedding
+from .layers import (
+    Block,
+    BlockInputs,
+    Head,
+    Linear,
+    OverSequence,
+    PatchEmbedding,
+    SelfAttention,
+    sinusoid,
+    time_vectors,
+    to_nobody,
+)
 from .text_keys import TextKeys
+
+Sides = dict[str, Any]
+"""What variants add behind some blocks, each by a name of its own."""
 
 
 def _no_wait(_block: int) -> None:
@@ -32,6 +48,8 @@ class WanModel(nn.Module):
     """The DiT. Weights are read with `from_checkpoint`; a bare instance has the shapes alone.
 
     Attributes:
+        block: the class of the blocks.
+        over_sequence: how to ask the ranks that have the other tokens; None where there are none.
         span: the blocks to run, all by default. A pipeline stage has a part of them: it takes the residual
             stream where it lacks the first, and gives it where it lacks the last (see `transform`).
         self_kernel: attention kernel of self-attention, the other one being for cross-attention.
@@ -43,6 +61,9 @@ class WanModel(nn.Module):
         slice_tokens: cross-attention and feed-forward take at most this many tokens at once, which bounds
             their activation memory; 0 takes all.
     """
+
+    block: ClassVar[type[Block]] = Block
+    over_sequence: OverSequence | None = None
 
     def __init__(
         self,
@@ -61,8 +82,10 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, d), nn.SiLU(), Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
-        self.blocks = nn.ModuleList(Block(config, bool(config.image_dim)) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(self.block(config, bool(config.image_dim)) for _ in range(config.num_layers))
         self.head = Head(config)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config.image_dim, d, config.image_positions)
 
     @classmethod
     def from_checkpoint(
@@ -87,7 +110,7 @@ class WanModel(nn.Module):
         if isinstance(attention, str):
             attention = get_kernel(attention, device, compute_dtype)
         with torch.device("meta"):
-            model = cls(source.config, attention, compute_dtype, slice_tokens)
+            model = model_class(source.config)(source.config, attention, compute_dtype, slice_tokens)
         for name in source.config.shapes():
             model.set_weight(name, cast_and_move(source.tensor(name), weight_dtype, device, name))
         return model.eval().requires_grad_(False)
@@ -132,7 +155,7 @@ class WanModel(nn.Module):
         tokens = patchify(pad_to_patch(x))
         part = slice(0, grid.tokens)
         out = self.transform(tokens, grid, part, timestep, context, conditioning=conditioning)
-        return core(unpatchify(out[:, : grid.video_tokens], grid, tuple(x.shape[-3:])), frames, conditioning.options)
+        return core(unpatchify(out[:, : grid.video_tokens], grid, x.shape[-3:]), frames, conditioning.options)
 
     def transform(
         self,
@@ -159,6 +182,37 @@ class WanModel(nn.Module):
             float32 [B, n, out_dim*4]. Where `span` ends before the last block, the residual stream [B, n, dim]; where
             k other streams are `carried` on, with them behind it, [1 + k, B, n, dim].
         """
+        inputs, embedding = self._block_inputs(tokens, grid, part, timestep, context, attend, conditioning)
+        if self.span.start == 0:
+            x, carried = self.embed(tokens, grid, part, conditioning), []
+        else:
+            x, *carried = tokens if tokens.ndim == 4 else [tokens]
+        sides = self.side_streams(x, grid, part, conditioning, carried)
+        before_block = before_block or _no_wait
+        for i in self.span:
+            before_block(i)
+            if i not in conditioning.options.skip_blocks:
+                x = self.blocks[i](x, inputs)
+            for side in self.config.side_blocks(range(i, i + 1)):
+                before_block(self.config.num_layers + side)
+            self.add_sides(x, sides, i, inputs, conditioning)
+        if self.span.stop == len(self.blocks):
+            return self.head_for(conditioning)(x, embedding, inputs)
+        if not self.carried(self.span.stop, conditioning):
+            return x
+        return tokens if carried else torch.stack([x, *self.onward(sides)])  # all of them were changed in place
+
+    def _block_inputs(
+        self,
+        tokens: torch.Tensor,
+        grid: Grid,
+        part: Part,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        attend: SelfAttention | None,
+        conditioning: Conditioning,
+    ) -> tuple[BlockInputs, torch.Tensor]:
+        """What every block is given beside the tokens (see `transform`), and the time embedding for the head."""
         times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
         embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
         text = self.text_embedding(context.to(self.compute_dtype))
@@ -178,31 +232,25 @@ class WanModel(nn.Module):
             heard=self.heard(grid, part, conditioning, tokens.device),
             kept=self.text_keys.of(text, image, blocks) if self.text_keys is not None else None,
         )
-        if self.span.start == 0:
-            x, carried = self.embed(tokens, grid, part, conditioning), []
-        else:
-            x, *carried = tokens if tokens.ndim == 4 else [tokens]
-        sides = carried or self.side_streams(x, grid, part, conditioning)
-        before_block = before_block or _no_wait
-        for i in self.span:
-            before_block(i)
-            if i not in conditioning.options.skip_blocks:
-                x = self.blocks[i](x, inputs)
-            for vace in self.config.vace_behind(range(i, i + 1)):
-                before_block(self.config.num_layers + vace)
-            self.add_sides(x, sides, i, inputs, conditioning)
-        if self.span.stop == len(self.blocks):
-            return self.head_for(conditioning)(x, embedding, inputs)
-        onward = sides[: self.carried(self.span.stop, conditioning)]
-        if not onward:
-            return x
-        return tokens if carried else torch.stack([x, *onward])  # all of them were changed in place
+        return inputs, embedding
 
-    # What a variant does differently; see variant_model.py.
+    # What a variant does differently (see wanvideo/variants/). Each method calls `super()`, so that variants compose.
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
         """The video's tokens [B, n, in_dim*4] of `part`, and the tail's, to float32 [B, all of `part`, dim]."""
+        if not grid.tail or not isinstance(part, slice):  # indices are never of a tail
+            return self.embed_video(tokens, grid, part, conditioning)
+        x = self.embed_video(tokens, grid, video_part(grid, part), conditioning)
+        first, last = (max(place - grid.video_tokens, 0) for place in (part.start, part.stop))
+        return torch.cat([x, self.embed_behind(conditioning, slice(first, last), x.device)], dim=1)
+
+    def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
+        """The tokens `video` of the video, [B, n, in_dim*4], to float32 [B, n, dim]."""
         return self.patch_embedding(tokens.float())
+
+    def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
+        """The tokens `places` of those behind the video, which `Conditioning.tail` has, to float32 [B, n, dim]."""
+        return self.patch_embedding(conditioning.given["tail"][:, places].to(device).float())
 
     def times(
         self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
@@ -224,23 +272,56 @@ class WanModel(nn.Module):
         """What the blocks listen to, for the tokens `part`."""
         return None
 
-    def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
-        """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text."""
-        return None
+    def asks_other_ranks(self, conditioning: Conditioning) -> bool:
+        """Whether blocks ask the ranks that have the other tokens (`over_sequence`) beside self-attention."""
+        return False
 
-    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[Any]:
-        """What `add_sides` needs, such as further tokens beside the embedded ones x, float32 [B, n, dim]."""
-        return []
+    def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
+        """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text; None where the model
+        attends to none."""
+        if not self.config.image_dim:
+            return None
+        if conditioning.image is None:
+            return text  # as in ComfyUI, whose graphs may leave the CLIP tokens out
+        return self.img_emb(conditioning.image.to(text.device), self.compute_dtype)
+
+    def side_streams(
+        self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
+    ) -> Sides:
+        """What `add_sides` needs, such as further tokens beside the embedded ones x, float32 [B, n, dim].
+
+        Args:
+            carried: the streams that the blocks before have given, where this stage lacks the first block.
+        """
+        return {}
 
     def carried(self, block: int, conditioning: Conditioning) -> int:
         """How many side streams the blocks from `block` on need that the blocks before must give."""
         return 0
 
+    def onward(self, sides: Sides) -> list[torch.Tensor]:
+        """The side streams that are `carried` on, each [B, n, dim]."""
+        return []
+
     def add_sides(
-        self, x: torch.Tensor, sides: list[Any], block: int, inputs: BlockInputs, conditioning: Conditioning
+        self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
         """Behind a block of the video: change x in place by the side streams, and these too."""
 
     def self_attentions(self, conditioning: Conditioning, blocks: range) -> int:
         """How often one forward through these blocks of the video calls its self-attention function."""
         return len(set(blocks) - set(conditioning.options.skip_blocks))
+
+
+def model_class(config: WanConfig) -> type[WanModel]:
+    """The class of the DiT that a configuration describes: `WanModel` with the layers of all its variants."""
+    layers = (variant.layers() for variant in config.variants)
+    return _composed(tuple(found for found in layers if found is not None))
+
+
+@functools.cache
+def _composed(layers: tuple[type[WanModel], ...]) -> type[WanModel]:
+    """A subclass of all of `layers`, of which the first ones act first."""
+    if len(layers) <= 1:
+        return layers[0] if layers else WanModel
+    return type("".join(cls.__name__ for cls in layers), layers[::-1], {})

@@ -28,6 +28,7 @@ class _Kept:
     keys: dict[nn.Module, Keys] = field(default_factory=dict)
 
     def is_of(self, text: torch.Tensor, image: torch.Tensor | None) -> bool:
+        """Whether the keys are those of this text and image."""
         return _same(self.text, text) and _same(self.image, image)
 
 

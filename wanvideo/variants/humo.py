@@ -1,22 +1,113 @@
-"""HuMo: each token also attends to the audio around its frame.
+"""HuMo: each token also attends to the audio around its frame; a reference image is a frame behind the video.
 
 Source: HuMo `humo/models/wan_modules/model_humo.py` (Phantom-video/HuMo); shapes and orders as ComfyUI runs them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..base.audio_shapes import HumoAudio
+from ..base.conditioning import Conditioning
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part
+from ..base.shapes import Shapes, attention, linear, norm
+from ..base.variant import Asked, Hearing, Input, Key, Shape, TensorShapes, Variant, attention_splits
 from ..model.layers import Attention, Block, BlockInputs, LayerNorm, Linear
+from ..model.model import WanModel
 
 NORM_EPS = 1e-5  # of the audio projection, as torch's default
+_PROJECTION = "audio_proj.audio_proj_glob"
+
+
+def _audio_shape(_: Humo, asked: Asked) -> Shape:
+    """A batch, and any sizes: `Humo.check` counts the numbers of a frame."""
+    audio = asked.given.audio
+    return (asked.batch, *(None for _ in range(audio.ndim - 1 if audio is not None else 1)))
+
+
+@dataclass(frozen=True)
+class Humo(Variant):
+    """HuMo: features of some audio frames around a latent frame become `tokens` tokens for the frame.
+
+    Args:
+        features: numbers of those audio frames together.
+        hidden: width of the projection between.
+        width: of an audio token.
+    """
+
+    features: int
+    hidden: int
+    width: int
+    tokens: int
+
+    name = "HuMo"
+    order = 40
+    comfyui_names = ("humo",)
+    node = "WanHuMoImageToVideo"
+    inputs = (Input("audio", _audio_shape, Key("audio_embed", "an audio embedding", "WanHuMoImageToVideo")),)
+    settings = (Key("reference_latent"),)
+    ignored = ("clip_fea",)
+    start_image = False
+    splits = attention_splits("audio_cross_attn")
+
+    @classmethod
+    def read(cls, tensors: TensorShapes) -> Humo | None:
+        """The dimensions that a file with a projection of audio tells."""
+        features = tensors.size(f"{_PROJECTION}_1.layer.weight", 1)
+        width = tensors.size(f"{_PROJECTION}_norm.layer.weight", 0)
+        if not (features and width):
+            return None
+        rows = tensors.size(f"{_PROJECTION}_3.layer.weight", 0)
+        return cls(features, tensors.size(f"{_PROJECTION}_1.layer.weight", 0), width, rows // width)
+
+    def shapes(self, config: WanConfig) -> Shapes:
+        """The tensors of the projection, and of the attention to audio in each block."""
+        shapes: Shapes = {}
+        steps = ((self.features, self.hidden), (self.hidden, self.hidden), (self.hidden, self.tokens * self.width))
+        for number, (columns, rows) in enumerate(steps, 1):
+            shapes |= linear(f"{_PROJECTION}_{number}.layer", columns, rows)
+        shapes |= norm(f"{_PROJECTION}_norm.layer", self.width)
+        for i in range(config.num_layers):
+            wrapper = f"blocks.{i}.audio_cross_attn_wrapper"
+            shapes |= norm(f"{wrapper}.norm1_audio", config.dim)
+            shapes |= attention(f"{wrapper}.audio_cross_attn", config.dim, self.width)
+        return shapes
+
+    def layers(self) -> type[HumoModel]:
+        """`HumoModel`."""
+        return HumoModel
+
+    def hearing(self, config: WanConfig) -> Hearing:
+        """The tokens of a frame's audio, in every block."""
+        return Hearing(1.0, self.tokens, self.width)
+
+    def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+        """The reference image as a frame behind the video, in which nothing is heard."""
+        frames, audio = given.get("reference_latent"), conditioning.audio
+        if frames is None:
+            return conditioning
+        if audio is not None:
+            audio = torch.cat([audio, audio.new_zeros(audio.shape[0], frames.shape[2], *audio.shape[2:])], dim=1)
+        return conditioning.having(extra_frames=frames, audio=audio)
+
+    def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """Check that the audio of a frame has as many numbers as the projection takes.
+
+        Raises:
+            ValueError: it has not.
+        """
+        audio = conditioning.audio
+        if audio is not None and audio[0, 0].numel() != self.features:
+            raise ValueError(
+                f"The audio embedding has {audio[0, 0].numel()} numbers for each latent frame, but this HuMo "
+                f"model takes {self.features}. Use the audio encoder that WanHuMoImageToVideo is made for."
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +142,7 @@ class Layer(nn.Module):
 class AudioProjection(nn.Module):
     """Audio features [B, frames, ...] of each latent frame to audio tokens [B, frames, tokens, width]."""
 
-    def __init__(self, audio: HumoAudio):
+    def __init__(self, audio: Humo):
         super().__init__()
         self.audio = audio
         self.audio_proj_glob_1 = Layer(Linear(audio.features, audio.hidden))
@@ -60,6 +151,7 @@ class AudioProjection(nn.Module):
         self.audio_proj_glob_norm = Layer(LayerNorm(audio.width, NORM_EPS))
 
     def forward(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Features [B, frames, ...] to tokens [B, frames, tokens, width] in `dtype`."""
         x = features.flatten(2).to(dtype)
         x = F.relu(self.audio_proj_glob_1.layer(x))
         x = F.relu(self.audio_proj_glob_2.layer(x))
@@ -88,6 +180,8 @@ class AudioAttention(Attention):
 
 
 class AudioWrapper(nn.Module):
+    """The norm and the attention of a block's audio, as the released files group them."""
+
     def __init__(self, config: WanConfig, width: int):
         super().__init__()
         self.norm1_audio = LayerNorm(config.dim, config.eps)
@@ -99,12 +193,14 @@ class HumoBlock(Block):
 
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__(config, image)
-        self.audio_cross_attn_wrapper = AudioWrapper(config, config.humo.width)
+        self.audio_cross_attn_wrapper = AudioWrapper(config, config[Humo].width)
 
     def used_by_slices(self) -> list[nn.Module]:
+        """The modules of every block, and those of the attention to audio."""
         return [*super().used_by_slices(), *self.audio_cross_attn_wrapper.audio_cross_attn.linears()]
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
+        """Add to the tokens x, those at `s` of this rank's, what they hear."""
         if inputs.heard is None or not x.shape[1]:
             return
         wrapper = self.audio_cross_attn_wrapper
@@ -112,3 +208,22 @@ class HumoBlock(Block):
         runs = tuple(run for run in cut if run[0] < run[1])
         y = wrapper.norm1_audio(x, inputs.compute_dtype)
         x += wrapper.audio_cross_attn(y, Heard(inputs.heard.audio, runs), inputs)
+
+
+class HumoModel(WanModel):
+    """The DiT of HuMo."""
+
+    block = HumoBlock
+
+    def __init__(self, config: WanConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, **options)
+        self.audio_proj = AudioProjection(config[Humo])
+
+    def heard(
+        self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device
+    ) -> Heard | None:
+        """The audio tokens of all frames, and which of them the tokens `part` hear."""
+        if conditioning.audio is None:
+            return None
+        audio = self.audio_proj(conditioning.audio.to(device), self.compute_dtype)
+        return Heard(audio, moments(grid, part, audio.shape[1]))

@@ -1,9 +1,9 @@
 """InfiniteTalk and MultiTalk: an image-to-video model whose tokens also attend to the speech of their frame.
 
-The layers come in a file of their own, a model patch (see infinitetalk_module.py), and act between cross-attention and
-feed-forward of every block. With two speakers, a mask for each of them in the first frame says who is where: how much
-a token's query attends to the keys of a speaker's part of the first frame tells whose speech it hears more. That turns
-into a place on a line by which its query is rotated, as are the keys of the two speeches.
+The layers come in a file of their own, a model patch (see checkpoint/infinitetalk_module.py), and act between
+cross-attention and feed-forward of every block. With two speakers, a mask for each of them in the first frame says who
+is where: how much a token's query attends to the keys of a speaker's part of the first frame tells whose speech it
+hears more. That turns into a place on a line by which its query is rotated, as are the keys of the two speeches.
 
 A rank does this for whatever tokens it holds. Two things it does not have by itself: the keys of the first frame, and
 how the attention to a speaker is distributed over all tokens and heads. `Reduce` brings them.
@@ -14,20 +14,20 @@ Sources: MultiTalk (arXiv 2505.22647) and InfiniteTalk (arXiv 2508.14033), `wan/
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from ..base.audio_shapes import TalkAudio
+from ..base.conditioning import Conditioning
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part
-from ..model.layers import Block, BlockInputs, LayerNorm, Linear
-from .frames import Run, few_keys, runs_of
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Adds up a tensor over ranks in place, or takes the largest of each of its numbers."""
+from ..base.shapes import Shapes, linear, norm
+from ..base.variant import Hearing, Input, TensorShapes, Variant, paired_attention_splits
+from ..model.frames import Run, few_keys, runs_of
+from ..model.layers import Block, BlockInputs, LayerNorm, Linear, OverSequence
+from ..model.model import WanModel
 
 NORM_EPS = 1e-5  # torch's default
 _CLOSE = 1e-8  # keeps quotients of equal numbers finite
@@ -39,11 +39,84 @@ _NOBODY = 12.0
 
 
 @dataclass(frozen=True)
-class OverSequence:
-    """How ranks that share the tokens of a video put together what each has; a single one leaves it as it is."""
+class InfiniteTalk(Variant):
+    """InfiniteTalk's or MultiTalk's attention to speech in every block.
 
-    add: Reduce
-    largest: Reduce
+    Args:
+        width: of an audio token.
+        heads: of that attention, which no tensor tells: the released files have 40, and so has ComfyUI.
+    """
+
+    width: int
+    heads: int = 40
+
+    TOKENS: ClassVar[int] = 32
+    """Tokens that ComfyUI's projection makes of one speaker's speech for a frame."""
+
+    order = 60
+    module = True
+    inputs = (
+        Input("audio", lambda own, asked: (asked.batch, asked.frames, None, own.width)),
+        Input(
+            "speakers", lambda _, asked: (asked.batch, None, -(-asked.height // 2) * -(-asked.width // 2))
+        ),
+    )
+    splits = paired_attention_splits(
+        r"audio_cross_attn\.q_linear", r"audio_cross_attn\.kv_linear", r"audio_cross_attn\.proj"
+    )
+
+    @classmethod
+    def read(cls, tensors: TensorShapes) -> InfiniteTalk | None:
+        """The width of an audio token, 0 where a file with such layers lacks the tensor that tells it."""
+        if "blocks.0.audio_cross_attn.proj.weight" not in tensors.tensors:
+            return None
+        return cls(tensors.size("blocks.0.audio_cross_attn.kv_linear.weight", -1))
+
+    def shapes(self, config: WanConfig) -> Shapes:
+        """The tensors of the attention to speech in each block."""
+        shapes: Shapes = {}
+        for i in range(config.num_layers):
+            shapes |= norm(f"blocks.{i}.norm_x", config.dim)
+            shapes |= linear(f"blocks.{i}.audio_cross_attn.q_linear", config.dim, config.dim)
+            shapes |= linear(f"blocks.{i}.audio_cross_attn.kv_linear", self.width, 2 * config.dim)
+            shapes |= linear(f"blocks.{i}.audio_cross_attn.proj", config.dim, config.dim)
+        return shapes
+
+    def layers(self) -> type[TalkModel]:
+        """`TalkModel`."""
+        return TalkModel
+
+    def divides(self, config: WanConfig) -> bool:
+        """Whether the width is that of heads of an even size."""
+        return config.dim % (2 * self.heads) == 0
+
+    def hearing(self, config: WanConfig) -> Hearing:
+        """The tokens of a frame's speech, in every block."""
+        return Hearing(1.0, self.TOKENS, self.width)
+
+    def own_heads(self) -> tuple[int, str]:
+        """Heads of the attention to speech, and what a refusal calls the layers."""
+        return self.heads, "InfiniteTalk's layers"
+
+    def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """Check what is heard against the rest of the conditioning.
+
+        Raises:
+            ValueError: there are other tokens than those of the video, or masks of another number of speakers.
+        """
+        if conditioning.audio is None:
+            return
+        if conditioning.extra_frames is not None or conditioning.tail is not None:
+            raise ValueError(
+                "InfiniteTalk cannot be joined with subject images or further videos (WanPhantomSubjectToVideo, "
+                "BerniniConditioning). Remove one of them."
+            )
+        masks = 2 if conditioning.speakers is None else conditioning.speakers.shape[1]
+        if masks not in (2, 3):
+            raise ValueError(
+                f"WanInfiniteTalkToVideo was given {masks} masks, but two speakers need 2, or 3 with one of nobody. "
+                "Connect one mask to mask_1 and one to mask_2."
+            )
 
 
 @dataclass(frozen=True)
@@ -79,6 +152,8 @@ class Speech:
         first = self.grid.frame_tokens
         if self.over is None:
             return k[:, :first]
+        if not isinstance(self.part, slice):
+            raise TypeError("ranks that ask each other for keys hold neighbouring tokens")
         start, stop = min(self.part.start, first), min(self.part.stop, first)
         keys = k.new_zeros(k.shape[0], first, *k.shape[2:])
         keys[:, start:stop] = k[:, : stop - start]
@@ -99,7 +174,7 @@ class Heard:
 class SpeechAttention(nn.Module):
     """Attention of a frame's tokens to the speech of that frame."""
 
-    def __init__(self, dim: int, audio: TalkAudio):
+    def __init__(self, dim: int, audio: InfiniteTalk):
         super().__init__()
         self.head_dim = dim // audio.heads  # the number of heads is that of the weights, as in `Attention`
         self.q_linear = Linear(dim, dim)
@@ -107,6 +182,7 @@ class SpeechAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def heard(self, speech: Speech) -> Heard:
+        """The keys and values of a speech in this block; those of two speakers are rotated by their places."""
         k, v = self.kv_linear(speech.audio).unflatten(-1, (2, -1, self.head_dim)).unbind(3)
         if speech.speakers is not None:
             tokens = torch.arange(k.shape[2], device=k.device)
@@ -125,43 +201,41 @@ class SpeechAttention(nn.Module):
 
 
 class TalkBlock(Block):
-    """A block with an attention to speech between cross-attention and feed-forward.
-
-    Attributes:
-        over_heads: adds up over the ranks that have heads of the same tokens.
-    """
+    """A block with an attention to speech between cross-attention and feed-forward."""
 
     def __init__(self, config: WanConfig, image: bool = False):
         super().__init__(config, image)
         self.num_heads = config.num_heads
-        self.over_heads: Reduce = _as_it_is
         self.norm_x = LayerNorm(config.dim, NORM_EPS)
-        self.audio_cross_attn = SpeechAttention(config.dim, config.talk)
+        self.audio_cross_attn = SpeechAttention(config.dim, config[InfiniteTalk])
 
     def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """As `Block.forward`; with two speakers, self-attention also tells who is where."""
         if inputs.heard is None:
             return super().forward(x, inputs)
-        heard = self.audio_cross_attn.heard(inputs.heard)
+        heard, masks = self.audio_cross_attn.heard(inputs.heard), inputs.heard.speakers
+        if masks is None:
+            return super().forward(x, replace(inputs, heard=heard))
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            heard.places = self.places(q, k, heard.speech)
+            heard.places = self.places(q, k, masks, heard.speech)
             return inputs.attend(q, k, v)
 
-        followed = attend if heard.speech.speakers is not None else inputs.attend
-        return super().forward(x, replace(inputs, heard=heard, attend=followed))
+        return super().forward(x, replace(inputs, heard=heard, attend=attend))
 
     def used_by_slices(self) -> list[nn.Module]:
+        """The modules of every block, and those of the attention to speech."""
         return [*super().used_by_slices(), self.audio_cross_attn.q_linear, self.audio_cross_attn.proj]
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
+        """Add to the tokens x, those at `s` of this rank's, what they hear."""
         if inputs.heard is not None and x.shape[1]:
             y = self.audio_cross_attn(self.norm_x(x, inputs.compute_dtype), inputs.heard, s)
             x.add_(y, alpha=inputs.heard.speech.scale)
 
-    def places(self, q: torch.Tensor, k: torch.Tensor, speech: Speech) -> torch.Tensor:
+    def places(self, q: torch.Tensor, k: torch.Tensor, masks: torch.Tensor, speech: Speech) -> torch.Tensor:
         """The place [B, n] of each token on the line of the speakers, from the queries and keys [B, n, heads, d] of
-        self-attention. All ranks that share the sequence, and the heads, call it together."""
-        masks = speech.speakers
+        self-attention and the speakers' masks. All ranks that share the sequence, and the heads, call it together."""
         shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # values that tell where a query looks
         shown[..., : masks.shape[1]] = masks.transpose(1, 2).unsqueeze(2)
         looks = few_keys(q, speech.first_keys(k), shown)[..., : masks.shape[1]].float().sum(dim=2)
@@ -202,5 +276,19 @@ def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    return x
+class TalkModel(WanModel):
+    """A DiT whose tokens hear speech."""
+
+    block = TalkBlock
+
+    def asks_other_ranks(self, conditioning: Conditioning) -> bool:
+        """Whether it is told in each block who of two speakers a token belongs to."""
+        return conditioning.speakers is not None or super().asks_other_ranks(conditioning)
+
+    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Speech | None:
+        """The speech of all frames, for the tokens `part`."""
+        if conditioning.audio is None:
+            return None
+        audio, speakers = conditioning.audio.to(device, self.compute_dtype), conditioning.speakers
+        speakers = None if speakers is None else speakers.to(device, self.compute_dtype)
+        return Speech(audio, speakers, conditioning.options.audio_scale, grid, part, self.over_sequence)

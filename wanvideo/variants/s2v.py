@@ -11,34 +11,221 @@ positions as ComfyUI runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..base.conditioning import Conditioning
+from ..base.conditioning import Conditioning, check_no_subjects, placed
 from ..base.config import WanConfig
-from ..base.grid import Grid, Part, pad_to_patch, patchify, video_part
-from ..base.s2v_tail import PACKED_FRAMES
-from ..base.variant_shapes import PACKED, SOUND_LAYERS
+from ..base.grid import Grid, Part, pad_to_patch, patchify
+from ..base.options import RopeOptions, Segment
+from ..base.shapes import Shapes, attention, convolution, linear, patch_embedding
+from ..base.variant import GATHERED, Hearing, Input, Key, TensorShapes, Variant, attention_splits
+from ..model.frames import (
+    CausalConvolution,
+    CausalEncoder,
+    Run,
+    causal_convolution_shapes,
+    causal_encoder_shapes,
+    few_keys,
+    runs_of,
+)
 from ..model.layers import Attention, BlockInputs, Linear, PatchEmbedding
+from ..model.model import Sides, WanModel
 from ..ops import pointwise
 from ..quant.quantized import as_tensor
-from .frames import CausalConvolution, CausalEncoder, Run, few_keys, runs_of
-from .variant_model import VariantModel
 
 _VIDEO, _SUBJECT, _SO_FAR = range(3)  # rows of the learned vectors that tell kinds of tokens apart
 _ADAPTIVE_EPS = 1e-5
+_TIMED_BYTES = 8  # two float32 vectors a token, where tokens have times of their own and Triton does not work
+
+_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+"""The sound is heard behind these blocks; a file has an injector for each of them, whatever blocks it has."""
+
+_PACKED = {"proj": (1, 2, 2), "proj_2x": (2, 4, 4), "proj_4x": (4, 8, 8)}
+"""The convolutions of the video so far, by their size (= stride) in frames, rows and columns of the latent."""
+_PACKED_FRAMES = (1, 2, 16)
+"""Frames of the video so far that each convolution of `_PACKED` sees, the last one first."""
+
+_SUBJECT_TIME, _SUBJECT_DISTANCE = 30, 9  # the subject stands at this frame, or so far behind the video
+_ENCODER = "casual_audio_encoder.encoder"
+
+
+@dataclass(frozen=True)
+class S2V(Variant):
+    """S2V.
+
+    Args:
+        features: width of the sound's features.
+        encoder_layers: of the sound's encoder, whose outputs all are features.
+        heads: tokens that the sound of a latent frame becomes, beside a learned one.
+        control_dim: channels of a control video's latent.
+    """
+
+    features: int = 1024
+    encoder_layers: int = 25
+    heads: int = 4
+    control_dim: int = 16
+
+    name = "S2V"
+    order = 90
+    comfyui_names = ("s2v",)
+    node = "WanSoundImageToVideo"
+    inputs = (
+        Input(
+            "audio",
+            lambda own, asked: (asked.batch, own.encoder_layers, own.features, None),
+            Key("audio_embed", "an audio embedding", "WanSoundImageToVideo"),
+        ),
+        Input(
+            "control",
+            lambda own, asked: (asked.batch, own.control_dim, asked.frames, asked.height, asked.width),
+            Key("control_video", "a control video", "WanSoundImageToVideo"),
+        ),
+        Input(
+            "subject",
+            lambda _, asked: (asked.batch, asked.config.in_dim, None, asked.height, asked.width),
+            Key("reference_latent"),
+        ),
+        Input(
+            "so_far",
+            lambda _, asked: (asked.batch, asked.config.in_dim, None, asked.height, asked.width),
+            Key("reference_motion", "the video so far", "WanSoundImageToVideo"),
+        ),
+    )
+    ignored = ("clip_fea",)
+    splits = (
+        *attention_splits(r"audio_injector\.injector\.\d+"),
+        (r"injector_adain_layers\.\d+\.linear\.(weight|bias)", GATHERED),
+    )
+    rounded = frozenset({"audio_injector"})
+    first_stage = frozenset({"trainable_cond_mask", "cond_encoder", "frame_packer"})
+    why_exact = "S2V's reference lies behind the video, in no patch of it"
+
+    @classmethod
+    def read(cls, tensors: TensorShapes) -> S2V | None:
+        """The dimensions that a file with an encoder of sound tells."""
+        last = f"{_ENCODER}.final_linear.weight"
+        if last not in tensors.tensors:
+            return None
+        local = tensors.needed(f"{_ENCODER}.conv1_local.conv.weight", 3)
+        return cls(
+            features=local[1],
+            encoder_layers=tensors.needed("casual_audio_encoder.weights", 4)[1],
+            heads=local[0] * 4 // tensors.needed(last, 2)[0],
+            control_dim=tensors.needed("cond_encoder.weight", 5)[1],
+        )
+
+    def shapes(self, config: WanConfig) -> Shapes:
+        """The tensors of the encoders, of the injectors and of what packs the video so far."""
+        dim = config.dim
+        shapes: Shapes = {
+            "trainable_cond_mask.weight": (3, dim),
+            "casual_audio_encoder.weights": (1, self.encoder_layers, 1, 1),
+        }
+        shapes |= patch_embedding("cond_encoder", self.control_dim, dim)
+        shapes |= causal_encoder_shapes(_ENCODER, self.features, (dim // 4, dim // 2, dim), self.heads, dim)
+        shapes |= causal_convolution_shapes(f"{_ENCODER}.conv1_global", self.features, dim // 4)
+        shapes |= linear(f"{_ENCODER}.final_linear", dim, dim)
+        for i in range(len(_LAYERS)):
+            shapes |= attention(f"audio_injector.injector.{i}", dim, dim)
+            shapes |= linear(f"audio_injector.injector_adain_layers.{i}.linear", dim, 2 * dim)
+        for name, size in _PACKED.items():
+            shapes |= convolution(f"frame_packer.{name}", config.in_dim, dim, *size)
+        return shapes
+
+    def layers(self) -> type[S2VModel]:
+        """`S2VModel`."""
+        return S2VModel
+
+    def block_number(self, config: WanConfig, name: str) -> int | None:
+        """The block that an injector acts behind."""
+        part = name.split(".")
+        return _LAYERS[int(part[2])] if part[0] == "audio_injector" else None
+
+    def hearing(self, config: WanConfig) -> Hearing:
+        """The tokens of a frame's sound, behind some blocks."""
+        share = sum(place < config.num_layers for place in _LAYERS) / config.num_layers
+        return Hearing(share, self.heads + 1, config.dim)
+
+    def token_bytes(self, contexts: int) -> int:
+        """Bytes of the times that tokens have of their own."""
+        return _TIMED_BYTES
+
+    @classmethod
+    def placed(cls, x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
+        """The conditioning with the places of the subject and of the video so far, behind that of the latent x."""
+        if conditioning.subject is None and conditioning.so_far is None:
+            return conditioning
+        subject, so_far = (None if y is None else y.shape[-3:] for y in (conditioning.subject, conditioning.so_far))
+        tail = _segments_behind(x.shape[-3:], subject, so_far)
+        return conditioning.having(replace(conditioning.options, tail=tail))
+
+    def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """Check that the sizes are such that the subject and the video so far can be packed, and the sound divided.
+
+        Raises:
+            ValueError: they are not, or there are frames behind the latent.
+        """
+        check_no_subjects(conditioning)
+        frames, height, width = x.shape[-3:]
+        if placed(x, conditioning).options.tail and (height % 2 or width % 2):
+            raise ValueError(
+                f"The latent is {width} x {height}, but beside a reference S2V takes even sizes alone. "
+                "Use a width and a height that are multiples of 16 pixels."
+            )
+        if conditioning.so_far is not None and min(height, width) < 8:
+            raise ValueError(
+                f"The latent is {width} x {height}, but to go on with a video S2V needs 8 x 8 at least. "
+                "Use a width and a height of at least 64 pixels."
+            )
+        if conditioning.audio is not None:
+            heard = -(-min(4 * frames, conditioning.audio.shape[-1]) // 4)
+            if not heard or frames * -(-height // 2) * -(-width // 2) % heard:
+                raise ValueError(
+                    f"The sound lasts for {heard} of {frames} latent frames, which do not divide the video evenly. "
+                    "Use a shorter length, or a longer sound."
+                )
+
+
+def _segments_behind(
+    video: Sequence[int], subject: Sequence[int] | None, so_far: Sequence[int] | None
+) -> tuple[Segment, ...]:
+    """The subject's tokens, and those of the video so far; arguments are (frames, height, width) of latents."""
+    segments = []
+    if subject is not None:
+        first = max(_SUBJECT_TIME, video[0] + _SUBJECT_DISTANCE)
+        segments.append(Segment(subject[0], subject[1] // 2, subject[2] // 2, RopeOptions(shift_t=float(first))))
+    if so_far is not None:
+        segments += _packed(so_far[1], so_far[2])
+    return tuple(segments)
+
+
+def _packed(height: int, width: int) -> Iterator[Segment]:
+    """The last frame, and what lies farther back in fewer tokens, spread over the same rows and columns."""
+    first = 0
+    for frames, (size, rows, columns) in zip(_PACKED_FRAMES, _PACKED.values(), strict=True):
+        first -= frames
+        own = height // rows, width // columns
+        scale_y, scale_x = (_spread(length // 2, count) for length, count in zip((height, width), own, strict=True))
+        rope = RopeOptions(shift_t=float(first), scale_y=scale_y, scale_x=scale_x)
+        yield Segment(frames // size, *own, rope)
+
+
+def _spread(length: int, count: int) -> float:
+    """The step with which `count` positions go from the first of `length` to the last."""
+    return (length - 1) / (count - 1) if count > 1 else 1.0
 
 
 class MotionEncoder(CausalEncoder):
     """The sound's features to one token for each latent frame, and to several."""
 
     def __init__(self, config: WanConfig):
-        dim, sound = config.dim, config.sound
+        dim, sound = config.dim, config[S2V]
         super().__init__(sound.features, (dim // 4, dim // 2, dim), sound.heads, dim)
         self.conv1_global = CausalConvolution(sound.features, dim // 4)
         self.final_linear = Linear(dim, dim)
@@ -54,7 +241,7 @@ class SoundEncoder(nn.Module):
 
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.weights = nn.Parameter(torch.empty(1, config.sound.layers, 1, 1), requires_grad=False)
+        self.weights = nn.Parameter(torch.empty(1, config[S2V].encoder_layers, 1, 1), requires_grad=False)
         self.encoder = MotionEncoder(config)
 
     def forward(self, sound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,8 +268,8 @@ class SoundInjector(nn.Module):
 
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.injector = nn.ModuleList(Attention(config) for _ in SOUND_LAYERS)
-        self.injector_adain_layers = nn.ModuleList(Adaptive(config.dim) for _ in SOUND_LAYERS)
+        self.injector = nn.ModuleList(Attention(config) for _ in _LAYERS)
+        self.injector_adain_layers = nn.ModuleList(Adaptive(config.dim) for _ in _LAYERS)
 
     def forward(
         self,
@@ -94,7 +281,7 @@ class SoundInjector(nn.Module):
         inputs: BlockInputs,
     ) -> None:
         """Change x [B, n, dim] (float32) in place by the sound [B, frames, 1 and several, dim] of all frames."""
-        attention, dtype = self.injector[place], inputs.compute_dtype
+        attention, dtype = cast(Attention, self.injector[place]), inputs.compute_dtype
         shift, scale = self.injector_adain_layers[place](whole)
         sound = replace(inputs, context=tokens.flatten(1, 2).to(dtype))
         k, v = (y.unflatten(1, tokens.shape[1:3]) for y in attention.context_keys(sound)[0])
@@ -119,6 +306,8 @@ class Packing(nn.Module):
 
 
 class Kinds(nn.Module):
+    """Learned vectors that tell the video's tokens, the subject's, and those of the video so far apart."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3, dim), requires_grad=False)
@@ -128,27 +317,29 @@ class Kinds(nn.Module):
         return as_tensor(self.weight, torch.float32)[kind]
 
 
-class SoundModel(VariantModel):
+class S2VModel(WanModel):
     """The DiT of S2V."""
 
     def __init__(self, config: WanConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
         self.trainable_cond_mask = Kinds(config.dim)
         self.casual_audio_encoder = SoundEncoder(config)
-        self.cond_encoder = PatchEmbedding(config.sound.control_dim, config.dim)
+        self.cond_encoder = PatchEmbedding(config[S2V].control_dim, config.dim)
         self.audio_injector = SoundInjector(config)
-        packings = {name: Packing(config.in_dim, config.dim, size) for name, size in PACKED.items()}
+        packings = {name: Packing(config.in_dim, config.dim, size) for name, size in _PACKED.items()}
         self.frame_packer = nn.ModuleDict(packings)
 
-    def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
-        x = self.patch_embedding(tokens.float()) + self.trainable_cond_mask(_VIDEO)
+    def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
+        """The tokens, told to be the video's, with those of the control video."""
+        x = super().embed_video(tokens, grid, video, conditioning) + self.trainable_cond_mask(_VIDEO)
         if conditioning.control is not None:
             control = patchify(pad_to_patch(conditioning.control.to(x.device, torch.float32)))
-            x += self.cond_encoder(control[:, video_part(grid, part)])
-        if not isinstance(part, slice) or part.stop <= grid.video_tokens:
-            return x
-        behind = torch.cat(list(self._behind(conditioning, x.device)), dim=1)
-        return torch.cat([x, behind[:, max(part.start - grid.video_tokens, 0) : part.stop - grid.video_tokens]], dim=1)
+            x += self.cond_encoder(control[:, video])
+        return x
+
+    def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
+        """The tokens `places` of those behind the video: of the subject, and of the video so far."""
+        return torch.cat(list(self._behind(conditioning, device)), dim=1)[:, places]
 
     def _behind(self, conditioning: Conditioning, device: torch.device) -> Iterator[torch.Tensor]:
         """The embedded tokens behind the video, [B, n, dim] each."""
@@ -156,10 +347,10 @@ class SoundModel(VariantModel):
             subject = patchify(conditioning.subject.to(device, torch.float32))
             yield self.patch_embedding(subject) + self.trainable_cond_mask(_SUBJECT)
         if conditioning.so_far is not None:
-            frames = sum(PACKED_FRAMES)
+            frames = sum(_PACKED_FRAMES)
             video = conditioning.so_far[:, :, -frames:].to(device, torch.float32)
             video = F.pad(video, (0, 0, 0, 0, frames - video.shape[2], 0))
-            stretches = video.split(PACKED_FRAMES[::-1], dim=2)[::-1]
+            stretches = video.split(_PACKED_FRAMES[::-1], dim=2)[::-1]
             for packing, stretch in zip(self.frame_packer.values(), stretches, strict=True):
                 yield packing(stretch) + self.trainable_cond_mask(_SO_FAR)
 
@@ -180,19 +371,24 @@ class SoundModel(VariantModel):
         last = timestep.shape[1]
         return F.pad(timestep, (0, 1)), torch.where(frame < grid.frames, frame.clamp(max=last - 1), last)
 
-    def side_streams(self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> list[Any]:
+    def side_streams(
+        self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
+    ) -> Sides:
         """The sound of every frame, as one token and as several, and where this part's tokens lie in the frames."""
+        sides = super().side_streams(x, grid, part, conditioning, carried)
         if conditioning.audio is None:
-            return []
+            return sides
         sound = conditioning.audio[..., : 4 * grid.frames]
         whole, tokens = conditioning.once(
             "sound", lambda: self.casual_audio_encoder(sound.to(x.device, torch.float32))
         )
         frames = tokens.shape[1]
-        return [whole, tokens, runs_of(part, grid.video_tokens // frames, frames)]
+        return sides | {"sound": (whole, tokens, runs_of(part, grid.video_tokens // frames, frames))}
 
     def add_sides(
-        self, x: torch.Tensor, sides: list[Any], block: int, inputs: BlockInputs, conditioning: Conditioning
+        self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
-        if sides and block in SOUND_LAYERS:
-            self.audio_injector(x, SOUND_LAYERS.index(block), *sides, inputs)
+        """Behind some blocks: add what the tokens hear of their frame's sound."""
+        super().add_sides(x, sides, block, inputs, conditioning)
+        if "sound" in sides and block in _LAYERS:
+            self.audio_injector(x, _LAYERS.index(block), *sides["sound"], inputs)

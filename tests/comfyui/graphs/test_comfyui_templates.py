@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,10 @@ from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.graphs import pool_model, stock_model
 from testkit.comfyui.templates import NodeMissing, Template, config_of
 from testkit.tiny import relative_error
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
 EXACT = 1e-5
-_TALK = replace(tiny.TALK, talk=replace(tiny.TALK.talk, width=16))
+_TALK = tiny.TALK.having(InfiniteTalk(width=16))
 PATIENCE = 300.0  # seconds: the face encoder of Animate is slow on a CPU
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 from testkit import tiny
@@ -11,9 +10,9 @@ from testkit.comfyui import loras
 from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
 from testkit.comfyui.results import EXACT, Loader
-from wan_parallel.wanvideo.base.variant_shapes import FaceDims
+from wan_parallel.wanvideo.variants.animate import Animate
 
-CONFIG = replace(tiny.ANIMATE, num_layers=5, text_dim=4096, image_dim=1280, face=FaceDims())
+CONFIG = tiny.ANIMATE.having(Animate(), num_layers=5, text_dim=4096, image_dim=1280)
 SIZE = {"width": 64, "height": 48, "length": 1, "batch_size": 1}
 VIDEOS = {
     "vae": node("PoolingVAE", channels=16, scale=8),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 from testkit import tiny
@@ -11,9 +10,9 @@ from testkit.comfyui import loras
 from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
 from testkit.comfyui.results import EXACT, Loader
-from wan_parallel.wanvideo.base.variant_shapes import SoundDims
+from wan_parallel.wanvideo.variants.s2v import S2V
 
-CONFIG = replace(tiny.S2V, text_dim=4096, sound=SoundDims())
+CONFIG = tiny.S2V.having(S2V(), text_dim=4096)
 SIZE = {"width": 96, "height": 64, "length": 13, "batch_size": 1}
 INPUTS = {
     "vae": node("PoolingVAE", channels=16, scale=8),

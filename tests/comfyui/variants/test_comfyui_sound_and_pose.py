@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from testkit import tiny
 from testkit.comfyui.graphs import conditions, ksampler, link, node, pool_model, stock_model
 from testkit.comfyui.results import EXACT, assert_same, sampled
 from testkit.comfyui.variants import IMAGES, SIZE, conditioned, sampler
 from testkit.tiny import relative_error
-from wan_parallel.wanvideo.base.audio_shapes import HumoAudio
+from wan_parallel.wanvideo.variants.humo import Humo
 
-AUDIO = HumoAudio(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)  # which ComfyUI takes for granted
+AUDIO = Humo(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)  # which ComfyUI takes for granted
 DIVIDED = {"num_gpus": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
 
 
@@ -124,7 +122,7 @@ def test_dancer_on_uneven_and_on_divided_workers(server):
 def humo_files(server):
     for name, config in (("humo", tiny.HUMO), ("humo-17b", tiny.HUMO_17B)):
         path = server.base / "models" / "diffusion_models" / f"{name}.safetensors"
-        tiny.write_checkpoint(path, replace(config, text_dim=4096, humo=AUDIO))
+        tiny.write_checkpoint(path, config.having(AUDIO, text_dim=4096))
 
 
 def humo(name: str, *given: str):

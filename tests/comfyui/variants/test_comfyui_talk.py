@@ -12,10 +12,9 @@ from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.distrifusion import patch_model
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
 from testkit.comfyui.results import EXACT, Loader
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
-CONFIG = replace(
-    tiny.TALK, text_dim=4096, freq_dim=256, image_dim=1280, talk=replace(tiny.TALK.talk, width=16)
-)
+CONFIG = tiny.TALK.having(InfiniteTalk(width=16), text_dim=4096, freq_dim=256, image_dim=1280)
 SIZE = {"width": 64, "height": 48, "length": 17, "motion_frame_count": 9}
 SPEECH = {"layers": infinitetalk_files.LAYERS, "width": infinitetalk_files.FEATURES, "count": 40}
 INPUTS = {
@@ -37,7 +36,7 @@ def talk(server: ComfyServer) -> Iterator[ComfyServer]:
     if not server.get("/object_info/WanInfiniteTalkToVideo"):
         pytest.skip("This ComfyUI has no WanInfiniteTalkToVideo")
     models = server.base / "models"
-    base = replace(CONFIG, talk=None)
+    base = replace(CONFIG, additions=())
     paths = [models / "diffusion_models" / "speaking.safetensors"]
     tiny.write_checkpoint(paths[0], base)
     loras.write_lora(models / "loras" / "speaking.safetensors", base)

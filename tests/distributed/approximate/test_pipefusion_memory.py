@@ -21,11 +21,12 @@ from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.nodes.model.stream_runs import BESIDE, Beside, StreamRuns
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.grid import Grid
+from wan_parallel.wanvideo.variants.vace import Vace
 
 GIB = 2**30
 P480 = Grid(21, 30, 52)
 SMALL = WanConfig(dim=1280, ffn_dim=512, num_heads=10, num_layers=5)
-VACE = replace(SMALL, num_layers=6, vace_layers=3, vace_dim=12)
+VACE = SMALL.having(Vace(3, 12), num_layers=6)
 PLANS = [
     ParallelPlan(2, pipeline_parallel=2),
     ParallelPlan(4, pipeline_parallel=4),
@@ -47,7 +48,7 @@ def test_the_figure_is_what_the_first_rank_allocates(plan, batch, config, contex
     group = place_in(degrees, 0, plan.sequence_groups(ranks))
     span = Stage.of(0, plan.pipeline_parallel).span(config.num_layers)
     model = SimpleNamespace(config=config, compute_dtype=torch.bfloat16, span=span)
-    attentions = len(span) + contexts * len(config.vace_behind(span))
+    attentions = len(span) + contexts * len(config.side_blocks(span))
     items = -(-batch // plan.data_parallel) if batch >= plan.data_parallel else batch
     stream, heads = PatchStream(plan.pipeline_parallel, torch.device("cpu")), config.num_heads // plan.tensor_parallel
     names = tuple(map(str, range(items)))

@@ -18,7 +18,7 @@ from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.grid import patchify, sequence_of, unpatchify
 from wan_parallel.wanvideo.base.options import Options
 from wan_parallel.wanvideo.model.context_tokens import tail_of
-from wan_parallel.wanvideo.variants.build import model_class
+from wan_parallel.wanvideo.model.model import model_class
 
 SIZE = (9, 8, 6)
 STEPS = (FILL, STALE, STALE)

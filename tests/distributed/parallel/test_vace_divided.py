@@ -14,12 +14,12 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.variants.build import model_class
-from wan_parallel.wanvideo.variants.variant_model import VariantModel
+from wan_parallel.wanvideo.model.model import WanModel, model_class
+from wan_parallel.wanvideo.variants.vace import Vace
 
 # Of four stages the second has no VACE block and passes the streams on, and the last has none and gets none.
-VACE = WanConfig(dim=256, ffn_dim=515, num_heads=2, num_layers=8, text_dim=32, vace_layers=2, vace_dim=12)
-VACE_14B = replace(PRESETS["14b"], vace_layers=8, vace_dim=96)
+VACE = WanConfig(dim=256, ffn_dim=515, num_heads=2, num_layers=8, text_dim=32).having(Vace(2, 12))
+VACE_14B = PRESETS["14b"].having(Vace(8, 96))
 
 PLANS = [
     ParallelPlan(4, pipeline_parallel=4),
@@ -108,7 +108,7 @@ def paths(tmp_path_factory) -> dict[str, tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(paths) -> VariantModel:
+def alone(paths) -> WanModel:
     return model_class(VACE).from_checkpoint(paths["one file"][0])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from testkit.tiny import sentences
@@ -20,6 +19,7 @@ from wan_parallel.distributed.plan.placement import (
     room_beside,
 )
 from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.variants.vace import Vace
 
 GIB = 2**30
 DEMAND = Demand(fixed=1 * GIB, block=1 * GIB, blocks=20, activations=3 * GIB)  # 24 GiB whole
@@ -111,7 +111,7 @@ def test_blocks_of_different_sizes_count_with_their_own():
     """As those of a VACE module in bf16 beside a model in fp8."""
     sizes = {f"blocks.{i}.w": GIB for i in range(20)} | {f"vace_blocks.{i}.w": 2 * GIB for i in range(5)}
     sizes |= {"vace_blocks.0.before_proj.weight": GIB, "head.w": GIB}
-    demand = demand_of(sizes, replace(PRESETS["14b"], vace_layers=8), 3 * GIB)
+    demand = demand_of(sizes, PRESETS["14b"].having(Vace(8, 96)), 3 * GIB)
     assert (demand.fixed, demand.block, demand.blocks, demand.whole) == (2 * GIB, 2 * GIB, 25, 32 * GIB)
     assert placed(35, demand=demand) == (1, 25)
     assert placed(34.9, demand=demand) == (4, 25)

@@ -11,11 +11,13 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.planner.cost import Blocks, Work, block_flops, expect
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.wanvideo.attention.kernels import get_kernel
-from wan_parallel.wanvideo.base.audio_shapes import HumoAudio, TalkAudio
 from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.base.config import PRESETS
-from wan_parallel.wanvideo.base.variant_shapes import FaceDims, SoundDims
-from wan_parallel.wanvideo.variants.build import model_class
+from wan_parallel.wanvideo.model.model import model_class
+from wan_parallel.wanvideo.variants.animate import Animate
+from wan_parallel.wanvideo.variants.humo import Humo
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
+from wan_parallel.wanvideo.variants.s2v import S2V
 
 P480, P720 = 21 * 30 * 52, 21 * 45 * 80
 NVLINK = Machine()
@@ -136,10 +138,10 @@ def test_weights_that_arrive_in_time_cost_little_and_late_ones_their_delay():
 P480_ONE = 30 * 52  # a latent frame
 I2V = replace(PRESETS["14b"], in_dim=36, image_dim=1280)
 HEARING = {
-    "InfiniteTalk": replace(I2V, talk=TalkAudio(768)),
-    "HuMo": replace(PRESETS["14b"], humo=HumoAudio(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)),
-    "Animate": replace(I2V, face=FaceDims()),
-    "S2V": replace(PRESETS["14b"], sound=SoundDims()),
+    "InfiniteTalk": I2V.having(InfiniteTalk(768)),
+    "HuMo": PRESETS["14b"].having(Humo(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)),
+    "Animate": I2V.having(Animate()),
+    "S2V": PRESETS["14b"].having(S2V()),
 }
 
 
@@ -152,7 +154,7 @@ def test_the_arithmetic_of_a_block_is_what_torch_counts(name, frames):
         model = model_class(config)(config, get_kernel("sdpa", torch.device("cpu"), torch.float32))
         x, text = torch.empty(1, config.in_dim, frames, 60, 104), torch.empty(1, 512, config.text_dim)
         image = torch.empty(1, 257, 1280) if config.image_dim else None
-        audio = torch.empty(1, frames, 32, 768) if config.talk else None
+        audio = torch.empty(1, frames, 32, 768) if config.get(InfiniteTalk) else None
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model(x, torch.empty(1), text, Conditioning(image=image, audio=audio))
     counted = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values())
@@ -162,7 +164,7 @@ def test_the_arithmetic_of_a_block_is_what_torch_counts(name, frames):
 @pytest.mark.parametrize("name", HEARING)
 def test_layers_that_hear_take_arithmetic_and_exchanges(name):
     config = HEARING[name]
-    deaf = replace(config, talk=None, humo=None, face=None, sound=None)
+    deaf = replace(config, additions=())
     work = Work(P480, 2)
 
     def more(plan: ParallelPlan, part: str) -> float:

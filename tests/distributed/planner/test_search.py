@@ -13,6 +13,7 @@ from wan_parallel.distributed.planner.search import Choice, Question, Room, bett
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.variants.vace import Vace
 
 GIB = 2**30
 P480, P720 = 21 * 30 * 52, 21 * 45 * 80
@@ -132,7 +133,7 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_sizes(auto, asked, w
 
 
 def test_vace_is_put_into_stages_where_it_is_asked_for():
-    vace = replace(PRESETS["14b"], vace_layers=8, vace_dim=96)
+    vace = PRESETS["14b"].having(Vace(8, 96))
     choices = choose(replace(question(ParallelPlan(4)), config=vace), NVLINK, room(200, 4))
     assert {choice.plan.pipeline_parallel for choice in choices} == {1, 2, 4}
     two = choose(replace(question(ParallelPlan(4, pipeline_parallel=2)), config=vace), NVLINK, room(200, 4))

@@ -12,6 +12,7 @@ from wan_parallel.nodes.common.refusals import NotOnWorkers, refuse_inputs, refu
 from wan_parallel.nodes.model.conditioning_inputs import from_comfyui, latent_node
 from wan_parallel.wanvideo.base.config import PRESETS
 from wan_parallel.wanvideo.base.options import RopeOptions
+from wan_parallel.wanvideo.variants.s2v import S2V
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_every_variant_takes_its_own_inputs(name, config):
         "camera_conditions": own.camera,
         "vace_context": own.vace,
         "vace_strength": list(own.options.vace_strengths) or None,
-        "reference_latent": own.subject if config.sound else own.reference,
+        "reference_latent": own.subject if config.get(S2V) else own.reference,
         "pose_latents": own.pose,
         "face_pixel_values": own.face,
         "control_video": own.control,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from wan_parallel.wanvideo.base.audio_shapes import linear, norm
 from wan_parallel.wanvideo.base.config import WanConfig
+from wan_parallel.wanvideo.base.shapes import linear, norm
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
 from testkit import tiny
 
@@ -30,11 +32,12 @@ def write_patch(
 ) -> str:
     """A file for a model of `config`: random numbers for its blocks, and zeros for those that it lacks."""
     weights = {name: weight for name, weight in tiny.random_weights(config, seed).items() if is_talk(name)}
-    shapes = config.talk.shapes(config.dim, blocks)
+    talk = config[InfiniteTalk]
+    shapes = talk.shapes(replace(config, num_layers=blocks))
     tensors = {name: weights[name] if name in weights else torch.zeros(shape) for name, shape in shapes.items()}
     projection = linear("proj1", 5 * _WINDOW, _HIDDEN) | linear("proj1_vf", 8 * _WINDOW, _HIDDEN)
-    projection |= linear("proj2", _HIDDEN, _HIDDEN) | linear("proj3", _HIDDEN, _TOKENS * config.talk.width)
-    projection |= norm("norm", config.talk.width)
+    projection |= linear("proj2", _HIDDEN, _HIDDEN) | linear("proj3", _HIDDEN, _TOKENS * talk.width)
+    projection |= norm("norm", talk.width)
     generator = torch.Generator().manual_seed(seed)
     for name, shape in projection.items():
         noise = torch.randn(shape, generator=generator)

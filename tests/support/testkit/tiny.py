@@ -13,11 +13,18 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from wan_parallel.wanvideo.base.audio_shapes import DancerMusic, HumoAudio, TalkAudio
 from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.options import Options, RopeOptions, Segment
-from wan_parallel.wanvideo.base.variant_shapes import FaceDims, SoundDims
+from wan_parallel.wanvideo.variants.animate import Animate
+from wan_parallel.wanvideo.variants.fun_camera import FunCamera
+from wan_parallel.wanvideo.variants.fun_control import Reference
+from wan_parallel.wanvideo.variants.humo import Humo
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
+from wan_parallel.wanvideo.variants.s2v import S2V as Sound
+from wan_parallel.wanvideo.variants.scail import Scail, Scail2
+from wan_parallel.wanvideo.variants.vace import Vace
+from wan_parallel.wanvideo.variants.wandancer import WanDancer
 
 import testkit  # noqa: F401 (registers wan_parallel)
 
@@ -28,22 +35,22 @@ TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
 I2V = replace(TINY, in_dim=36)  # an expert of Wan 2.2 I2V A14B
 I2V_CLIP = replace(I2V, image_dim=96)  # Wan 2.1 I2V
 FIRST_LAST = replace(I2V_CLIP, image_positions=10)
-FUN_CONTROL = replace(I2V_CLIP, in_dim=48, reference_dim=16)
-FUN_CONTROL_22 = replace(TINY, in_dim=52, reference_dim=16)
-FUN_CAMERA = replace(I2V_CLIP, in_dim=32, camera_dim=24)
-FUN_CAMERA_22 = replace(TINY, in_dim=36, camera_dim=24)
-VACE = replace(TINY, num_layers=4, vace_layers=2, vace_dim=96)
-FACE = FaceDims(channels=(4, 8, 6), style=12, directions=5, motion=10, hidden=16, heads=2)  # of 16 x 16 pixels
-ANIMATE = replace(I2V_CLIP, num_layers=10, face=FACE)
-S2V = replace(TINY, num_layers=5, sound=SoundDims(features=24, layers=3, heads=2))
-MUSIC = DancerMusic(features=35, width=256, hidden=1024, layers=2, injectors=8, image_dim=1280)
-DANCER = replace(I2V_CLIP, music=replace(MUSIC, image_dim=96, hidden=64, injectors=2))
-HUMO = replace(TINY, humo=HumoAudio(features=8 * 5 * 12, hidden=16, width=48, tokens=4))
+FUN_CONTROL = I2V_CLIP.having(Reference(16), in_dim=48)
+FUN_CONTROL_22 = TINY.having(Reference(16), in_dim=52)
+FUN_CAMERA = I2V_CLIP.having(FunCamera(24), in_dim=32)
+FUN_CAMERA_22 = TINY.having(FunCamera(24), in_dim=36)
+VACE = TINY.having(Vace(blocks=2, channels=96), num_layers=4)
+FACE = Animate(channels=(4, 8, 6), style=12, directions=5, motion=10, hidden=16, heads=2)  # of 16 x 16 pixels
+ANIMATE = I2V_CLIP.having(FACE, num_layers=10)
+S2V = TINY.having(Sound(features=24, encoder_layers=3, heads=2), num_layers=5)
+MUSIC = WanDancer(features=35, width=256, hidden=1024, encoder_layers=2, injectors=8, image_dim=1280)
+DANCER = I2V_CLIP.having(replace(MUSIC, image_dim=96, hidden=64, injectors=2))
+HUMO = TINY.having(Humo(features=8 * 5 * 12, hidden=16, width=48, tokens=4))
 HUMO_17B = replace(HUMO, in_dim=36)
-SCAIL = replace(I2V_CLIP, in_dim=20, pose_dim=20)
-SCAIL_2 = replace(SCAIL, mask_dim=28)
+SCAIL = I2V_CLIP.having(Scail(20), in_dim=20)
+SCAIL_2 = I2V_CLIP.having(Scail2(20, mask_dim=28), in_dim=20)
 # InfiniteTalk has 40 heads whatever the width, and tensor-parallel ranks want an even number of the model's own.
-TALK = replace(I2V_CLIP, dim=1280, num_heads=10, ffn_dim=128, freq_dim=64, talk=TalkAudio(width=48))
+TALK = I2V_CLIP.having(InfiniteTalk(width=48), dim=1280, num_heads=10, ffn_dim=128, freq_dim=64)
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -94,36 +101,41 @@ def conditioning(
     """Normal numbers for every input that a variant has, for a latent x."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(there: int, *shape: int) -> torch.Tensor | None:
+    def normal(there: object, *shape: int) -> torch.Tensor | None:
         return torch.randn(len(x), *shape, generator=generator) if there else None
 
     frames, height, width = x.shape[-3:]
-    strengths = (strength,) * contexts if config.vace_layers else ()
+    camera, face, humo, music, reference, scail, scail2, sound, talk, vace = (
+        config.get(variant)
+        for variant in (FunCamera, Animate, Humo, WanDancer, Reference, Scail, Scail2, Sound, InfiniteTalk, Vace)
+    )
+    strengths = (strength,) * contexts if vace else ()
     segment = Segment(frames, math.ceil(height / 4), math.ceil(width / 4), RopeOptions(shift_x=120.0), stretched=True)
-    face, pixels = config.face, config.face.pixels if config.face else 0
-    hears = config.sound
-    if hears:
-        audio = hears.layers, hears.features, 4 * frames + 3
-    elif config.talk:
-        audio = frames, 6, config.talk.width
+    pixels, mask_dim = face.pixels if face else 0, scail2.mask_dim if scail2 else 0
+    pose_dim = (scail or scail2).pose_dim if scail or scail2 else 0
+    if sound:
+        audio = sound.encoder_layers, sound.features, 4 * frames + 3
+    elif talk:
+        audio = frames, 6, talk.width
     else:
-        audio = (frames, config.humo.features) if config.humo else (20, config.music.features if config.music else 0)
+        audio = (frames, humo.features) if humo else (20, music.features if music else 0)
+    camera_dim, reference_dim = (dims.channels if dims else 0 for dims in (camera, reference))
     return Conditioning(
-        tail=normal(config.pose_dim, segment.tokens, 4 * (config.pose_dim + config.mask_dim)),
-        mask=normal(config.mask_dim, config.mask_dim, frames, height, width),
-        audio=normal(bool(config.humo or config.music or config.talk) or hears, *audio),
-        speakers=_speakers(config, x, generator) if config.talk else None,
-        image_ref=normal(bool(config.music), image_tokens, config.image_dim),
+        tail=normal(pose_dim, segment.tokens, 4 * (pose_dim + mask_dim)),
+        mask=normal(mask_dim, mask_dim, frames, height, width),
+        audio=normal(humo or music or talk or sound, *audio),
+        speakers=_speakers(config, x, generator) if talk else None,
+        image_ref=normal(music, image_tokens, config.image_dim),
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
-        camera=normal(config.camera_dim, config.camera_dim, frames, 8 * height, 8 * width),
-        vace=normal(config.vace_layers, contexts, config.vace_dim, frames, height, width),
-        reference=normal(config.reference_dim, config.reference_dim, height, width),
+        camera=normal(camera_dim, camera_dim, frames, 8 * height, 8 * width),
+        vace=normal(vace, contexts, vace.channels if vace else 0, frames, height, width),
+        reference=normal(reference_dim, reference_dim, height, width),
         pose=normal(frames > 1 and face, face.pose_dim if face else 0, frames - 1, height, width),
         face=normal(face, 3, 4 * frames - 7 if frames > 1 else 1, pixels, pixels),
-        control=normal(hears, hears.control_dim if hears else 0, frames, height, width),
-        subject=normal(hears, config.in_dim, 1, height, width),
-        so_far=normal(hears and min(height, width) >= 8, config.in_dim, 6, height, width),
-        options=Options(vace_strengths=strengths, tail=(segment,) if config.pose_dim else ()),
+        control=normal(sound, sound.control_dim if sound else 0, frames, height, width),
+        subject=normal(sound, config.in_dim, 1, height, width),
+        so_far=normal(sound and min(height, width) >= 8, config.in_dim, 6, height, width),
+        options=Options(vace_strengths=strengths, tail=(segment,) if pose_dim else ()),
     )
 
 
@@ -173,7 +185,7 @@ def write_checkpoint(
     path: Path, config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32, prefix: str = ""
 ) -> str:
     """A checkpoint of random weights; returns its path."""
-    weights = random_weights(config, seed) | (blur_kernels(config) if config.face else {})
+    weights = random_weights(config, seed) | (blur_kernels(config) if config.get(Animate) else {})
     return write_weights(path, {prefix + k: v.to(dtype) for k, v in weights.items()})
 
 
@@ -281,15 +293,15 @@ def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
     import diffusers
 
     cls, options = diffusers.WanTransformer3DModel, {}
-    if config.vace_layers:
+    if vace := config.get(Vace):
         cls = diffusers.WanVACETransformer3DModel
-        layers = list(range(0, config.num_layers, config.vace_stride))
-        options = {"vace_layers": layers, "vace_in_channels": config.vace_dim}
+        layers = list(range(0, config.num_layers, vace.stride(config)))
+        options = {"vace_layers": layers, "vace_in_channels": vace.channels}
     if config.image_dim:
         options = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim}
         options["pos_embed_seq_len"] = config.image_positions or None
-    if config.face:
-        cls, face = diffusers.WanAnimateTransformer3DModel, config.face
+    if face := config.get(Animate):
+        cls = diffusers.WanAnimateTransformer3DModel
         sizes = {str(face.pixels // 2**i): channels for i, channels in enumerate(face.channels)}
         options |= {
             "latent_channels": face.pose_dim,
@@ -320,5 +332,5 @@ def diffusers_model(path: str, config: WanConfig = TINY) -> torch.nn.Module:
 def blur_kernels(config: WanConfig) -> dict[str, torch.Tensor]:
     """The constants that a file of Animate has beside its weights."""
     line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    places = [f"{i}.{part}.0.kernel" for i in range(1, len(config.face.channels)) for part in ("conv2", "skip")]
+    places = [f"{i}.{part}.0.kernel" for i in range(1, len(config[Animate].channels)) for part in ("conv2", "skip")]
     return {f"motion_encoder.enc.net_app.convs.{place}": torch.outer(line, line) for place in places}

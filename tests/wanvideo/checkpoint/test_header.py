@@ -17,6 +17,9 @@ from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import Header, read_header
 from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint, open_weights
+from wan_parallel.wanvideo.variants.fun_camera import FunCamera
+from wan_parallel.wanvideo.variants.fun_control import Reference
+from wan_parallel.wanvideo.variants.vace import Vace
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
@@ -304,14 +307,14 @@ def test_a_model_with_fewer_channels_in_than_out_is_refused(tmp_path):
 
 
 def test_vace_blocks_that_cannot_be_spread_over_the_layers_are_refused(tmp_path):
-    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, vace_layers=2, vace_dim=96)
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3).having(Vace(2, 96))
     text = refusal(tiny.write_layout(tmp_path / "odd.safetensors", tiny.layout(config)))
     assert "3 layers, 2 of VACE" in text and tiny.sentences(text) == 2
 
 
 @pytest.mark.parametrize("marker", ["img_emb.proj.1.weight", "ref_conv.weight", "control_adapter.conv.weight"])
 def test_a_variant_without_all_of_its_tensors_is_refused(tmp_path, marker):
-    config = WanConfig(256, 512, 2, 1, in_dim=36, image_dim=1280, reference_dim=16, camera_dim=24)
+    config = WanConfig(256, 512, 2, 1, in_dim=36, image_dim=1280).having(Reference(16), FunCamera(24))
     tensors = tiny.layout(config)
     shape = (3, *tensors[marker][1][1:])
     text = refusal(tiny.write_layout(tmp_path / "part.safetensors", {**tensors, marker: ("BF16", shape)}))

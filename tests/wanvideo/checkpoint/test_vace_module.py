@@ -17,8 +17,9 @@ from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import read_header
 from wan_parallel.wanvideo.checkpoint.vace_module import read_model, read_module
 from wan_parallel.wanvideo.checkpoint.weight_source import file_stamp
+from wan_parallel.wanvideo.variants.vace import Vace
 
-BASE = replace(tiny.VACE, vace_layers=0, vace_dim=0)
+BASE = replace(tiny.VACE, additions=())
 GIVEN = tiny.inputs(tiny.VACE)
 CONDITIONING = tiny.conditioning(tiny.VACE, GIVEN.x)
 Tensors = dict[str, torch.Tensor]
@@ -136,7 +137,7 @@ def test_a_module_of_another_size_is_refused(tmp_path):
         ({"ffn_dim": 384}, "nothing", "6 tensors are missing, unknown or of another shape: vace_blocks.0.ffn.0"),
         ({}, "vace_blocks.1.after_proj", "2 tensors are missing"),
         ({}, "vace_patch_embedding", "vace_patch_embedding.weight"),
-        ({"num_layers": 6, "vace_layers": 3}, "nothing", "3 VACE blocks beside 4 layers"),
+        ({"num_layers": 6, "additions": (Vace(3, 96),)}, "nothing", "3 VACE blocks beside 4 layers"),
     ],
 )
 def test_a_module_that_does_not_fit_is_refused(tmp_path, files, change, without, text):

@@ -12,9 +12,9 @@ from wan_parallel.wanvideo.base.conditioning import Conditioning, check
 from wan_parallel.wanvideo.base.grid import Grid
 from wan_parallel.wanvideo.base.options import Options, RopeOptions, Segment
 from wan_parallel.wanvideo.model.context_tokens import tail_of
+from wan_parallel.wanvideo.model.model import WanModel
 from wan_parallel.wanvideo.ops.rope import rope_table, sequence_table
 from wan_parallel.wanvideo.variants.humo import moments
-from wan_parallel.wanvideo.variants.variant_model import VariantModel
 
 SIZE = (3, 6, 8)
 
@@ -24,8 +24,8 @@ def variant(tmp_path_factory):
     """Gives the model of a configuration in this process, with its path."""
     folder = tmp_path_factory.mktemp("tails")
 
-    def get(config) -> VariantModel:
-        return VariantModel.from_checkpoint(tiny.write_checkpoint(folder / "model.safetensors", config))
+    def get(config) -> WanModel:
+        return WanModel.from_checkpoint(tiny.write_checkpoint(folder / "model.safetensors", config))
 
     return get
 
@@ -58,7 +58,7 @@ def test_streams_of_any_sizes_are_shared_by_workers(pool_of, tmp_path, workers):
     inputs = tiny.inputs(batch=2, size=SIZE)
     tail = with_tail([torch.randn(2, 16, 3, 6, 8), torch.randn(2, 16, 1, 5, 4)], turned=True)
     out = pool_of(workers).forward(ModelSpec(path, "fp32", "fp32"), *inputs, conditioning=tail)
-    assert tiny.relative_error(out, VariantModel.from_checkpoint(path)(*inputs, tail)) <= 2e-6
+    assert tiny.relative_error(out, WanModel.from_checkpoint(path)(*inputs, tail)) <= 2e-6
 
 
 def test_a_turn_is_a_rotation_of_every_pair_by_its_frequency():

@@ -12,8 +12,8 @@ from wan_parallel.distributed.protocol.requests import StepOut
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.model.layers import Attention
+from wan_parallel.wanvideo.model.model import model_class
 from wan_parallel.wanvideo.model.text_keys import MOST, TextKeys
-from wan_parallel.wanvideo.variants.build import model_class
 
 NAMES = ["t2v", "i2v-2.1", "vace", "humo", "s2v", "animate"]
 ROOM = 2**40

@@ -15,7 +15,6 @@ from wan_parallel.wanvideo.quant.formats.fp8 import FLOAT8, Fp8Weight
 from wan_parallel.wanvideo.quant.formats.gguf_blocks import GgufWeight
 from wan_parallel.wanvideo.quant.formats.int8 import Int8Weight
 from wan_parallel.wanvideo.quant.quantized import QuantizedWeight, as_tensor, rows_together
-from wan_parallel.wanvideo.variants.variant_model import VariantModel
 
 GIVEN = tiny.inputs()
 COMPUTE = [torch.float32, torch.float16, torch.bfloat16]
@@ -165,7 +164,7 @@ def test_what_lies_between_is_converted_once_for_all_slices_too(tmp_path, monkey
     counts, outputs = [], []
     for step in (0, 5):
         calls.clear()
-        model = VariantModel.from_checkpoint(path, torch.float8_e4m3fn, slice_tokens=step)
+        model = WanModel.from_checkpoint(path, torch.float8_e4m3fn, slice_tokens=step)
         outputs.append(model(*x, tiny.conditioning(tiny.HUMO, x.x)))
         counts.append(len(calls))
         assert all(module.ready is None for module in model.modules() if isinstance(module, Linear))

@@ -12,8 +12,8 @@ from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.grid import Grid, grid_of, patchify
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import read_header
+from wan_parallel.wanvideo.model.frames import Run, runs_of
 from wan_parallel.wanvideo.variants.animate import AnimateModel
-from wan_parallel.wanvideo.variants.frames import Run, runs_of
 
 GRID = Grid(3, 2, 2)
 
@@ -62,7 +62,7 @@ def test_any_tokens_in_any_order_get_what_is_theirs(model):
 
     def changed(part):
         stream = model.embed(patchify(x)[:, part], grid, part, conditioning)
-        adapter(stream, *model.side_streams(stream, grid, part, conditioning), dtype)
+        adapter(stream, *model.side_streams(stream, grid, part, conditioning, [])["face"], dtype)
         return stream
 
     whole = changed(slice(0, grid.tokens))
@@ -73,11 +73,11 @@ def test_any_tokens_in_any_order_get_what_is_theirs(model):
 def test_the_reference_and_frames_behind_the_face_video_see_no_face(model):
     x, _, _, conditioning = given()
     shorter = replace(conditioning, face=conditioning.face[:, :, :4])
-    first = model.side_streams(x, grid_of(x), slice(0, 1), conditioning)[0]
-    second = model.side_streams(x, grid_of(x), slice(0, 1), shorter)[0]
+    first = model.side_streams(x, grid_of(x), slice(0, 1), conditioning, [])["face"][0]
+    second = model.side_streams(x, grid_of(x), slice(0, 1), shorter, [])["face"][0]
     assert not first[:, 0].any() and first[:, 1:].any(dim=-1).all() and not second[:, 2].any()
     longer = replace(conditioning, face=torch.cat([conditioning.face] * 3, dim=2))
-    third = model.side_streams(x, grid_of(x), slice(0, 1), longer)[0]
+    third = model.side_streams(x, grid_of(x), slice(0, 1), longer, [])["face"][0]
     assert third.shape == first.shape and tiny.relative_error(third[:, :2], first[:, :2]) <= 1e-5
 
 

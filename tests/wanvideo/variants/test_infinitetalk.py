@@ -21,7 +21,6 @@ from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.weights.lora_transfer import PatchSet
 from wan_parallel.nodes.common.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.model.infinitetalk_patch import file_of, has_places, loaded_elsewhere, talk_in, without_talk
-from wan_parallel.wanvideo.base.audio_shapes import TalkAudio
 from wan_parallel.wanvideo.base.conditioning import NOTHING, check
 from wan_parallel.wanvideo.base.config import PRESETS
 from wan_parallel.wanvideo.base.grid import Grid
@@ -29,11 +28,12 @@ from wan_parallel.wanvideo.base.lora import Difference, LowRank, merge
 from wan_parallel.wanvideo.base.options import Options
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.vace_module import read_model
-from wan_parallel.wanvideo.variants.infinitetalk import OverSequence, Speech, on_the_line
-from wan_parallel.wanvideo.variants.variant_model import VariantModel
+from wan_parallel.wanvideo.model.layers import OverSequence
+from wan_parallel.wanvideo.model.model import WanModel
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk, Speech, on_the_line
 
 CONFIG = tiny.TALK
-BASE = replace(CONFIG, talk=None)
+BASE = replace(CONFIG, additions=())
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def files(tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def model(files) -> VariantModel:
+def model(files) -> WanModel:
     """The model that both are, in this process."""
-    return VariantModel.from_checkpoint(files[0], module=files[1])
+    return WanModel.from_checkpoint(files[0], module=files[1])
 
 
 def given(speakers: int = 2, batch: int = 1, size: tuple[int, int, int] = (3, 6, 8)) -> tuple:
@@ -89,7 +89,7 @@ def test_it_is_that_of_comfyui(model, speakers):
 def test_what_hears_nothing_is_the_model_alone(files, model):
     *inputs, conditioning = given()
     silent = replace(conditioning, audio=None, speakers=None, options=Options())
-    alone = VariantModel.from_checkpoint(files[0])
+    alone = WanModel.from_checkpoint(files[0])
     assert torch.equal(model(*inputs, silent), alone(*inputs, silent))
     assert tiny.relative_error(model(*inputs, conditioning), alone(*inputs, silent)) > 0.1
 
@@ -137,7 +137,7 @@ def test_a_lora_of_the_layers_reaches_ranks_that_have_a_part(pool_of, files):
     changes[f"{layer}.proj.bias"] = [Difference(torch.randn(dim), 0.3)]
     out = pool.forward(spec_of(files), *inputs[:3], PatchSet("talk-lora", lambda: changes), conditioning=inputs[3])
     plain = pool.forward(spec_of(files), *inputs[:3], conditioning=inputs[3])
-    merged = VariantModel.from_checkpoint(files[0], module=files[1])
+    merged = WanModel.from_checkpoint(files[0], module=files[1])
     assert tiny.relative_error(plain, merged(*inputs)) <= 2e-6
     weights = dict(merged.weights())
     for name, patches in changes.items():
@@ -152,9 +152,9 @@ LAYERS = 4.5  # GiB of the layers of 14B
 
 
 def test_layers_of_14b_count_where_a_plan_is_chosen(tmp_path):
-    config, audio = replace(PRESETS["14b"], in_dim=36, image_dim=1280), TalkAudio(768)
+    config, audio = replace(PRESETS["14b"], in_dim=36, image_dim=1280), InfiniteTalk(768)
     path = str(tiny.write_layout(tmp_path / "i2v.safetensors", tiny.layout(config, "F16")))
-    module = layout(tmp_path / "talk.safetensors", replace(config, talk=audio))
+    module = layout(tmp_path / "talk.safetensors", config.having(audio))
     choices, held = [], []
     for beside in ("", module):
         header = read_model(path, beside)
@@ -244,7 +244,7 @@ def refusal(path: str, module: str) -> str:
 
 
 def layout(path: Path, config: tiny.WanConfig, without: str = "nothing") -> str:
-    shapes = {"audio_proj.proj1.weight": (8, 64), **config.talk.shapes(config.dim, config.num_layers)}
+    shapes = {"audio_proj.proj1.weight": (8, 64), **config[InfiniteTalk].shapes(config)}
     return str(tiny.write_layout(path, {k: ("F16", shape) for k, shape in shapes.items() if not k.startswith(without)}))
 
 

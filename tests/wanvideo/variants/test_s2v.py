@@ -10,7 +10,7 @@ from testkit import tiny
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.conditioning import check, placed
 from wan_parallel.wanvideo.base.grid import Grid, patchify, sequence_of
-from wan_parallel.wanvideo.variants.s2v import SoundModel
+from wan_parallel.wanvideo.variants.s2v import S2VModel
 
 SIZE = (3, 16, 24)
 BEHIND = 96 + 96 + 24 + 24  # the subject, and of the video so far the last frame, two more and 16 more
@@ -23,8 +23,8 @@ def path(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(path) -> SoundModel:
-    return SoundModel.from_checkpoint(path)
+def model(path) -> S2VModel:
+    return S2VModel.from_checkpoint(path)
 
 
 def given(batch: int = 1, size: tuple[int, int, int] = SIZE, without: tuple[str, ...] = (), **more) -> tuple:
@@ -89,7 +89,7 @@ def test_a_sound_that_lasts_for_some_frames_is_spread_over_all(model):
     x, timestep, context, conditioning = given(size=(4, 8, 8))
     short = replace(conditioning, audio=conditioning.audio[..., :8])
     check(tiny.S2V, x, short)
-    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short)[-1]
+    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short, [])["sound"][-1]
     assert [(run.tokens, run.frames) for run in runs] == [(slice(0, 64), slice(0, 2))]
     assert model(x, timestep, context, short).shape == x.shape
 

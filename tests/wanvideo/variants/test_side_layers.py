@@ -18,13 +18,13 @@ from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.weights.lora_transfer import PatchSet
 from wan_parallel.distributed.weights.offload import Residence, Slots
 from wan_parallel.wanvideo.attention.kernels import get_kernel
-from wan_parallel.wanvideo.base.audio_shapes import TalkAudio
 from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
+from wan_parallel.wanvideo.model.model import model_class
 from wan_parallel.wanvideo.quant.formats.fp8 import Fp8Weight
 from wan_parallel.wanvideo.quant.quantized import Weight
-from wan_parallel.wanvideo.variants.build import model_class
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
 SIDES = {
     "talk": (".audio_cross_attn.", ".norm_x."),
@@ -212,7 +212,7 @@ def test_adapters_take_loras_and_step_out_as_the_blocks_do(pool_of, files):
 
 # Divided by tensor parallelism, on heads and blocks that fit in few bytes.
 
-SMALL_TALK = replace(tiny.TALK, dim=256, num_heads=4, talk=TalkAudio(48, heads=8))
+SMALL_TALK = tiny.TALK.having(InfiniteTalk(48, heads=8), dim=256, num_heads=4)
 SMALL = {
     "one speaker": SMALL_TALK,
     "two speakers": SMALL_TALK,

@@ -13,15 +13,18 @@ from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.plan.degrees import PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.wanvideo.base.audio_shapes import HumoAudio
 from wan_parallel.wanvideo.base.conditioning import Conditioning, check, extended
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.grid import grid_of, patchify
 from wan_parallel.wanvideo.base.options import Options, RopeOptions
-from wan_parallel.wanvideo.base.variant_shapes import FaceDims, SoundDims
 from wan_parallel.wanvideo.checkpoint.header import read_header
-from wan_parallel.wanvideo.variants.build import model_class
-from wan_parallel.wanvideo.variants.variant_model import VariantModel
+from wan_parallel.wanvideo.model.model import WanModel, model_class
+from wan_parallel.wanvideo.variants.animate import Animate
+from wan_parallel.wanvideo.variants.fun_camera import FunCamera
+from wan_parallel.wanvideo.variants.fun_control import Reference
+from wan_parallel.wanvideo.variants.humo import Humo
+from wan_parallel.wanvideo.variants.s2v import S2V
+from wan_parallel.wanvideo.variants.vace import Vace
 
 SIZE = (3, 6, 8)
 TEXT = 512  # diffusers' image-to-video model takes whatever is in front of the last 512 tokens for the image
@@ -39,9 +42,9 @@ def models(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def single(models):
     """Gives the model of a variant in this process."""
-    built: dict[str, VariantModel] = {}
+    built: dict[str, WanModel] = {}
 
-    def get(name: str) -> VariantModel:
+    def get(name: str) -> WanModel:
         if name not in built:
             built[name] = model_class(tiny.VARIANTS[name]).from_checkpoint(models[name])
         return built[name]
@@ -76,7 +79,7 @@ def test_the_model_has_the_tensors_that_the_configuration_names(single, name):
 
 
 BIG = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
-HUMO_AUDIO = HumoAudio(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)
+HUMO_AUDIO = Humo(features=8 * 5 * 1280, hidden=512, width=1536, tokens=16)
 SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 
 
@@ -86,13 +89,13 @@ SMALL = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
         (replace(BIG, in_dim=36), 14_288_901_184, 1095, "image-to-video"),
         (replace(BIG, in_dim=36, image_dim=1280), 16_394_878_784, 1303, "image-to-video"),
         (replace(BIG, in_dim=36, image_dim=1280, image_positions=514), 16_395_536_704, 1304, "image-to-video"),
-        (replace(BIG, in_dim=48, image_dim=1280, reference_dim=16), 16_395_457_344, 1305, "Fun-Control"),
-        (replace(BIG, in_dim=32, image_dim=1280, camera_dim=24), 16_898_128_704, 1309, "Fun-Camera"),
-        (replace(BIG, vace_layers=8, vace_dim=96), 17_337_592_896, 1331, "VACE"),
-        (replace(BIG, in_dim=36, humo=HUMO_AUDIO), 17_055_925_312, 1583, "HuMo"),
-        (replace(BIG, in_dim=36, image_dim=1280, face=FaceDims()), 17_274_816_884, 1427, "Animate"),
-        (replace(BIG, sound=SoundDims()), 16_295_755_609, 1260, "S2V"),
-        (replace(SMALL, vace_layers=15, vace_dim=96), 2_153_972_032, 1264, "VACE"),
+        (BIG.having(Reference(16), in_dim=48, image_dim=1280), 16_395_457_344, 1305, "Fun-Control"),
+        (BIG.having(FunCamera(24), in_dim=32, image_dim=1280), 16_898_128_704, 1309, "Fun-Camera"),
+        (BIG.having(Vace(8, 96)), 17_337_592_896, 1331, "VACE"),
+        (BIG.having(HUMO_AUDIO, in_dim=36), 17_055_925_312, 1583, "HuMo"),
+        (BIG.having(Animate(), in_dim=36, image_dim=1280), 17_274_816_884, 1427, "Animate"),
+        (BIG.having(S2V()), 16_295_755_609, 1260, "S2V"),
+        (SMALL.having(Vace(15, 96)), 2_153_972_032, 1264, "VACE"),
     ],
     ids=[
         *("I2V A14B", "I2V 2.1", "FLF2V", "Fun-Control", "Fun-Camera", "VACE 14B", "HuMo 17B", "Animate", "S2V"),
@@ -145,7 +148,7 @@ def test_animate_is_that_of_diffusers(models, single):
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_vace_is_that_of_diffusers(models, single, strength):
     x, timestep, context, conditioning = given(tiny.VACE, batch=2, strength=strength)
-    scale = torch.full((tiny.VACE.vace_layers,), strength)
+    scale = torch.full((tiny.VACE[Vace].blocks,), strength)
     expected = tiny.diffusers_model(models["vace"], tiny.VACE)(
         x,
         timestep,
@@ -229,7 +232,7 @@ def test_skipped_blocks_do_not_run(model, tmp_path):
     path = tmp_path / "shorter.safetensors"
     weights = tiny.random_weights(tiny.TINY)
     save_file({name: w for name, w in weights.items() if not name.startswith("blocks.1.")}, path)
-    assert tiny.relative_error(out, VariantModel.from_checkpoint(str(path))(*given_)) <= 1e-6
+    assert tiny.relative_error(out, WanModel.from_checkpoint(str(path))(*given_)) <= 1e-6
 
 
 def test_scaled_and_shifted_positions_are_those_of_a_coarser_and_farther_grid(model):
@@ -292,7 +295,8 @@ def test_any_tokens_in_any_order_get_what_is_theirs(single, name):
 
     def embedded(part):
         tokens = model.embed(patchify(x)[:, part], grid, part, conditioning)
-        return [tokens, *model.side_streams(tokens, grid, part, conditioning)]
+        sides = model.side_streams(tokens, grid, part, conditioning, [])
+        return [tokens, *sides.get("vace", [])]
 
     index = torch.tensor([14, 3, 35, 20, 21, 8])
     for got, whole in zip(embedded(index), embedded(slice(0, grid.tokens)), strict=True):
@@ -343,7 +347,7 @@ def test_files_with_the_names_of_diffusers_are_the_same_model(tmp_path, single, 
     weights = tiny.random_weights(tiny.VARIANTS[name])
     save_file({tiny.diffusers_name(key): weight for key, weight in weights.items()}, tmp_path / "model.safetensors")
     inputs = given(tiny.VARIANTS[name])
-    out = VariantModel.from_checkpoint(str(tmp_path / "model.safetensors"))(*inputs)
+    out = WanModel.from_checkpoint(str(tmp_path / "model.safetensors"))(*inputs)
     assert torch.equal(out, single(name)(*inputs)) or tiny.relative_error(out, single(name)(*inputs)) <= 1e-6
 
 

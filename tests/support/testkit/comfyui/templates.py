@@ -19,7 +19,12 @@ from testkit.comfyui.flat_workflow import BYPASSED, MUTED, FlatWorkflow, active
 from testkit.comfyui.graphs import node
 from testkit.comfyui.workflow_api import AFTER_SEED, widgets
 from wan_parallel.wanvideo.base.config import WanConfig
-from wan_parallel.wanvideo.base.variant_shapes import FaceDims, SoundDims
+from wan_parallel.wanvideo.variants.animate import Animate
+from wan_parallel.wanvideo.variants.fun_camera import FunCamera
+from wan_parallel.wanvideo.variants.fun_control import Reference
+from wan_parallel.wanvideo.variants.s2v import S2V
+from wan_parallel.wanvideo.variants.scail import Scail2
+from wan_parallel.wanvideo.variants.vace import Vace
 
 SMALL = {"width": 64, "height": 64, "length": 9}
 MOST_STEPS = 6  # of a single sampler; two that share a schedule keep theirs
@@ -31,27 +36,27 @@ _T2V = replace(tiny.TINY, text_dim=4096)
 _CLIP = {"image_dim": 1280}
 # By a part of the file's name; the first match counts.
 _VARIANTS = (
-    ("5b_fun_control", replace(_T2V, in_dim=148, out_dim=48, reference_dim=48)),
-    ("fun_control_5b", replace(_T2V, in_dim=148, out_dim=48, reference_dim=48)),
+    ("5b_fun_control", _T2V.having(Reference(48), in_dim=148, out_dim=48)),
+    ("fun_control_5b", _T2V.having(Reference(48), in_dim=148, out_dim=48)),
     ("fun_inpaint_5b", replace(_T2V, in_dim=100, out_dim=48)),
     ("ti2v_5b", replace(_T2V, in_dim=48, out_dim=48)),
-    ("vace", replace(_T2V, num_layers=4, vace_layers=2, vace_dim=96)),
-    ("2.2_fun_camera", replace(_T2V, in_dim=36, camera_dim=24)),
-    ("2.2_fun_control", replace(_T2V, in_dim=52, reference_dim=16)),
+    ("vace", _T2V.having(Vace(2, 96), num_layers=4)),
+    ("2.2_fun_camera", _T2V.having(FunCamera(24), in_dim=36)),
+    ("2.2_fun_control", _T2V.having(Reference(16), in_dim=52)),
     ("2.2_fun_inpaint", replace(_T2V, in_dim=36)),
     ("2.2_i2v", replace(_T2V, in_dim=36)),
-    ("fun_camera", replace(_T2V, in_dim=32, camera_dim=24, **_CLIP)),
+    ("fun_camera", _T2V.having(FunCamera(24), in_dim=32, **_CLIP)),
     ("fun_control", replace(_T2V, in_dim=48, **_CLIP)),
     ("fun_inp", replace(_T2V, in_dim=36, **_CLIP)),
-    ("dancer", replace(_T2V, in_dim=36, music=tiny.MUSIC, **_CLIP)),
-    ("scail_2", replace(_T2V, in_dim=20, pose_dim=20, mask_dim=28, **_CLIP)),
-    ("animate", replace(tiny.ANIMATE, num_layers=5, text_dim=4096, face=FaceDims(), **_CLIP)),
-    ("s2v", replace(tiny.S2V, text_dim=4096, sound=SoundDims())),
+    ("dancer", _T2V.having(tiny.MUSIC, in_dim=36, **_CLIP)),
+    ("scail_2", _T2V.having(Scail2(20, mask_dim=28), in_dim=20, **_CLIP)),
+    ("animate", tiny.ANIMATE.having(Animate(), num_layers=5, text_dim=4096, **_CLIP)),
+    ("s2v", tiny.S2V.having(S2V(), text_dim=4096)),
     ("bernini", _T2V),
     ("ati", replace(_T2V, in_dim=36, **_CLIP)),
     ("wanmove", replace(_T2V, in_dim=36, **_CLIP)),
     ("flf2v", replace(_T2V, in_dim=36, image_positions=514, **_CLIP)),
-    ("i2v-14b-480p_fp8_e4m3fn_scaled_kj", replace(tiny.TALK, text_dim=4096, freq_dim=256, talk=None, **_CLIP)),
+    ("i2v-14b-480p_fp8_e4m3fn_scaled_kj", replace(tiny.TALK, text_dim=4096, freq_dim=256, additions=(), **_CLIP)),
     ("i2v", replace(_T2V, in_dim=36, **_CLIP)),
     ("t2v", _T2V),
 )

@@ -1,4 +1,4 @@
-"""Tokens that attend to something of their own frame: a face (Animate) or sound (S2V).
+"""Tokens that attend to something of their own frame, such as a face or sound.
 
 A token sees what belongs to its frame and no other token, so that a rank does this for whatever tokens it holds, even
 for a part of a frame. They are taken in runs in which every frame has equally many tokens.
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..attention.kernels import AttentionKernel
 from ..base.grid import Part
+from ..base.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,20 @@ few_keys = AttentionKernel("sdpa", _sdpa, has_lse=False)
 """Attention to a handful of keys, for which torch's own kernels do, and which those that quantise are not made for."""
 
 
+class _Kernel(nn.Module):
+    def __init__(self, columns: int, rows: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, 3), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+
+
 class CausalConvolution(nn.Module):
     """A Conv1d of size 3 over time that sees the frame itself and the two before; the first one is repeated."""
 
     def __init__(self, columns: int, rows: int, stride: int = 1):
         super().__init__()
         self.stride = stride
-        self.conv = nn.Module()
-        self.conv.weight = nn.Parameter(torch.empty(rows, columns, 3), requires_grad=False)
-        self.conv.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
+        self.conv = _Kernel(columns, rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, t, columns] to [B, ceil(t / stride), rows], in float32."""
@@ -132,6 +138,19 @@ class CausalEncoder(nn.Module):
         """Tokens [B, t, heads, token] with the learned one behind those of every frame, [B, t, heads + 1, token]."""
         learned = self.padding_tokens.to(tokens.dtype).expand(*tokens.shape[:2], 1, -1)
         return torch.cat([tokens, learned], dim=2)
+
+
+def causal_encoder_shapes(name: str, columns: int, widths: tuple[int, int, int], heads: int, token: int) -> Shapes:
+    """The tensors of the `CausalEncoder` called `name`; see there for the other arguments."""
+    shapes: Shapes = {f"{name}.padding_tokens": (1, 1, 1, token)}
+    shapes |= causal_convolution_shapes(f"{name}.conv1_local", columns, widths[0] * heads)
+    shapes |= causal_convolution_shapes(f"{name}.conv2", widths[0], widths[1])
+    return shapes | causal_convolution_shapes(f"{name}.conv3", widths[1], widths[2])
+
+
+def causal_convolution_shapes(name: str, columns: int, rows: int) -> Shapes:
+    """The tensors of the `CausalConvolution` called `name`."""
+    return {f"{name}.conv.weight": (rows, columns, 3), f"{name}.conv.bias": (rows,)}
 
 
 def _activated(x: torch.Tensor) -> torch.Tensor:
