@@ -136,10 +136,12 @@ class _Work:
 
     @property
     def strips(self) -> Strips:
+        """How the workers share a frame."""
         return share_frame(*self.size, self.pool.settings.plan.num_gpus, self.options)
 
     @property
     def name(self) -> str:
+        """What the workers call the VAE in this precision."""
         return f"{self.vae.key}-{self.dtype}"
 
     def make_room(self, half: Half, make_room: MakeRoom | None) -> None:
