@@ -33,10 +33,7 @@ from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.reports import Surveyed
 from wan_parallel.distributed.protocol.requests import Forward, Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
-from wan_parallel.distributed.weights import (
-    models,
-    offload,
-)
+from wan_parallel.distributed.weights import block_states, block_store, loaded, models
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.attention.kernels import AttentionKernel
 from wan_parallel.wanvideo.base.config import PRESETS
@@ -111,7 +108,7 @@ def choose_plan(
         PlacementError: none fits.
     """
     planner, config = Planner(settings), PRESETS[spec.path.partition(":")[2]]
-    there = Surveyed(Machine(), cap - CUBLAS_BYTES - models._MARGIN, host_room, 0, "NVLink")
+    there = Surveyed(Machine(), cap - CUBLAS_BYTES - loaded.GPU_MARGIN, host_room, 0, "NVLink")
     kind = Kind(spec, tokens_of(latent), batch)
     plan = planner.choose(config, kind, [there] * settings.plan.num_gpus, planner.first_plan, loaded=False)
     return plan, planner.reason
@@ -138,7 +135,7 @@ def simulate(
     with _process_group(settings.plan.num_gpus), _stand_ins(live, size, settings.plan.num_gpus, host_room):
         nobody = SimpleNamespace(begin=lambda _request: None, check=lambda _rank, _leader: None)  # who would cancel
         rank = Worker(0, settings, nobody, on_one_host(settings.plan.num_gpus), META)
-        rank.models._room = lambda: cap - live.now - models._MARGIN + rank.models.slots.nbytes
+        rank.models.memory.room = lambda: cap - live.now - loaded.GPU_MARGIN + rank.models.memory.buffers.nbytes
         config = PRESETS[size]
         tokens = tokens_of(latent)
         arena = ArenaRef("", 0, 0)
@@ -155,14 +152,14 @@ def simulate(
                 return Simulated(refusal=str(refusal))
             peak_of_load = live.peak
             _check(rank.handle(Forward(2, spec, arena, *inputs, out)))
-        loaded = rank.models.loaded[spec]
+        model = rank.models.loaded[spec]
         return Simulated(
             peak=live.peak,
             peak_of_load=peak_of_load,
             exchange=sum(mailbox.nbytes for mailbox in rank.membership.mailboxes.values()),
-            weights=loaded.device_bytes,
-            host=loaded.residence.host_bytes,
-            placement=loaded.placement.reason,
+            weights=model.device_bytes,
+            host=model.blocks.host_bytes,
+            placement=model.placement.reason,
             degrees=settings.plan.describe(config.num_heads),
         )
 
@@ -202,8 +199,8 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
 
     replaced = [
         mock.patch.object(models, "model_class", lambda config: uncounted(model_class(config))),
-        mock.patch.object(offload, "on_meta", uncounted(offload.on_meta)),
-        mock.patch.object(offload, "HostBuffer", uncounted(host_bytes)),
+        mock.patch.object(block_store, "on_meta", uncounted(block_store.on_meta)),
+        mock.patch.object(block_states, "HostBuffer", uncounted(host_bytes)),
         mock.patch.object(pointwise, "norm", lambda x, scale, shift, eps, dtype: torch.empty_like(x, dtype=dtype)),
         mock.patch.object(pointwise, "add_norm", lambda x, _y, _gate, *rest: torch.empty_like(x, dtype=rest[-1])),
         mock.patch.object(pointwise, "rms_norm", lambda x, *_rest: torch.empty_like(x)),

@@ -27,7 +27,7 @@ from ...wanvideo.model.model import WanModel
 from ..parallel.sequence import NativeAttention, SequenceGroup
 from ..plan.degrees import bounds
 from ..protocol.requests import Displaced
-from ..weights.offload import release_cache
+from ..weights.device_memory import release_cache
 from .displaced import StaleError
 from .schedule import STALE
 

@@ -15,7 +15,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,15 +29,35 @@ _SPIN_SECONDS = 20e-6
 _STORED, _FETCHED = 0, 1  # words of the header: how many tensors this rank has stored, and fetched or passed over
 
 
-@dataclass
-class _Transfer:
-    """The tensor of a number that is to be stored; `ready` once computed, `done` once it lies in host memory."""
+@dataclass(frozen=True)
+class _Waiting:
+    """The tensor of a number that is to be stored, from `ready` on (on a CPU, from the beginning)."""
 
     number: int
     idx: int
     tensor: torch.Tensor
     ready: torch.cuda.Event | None
-    done: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True)
+class _Storing:
+    """A tensor on its way to host memory, where it lies from `done` on (on a CPU, from the beginning)."""
+
+    number: int
+    tensor: torch.Tensor  # kept until then
+    done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What all buffers of a manager are."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass
@@ -49,45 +69,73 @@ class _Progress:
     arrived: int = 0
 
 
+class _CopyStream:
+    """Copies that run beside the computation, on a stream of their own; on a CPU, at once."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        """Copy pairs of target and source once `after` has come; returns the event of their end."""
+        if self._stream is None:
+            for target, source in copies:
+                target.copy_(source)
+            return None
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+            return _recorded_event(self._stream.device)
+
+    def synchronize(self) -> None:
+        """Wait for all copies."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
 class HostManager:
-    """Buffers as `displaced.BufferManager` has them, through a `Segment`. See the module.
+    """Buffers as `kv_buffers.BufferManager` has them, through a `Segment`. See the module.
 
     Args:
-        segment: of at least `registered_bytes`, given to `create_buffer`.
+        place: this rank's position among the `ranks` that share the buffers.
     """
 
     def __init__(self, place: int, ranks: int, device: torch.device):
         self.place, self.ranks, self.device = place, ranks, device
-        self._shapes: list[tuple[int, ...]] = []
-        self._dtype: torch.dtype | None = None
-        self._cuda = device.type == "cuda"
-        self._up = torch.cuda.Stream(device) if self._cuda else None
-        self._down = torch.cuda.Stream(device) if self._cuda else None
+        self._registered: list[_Kind] = []
+        self._up, self._down = _CopyStream(device), _CopyStream(device)
 
     def register_tensor(self, shape: tuple[int, ...], torch_dtype: torch.dtype) -> int:
         """Ask for a buffer; returns its index. All have one shape and dtype."""
-        if self._shapes and (self._shapes[0], self._dtype) != (tuple(shape), torch_dtype):
+        kind = _Kind(tuple(shape), torch_dtype)
+        if self._registered and self._registered[0] != kind:
             raise ValueError("All buffers that go through host memory have one shape and dtype. Use a second manager.")
-        self._shapes.append(tuple(shape))
-        self._dtype = torch_dtype
-        return len(self._shapes) - 1
+        self._registered.append(kind)
+        return len(self._registered) - 1
 
     @property
     def tensor_bytes(self) -> int:
-        return math.prod(self._shapes[0]) * self._dtype.itemsize
+        """Bytes of one of this rank's tensors."""
+        return self._registered[0].nbytes
 
     @property
     def registered_bytes(self) -> int:
-        """Bytes of this rank's tensors."""
-        return len(self._shapes) * self.tensor_bytes
+        """Bytes of all of this rank's tensors, which a segment must have room for."""
+        return len(self._registered) * self.tensor_bytes
 
     def create_buffer(self, segment: Segment) -> None:
-        """Take a segment into use. Its words are reset: every rank must pass a collective call before it goes on."""
+        """Take a segment of at least `registered_bytes` into use.
+
+        Its words are reset: every rank must pass a collective call before it goes on.
+        """
         self.segment = segment
         self._staging = torch.empty(FETCHED_AHEAD, self.ranks, self.tensor_bytes, dtype=torch.uint8, device=self.device)
         self._progress = _Progress()
-        self._waiting: deque[_Transfer] = deque()
-        self._storing: deque[_Transfer] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._storing: deque[_Storing] = deque()
         self._fetching: deque[torch.cuda.Event | None] = deque()
         self._fetch_events: dict[int, torch.cuda.Event | None] = {}
         self._read: dict[int, torch.cuda.Event | None] = {}
@@ -104,8 +152,8 @@ class HostManager:
     def enqueue(self, idx: int, tensor: torch.Tensor) -> None:
         """Start to send this rank's tensor to the others. They have it after `arrive(idx)`."""
         tensor = tensor.contiguous()
-        self._read[self._progress.arrived - 1] = self._event()  # whatever arrived last has been read by now
-        self._waiting.append(_Transfer(len(self._progress.order), idx, tensor, self._event()))
+        self._read[self._progress.arrived - 1] = _recorded_event(self.device)  # what arrived last has been read by now
+        self._waiting.append(_Waiting(len(self._progress.order), idx, tensor, _recorded_event(self.device)))
         self._progress.order.append(idx)
         self._serve()
 
@@ -134,7 +182,8 @@ class HostManager:
     def get_buffer_list(self, idx: int) -> list[torch.Tensor]:
         """The tensors of all ranks that `arrive` has just brought, by rank; this rank's own place is not filled."""
         staging = self._staging[(self._progress.arrived - 1) % FETCHED_AHEAD]
-        return [part.view(self._dtype).view(self._shapes[idx]) for part in staging.unbind()]
+        kind = self._registered[idx]
+        return [part.view(kind.dtype).view(kind.shape) for part in staging.unbind()]
 
     def settle(self, everything: bool = False) -> None:
         """End a step: see to it that the other ranks can get what was enqueued in earlier ones without this rank.
@@ -145,18 +194,19 @@ class HostManager:
         old, self._settled = self._settled, len(self._progress.order)
         if everything:
             old = self._settled
-        self._serve_until(lambda: not self._fetching and not any(t.number < old for t in self._outgoing()))
+
+        def settled() -> bool:
+            numbers = itertools.chain((t.number for t in self._storing), (t.number for t in self._waiting))
+            return not self._fetching and not any(number < old for number in numbers)
+
+        self._serve_until(settled)
 
     def clear(self) -> None:
         """Wait for what is on its way, and drop the rest."""
-        if self._cuda:
-            self._up.synchronize()
-            self._down.synchronize()
+        self._up.synchronize()
+        self._down.synchronize()
         self._waiting.clear()
         self._storing.clear()
-
-    def _outgoing(self) -> Iterator[_Transfer]:
-        return itertools.chain(self._storing, self._waiting)
 
     def _serve_until(self, reached: Callable[[], bool]) -> None:
         """Serve the others meanwhile: each may be waiting for what this rank has not told it yet."""
@@ -191,48 +241,34 @@ class HostManager:
         room = number - self._progress.arrived + 1 < FETCHED_AHEAD  # what arrived last is still being read
         return room and number < len(self._progress.order) and self._others(_STORED) > number
 
-    def _store(self, transfer: _Transfer) -> None:
-        self._replaced[transfer.idx] = transfer.number
-        target = self._place_of(transfer.idx, self.place)
-        source = transfer.tensor.view(-1).view(torch.uint8)
-        if self._cuda:
-            with torch.cuda.stream(self._up):
-                self._up.wait_event(transfer.ready)
-                target.copy_(source, non_blocking=True)
-                transfer.done = self._event()
-        else:
-            target.copy_(source)
-        self._storing.append(transfer)
+    def _store(self, waiting: _Waiting) -> None:
+        self._replaced[waiting.idx] = waiting.number
+        source = waiting.tensor.view(-1).view(torch.uint8)
+        done = self._up.copy([(self._bytes_in(waiting.idx, self.place), source)], after=waiting.ready)
+        self._storing.append(_Storing(waiting.number, waiting.tensor, done))
 
     def _fetch(self) -> None:
         number = self._progress.fetches_started
         self._progress.fetches_started += 1
         staging = self._staging[number % FETCHED_AHEAD]
         others = [(self.place + i) % self.ranks for i in range(1, self.ranks)]  # not all from one rank at once
-        if self._cuda:
-            before = self._read.pop(number - FETCHED_AHEAD, None)
-            with torch.cuda.stream(self._down):
-                if before is not None:
-                    self._down.wait_event(before)
-                for rank in others:
-                    staging[rank].copy_(self._place_of(self._progress.order[number], rank), non_blocking=True)
-                event = self._event()
-        else:
-            for rank in others:
-                staging[rank].copy_(self._place_of(self._progress.order[number], rank))
-            event = None
+        idx, read = self._progress.order[number], self._read.pop(number - FETCHED_AHEAD, None)
+        event = self._down.copy([(staging[rank], self._bytes_in(idx, rank)) for rank in others], after=read)
         self._fetch_events[number] = event
         self._fetching.append(event)
 
-    def _place_of(self, idx: int, rank: int) -> torch.Tensor:
+    def _bytes_in(self, idx: int, rank: int) -> torch.Tensor:
+        """The bytes of buffer `idx` in the memory of `rank`."""
         return self.segment.data[rank][idx * self.tensor_bytes : (idx + 1) * self.tensor_bytes]
 
-    def _event(self) -> torch.cuda.Event | None:
-        if not self._cuda:
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
+    """An event on the current stream, after what the stream has to do so far; none on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _done(event: torch.cuda.Event | None) -> bool:

@@ -1,7 +1,7 @@
 """Memory of each rank into which the other ranks of its host write, with flags that say what has arrived.
 
-peer_memory_cuda.py has those between GPUs. On the CPU the memory is shared between processes, and the flags are words
-in it that the receiver looks at.
+This is what torch calls symmetric memory. peer_memory_cuda.py has the memory of GPUs. On the CPU the memory is shared
+between processes, and the flags are words in the same memory that the receiver looks at.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
 
 @dataclass(frozen=True)
 class Letter:
-    """Some columns of the matrices of a tensor, from one rank for the memory of another. All sizes are bytes.
+    """Some columns of the matrices of a tensor, sent by one rank into the memory of another. All sizes are bytes.
 
     Args:
-        rank: who gets them; where they are waited for, who sends them.
-        channel: whose flag tells of them.
-        shape: matrices, rows, and the bytes of a row.
-        start: where in the tensor the first row begins.
-        strides: from a matrix to the next, and from a row to the next.
+        rank: the rank that receives the columns; where the columns are waited for, the rank that sends them.
+        channel: the flag that tells the receiver of their arrival.
+        shape: matrices, rows of each, and the bytes of a row.
+        start: where in the sender's tensor the first row begins.
+        strides: from a matrix of the tensor to the next, and from a row to the next.
         offset: where in the receiver's memory the first row is to begin.
-        strides_there: from a matrix and from a row to the next there.
-        packed: where they lie row after row if they are set down on the way, in memory as large as the receiver's.
-            No other letter lies there.
+        strides_there: from a matrix to the next in the receiver's memory, and from a row to the next.
+        packed: where the rows lie one after the other if they go through host memory, which is as large as the
+            receiver's memory. No other letter lies there.
     """
 
     rank: int
@@ -56,14 +56,14 @@ class Letter:
 class Mailbox(ABC):
     """The memory of the ranks of `group`, as one of them sees it.
 
-    What `send` writes, the receiver's `wait` for that letter makes available to the work that its device does next; the
-    nth `wait` for a sender and channel is for the nth letter. Nothing is acknowledged: whoever sends must know by other
-    means that what lies there has been read.
+    `send` writes letters into the memory of receivers. The receiver's `wait` for a letter makes the letter available to
+    the work that its device does next; the nth `wait` for a sender and channel waits for the nth letter. Receivers
+    acknowledge nothing: a sender must know by other means that the letter which lay there before has been read.
 
     Attributes:
         members: the ranks of the group.
-        processors: multiprocessors of the GPU of each of them; 0 without one.
-        hops: how often what is sent is copied on its way.
+        processors: multiprocessors of each member's GPU; 0 without a GPU.
+        hops: how often a letter is copied on its way.
     """
 
     hops = 1
@@ -77,10 +77,10 @@ class Mailbox(ABC):
         self._layout: Hashable = None
 
     def reserve(self, nbytes: int) -> None:
-        """Have at least `nbytes` on every rank. A collective call; whatever was sent has been waited for.
+        """Have at least `nbytes` on every rank. A collective call; every letter that was sent has been waited for.
 
         Raises:
-            HostMemoryError: on every rank. The host has no room for what is set down there.
+            HostMemoryError: on every rank. The host has no room for letters that go through its memory.
         """
         if nbytes <= self.nbytes:
             return
@@ -92,33 +92,33 @@ class Mailbox(ABC):
         dist.barrier(self.group)  # all flags are down
 
     def arrange(self, layout: Hashable, nbytes: int) -> None:
-        """The same, for use in another way than before if `layout` is another one."""
+        """As `reserve`. If `layout` is a new one, also waits for all ranks, which may be reading what lay there."""
         self.reserve(nbytes)
         if layout != self._layout:
             self._layout = layout
             dist.barrier(self.group)  # all have read what lay there
 
     def close(self) -> None:
-        """Give the memory back, on all ranks, or lose count after a run that was given up."""
+        """Give the memory back, on all ranks. Letters are counted anew afterwards, as after a run that was given up."""
         if self.nbytes:
             self.nbytes = 0
             self._drop()
 
     def own(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A part of this rank's memory, from byte `offset` on."""
+        """A part of this rank's memory, from byte `offset` on, as a tensor of this shape and dtype."""
         return self._part(self.place, offset, shape, dtype)
 
     def send(self, letters: Sequence[Letter], tensor: torch.Tensor) -> None:
-        """Write parts of a contiguous tensor, as the device has computed it by then, into the memory of ranks.
+        """Write parts of a contiguous tensor into the memory of ranks, once the device has computed the tensor.
 
-        In this order. Keep the tensor until all have it, or give it to `hold`.
+        The letters leave in this order. Keep the tensor until all receivers have their parts, or give it to `hold`.
         """
         self._write(letters, [self._count(letter) for letter in letters], tensor)
 
     def wait(self, letters: Sequence[Letter]) -> None:
-        """Let the device go on once these letters are there, the next ones of their senders on their channels.
+        """Let the device go on once these letters, the next ones of their senders on their channels, have arrived.
 
-        Best in the order in which they come.
+        Best in the order in which the letters come.
         """
         words = []
         for letter in letters:
@@ -128,17 +128,17 @@ class Mailbox(ABC):
             self._await(letters, words)
 
     def _count(self, letter: Letter) -> int:
-        """Count it; the number of letters to its receiver on its channel by now."""
+        """Count a letter; returns the number of letters to its receiver on its channel by now."""
         self._sent[letter.rank][letter.channel] += 1
         return self._sent[letter.rank][letter.channel]
 
     def _flag(self, letter: Letter) -> int:
-        """Which of the receiver's flags is raised for it."""
+        """The index of the receiver's flag that is raised for a letter."""
         return self.place * CHANNELS + letter.channel
 
     @abstractmethod
     def hold(self, tensor: torch.Tensor) -> None:
-        """Should `tensor` be dropped, let nothing else have its memory before what was sent of it has left."""
+        """Keep the memory of `tensor` from being used anew before the letters that were sent of it have left."""
 
     @abstractmethod
     def _make(self, nbytes: int) -> None: ...
@@ -154,14 +154,14 @@ class Mailbox(ABC):
 
     @abstractmethod
     def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
-        """Have these letters in their places; the own flag that tells of each has the value beside it then."""
+        """Have these letters in this rank's memory; the flag of each, by index, has the value beside it then."""
 
 
 class HostMailbox(Mailbox):
-    """Between processes on CPUs."""
+    """Memory shared between processes on CPUs."""
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Nothing to do: `send` has copied it when it returns."""
+        """Nothing to do: `send` has copied the tensor when it returns."""
 
     def _make(self, nbytes: int) -> None:
         self._segment = Segment(
@@ -194,5 +194,5 @@ class HostMailbox(Mailbox):
 
 
 def strided(data: torch.Tensor, shape: tuple[int, int, int], start: int, strides: tuple[int, int]) -> torch.Tensor:
-    """Matrices of bytes among the bytes of `data`."""
+    """Matrices of bytes, of this shape (matrices, rows, bytes of a row), among the bytes of `data`."""
     return data.as_strided(shape, (*strides, 1), data.storage_offset() + start)

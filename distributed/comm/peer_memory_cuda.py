@@ -1,15 +1,16 @@
-"""Mailboxes between GPUs, and which kind some ranks can have.
+"""Mailboxes between GPUs, and which kind of mailbox the ranks of a group can have.
 
 A collective call is a kernel, and a kernel takes multiprocessors from the computation beside it. Here the copy engines
-carry what is sent, and the front ends of the GPUs raise and await the flags, so that neither the multiprocessors nor
-the processes have anything to do with it.
+carry the letters, and the front ends of the GPUs raise and await the flags, so that neither the multiprocessors nor
+the processes have anything to do with an exchange.
 
-Where GPUs reach each other's memory, that of the sender writes straight into that of the receiver. Where they do not,
-as most GeForce cards on PCIe, it writes into memory of the host that all ranks have page-locked, and the receiver's own
-copy engine brings it in from there once the flag is up.
+Where GPUs reach each other's memory, the sender's GPU writes straight into the receiver's memory. Where they do not, as
+most GeForce cards on PCIe, the sender's GPU writes into host memory that all ranks have page-locked, and the receiver's
+own copy engine fetches the letter from there once the flag is up.
 
-Streams may share a queue of the hardware, where one that waits holds up another. That cannot be for ever as long as all
-ranks launch a letter's way out before they wait for it: each wait is then for what was launched earlier everywhere.
+Streams may share a queue of the hardware, where a stream that waits holds up another one. No stream is held up for ever
+as long as all ranks launch the sending of a letter before they wait for it: each wait is then for a letter that was
+sent earlier everywhere.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ log = logging.getLogger(__name__)
 
 _FLAG_BYTES = 4096
 _RAISED = 0x3F
-"""A byte of flags that are above whatever is awaited."""
+"""The value of each byte of a flag that is above every value that is awaited."""
 _TRY_SECONDS = 20.0
-"""How long the first letters, of 8 bytes, may take until a mailbox is given up."""
+"""Seconds that the first letters, of 8 bytes, may take until a mailbox is given up."""
 
 
 class GpuMailbox(Mailbox):
-    """Between GPUs: streams carry what is sent, and wait for it.
+    """Memory of GPUs: streams carry the letters, and wait for them.
 
     Raises:
-        MailboxError: it does not work between these.
+        MailboxError: this kind of mailbox does not work between these GPUs.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -60,7 +61,7 @@ class GpuMailbox(Mailbox):
             raise MailboxError(str(error).splitlines()[0]) from error
 
     def _try_out(self) -> None:
-        """Send every rank this one's number, and look at what has come."""
+        """Send every rank this rank's number, and look at the numbers that have arrived."""
         mine = torch.full((1,), self.place, dtype=torch.int64, device=self.device)
         self.hold(mine)
         self.send([_number(rank, self.place) for rank in range(self.ranks)], mine)
@@ -77,6 +78,7 @@ class GpuMailbox(Mailbox):
             raise StreamMemoryError(f"what the ranks wrote did not arrive ({got})")
 
     def hold(self, tensor: torch.Tensor) -> None:
+        """See `Mailbox`: torch's allocator waits for both streams before it gives the memory out again."""
         tensor.record_stream(self._out)
         tensor.record_stream(self._to_itself)
 
@@ -90,11 +92,11 @@ class GpuMailbox(Mailbox):
             return sent[0].rank == self.place, sent[0].channel
 
         for (to_itself, _), together in groupby(zip(letters, values, strict=True), key=of_one_flag):
-            stream, words = (self._to_itself if to_itself else self._out).cuda_stream, []
+            handle, words = (self._to_itself if to_itself else self._out).cuda_stream, []
             for letter, value in together:
-                self._copy(stream, letter.shape, self._destination(letter), (address + letter.start, letter.strides))
+                self._copy(handle, letter.shape, self._destination(letter), (address + letter.start, letter.strides))
                 words.append((self._flags_of(letter.rank) + 4 * self._flag(letter), value))
-            self._driver.write(stream, words)
+            self._driver.write(handle, words)
 
     def _copy(
         self,
@@ -116,24 +118,24 @@ class GpuMailbox(Mailbox):
 
     @abstractmethod
     def _destination(self, letter: Letter) -> tuple[int, tuple[int, int]]:
-        """Where this rank writes a letter: an address, and the strides there."""
+        """Where this rank writes a letter: an address, and the strides from matrix to matrix and from row to row."""
 
     @abstractmethod
     def _flags_of(self, rank: int) -> int:
-        """The address of that rank's flags, as this rank's GPU has it."""
+        """The address of a rank's flags, as this rank's GPU reaches them."""
 
     @abstractmethod
     def _raise_flags(self) -> None:
-        """Let this rank's streams go on, whatever they wait for."""
+        """Let this rank's streams go on, whichever flags they wait for."""
 
 
 def _number(rank: int, sender: int) -> Letter:
-    """One of 8 bytes."""
+    """A letter of 8 bytes: the number of `sender`."""
     return Letter(rank, 0, (1, 1, 8), 0, (8, 8), 8 * sender, (8, 8), 8 * sender)
 
 
 class PeerMailbox(GpuMailbox):
-    """Between GPUs that reach each other's memory, by torch's symmetric memory."""
+    """Memory of GPUs that reach each other's memory, by torch's symmetric memory."""
 
     def _make(self, nbytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
@@ -168,10 +170,10 @@ class PeerMailbox(GpuMailbox):
 
 
 class StagedMailbox(GpuMailbox):
-    """Between GPUs that do not reach it: through memory of the host.
+    """Memory of GPUs that do not reach each other's memory: letters go through host memory.
 
-    Nothing is acknowledged here either: who may send what replaces a letter has had something back that was computed
-    from it, so that letter has left host memory too.
+    Receivers acknowledge nothing here either. A rank that may replace a letter has got something back that was computed
+    from that letter, so the letter has left host memory too.
     """
 
     hops = 2
@@ -179,6 +181,7 @@ class StagedMailbox(GpuMailbox):
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._in, self._arrived = torch.cuda.Stream(device), torch.cuda.Event()
         self._segment: Segment | None = None
+        self._own_flags: torch.Tensor
         super().__init__(group, device)
 
     def _make(self, nbytes: int) -> None:
@@ -186,16 +189,18 @@ class StagedMailbox(GpuMailbox):
         self._memory = self._driver.allocate(nbytes, self.device)
         if self._segment is None or self._segment.nbytes < _FLAG_BYTES + nbytes:
             self._lock(_FLAG_BYTES + nbytes)
-        self._segment.data[self.place][:_FLAG_BYTES].zero_()
+        self._own_flags.zero_()
 
     def _lock(self, nbytes: int) -> None:
-        """Have so much host memory. It stays when the device's is given back: locking takes a second for each GiB."""
+        """Have `nbytes` of host memory. They outlive those of the GPU: locking takes a second for each GiB."""
         if self._segment is not None:
             self._segment.close()
             self._segment = None
+            del self._own_flags  # which would keep the memory
         self._segment = Segment(
             nbytes, self.place, self.ranks, self.device, self.group, "what the GPUs send each other", REMEDY
         )
+        self._own_flags = self._segment.data[self.place][:_FLAG_BYTES]
         self._staging = [self._driver.address_of(data.data_ptr()) for data in self._segment.data]
 
     def _drop(self) -> None:
@@ -219,7 +224,7 @@ class StagedMailbox(GpuMailbox):
         return self._staging[rank]
 
     def _raise_flags(self) -> None:
-        self._segment.data[self.place][:_FLAG_BYTES].fill_(_RAISED)
+        self._own_flags.fill_(_RAISED)
 
     def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
         stream, own = self._in.cuda_stream, self._staging[self.place]
@@ -233,11 +238,11 @@ class StagedMailbox(GpuMailbox):
 
 
 def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | None:
-    """A mailbox for these ranks, or None where there is none between their GPUs. A collective call."""
+    """A mailbox for the ranks of a group, or None where no kind works between their GPUs. A collective call."""
     if device.type != "cuda":
         return HostMailbox(group, device)
     apart = _unreached(group, device)
-    whys = []
+    whys: list[str] = []
     for kind, why in ((PeerMailbox, apart), (StagedMailbox, "")):
         mailbox = None
         if _all(not why, group, device):
@@ -255,7 +260,7 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | No
 
 
 def _all(mine: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether it is so on every rank."""
+    """Whether `mine` is true on every rank. A collective call."""
     every = torch.tensor([mine], device=device, dtype=torch.int32)
     dist.all_reduce(every, dist.ReduceOp.MIN, group=group)
     return bool(every.item())

@@ -1,4 +1,4 @@
-"""What a worker's machine does: a fraction of a second of measuring, for the expectations of cost.py."""
+"""Measures how fast a worker's machine is, in a fraction of a second, for the expectations of cost.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def survey(device: torch.device, world_size: int) -> Machine:
 
 
 def _products(device: torch.device) -> float:
-    """FLOP/s of matrix products."""
+    """FLOP/s of matrix products on the device."""
     size, dtype = (256, torch.float32) if device.type == "cpu" else (4096, _fast_dtype())
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = _seconds(lambda: [torch.mm(a, a) for _ in range(_PRODUCTS)], device)
@@ -52,7 +52,7 @@ def _products(device: torch.device) -> float:
 
 
 def _fast_dtype() -> torch.dtype:
-    """Of 16 bits; GPUs before Ampere only imitate bf16."""
+    """The fast dtype of 16 bits: GPUs before Ampere only imitate bf16."""
     return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
 
 

@@ -47,11 +47,11 @@ class _Bytes:
 
 
 class StreamMemoryError(RuntimeError):
-    """The driver cannot do it, or refused."""
+    """The CUDA driver has no stream memory operations, or refused one."""
 
 
 class StreamMemory:
-    """The calls of libcuda. Streams are given by their handles.
+    """Stream memory operations and copies of the CUDA driver (libcuda). Streams are given by their handles.
 
     Raises:
         StreamMemoryError: there is no driver, or one from before CUDA 11.7.
@@ -89,7 +89,7 @@ class StreamMemory:
         return torch.as_tensor(there, device=device)
 
     def address_of(self, host: int) -> int:
-        """The address that devices have for page-locked memory of the host."""
+        """The address by which devices reach page-locked memory of the host; `host` is its address in this process."""
         address = ctypes.c_uint64()
         self._check(self._mapped(ctypes.byref(address), host, 0))
         return address.value
@@ -103,7 +103,7 @@ class StreamMemory:
         self._check(self._copy(ctypes.byref(copy), stream))
 
     def write(self, stream: int, words: Sequence[Word]) -> None:
-        """Write words once all that `stream` has to do so far is done."""
+        """Write words, each an address and a number, once all that `stream` has to do so far is done."""
         self._do(stream, _WRITE, _WRITE_DEFAULT, words)
 
     def wait(self, stream: int, words: Sequence[Word]) -> None:
@@ -111,7 +111,7 @@ class StreamMemory:
         self._do(stream, _WAIT, _GREATER_OR_EQUAL, words)
 
     def _do(self, stream: int, operation: int, flags: int, words: Sequence[Word]) -> None:
-        """One call for all of them. CUstreamBatchMemOpParams is a union of six 64-bit words."""
+        """One call of the driver for all words. CUstreamBatchMemOpParams is a union of six 64-bit words."""
         numbers = [n for address, value in words for n in (operation, address, value, flags, 0, 0)]
         self._check(self._batch(stream, len(words), (ctypes.c_uint64 * len(numbers))(*numbers), 0))
 

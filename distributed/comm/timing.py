@@ -2,22 +2,24 @@
 
 A rank's device stands still where it needs what others have: an all-to-all, a block of a ring, a sum, the residual
 stream of the stage before, weights that are gathered or copied from host memory, latents that come in and go out.
-Strategies put `standing` around these places. On CUDA that is a pair of events in the stream that computes, read once
-the forward is over, so nothing is synchronised in between, and what is hidden behind computation is not counted. On a
-CPU it is the clock.
+Strategies put `standing` around these places. On CUDA `standing` records a pair of events in the stream that computes,
+and reads them once the forward is over: nothing is synchronised in between, and an exchange that is hidden behind
+computation is not counted. On a CPU `standing` reads the clock.
 
-What stands still may be on its way, or not even sent. No rank gets what it waits for before all have come to the same
-place, and the one that comes last waits for the transfer alone. So of each exchange
+While a rank stands still, the tensors that it needs may be on their way, or not even sent. No rank gets them before all
+ranks of the group have come to the same place, and the rank that comes last waits for the transfer alone. So the time
+for which a rank stands still at an exchange is divided in two:
 
-- **exchange** is the shortest time for which any rank of its group stood still,
-- **waiting** is what another rank stood still beyond that: the time until the last one came.
-  So is the time for which a rank holds back until its leader has come to a block (cancel.py), and that from its own
-  end of the forward to the end of the slowest rank.
-- **compute** is the rest of the forward: kernels, and the launching of them.
+- **exchange** is the shortest time for which any rank of the group stood still there,
+- **waiting** is the time beyond: until the last rank of the group came to the place. Waiting is also the time for which
+  a rank holds back until its leader has come to a block (cancel.py), and the time from the end of this rank's forward
+  to the end of the slowest rank's.
 
-These add up to the seconds of the forward on every rank. The border between the last two is sharp where all take part
-in a transfer. Where ranks write into each other's memory (peer_memory.py), the last one may find all that it needs
-there, and the transfer from it to the others counts as waiting for it.
+The rest of the forward is **compute**: kernels, and the launching of them.
+
+The three add up to the seconds of the forward on every rank. The border between exchange and waiting is sharp where all
+ranks take part in a transfer. Where ranks write into each other's memory (peer_memory.py), the last rank may find there
+all that it needs, and the transfer from the last rank to the others counts as waiting for the last rank.
 """
 
 from __future__ import annotations
@@ -35,16 +37,16 @@ from ..protocol.reports import Stall
 
 ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums", "pipeline", "weights", "patches"
 LATER_SLICES = "all-to-all of later slices"
-"""Apart from the others, as not every rank has heads for as many slices (ulysses_overlap.py)."""
+"""The all-to-all of a rank's later slices of heads (ulysses_overlap.py): not every rank has as many slices."""
 USP = "USP"
 """xfuser's attention less the kernel in it: its exchanges, with the copies around them."""
 LATENTS = "latents"
 """Copies of the inputs from the client's memory, and of the result back."""
 GATE = "gate"
-"""Waiting alone, nothing is exchanged."""
+"""A rank holds back until its leader has come to a block (cancel.py): nothing but waiting."""
 
 _Key = tuple[str, tuple[int, ...]]
-"""Kind of an exchange, and the ranks that take part; none where a rank needs no other."""
+"""The kind of an exchange, and the ranks that take part; no ranks where a rank needs no other one."""
 
 
 class Spans:
@@ -57,6 +59,7 @@ class Spans:
         self._begin = 0.0
 
     def start(self) -> None:
+        """Begin a stretch."""
         if self._cuda:
             self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._events[-1][0].record()
@@ -64,20 +67,25 @@ class Spans:
             self._begin = time.perf_counter()
 
     def stop(self) -> None:
+        """End the stretch that `start` began."""
         if self._cuda:
             self._events[-1][1].record()
         else:
             self._seconds.append(time.perf_counter() - self._begin)
 
     def each(self) -> list[float]:
-        """Seconds of every stretch. Waits for the device."""
+        """Seconds of every stretch, in their order. Waits for the device."""
         if self._events:
             self._events[-1][1].synchronize()
         return self._seconds + [start.elapsed_time(stop) / 1000 for start, stop in self._events]
 
 
 class Watch:
-    """What `standing` notes down during one forward of this rank."""
+    """The stretches that `standing` notes down during one forward of this rank.
+
+    Attributes:
+        open: the stretches to which the one belongs that is being measured now; None outside `standing`.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -86,19 +94,22 @@ class Watch:
         self.open: Spans | None = None
 
     def spans(self, kind: str, ranks: tuple[int, ...]) -> Spans:
-        """Where the stretches of one kind and group go."""
+        """The stretches of one kind of exchange among `ranks`, to which more can be added."""
         key = (kind, ranks)
         if key not in self._own:
             self._own[key] = self.add(kind, ranks, Spans(self._device))
         return self._own[key]
 
     def add(self, kind: str, ranks: tuple[int, ...], spans: Spans) -> Spans:
-        """Count stretches that somebody else takes down."""
+        """Count `spans`, stretches that the caller measures; returns them."""
         self._spans.setdefault((kind, ranks), []).append(spans)
         return spans
 
     def stalls(self) -> tuple[Stall, ...]:
-        """All of them. Waits for the stream that computes, not for what others still send for a later forward."""
+        """All stretches, by kind and group.
+
+        Waits for the stream that computes, not for tensors that other ranks still send for a later forward.
+        """
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return tuple(
@@ -108,12 +119,12 @@ class Watch:
 
 
 _current: Watch | None = None
-"""Of the forward that runs: a process has one device and does one request at a time."""
+"""The notes on the forward that runs: a process has one device and does one request at a time."""
 
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[Watch]:
-    """One forward, of which `standing` takes notes."""
+    """Let `standing` take notes, which are returned, until the end of the `with` block: one forward."""
     global _current
     _current = Watch(device)
     try:
@@ -124,10 +135,13 @@ def measuring(device: torch.device) -> Iterator[Watch]:
 
 @contextmanager
 def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Around the place where the stream that computes waits for an exchange of `kind` among some ranks.
+    """Measure, until the end of the `with` block, how long the stream that computes waits for an exchange.
 
-    All of `among` come by the same such places in the same order. Does nothing outside a forward, for a rank alone, and
-    inside another `standing`, which counts the whole.
+    Does nothing outside a forward, for a rank alone, and inside another `standing`, which counts the whole.
+
+    Args:
+        kind: of the exchange.
+        among: the ranks that take part. All of them come by the same such places in the same order.
     """
     watch = _current
     if watch is None or watch.open is not None or (ranks := _ranks(among)) is None:
@@ -144,7 +158,7 @@ def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Around what is computed in the middle of a `standing`, which does not count it."""
+    """Leave what is computed until the end of the `with` block out of the `standing` around it."""
     watch = _current
     if watch is None or watch.open is None:
         yield
@@ -159,12 +173,12 @@ def computing() -> Iterator[None]:
 
 
 def counted(kind: str, among: Sequence[int] | dist.ProcessGroup | None, spans: Spans) -> Spans:
-    """Let the forward that runs count `spans`, which are taken down and read elsewhere too."""
+    """Let the forward that runs count `spans`, stretches that the caller measures and reads too; returns them."""
     return spans if _current is None else _current.add(kind, _ranks(among) or (), spans)
 
 
 def _ranks(among: Sequence[int] | dist.ProcessGroup | None) -> tuple[int, ...] | None:
-    """The ranks that exchange: none of them for one that needs no other; None for one that is alone with itself."""
+    """The ranks that exchange: () for a rank that needs no other; None for a group of one rank, which never waits."""
     if among is None:
         return ()
     ranks = tuple(among if isinstance(among, Sequence) else dist.get_process_group_ranks(among))
@@ -173,7 +187,11 @@ def _ranks(among: Sequence[int] | dist.ProcessGroup | None) -> tuple[int, ...] |
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Where the seconds of a forward went on one rank; see the module. `exchanges` has the exchange by kind."""
+    """Where the seconds of a forward went on one rank (see the module).
+
+    Args:
+        exchanges: seconds of each kind of exchange, which add up to `exchange`.
+    """
 
     compute: float
     exchange: float
@@ -182,11 +200,17 @@ class RankTimes:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole forward."""
         return self.compute + self.exchange + self.waiting
 
 
 def rank_times(seconds: Sequence[float], stalls: Sequence[Sequence[Stall]]) -> tuple[RankTimes, ...]:
-    """What each rank's time was spent on, from the seconds of its forward and its stalls, both by rank."""
+    """Where the seconds of a forward went on each rank.
+
+    Args:
+        seconds: of the forward, by rank.
+        stalls: the times for which each rank stood still, by rank.
+    """
     stood = [{(stall.kind, stall.ranks): stall.seconds for stall in own} for own in stalls]
     times = []
     for rank, own in enumerate(stood):
@@ -204,5 +228,5 @@ def rank_times(seconds: Sequence[float], stalls: Sequence[Sequence[Stall]]) -> t
 
 
 def _least(groups: Iterator[list[float]]) -> list[float]:
-    """The shortest of each exchange over the ranks that took part in it."""
+    """The shortest time of each exchange over the ranks that took part in the exchange."""
     return [min(s for s in one if s is not None) for one in itertools.zip_longest(*groups)]

@@ -1,4 +1,4 @@
-"""How a GPU reaches the others of its pool, for the status. Changes nothing."""
+"""Finds out how a GPU reaches the others of its pool, for the status. Changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU, NVLINK, PEER_ACCESS = "CPU", "NVLink", "peer access"
 
 
 def link_kind(device: torch.device, others: Sequence[int]) -> str:
-    """NVLink, peer access (over PCIe), host memory, or what else the tensors of `device` travel through.
+    """What tensors of `device` travel through to the other GPUs: NVLink, peer access (over PCIe), host memory ...
 
     Args:
         others: indices of the pool's other GPUs on this host.

@@ -44,7 +44,7 @@ def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
     """The environment of a launcher and its workers.
 
     ComfyUI puts its choice of torch's allocator (cudaMallocAsync) into its own; where weights live is counted in the
-    segments of torch's native one (see offload.py).
+    segments of torch's native one (see device_memory.py).
     """
     # multiprocessing starts workers with `python -c`, which looks for modules in the working directory
     environment = {**ours, "PYTHONSAFEPATH": "1"}

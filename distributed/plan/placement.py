@@ -1,7 +1,7 @@
 """Where a model's weights go: whole on each GPU, shared among them, or in host memory. Arithmetic only.
 
 Every rank must come to the same answer about sharing, because gathering a block is a collective call: the ranks tell
-each other their room first (see `Worker.load`) and then all ask `place_weights` with the same numbers.
+each other their room first (see `Models.load`) and then all ask `place_weights` with the same numbers.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Demand:
 
     @property
     def whole(self) -> int:
+        """Bytes of all weights."""
         return self.fixed + sum(self._sizes)
 
     @property
@@ -70,7 +71,7 @@ class Demand:
         return self.growing(share)[count]
 
     def growing(self, share: int) -> list[int]:
-        """`parts` of 0, 1, 2 ... of the blocks."""
+        """Bytes as `parts` gives them for 0, 1, 2 ... blocks."""
         staying = reversed(leaving_order(self._sizes))
         return list(accumulate((self._part(size, share) for size in staying), initial=0))
 
@@ -99,7 +100,7 @@ def demand_of(sizes: Mapping[str, int], config: WanConfig, activations: int, uni
         sizes: bytes of each of its weights as they are held.
         unit: what blocks are rounded up to.
     """
-    fixed, blocks = 0, {}
+    fixed, blocks = 0, dict[int, int]()
     for name, nbytes in sizes.items():
         if (number := config.block_number(name)) is not None:
             blocks[number] = blocks.get(number, 0) + -(-nbytes // ALIGN) * ALIGN
@@ -226,7 +227,7 @@ def _in_host_memory(
 
 
 def _where(demand: Demand, share: int, hosted: int, why: str) -> str:
-    """The weights' place in words; `why` is left out where nothing had to be done."""
+    """Where the weights lie, in words; `why` is left out where nothing had to be done."""
     if share == 1 and not hosted:
         return f"whole on each GPU, {_gib(demand.whole)}"
     shared = f"1/{share} of each block on each of {share} GPUs" if share > 1 else "whole blocks"

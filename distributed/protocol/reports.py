@@ -51,7 +51,7 @@ class MemoryUse:
     is where none has been finished since the worker started, or since one failed.
 
     Args:
-        weights: of all models and VAEs, and the blocks that pass through (see offload.py).
+        weights: of all models and VAEs, and the blocks that pass through (see prefetch.py).
         activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
         cache: keys and values kept between the steps of a run.
         mailboxes: memory that other ranks write into (see peer_memory.py).

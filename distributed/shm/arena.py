@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -52,7 +53,7 @@ class Arena:
 
     @property
     def pinned(self) -> bool:
-        """Whether it was asked to be."""
+        """Whether page-locking was asked for; a driver may have refused it."""
         return self._pin is not None
 
     def reset(self) -> None:
@@ -78,7 +79,7 @@ class Arena:
         return ref
 
     def view(self, ref: TensorRef) -> torch.Tensor:
-        """The tensor itself, not a copy."""
+        """The tensor in the arena's memory, not a copy."""
         return _view(self._map, ref)
 
     def close(self) -> None:
@@ -98,7 +99,7 @@ class MakeArena(Protocol):
 
 
 class ReusedArena:
-    """One arena for request after request; another one takes its place when more is needed.
+    """One arena for request after request, replaced by a larger one when a request needs more.
 
     Args:
         make: makes them.
@@ -109,7 +110,7 @@ class ReusedArena:
         self._arena: Arena | None = None
 
     def of(self, nbytes: int, pinned: bool = False) -> Arena:
-        """An arena of at least so many bytes, without what lay in it. No request may be under way."""
+        """An arena of at least `nbytes` bytes, without the tensors that lay in it. No request may be under way."""
         if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
             self.close()
             self._arena = self._make(nbytes, pinned)
@@ -127,27 +128,37 @@ class ArenaReader:
     """A worker's side: opens arenas by their path and keeps the newest open."""
 
     def __init__(self) -> None:
-        self._ref: ArenaRef | None = None
-        self._map: mmap.mmap | None = None
-        self._pin: _Pin | None = None
+        self._opened: _OpenedArena | None = None  # None before the first
 
     def view(self, arena: ArenaRef, tensor: TensorRef) -> torch.Tensor:
         """The tensor of another process, readable and writable."""
-        if arena != self._ref:
-            fd = os.open(arena.path, os.O_RDWR)
-            try:
-                memory = mmap.mmap(fd, arena.nbytes)
-            finally:
-                os.close(fd)
-            if self._pin is not None:
-                self._pin.release()
-            self._map, self._pin = memory, _Pin(memory) if arena.pinned else None
-            self._ref = arena
-        return _view(self._map, tensor)
+        opened = self._opened
+        if opened is None or opened.ref != arena:
+            opened = self._opened = self._open(arena)
+        return _view(opened.memory, tensor)
+
+    def _open(self, arena: ArenaRef) -> _OpenedArena:
+        fd = os.open(arena.path, os.O_RDWR)
+        try:
+            memory = mmap.mmap(fd, arena.nbytes)
+        finally:
+            os.close(fd)
+        if self._opened is not None and self._opened.pin is not None:
+            self._opened.pin.release()
+        return _OpenedArena(arena, memory, _Pin(memory) if arena.pinned else None)
+
+
+@dataclass(frozen=True)
+class _OpenedArena:
+    """An arena of another process, mapped here; `pin` where its memory is page-locked."""
+
+    ref: ArenaRef
+    memory: mmap.mmap
+    pin: _Pin | None
 
 
 class _Pin:
-    """Shared memory as the GPUs' copy engines want it, until `release`."""
+    """Shared memory page-locked for the GPUs' copy engines, until `release`."""
 
     def __init__(self, memory: mmap.mmap):
         self._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
@@ -157,6 +168,7 @@ class _Pin:
             self._address = 0
 
     def release(self) -> None:
+        """Unlock the memory."""
         if self._address:
             torch.cuda.cudart().cudaHostUnregister(self._address)
             self._address = 0

@@ -22,14 +22,19 @@ class HostMemoryError(UserError, RuntimeError):
 
 
 class Segment:
-    """Host memory of one rank, mapped and pinned by all ranks of a group. Making one is a collective call.
+    """Host memory of each rank of a group, mapped and pinned by all of them. Making one is a collective call.
 
     Args:
-        purpose: what it is for, in words.
-        remedy: what to do where there is too little of it, a sentence.
+        nbytes: of each rank.
+        purpose: what the memory is for, in words.
+        remedy: what to do where there is too little memory, a sentence.
+
+    Attributes:
+        words: the first bytes of each rank's memory as 64-bit numbers, by rank.
+        data: the `nbytes` of each rank behind them, uint8, by rank.
 
     Raises:
-        HostMemoryError: on every rank. The host has too little memory, or a driver does not pin it.
+        HostMemoryError: on every rank. The host has too little memory for all groups, or a driver does not pin it.
     """
 
     def __init__(
@@ -43,7 +48,9 @@ class Segment:
         remedy: str,
     ):
         self.nbytes, self.ranks, self.device = nbytes, ranks, device
-        room, needed = host_room(), ranks * (_HEADER + nbytes)
+        groups = dist.get_world_size() // ranks  # of which each makes such a segment at the same time
+        room, pinned_bytes = host_room(), ranks * (_HEADER + nbytes)
+        needed = groups * pinned_bytes
         fd = os.memfd_create("wan-parallel") if needed <= room else -1
         names = _all_gathered((os.getpid(), fd, room), ranks, device, group)
         if any(fd < 0 for _, fd, _ in names):
@@ -57,7 +64,9 @@ class Segment:
         own = mmap.mmap(fd, _HEADER + nbytes)
         torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank brings its own pages in: side by side
         dist.barrier(group)  # all are as long as they will be
-        self._maps = [own if rank == place else _open(*names[rank][:2], own) for rank in range(ranks)]
+        self._maps = [
+            own if rank == place else _open(pid, number, own) for rank, (pid, number, _) in enumerate(names)
+        ]
         self.words = [memoryview(m)[:_HEADER].cast("q") for m in self._maps]
         self.data = [torch.frombuffer(m, dtype=torch.uint8, offset=_HEADER) for m in self._maps]
         pinned = self.data if device.type == "cuda" else []
@@ -68,7 +77,8 @@ class Segment:
         if code:
             self.close()
             raise HostMemoryError(
-                f"The driver does not pin {needed / 2**30:.1f} GiB of host memory for {purpose} ({code}). {remedy}"
+                f"The driver does not pin {pinned_bytes / 2**30:.1f} GiB of host memory for {purpose} ({code}). "
+                f"{remedy}"
             )
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""The weights behind a LoRA: what a changed weight was, kept on the device while nobody else wants the room.
+"""The base weights behind a LoRA: what a changed weight was, kept on the device while nobody else wants the room.
 
-A LoRA is merged into the numbers of the file, so that nothing of the one before remains. Those are still on the device
-when the first LoRA comes. Kept there, they make the next one, another strength, or none a matter of the device alone;
-without them each rank reads its part of the file again, 27 GB for the 14B in 16 bit.
+A LoRA is merged into the numbers of the file, so that nothing of the one before remains. The base
+weights are still on the device when the first LoRA comes. Kept there, they make the next LoRA, another strength, or no
+LoRA a matter of the device alone; without them each rank reads its part of the file again, 27 GB for the 14B in 16 bit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ...wanvideo.quant.quantized import QuantizedWeight, Weight
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Originals:
-    """Weights of one model on this rank as its file has them.
+class BaseWeights:
+    """Weights of one model on this rank as its file has them, of those that a LoRA has changed.
 
     Args:
-        room: gives the bytes that may still be taken for them, or for weights in their place.
+        room: gives the bytes of the device that base weights, or changed weights beside them, may still take.
     """
 
     def __init__(self, room: Callable[[], int]):
@@ -31,27 +31,30 @@ class Originals:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all base weights that are kept."""
         return sum(weight.nbytes for weight in self._weights.values())
 
     def look_for_room(self) -> None:
-        """Before some are kept, once: asking the driver for every weight takes longer than changing it."""
+        """Measure how many bytes `keep` may take; once before a LoRA, as asking for every weight takes longer than the
+        change itself."""
         self._left = self._room()
 
     def get(self, name: str) -> Weight | None:
+        """The base weight of this name, or None if it is not kept."""
         return self._weights.get(name)
 
     def keep(self, name: str, weight: Weight, copy: bool) -> None:
-        """Keep a weight of the device, or a copy of it, if the device has room for it a second time."""
+        """Keep a weight of the device, or with `copy` a copy, if the device has room for the weight a second time."""
         if name not in self._weights and weight.nbytes <= self._left:
             self._left -= weight.nbytes
             self._weights[name] = _copied(weight) if copy else weight
 
     def release(self, name: str) -> None:
-        """Forget one, where it is in use again."""
+        """Forget a base weight that the model itself uses again."""
         self._weights.pop(name, None)
 
     def drop(self) -> int:
-        """Forget all; returns their bytes."""
+        """Forget all base weights; returns the bytes that they took."""
         freed = self.nbytes
         self._weights.clear()
         return freed

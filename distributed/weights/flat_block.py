@@ -1,4 +1,7 @@
-"""A block's weights as one run of bytes, which can be cut into equal shares, moved and gathered in one piece."""
+"""A block's weights as one flat run of bytes, which is cut into equal shares, moved and gathered in one piece.
+
+The idea is FSDP's FlatParameter (arXiv 2304.11277). `FlatBlock` says where each weight lies in the bytes.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,12 @@ def with_components(weight: Weight, tensors: Mapping[str, torch.Tensor]) -> Weig
 
 
 def nbytes_of(weight: Weight) -> int:
-    """Bytes of all components."""
+    """Bytes of all components of a weight."""
     return sum(tensor.nbytes for tensor in components(weight).values())
 
 
 def on_meta(weight: Weight, dtype: torch.dtype | None = None) -> Weight:
-    """A weight of the same kind without values, plain ones of `dtype`."""
+    """A weight of the same kind without values, on the meta device; a plain tensor takes `dtype`."""
     metas = {
         key: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
         for key, tensor in components(weight).items()
@@ -43,8 +46,8 @@ def on_meta(weight: Weight, dtype: torch.dtype | None = None) -> Weight:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where one component of one weight lies."""
+class FlatPart:
+    """Where one component of one weight lies in the bytes of a flat block: from `start` to `stop`."""
 
     name: str
     component: str
@@ -53,63 +56,79 @@ class Part:
     start: int
     stop: int
 
-    def slice_of(self, start: int, stop: int) -> tuple[slice, slice]:
-        """What a share [start, stop) holds of this part: elements of the flattened tensor, bytes of the share."""
+    def slices_in(self, start: int, stop: int) -> tuple[slice, slice]:
+        """The piece of this part that lies in bytes [start, stop) of the block.
+
+        Returns the piece's elements, as a slice of the flattened tensor, and its bytes, as a slice of those bytes.
+        """
         first, last = max(start, self.start), min(stop, self.stop)
         elements = slice((first - self.start) // self.dtype.itemsize, (last - self.start) // self.dtype.itemsize)
         return elements, slice(first - start, last - start)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The order of a block's weights; `models` has a weight of the same kind for each, on the meta device."""
+class FlatBlock:
+    """The order of a block's weights in one run of bytes.
 
-    parts: tuple[Part, ...]
+    Args:
+        parts: where each component of each weight lies.
+        nbytes: bytes of the whole run, a multiple of the number of shares.
+        metas: a weight of the same kind for each name, on the meta device.
+    """
+
+    parts: tuple[FlatPart, ...]
     nbytes: int
-    models: Mapping[str, Weight]
+    metas: Mapping[str, Weight]
 
     @classmethod
-    def of(cls, models: Mapping[str, Weight], shares: int) -> Layout:
-        """Lay out weights like `models` (see `on_meta`), so that `shares` divide the bytes."""
+    def of(cls, metas: Mapping[str, Weight], shares: int) -> FlatBlock:
+        """Lay out weights of the kinds that `metas` has (see `on_meta`), so that `shares` divide the bytes."""
         parts, end = [], 0
-        for name, weight in models.items():
+        for name, weight in metas.items():
             for component, tensor in components(weight).items():
                 stop = end + tensor.nbytes
-                parts.append(Part(name, component, tensor.dtype, tuple(tensor.shape), end, stop))
+                parts.append(FlatPart(name, component, tensor.dtype, tuple(tensor.shape), end, stop))
                 end = -(-stop // ALIGN) * ALIGN
         unit = ALIGN * shares
-        return cls(tuple(parts), -(-end // unit) * unit, models)
+        return cls(tuple(parts), -(-end // unit) * unit, metas)
 
     def holds(self, name: str, weight: Weight) -> bool:
-        """Whether `weight` has the kind, dtypes and shapes that `name` has here."""
+        """Whether `weight` has the components, dtypes and shapes for which `name` has room in this block."""
         mine = [(part.component, part.dtype, part.shape) for part in self.parts if part.name == name]
         return mine == [(key, t.dtype, tuple(t.shape)) for key, t in components(weight).items()]
 
     def write(self, share: torch.Tensor, start: int, name: str, weight: Weight) -> None:
-        """Put into `share` (the bytes from `start` on) what belongs there of a weight, on any device, converted.
+        """Write the piece of a weight that belongs into `share`, the block's bytes from `start` on, converting dtypes.
 
-        Reads no other elements of it, so that those of a mapped file stay on the disk.
+        The weight may be on any device. No other elements of the weight are read, so that those of a mapped file stay
+        on the disk.
         """
         tensors = components(weight)
         for part in self.parts:
             if part.name != name or part.start >= start + len(share) or part.stop <= start:
                 continue
-            elements, place = part.slice_of(start, start + len(share))
-            share[place].view(part.dtype).copy_(tensors[part.component].reshape(-1)[elements])
+            elements, inside = part.slices_in(start, start + len(share))
+            share[inside].view(part.dtype).copy_(tensors[part.component].reshape(-1)[elements])
 
     def views(self, whole: torch.Tensor) -> dict[str, Weight]:
-        """The weights as views into all bytes of the block."""
+        """The weights by name as views into `whole`, all bytes of the block."""
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for part in self.parts:
             view = whole[part.start : part.stop].view(part.dtype).view(part.shape)
             tensors.setdefault(part.name, {})[part.component] = view
-        return {name: with_components(self.models[name], tensors[name]) for name in tensors}
+        return {name: with_components(self.metas[name], tensors[name]) for name in tensors}
 
 
 class HostBuffer:
     """Bytes of host memory, page-locked where a GPU copies from them.
 
-    Not torch's pinned allocator: it rounds every size up to a power of two.
+    Torch's pinned allocator is not used: it rounds every size up to a power of two.
+
+    Attributes:
+        bytes: uint8 [nbytes].
+
+    Raises:
+        PlacementError: CUDA does not lock so many bytes.
     """
 
     def __init__(self, nbytes: int, pin: bool):

@@ -40,14 +40,15 @@ def write_patches(arena: Arena, weights: Mapping[str, Sequence[WeightPatch]]) ->
 
 def read_patch(reader: ArenaReader, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
     """The patch that was written, its tensors in the client's memory."""
-    tensors = [reader.view(arena, tensor) for tensor in ref.tensors]
+    first, *others = (reader.view(arena, tensor) for tensor in ref.tensors)
     match ref.kind:
         case "LowRank":
-            return LowRank(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+            (down,) = others
+            return LowRank(first, down, ref.scale, ref.base_scale)
         case "Difference":
-            return Difference(*tensors, scale=ref.scale, base_scale=ref.base_scale)
+            return Difference(first, ref.scale, ref.base_scale)
         case _:
-            return Replacement(*tensors)
+            return Replacement(first)
 
 
 def _write(arena: Arena, change: WeightPatch) -> PatchRef:

@@ -29,9 +29,9 @@ from ..protocol.requests import Displaced, Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Gate
-from ..weights.memory_use import MemoryMeter
+from ..weights.device_memory import MemoryMeter
 from ..weights.models import Models
-from ..weights.offload import Residence
+from ..weights.prefetch import BlockPrefetcher
 
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
@@ -85,7 +85,7 @@ class ForwardRunner:
     def run(self, request: Forward) -> Exchange | None:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded, plan = self.models.loaded[request.spec], self.membership.plan
-        model, residence = loaded.model, loaded.residence
+        model, prefetcher = loaded.model, loaded.prefetcher
         with timing.standing(timing.LATENTS):
             x, timestep, context = (
                 self._input(request.arena, ref) for ref in (request.x, request.timestep, request.context)
@@ -110,14 +110,14 @@ class ForwardRunner:
         self.memory.begin()
         portions = [portion for items in batches for portion in self._portions(items, step, model, grid, group)]
         # ranks that gather weights from each other run the blocks equally often, and leave them together
-        together = residence.group.ranks > ranks
+        together = loaded.blocks.group.ranks > ranks
         missing = self._most_batches(request.spec, len(x)) - len(batches) if together else 0
         idle = missing * len(portions) // len(batches)
-        before_block = self._before_block(residence, len(x), together)
+        before_block = self._before_block(prefetcher, len(x), together)
         flow = self._flow(portions, idle, model, conditioning, before_block)
         # tensor-parallel ranks have the same result
         writes = self.membership.stage.is_last and self.membership.place.tensor == 0
-        with residence.passes(len(portions) + idle):
+        with prefetcher.prefetching(len(portions) + idle):
             for portion, stream in flow:
                 items, part = portion.items, portion.part
                 try:
@@ -222,7 +222,7 @@ class ForwardRunner:
         )
 
     def _before_block(
-        self, residence: Residence, batch: int, together: bool
+        self, prefetcher: BlockPrefetcher, batch: int, together: bool
     ) -> Callable[[int, int | None], None]:
         """Called with the stage that decides and the block that comes next, if this rank has one: the cancel check of
         one request (see cancel.py), then the block's weights."""
@@ -241,7 +241,7 @@ class ForwardRunner:
             with timing.standing(timing.GATE, sorted({self.rank, leaders[stage]})):
                 self.gate.check(self.rank, leaders[stage])
             if block is not None:
-                residence.before_block(block)
+                prefetcher.await_block(block)
 
         return check
 

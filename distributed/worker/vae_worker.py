@@ -24,6 +24,7 @@ from ...wanvideo.vae.vae_coder import Coder, Decoder, Encoder
 from ...wanvideo.vae.vae_layers import Frame, WholeFrame
 from ...wanvideo.vae.vae_layout import working_bytes
 from ...wanvideo.vae.vae_ops import VAEOps
+from ..comm.collectives import gather_rows
 from ..plan.degrees import shares
 from ..plan.placement import PlacementError
 from ..protocol.requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
@@ -31,7 +32,6 @@ from ..protocol.specs import PoolSettings
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Gate
 from ..weights.models import Models
-from ..weights.offload import gather_rows
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class VAEs:
             for item in latent[..., rows, columns]:
                 for piece in decoder.decode(item.to(self.device), frame, piece_bytes, self._check):
                     writer.put(piece)
-        self.models.give_back()
+        self.models.memory.release()
 
     def _encode(self, request: EncodeVAE) -> None:
         frames = self._inputs.view(request.arena, request.frames)
@@ -211,7 +211,7 @@ class VAEs:
             out[:, first : first + len(piece), rows, columns] = piece.permute(3, 0, 1, 2).float().cpu()
             first += len(piece)
             done.fill_(first)
-        self.models.give_back()
+        self.models.memory.release()
 
     def _close(self) -> None:
         """Let go of the client's memory: a video is as large as that."""
@@ -245,7 +245,7 @@ class VAEs:
 
         room = self._least_room()
         if needed(_SMALLEST_PIECE) > room:
-            self.models.make_way(needed(min(wanted, 2**26)))
+            self.models.evict(needed(min(wanted, 2**26)))
             room = self._least_room()
         while wanted > _SMALLEST_PIECE and needed(wanted) > room:
             wanted //= 2
@@ -259,7 +259,7 @@ class VAEs:
 
     def _least_room(self) -> int:
         """Of all ranks, those without a strip included; a collective call."""
-        return min(row[0] for row in gather_rows([self.models.free_room()], self.device, self.ranks))
+        return min(row[0] for row in gather_rows([self.models.memory.room()], self.device, self.ranks))
 
 
 class FrameWriter:

@@ -1,8 +1,7 @@
 """One process per GPU: joins the group, holds its part of the weights, answers requests one after the other.
 
-A `Worker` hands each request to the room that it is for: forward.py runs forwards, models.py and offload.py hold
-weights, groups.py has the groups of ranks under the plan, vae_worker.py the VAE, worker_report.py tells how all of it
-is.
+A `Worker` hands each request to the room that it is for: forward.py runs forwards, models.py holds weights,
+groups.py has the groups of ranks under the plan, vae_worker.py the VAE, worker_report.py tells how all of it is.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from ..protocol.requests import (
 from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Cancelled, Gate
-from ..weights.memory_use import MemoryMeter
+from ..weights.device_memory import MemoryMeter
 from ..weights.models import Models
 from .forward import ForwardRunner
 from .vae_worker import VAEs
@@ -87,7 +86,7 @@ class Worker:
         """Answer one request; what it fails with becomes the outcome of the reply."""
         started = time.perf_counter()
         outcome = self._outcome(request)
-        seconds, held = time.perf_counter() - started, self.models.held()
+        seconds, held = time.perf_counter() - started, self.models.memory.held()
         return Reply(request.id, self.rank, outcome, seconds, held, self.vaes.keys)
 
     def _outcome(self, request: AnyRequest) -> Outcome:
@@ -126,7 +125,7 @@ class Worker:
             case Unload():
                 self.unload(request.specs)
             case StepOut():
-                self.models.step_out(request)
+                self.models.offload(request)
             case Report():
                 return worker_status(self)
             case Survey():
@@ -152,22 +151,22 @@ class Worker:
         self.vaes.drop()
         if not self.models.loaded:
             self.runner.patches.close()
-        self.models.give_back()
+        self.models.memory.release()
 
     def trim(self) -> None:
         """Give back what only a sampling run needs: displaced patches, keys and values of texts, the blocks in passing,
         what the exchanges write to, and torch's cache."""
         self.runner.trim()
-        self.models.forget_texts()
+        self.models.memory.forget_texts()
         self.membership.close_mailboxes()
-        self.models.give_back()
+        self.models.memory.release()
 
     def survey(self) -> Surveyed:
         """What the machine does, measured the first time, and what there is room for (a collective call)."""
         if self.machine is None:
             self.machine = survey(self.device, self.membership.plan.num_gpus)
-            self.models.give_back()
-        return Surveyed(self.machine, *self.models.rooms(), link(self), device_name(self.device))
+            self.models.memory.release()
+        return Surveyed(self.machine, *self.models.memory.rooms(), link(self), device_name(self.device))
 
     def divide(self, plan: ParallelPlan) -> None:
         """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""

@@ -52,7 +52,7 @@ def worker_status(worker: Worker) -> WorkerStatus:
 
 def held_bytes(worker: Worker) -> tuple[int, int, int]:
     """Bytes on the device of weights, of keys and values that are kept between steps, and of mailboxes."""
-    weights = worker.models.device_bytes + worker.vaes.nbytes
+    weights = worker.models.memory.device_bytes + worker.vaes.nbytes
     mailboxes = sum(mailbox.nbytes for mailbox in worker.membership.mailboxes.values())
     return weights, worker.runner.kept_bytes, mailboxes
 
@@ -91,11 +91,11 @@ def _model_status(worker: Worker, spec: ModelSpec, loaded: LoadedModel) -> Model
         pipeline=plan.pipeline_parallel,
         placement=loaded.placement.reason,
         device_bytes=loaded.device_bytes,
-        host_bytes=loaded.residence.host_bytes,
+        host_bytes=loaded.blocks.host_bytes,
         fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, worker.device),
         overlapped=degrees in membership.mailboxes,
-        moved_in=loaded.residence.moved_in,
-        moved_out=loaded.residence.moved_out,
+        moved_in=loaded.blocks.mover.moved_in,
+        moved_out=loaded.blocks.mover.moved_out,
     )
 
 

@@ -12,10 +12,11 @@ from wan_parallel.distributed.protocol.requests import Forward, Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
-from wan_parallel.distributed.weights import offload as residence_module
+from wan_parallel.distributed.shm.host import HostShare
+from wan_parallel.distributed.weights import device_memory
+from wan_parallel.distributed.weights.block_store import BlockStore
 from wan_parallel.distributed.weights.flat_block import components
-from wan_parallel.distributed.weights.models import Models
-from wan_parallel.distributed.weights.offload import Residence, Slots
+from wan_parallel.distributed.weights.loaded import ModelMemory
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.grid import grid_of
@@ -30,18 +31,18 @@ class Device:
         self.cap, self.most = 0, 0
         self.held: dict[tuple[int, int], int] = {}
         self.events: list[str] = []
-        monkeypatch.setattr(Models, "_room", lambda _models: self.cap - sum(self.held.values()))
-        monkeypatch.setattr(residence_module, "release_cache", lambda _device: self.events.append("release"))
-        for name in ("_read_block", "_enter_device", "_leave_device"):
-            monkeypatch.setattr(Residence, name, self._watched(name, getattr(Residence, name)))
+        monkeypatch.setattr(ModelMemory, "room", lambda _memory: self.cap - sum(self.held.values()))
+        monkeypatch.setattr(device_memory, "release_cache", lambda _device: self.events.append("release"))
+        for name in ("_load_block", "onload", "offload"):
+            monkeypatch.setattr(BlockStore, name, self._watched(name, getattr(BlockStore, name)))
 
     def _watched(self, name, method):
-        def watched(residence, block, *rest):
-            method(residence, block, *rest)
+        def watched(store, number, *rest):
+            method(store, number, *rest)
             self.events.append(name)
-            for index, held in residence._blocks.items():
-                present = held.whole is not None or held.device is not None
-                self.held[id(residence), index] = held.size if present else 0
+            present = store.on_device
+            for index, block in store.states.items():
+                self.held[id(store), index] = block.size if index in present else 0
             self.most = max(self.most, sum(self.held.values()))
 
         return watched
@@ -82,31 +83,32 @@ def test_one_of_two_experts_leaves_before_the_other_comes(device, tmp_path, offl
         device.events.clear()
         device.most = 0
         assert torch.equal(forward(high), expected)
-        first = device.events.index("_enter_device")
-        assert "_leave_device" not in device.events[first:] and device.events[first - 1] == "release"
+        first = device.events.index("onload")
+        assert "offload" not in device.events[first:] and device.events[first - 1] == "release"
         assert device.most <= device.cap - demand.activations
         assert torch.equal(forward(low), expected)
     for model in worker.models.loaded.values():
-        assert model.residence.moved_out == model.residence.host_bytes > 0  # once
-        assert model.residence.moved_in > model.residence.moved_out  # with each turn
+        assert model.blocks.mover.moved_out == model.blocks.host_bytes > 0  # once
+        assert model.blocks.mover.moved_in > model.blocks.mover.moved_out  # with each turn
 
 
 def test_a_block_on_a_gpu_is_one_allocation():
-    """On a meta device, which a residence treats like a GPU."""
+    """On a meta device, which a block store treats like a GPU."""
     weights = {f"blocks.{i}.{name}": torch.zeros(shape) for i in (0, 1) for name, shape in (("w", (7, 5)), ("b", (7,)))}
     device, model = torch.device("meta"), {}
     read = lambda name: (weights[name], torch.bfloat16)  # noqa: E731
     numbered = {"number_of": tiny.TINY.block_number, "order": (0, 1)}
-    residence = Residence(weights, read, model.__setitem__, device, Slots(device), **numbered)
+    store = BlockStore(weights, read, model.__setitem__, device, **numbered)
 
     def storages() -> list[set[int]]:
         blocks = [[model[f"blocks.{i}.{name}"] for name in ("w", "b")] for i in (0, 1)]
         return [{tensor.untyped_storage()._cdata for tensor in block} for block in blocks]
 
-    residence.load(2)
+    store.load(2)
     assert [len(block) for block in storages()] == [1, 1] and storages()[0] != storages()[1]
-    residence.update(["blocks.1.b"], lambda _name: torch.ones(7, dtype=torch.bfloat16))
+    store.update(["blocks.1.b"], lambda _name: torch.ones(7, dtype=torch.bfloat16), HostShare(1))
     assert len(storages()[1]) == 1
-    residence.update(["blocks.1.b"], lambda name: weights[name])  # another dtype, for which it is laid out anew
-    assert len(storages()[1]) == 1 and residence.on_device == [0, 1]
+    # another dtype, for which it is laid out anew
+    store.update(["blocks.1.b"], lambda name: weights[name], HostShare(1))
+    assert len(storages()[1]) == 1 and store.on_device == [0, 1]
     assert components(model["blocks.1.b"])[""].dtype == torch.float32

@@ -11,7 +11,7 @@ from testkit import format_files, tiny
 from testkit.shared.one_rank import Rank
 from wan_parallel.distributed.protocol.requests import StepOut
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.distributed.weights.base_weights import Originals
+from wan_parallel.distributed.weights.base_weights import BaseWeights
 from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint
 
 MATRICES = [name for name in format_files.block_matrices(tiny.random_weights(tiny.TINY))]
@@ -72,14 +72,14 @@ def test_loras_come_change_and_go_without_the_file(kind):
     assert rank.lora("fewer", 3, MATRICES[:3]) == set()
     assert rank.lora("", 0, []) == set()
     assert same(rank.weights(), plain_weights)
-    assert rank.loaded.originals.nbytes == 0
+    assert rank.loaded.base_weights.nbytes == 0
 
 
 def test_without_room_the_file_is_read_for_what_has_changed_alone(kind, monkeypatch):
     rank, reads = kind
     plain_weights = rank.weights()
-    monkeypatch.setattr(rank.models, "_spare", lambda spec: 0)
-    rank.loaded.originals._room = lambda: 0
+    monkeypatch.setattr(rank.models.memory, "spare", lambda spec: 0)
+    rank.loaded.base_weights._room = lambda: 0
     assert rank.lora("a", 1, MATRICES[:5]) == (set(MATRICES[:5]) if reads else set())
     assert rank.lora("b", 2, MATRICES[3:9]) >= set(MATRICES[:5])
     assert rank.lora("", 0, []) == set(MATRICES[3:9])
@@ -93,18 +93,18 @@ def test_as_many_are_kept_as_there_is_room_for_and_that_is_asked_once():
         asked.append(None)
         return 1000  # bytes: for two of them
 
-    originals = Originals(room)
+    base_weights = BaseWeights(room)
     for turn in (1, 2):
-        originals.look_for_room()
+        base_weights.look_for_room()
         for i, weight in enumerate(weights):
-            originals.keep(f"{turn} {i}", weight, copy=False)
-        assert len(asked) == turn and originals.nbytes == 800 * turn
+            base_weights.keep(f"{turn} {i}", weight, copy=False)
+        assert len(asked) == turn and base_weights.nbytes == 800 * turn
 
 
 def test_weights_that_went_to_host_memory_and_back_change_as_exactly(kind):
     rank, _ = kind
     plain_weights = rank.weights()
-    rank.models.step_out(StepOut(1, rank.spec, (0,), 2.0**60))
+    rank.models.offload(StepOut(1, rank.spec, (0,), 2.0**60))
     rank.lora("in host memory", 1, TOUCHED)
     rank.models.settle(rank.spec, 64)
     fresh = Rank(rank.spec)
@@ -118,15 +118,15 @@ def test_weights_that_went_to_host_memory_and_back_change_as_exactly(kind):
     assert same(rank.weights(), plain_weights)
 
 
-def test_originals_leave_first_when_somebody_needs_the_room(kind):
+def test_base_weights_leave_first_when_somebody_needs_the_room(kind):
     rank, _ = kind
     rank.lora("a", 1, MATRICES)
-    kept = rank.loaded.originals.nbytes
+    kept = rank.loaded.base_weights.nbytes
     assert kept > 0
-    assert sum(held.now for held in rank.models.held()) == rank.loaded.device_bytes + kept
+    assert sum(held.now for held in rank.models.memory.held()) == rank.loaded.device_bytes + kept
     before = rank.loaded.device_bytes
-    rank.models.step_out(StepOut(1, rank.spec, (0,), kept))
-    assert rank.loaded.originals.nbytes == 0 and rank.loaded.device_bytes == before
+    rank.models.offload(StepOut(1, rank.spec, (0,), kept))
+    assert rank.loaded.base_weights.nbytes == 0 and rank.loaded.device_bytes == before
     rank.lora("b", 2, MATRICES)
     rank.models.learn(rank.spec)  # a forward ran out of memory
-    assert rank.loaded.originals.nbytes == 0
+    assert rank.loaded.base_weights.nbytes == 0

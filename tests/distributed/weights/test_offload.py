@@ -24,8 +24,11 @@ from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import ALIGN
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.weights.flat_block import HostBuffer, Layout, components, on_meta
-from wan_parallel.distributed.weights.offload import Residence, Slots
+from wan_parallel.distributed.shm.host import HostShare
+from wan_parallel.distributed.weights.block_store import BlockStore
+from wan_parallel.distributed.weights.flat_block import FlatBlock, HostBuffer, components, on_meta
+from wan_parallel.distributed.weights.offload import BlockOffloader
+from wan_parallel.distributed.weights.prefetch import BlockPrefetcher, PrefetchBuffers
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
 
@@ -37,7 +40,7 @@ ids = "shard {0[0]}, offload {0[1]}".format
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> ModelSpec:
-    path = tmp_path_factory.mktemp("residence") / "five-layers.safetensors"
+    path = tmp_path_factory.mktemp("offload") / "five-layers.safetensors"
     return ModelSpec(tiny.write_checkpoint(path, FIVE_LAYERS), "bf16", "fp32", shard_weights="off", offload="off")
 
 
@@ -358,44 +361,44 @@ def weights_of(seed: int) -> dict[str, object]:
 def test_the_shares_of_a_layout_make_the_whole(shares):
     weights = weights_of(0)
     held = {"blocks.0.a.weight": torch.bfloat16}
-    layout = Layout.of({name: on_meta(weight, held.get(name)) for name, weight in weights.items()}, shares)
-    assert layout.nbytes % (shares * ALIGN) == 0
-    size = layout.nbytes // shares
+    flat = FlatBlock.of({name: on_meta(weight, held.get(name)) for name, weight in weights.items()}, shares)
+    assert flat.nbytes % (shares * ALIGN) == 0
+    size = flat.nbytes // shares
     parts = [torch.zeros(size, dtype=torch.uint8) for _ in range(shares)]
     for index, part in enumerate(parts):
         for name, weight in weights.items():
-            layout.write(part, index * size, name, weight)
-    for name, view in layout.views(torch.cat(parts)).items():
+            flat.write(part, index * size, name, weight)
+    for name, view in flat.views(torch.cat(parts)).items():
         for key, tensor in components(view).items():
             expected = components(weights[name])[key]
             assert torch.equal(tensor, expected.to(held.get(name, expected.dtype)))
             assert tensor.data_ptr() % 64 == 0
-    assert not layout.holds("blocks.0.b.weight", torch.zeros(9, 11))
-    assert layout.holds("blocks.0.b.weight", weights_of(1)["blocks.0.b.weight"])
+    assert not flat.holds("blocks.0.b.weight", torch.zeros(9, 11))
+    assert flat.holds("blocks.0.b.weight", weights_of(1)["blocks.0.b.weight"])
 
 
 @pytest.mark.parametrize("resident", [0, 1])
 def test_a_weight_that_changes_its_kind_changes_its_block(resident):
     weights, model = weights_of(0), {}
     device = torch.device("cpu")
-    residence = Residence(
+    store = BlockStore(
         weights,
         lambda name: (weights[name], None),
         model.__setitem__,
         device,
-        Slots(device),
         number_of=FIVE_LAYERS.block_number,
         order=[0],
     )
-    residence.load(resident)
+    offloader, prefetcher = BlockOffloader(store), BlockPrefetcher(store, PrefetchBuffers(device))
+    store.load(resident)
     merged = torch.randn(9, 11)
     changed = {**weights, "blocks.0.b.weight": merged}
     for state in (changed, weights, changed):
-        residence.update(["blocks.0.b.weight"], state.get)
-        for step in (lambda: None, lambda: residence.step_out(1e9), lambda: residence.step_in(1)):
+        store.update(["blocks.0.b.weight"], state.get, HostShare(1))
+        for step in (lambda: None, lambda: offloader.offload(1e9), lambda: offloader.onload(1)):
             step()
-            with residence.passes(1):
-                residence.before_block(0)
+            with prefetcher.prefetching(1):
+                prefetcher.await_block(0)
                 for name, weight in state.items():
                     for key, tensor in components(model[name]).items():
                         assert torch.equal(tensor, components(weight)[key])

@@ -110,7 +110,7 @@ def test_a_worker_forgets_them_with_a_lora_and_where_room_is_needed(tmp_path: Pa
     assert rank.loaded.text_bytes == 0 and not torch.equal(forward(), plain)
     rank.lora("none", 1, [])
     assert torch.equal(forward(), plain)
-    rank.models.step_out(StepOut(1, rank.spec, (0,), 0))
+    rank.models.offload(StepOut(1, rank.spec, (0,), 0))
     assert rank.loaded.text_bytes == 0 and torch.equal(forward(), plain)
 
 
@@ -119,7 +119,7 @@ def test_a_worker_keeps_none_beside_patches_nor_where_the_forward_needs_the_room
     inputs, model = tiny.inputs(), rank.loaded.model
 
     def kept(tokens: int, **given: bool) -> int:
-        rank.models.forget_texts()
+        rank.models.memory.forget_texts()
         rank.models.settle(rank.spec, tokens, **given)
         with torch.inference_mode():
             model(*inputs)
@@ -127,6 +127,6 @@ def test_a_worker_keeps_none_beside_patches_nor_where_the_forward_needs_the_room
 
     needed = kept(64)
     assert needed > 0 and kept(64, keep_texts=False) == 0 and kept(64) == needed
-    free = rank.loaded.demand.activations + rank.models.device_bytes + 2 * needed
-    monkeypatch.setattr(rank.models, "_free", lambda: free)
+    free = rank.loaded.demand.activations + rank.models.memory.device_bytes + 2 * needed
+    monkeypatch.setattr(rank.models.memory, "free", lambda: free)
     assert kept(64) == needed and kept(10**6) == 0

@@ -15,8 +15,9 @@ from wan_parallel.distributed.parallel.tensor import TensorShard
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.plan.placement import SLOTS, PlacementError, demand_of, needed_bytes, place_weights
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.weights.block_store import BlockStore
 from wan_parallel.distributed.weights.lora_transfer import PatchSet
-from wan_parallel.distributed.weights.offload import Residence, Slots
+from wan_parallel.distributed.weights.offload import BlockOffloader
 from wan_parallel.wanvideo.attention.kernels import get_kernel
 from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.base.config import WanConfig
@@ -172,24 +173,24 @@ def test_what_stays_on_a_device_is_what_is_counted():
     config, device = CONFIGS["s2v"], torch.device("cpu")
     weights, model = {k: w for k, w in tiny.random_weights(config).items() if runs(k, config)}, {}
     order, number_of = config.in_turn(range(config.num_layers)), config.block_number
-    residence = Residence(
+    store = BlockStore(
         weights,
         lambda name: (weights[name], None),
         model.__setitem__,
         device,
-        Slots(device),
         number_of=number_of,
         order=order,
     )
     demand = demand_of({name: weight.nbytes for name, weight in weights.items()}, config, 0)
     assert len(set(demand.sizes)) == 2  # some have an injector
-    residence.load(3)
-    assert (len(residence.on_device), residence.device_bytes) == (3, demand.parts(1, 3))
+    store.load(3)
+    offloader = BlockOffloader(store)
+    assert (len(store.on_device), store.device_bytes) == (3, demand.parts(1, 3))
     for count in (5, 4, 1, 2, 0):
-        residence.step_out(residence.bytes_beyond(count))
-        residence.step_in(count)
-        assert (len(residence.on_device), residence.device_bytes) == (count, demand.parts(1, count))
-        assert residence.bytes_of_staying(count) == demand.parts(1, count)
+        offloader.offload(offloader.bytes_beyond(count))
+        offloader.onload(count)
+        assert (len(store.on_device), store.device_bytes) == (count, demand.parts(1, count))
+        assert offloader.bytes_of_staying(count) == demand.parts(1, count)
 
 
 def test_adapters_take_loras_and_step_out_as_the_blocks_do(pool_of, files):

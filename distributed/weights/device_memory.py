@@ -1,4 +1,4 @@
-"""What a worker's device memory is used for, at the fullest moment of its last forward."""
+"""A worker's device memory: how blocks of weights are allocated there, and what the memory is used for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,44 @@ from dataclasses import dataclass
 
 import torch
 
+from ..plan.placement import SEGMENT
 from ..protocol.reports import MemoryUse
 from ..shm.host import host_memory
 
 
+def release_cache(device: torch.device) -> None:
+    """Give the memory that torch's allocator keeps for later back to the device.
+
+    To be called before something is allocated that stays: a long-lived allocation could else be cut from a segment
+    that activations have left, and that then has no room for them.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def rounding_unit(device: torch.device) -> int:
+    """The unit, in bytes, to a multiple of which the allocation of a block is rounded up."""
+    return 1 if device.type == "cpu" else SEGMENT
+
+
+def segment_bytes(nbytes: int, device: torch.device) -> int:
+    """Bytes of the device that `allocate_segment` takes for `nbytes`."""
+    unit = rounding_unit(device)
+    return -(-nbytes // unit) * unit
+
+
+def allocate_segment(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Long-lived bytes on the device, uint8 [nbytes], in segments of torch's allocator that nothing else shares."""
+    release_cache(device)
+    return torch.empty(segment_bytes(nbytes, device), dtype=torch.uint8, device=device)[:nbytes]
+
+
 @dataclass(frozen=True)
 class Allocated:
-    """Bytes that torch's allocator has given out, and taken for that: now, and at most since they were set back."""
+    """Bytes that torch's allocator has given out to tensors, and has reserved of the device for them.
+
+    `now` and `reserved` are the present figures, `most` and `most_reserved` the largest since the counters were reset.
+    """
 
     now: int
     reserved: int
@@ -21,7 +52,7 @@ class Allocated:
 
 
 def allocated_on(device: torch.device) -> Allocated:
-    """What torch's functions for each of these numbers give, which sort 160 others for every one."""
+    """The figures of torch's allocator for one GPU, by one call: torch's function for each of them sorts 160 others."""
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     if not stats:  # CUDA has not been used yet
         return Allocated(0, 0, 0, 0)
@@ -30,7 +61,7 @@ def allocated_on(device: torch.device) -> Allocated:
 
 
 class MemoryMeter:
-    """Reads torch's allocator around a forward. On a CPU there is none: weights, caches and the host are told."""
+    """Reads torch's allocator around a forward. On a CPU, which has none, weights, caches and the host are told."""
 
     def __init__(self, device: torch.device):
         self._device, self._cuda = device, device.type == "cuda"
@@ -44,11 +75,11 @@ class MemoryMeter:
 
     @property
     def peak_reserved(self) -> int:
-        """The most bytes that torch took for that."""
+        """The most bytes that torch reserved of the device since the worker started; 0 on a CPU."""
         return max(self._reserved, allocated_on(self._device).most_reserved) if self._cuda else 0
 
     def begin(self) -> None:
-        """Before a forward, once its weights are in place."""
+        """Start the measurement of a forward, once its weights are in place."""
         if self._cuda:
             there = allocated_on(self._device)
             self._allocated = max(self._allocated, there.most)
@@ -56,11 +87,15 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def end(self, weights: int, cache: int, mailboxes: int) -> None:
-        """After a forward, with the bytes on the device of what is not activations (see `MemoryUse`)."""
+        """Keep the memory use of the forward that has ended as `last`.
+
+        Args:
+            weights, cache, mailboxes: bytes on the device that are not activations (see `MemoryUse`).
+        """
         self.last = self.use(weights, cache, mailboxes, measured=True)
 
     def use(self, weights: int, cache: int, mailboxes: int, measured: bool = False) -> MemoryUse:
-        """As it is now; `measured`: at the fullest moment since `begin`."""
+        """The memory use now or, with `measured`, at the fullest moment since `begin`. Arguments as of `end`."""
         if not self._cuda:
             available, total = host_memory()
             others = max(0, total - available - weights - cache - mailboxes)

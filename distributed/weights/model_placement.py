@@ -1,0 +1,86 @@
+"""What a model asks of every rank of a pool, and where its weights go. Arithmetic only, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ...wanvideo.base.config import WanConfig
+from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, WeightSource, storage_bytes
+from ..parallel.pipeline import Stage
+from ..parallel.tensor import TensorShard
+from ..plan.degrees import ParallelPlan
+from ..plan.placement import (
+    REFERENCE_TOKENS,
+    Demand,
+    Placement,
+    activation_bytes,
+    demand_of,
+    fitting_blocks,
+    place_weights,
+    room_beside,
+)
+from ..protocol.specs import ModelSpec
+from .device_memory import rounding_unit
+
+
+def place_model(
+    source: WeightSource,
+    spec: ModelSpec,
+    plan: ParallelPlan,
+    tokens: int,
+    rooms: Sequence[int],
+    host_room: int,
+    device: torch.device,
+) -> dict[tuple[int, ...], tuple[Demand, Placement]]:
+    """What each part of a model asks for, and where it goes, by the ranks that hold the part.
+
+    Every rank does the arithmetic for all parts: so all refuse alike, and know whether somebody shares.
+
+    Args:
+        tokens: of the whole video; 0 is 81 frames at 480p.
+        rooms: bytes that each rank's device has for the model, by rank.
+        host_room: bytes of host memory that all ranks together may take.
+        device: of one of the ranks.
+
+    Raises:
+        PlacementError: a part does not fit.
+    """
+    placed = {}
+    for ranks in plan.replicas():
+        sizes = sizes_on_rank(source, spec, plan, ranks[0])
+        activations = {rank: activations_on_rank(spec, source.config, plan, tokens, rank) for rank in ranks}
+        demand = demand_of(sizes, source.config, max(activations.values()), rounding_unit(device))
+        there = room_beside([rooms[rank] for rank in ranks], list(activations.values()))
+        on_host = host_room * len(ranks) // plan.num_gpus
+        placement = place_weights(demand, there, len(ranks), spec.shard_weights, spec.offload, on_host, ranks)
+        placed[ranks] = demand, placement
+    return placed
+
+
+def sizes_on_rank(source: WeightSource, spec: ModelSpec, plan: ParallelPlan, rank: int) -> dict[str, int]:
+    """Bytes of a rank's part of each weight that its pipeline stage has, by name."""
+    coordinates, shapes = plan.place(rank), source.config.shapes()
+    shard = TensorShard(plan.tensor_parallel, coordinates.tensor)
+    stage = Stage.of(coordinates.stage, plan.pipeline_parallel)
+    sizes = storage_bytes(source.config, source.header, WEIGHT_DTYPES[spec.weight_dtype])
+    return {
+        name: sizes[name] * math.prod(shard.held_shape(name, shape)) // math.prod(shape)
+        for name, shape in shapes.items()
+        if stage.holds(name, source.config)
+    }
+
+
+def activations_on_rank(spec: ModelSpec, config: WanConfig, plan: ParallelPlan, tokens: int, rank: int) -> int:
+    """Expected bytes of a rank's activations for a video of `tokens` tokens; 0 is 81 frames at 480p."""
+    share = plan.tokens_of(rank, tokens or REFERENCE_TOKENS)
+    return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
+
+
+def resident_blocks(spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:
+    """How many blocks stay on a rank's device of `room` bytes, which may have more room than the tightest one."""
+    if spec.offload == "on" or placement.resident == demand.blocks:
+        return placement.resident
+    return max(0, fitting_blocks(demand, room, placement.share))
