@@ -32,8 +32,7 @@ from wan_parallel.distributed.approximate.kv_buffers import MANAGERS
 from wan_parallel.distributed.approximate.schedule import EXACT, FILL, STALE, PatchSettings, Schedule
 from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import SPLIT_MODES, ParallelPlan, PatchSplit, PlanError
-from wan_parallel.distributed.protocol.messages import Exchange
-from wan_parallel.distributed.protocol.reports import WorkerStatus
+from wan_parallel.distributed.protocol.reports import Exchange, WorkerStatus
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
 from wan_parallel.wanvideo.base.config import PRESETS

@@ -23,15 +23,15 @@ import dit_step  # loads the pack
 import torch
 from benchlib.flops import latent_size, tokens_of
 from benchlib.rows import Row, publish
-from wan_parallel.distributed.client.errors import PoolError
 from wan_parallel.distributed.client.pool import Pool
-from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
-from wan_parallel.distributed.plan.placement import CHOICES, PlacementError
+from wan_parallel.distributed.plan.degrees import ParallelPlan
+from wan_parallel.distributed.plan.placement import CHOICES
 from wan_parallel.distributed.planner.planner import room_of, slowest
 from wan_parallel.distributed.planner.search import Question, choose
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
 from wan_parallel.wanvideo.base.config import PRESETS
+from wan_parallel.wanvideo.base.errors import UserError
 from wan_parallel.wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, model_config
 
 log = logging.getLogger("strategies")
@@ -84,7 +84,7 @@ def main() -> int:
             for row in _time(strategy, options):
                 publish(row, options.out)
                 rows.append(row)
-        except (PlanError, PlacementError, PoolError) as error:
+        except UserError as error:
             log.warning("%s: %s", strategy.name, error)
             refused.append(f"{strategy.name}: {error}")
     print("\n".join([*_table(rows), *refused]), file=sys.stderr)

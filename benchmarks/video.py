@@ -223,7 +223,7 @@ class Bench:
         def note(_step: int, _x: torch.Tensor) -> None:
             nonlocal moment
             self._synchronize()
-            now, times = time.perf_counter(), self.pool.times
+            now, times = time.perf_counter(), self.pool.last.times
             steps.append(Step(now - moment, max(t.total for t in times), _latents(self.pool)))
             moment = now
 
@@ -248,7 +248,7 @@ class Bench:
 
 def _latents(pool: Pool) -> float:
     """Seconds of the last forward in which a worker copied latents, the most of any."""
-    return max(dict(times.exchanges).get(LATENTS, 0.0) for times in pool.times)
+    return max(dict(times.exchanges).get(LATENTS, 0.0) for times in pool.last.times)
 
 
 def _median(seconds: Iterator[float]) -> float:

@@ -32,12 +32,13 @@ try:
     _bootstrap = util.module_from_spec(_spec)
     _spec.loader.exec_module(_bootstrap)
     _bootstrap.load_pack()
-    config = import_module("wan_parallel.wanvideo.base.config")
+    headers = import_module("wan_parallel.wanvideo.checkpoint.header")
     sampling = import_module("wan_parallel.wanvideo.example.sampling")
     tiny_text = import_module("wan_parallel.wanvideo.example.tiny_text")
     plans = import_module("wan_parallel.distributed.plan.degrees")
+    executors = import_module("wan_parallel.distributed.executors.local")
     pools = import_module("wan_parallel.distributed.client.pool")
-    errors = import_module("wan_parallel.distributed.client.errors")
+    errors = import_module("wan_parallel.wanvideo.base.errors")
     specs = import_module("wan_parallel.distributed.protocol.specs")
     tiny_vae = import_module("wan_parallel.tools.tiny_wan.vae")
     tiny_wan = import_module("wan_parallel.tools.tiny_wan.judging")
@@ -161,12 +162,13 @@ def choose_workers(device: str, gpus: int | None) -> tuple[str, int]:
         )
     if gpus is not None and gpus > available:
         raise DemoError(f"--gpus {gpus} is more than the {available} GPUs of this machine. Use fewer.")
-    return device, gpus or min(available, plans.MAX_GPUS)
+    return device, gpus or min(available, executors.MAX_GPUS)
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Run the demo and return whether the workers agree with one worker."""
     device, workers = choose_workers(arguments.device, arguments.gpus)
+    executors.check_num_gpus(workers)
     plan = plans.ParallelPlan(num_gpus=workers)
     plan.validate()
     check_prompt(arguments.prompt)
@@ -225,7 +227,7 @@ def read_model() -> object:
     for path in (tiny_wan.T2V_FILE, tiny_wan.VAE_FILE):
         if not path.is_file():
             raise DemoError(f"{path} is missing. Restore it with 'git checkout', or get the whole pack again.")
-    return config.read_header(tiny_wan.T2V_FILE).config
+    return headers.read_header(tiny_wan.T2V_FILE).config
 
 
 def describe(plan: object, model: object, how: object, shared: Result, one: Result) -> dict[str, object]:
@@ -301,11 +303,11 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # so that the pool is closed as after Ctrl-C
     try:
         return 0 if run(arguments) else 1
-    except (DemoError, plans.PlanError, config.CheckpointError) as error:
+    except (DemoError, plans.PlanError, headers.CheckpointError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("Stopped. Run it again to start from the beginning.", 130)
-    except errors.PoolError as error:
+    except errors.UserError as error:
         return complain(error, 1)
     except OSError as error:
         where = error.filename or arguments.out

@@ -28,11 +28,11 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import PlacementError
 from wan_parallel.distributed.planner.planner import Kind, Planner
 from wan_parallel.distributed.protocol.machine import Machine
-from wan_parallel.distributed.protocol.messages import Reply
 from wan_parallel.distributed.protocol.refs import ArenaRef, TensorRef
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.reports import Surveyed
 from wan_parallel.distributed.protocol.requests import Forward, Load
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.weights import block_states, block_store, loaded, models
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.attention.kernels import AttentionKernel
@@ -134,7 +134,7 @@ def simulate(
     size = spec.path.partition(":")[2]
     with _process_group(settings.plan.num_gpus), _stand_ins(live, size, settings.plan.num_gpus, host_room):
         nobody = SimpleNamespace(begin=lambda _request: None, check=lambda _rank, _leader: None)  # who would cancel
-        rank = Worker(0, settings, nobody, META)
+        rank = Worker(0, settings, nobody, on_one_host(settings.plan.num_gpus), META)
         rank.models.memory.room = lambda: cap - live.now - loaded.GPU_MARGIN + rank.models.memory.buffers.nbytes
         config = PRESETS[size]
         tokens = tokens_of(latent)
@@ -165,10 +165,8 @@ def simulate(
 
 
 def _check(reply: Reply) -> None:
-    if reply.kind == "PlacementError":
-        raise PlacementError(reply.error)
-    if reply.error:
-        raise RuntimeError(f"{reply.kind}: {reply.error}")
+    if reply.failure is not None:
+        raise reply.failure.for_the_user() or RuntimeError(f"{reply.failure.kinds[0]}: {reply.failure.text}")
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def main() -> None:
                     compiled=options.compile,
                     ulysses=world_size,
                     ring=1,
-                    link=link_kind(torch.device("cuda", 0), world_size) if world_size > 1 else None,
+                    link=link_kind(torch.device("cuda", 0), range(1, world_size)) if world_size > 1 else None,
                 )
                 publish(row, options.out)
     dist.barrier()

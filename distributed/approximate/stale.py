@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from ...wanvideo.base.errors import UserError
 from ..parallel.exact import ExactStep
 from ..parallel.groups import Membership
 from ..parallel.strategy import Step, StepInputs, Strategy
@@ -11,7 +12,7 @@ from ..protocol.requests import Displaced
 from .schedule import EXACT
 
 
-class StaleError(RuntimeError):
+class StaleError(UserError, RuntimeError):
     """A stale step was asked for where there is nothing stale."""
 
     @classmethod

@@ -17,7 +17,7 @@ from ..approximate.displaced_memory import PatchMemory, capacity, check_run, pat
 from ..approximate.kv_buffers import manager_name
 from ..approximate.patch_layout import PatchLayout, split_grid, token_pixels
 from ..approximate.schedule import STALE, PatchSettings, StepInfo
-from ..protocol.messages import Exchange
+from ..protocol.reports import Exchange
 from ..protocol.requests import Displaced
 from ..protocol.specs import ModelSpec
 from .pool import Pool
@@ -202,6 +202,6 @@ class DisplacedRuns(SamplingRuns):
         record = self.record
         stale = displaced is not None and displaced.kind == STALE
         (record.stale if stale else record.synchronous).append(seconds)
-        if stale and self.pool.exchanges:
-            record.exchanges = self.pool.exchanges
+        if stale and self.pool.last.exchanges:
+            record.exchanges = self.pool.last.exchanges
             record.received += max(exchange.received for exchange in record.exchanges)

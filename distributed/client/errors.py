@@ -1,57 +1,34 @@
-"""What a request to a pool fails with, on the client's side.
-
-Workers tell an error by the name of its class. What the client can do something about has a class of its own here or
-in the part that it comes from; the rest is a `PoolError`, whose text says what is wrong and what to do all the same.
-"""
+"""What a request to a pool fails with, on the client's side: the error of a worker, or the end of the processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...wanvideo.attention.kernels import AttentionError
-from ...wanvideo.base.tensor_info import CheckpointError
-from ..plan.degrees import PlanError
-from ..plan.placement import PlacementError
-from ..protocol.messages import PoolFailed, Reply
+from ..protocol.errors import Failure, OutOfMemory, PoolError, WorkerDied
+from ..protocol.replies import Reply
 
-
-class PoolError(RuntimeError):
-    """A request failed. The pool can be used again."""
-
-
-class WorkerDied(PoolError):
-    """A process of the pool has ended; the next request starts a new pool."""
-
-
-class OutOfMemory(PoolError):
-    """A GPU had too little memory for the request."""
-
-
-_ERRORS = {cls.__name__: cls for cls in (CheckpointError, AttentionError, PlanError, PlacementError, OutOfMemory)}
-_WORKERS_OWN = ("BackendError", "Fp8Error", "HostMemoryError", "MissingPackage", "PatchError", "StaleError", "VAEError")
-_ERRORS |= dict.fromkeys(_WORKERS_OWN, PoolError)
+__all__ = ["OutOfMemory", "PoolError", "WorkerDied", "end_of_pool", "error_among"]
 
 
 def error_among(replies: Sequence[Reply]) -> Exception | None:
     """What a request failed with, in the words of the first worker that has its own; None where it did not."""
-    failed = [reply for reply in replies if reply.error]
+    failed = [(reply.rank, reply.failure) for reply in replies if reply.failure is not None]
     if not failed:
         return None
-    return error_of(next((reply for reply in failed if reply.kind != "AnotherRankRefused"), failed[0]))
+    return _error_of(*next((told for told in failed if not told[1].elsewhere), failed[0]))
 
 
-def error_of(reply: Reply) -> Exception:
-    """What one worker says to have failed with."""
-    if reply.kind in _ERRORS:
-        return _ERRORS[reply.kind](reply.error)
-    return PoolError(
-        f"Worker rank {reply.rank} failed with {reply.kind}: {reply.error.rstrip('.')}. "
+def _error_of(rank: int, failure: Failure) -> Exception:
+    """What one worker failed with."""
+    return failure.for_the_user() or PoolError(
+        f"Worker rank {rank} failed with {failure.kinds[0]}: {failure.text.rstrip('.')}. "
         "The console has the details; the workers are ready for the next prompt."
     )
 
 
-def end_of_pool(failed: PoolFailed) -> Exception:
+def end_of_pool(failure: Failure) -> Exception:
     """Why the processes have ended."""
-    if failed.kind in _ERRORS:
-        return _ERRORS[failed.kind](failed.reason)
-    return WorkerDied(f"{failed.reason} Queue the prompt again: it starts a new pool.")
+    error = failure.for_the_user()
+    if error is not None and not isinstance(error, WorkerDied):
+        return error
+    return WorkerDied(f"{failure.text} Queue the prompt again: it starts a new pool.")

@@ -6,66 +6,119 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
+from ..protocol.replies import Replies
+from ..protocol.reports import HeldWeights
 from ..protocol.requests import Load, Patch, StepOut, Unload
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ReusedArena
 from ..weights.lora_transfer import PatchSet, room_for, write_patches
-from .rpc import Conversation, Poll
-
-_MIXED = "mixed"  # no set has this uuid: one rank failed to merge what the others have, so all merge anew
+from .rpc import Poll, WorkerClient
 
 
-class Holdings:
-    """What a client has asked its workers to hold, until they end.
+@dataclass(frozen=True)
+class _Told:
+    """What the workers said last of one model that all of them have, by rank."""
 
-    As of a conversation: one thread at a time, `keep`, `drop` and `held` excepted. What is asked of the workers fails
-    as `Conversation.ask` does.
+    weights: tuple[HeldWeights, ...]
+
+    def has_merged(self, uuid: str) -> bool:
+        """Whether all have merged the patches of `uuid`, and no others."""
+        return {held.patches for held in self.weights} == {uuid}
+
+    def held(self, ranks: Sequence[int]) -> tuple[int, int]:
+        """Bytes on the devices of `ranks`: now, and with all back that has stepped out."""
+        told = [self.weights[rank] for rank in ranks if rank < len(self.weights)]
+        return sum(held.now for held in told), sum(held.whole for held in told)
+
+    @property
+    def most_missing(self) -> int:
+        """Bytes that are not there, of the device that misses most."""
+        return max(held.whole - held.now for held in self.weights)
+
+
+class LoadedModels:
+    """What the workers have loaded, as they said with their last answer.
+
+    One thread at a time, as `WorkerClient`, except for `keep`, `drop`, `held` and `vaes`. What is asked of the workers
+    fails as `WorkerClient.ask` does.
 
     Args:
         arena: in which patches travel.
     """
 
-    def __init__(self, conversation: Conversation, arena: ReusedArena):
-        self._conversation, self._arena = conversation, arena
-        self.loaded: dict[ModelSpec, str] = {}  # to the uuid of the patches merged
+    def __init__(self, client: WorkerClient, arena: ReusedArena):
+        self._client, self._arena = client, arena
+        self._told: dict[ModelSpec, _Told] = {}
+        self._vaes: frozenset[str] = frozenset()
+        self._changing: frozenset[ModelSpec] = frozenset()  # by a request that nobody has answered yet
         self._users: Counter[ModelSpec] = Counter()
         self._dropped: set[ModelSpec] = set()
         self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
 
+    def hear(self, replies: Replies) -> None:
+        """Note what the workers say of themselves with an answer: they have done by then what they were asked."""
+        by_spec: dict[ModelSpec, list[HeldWeights]] = {}
+        for reply in replies.replies:
+            for weights in reply.weights:
+                by_spec.setdefault(weights.spec, []).append(weights)
+        everywhere = {spec: told for spec, told in by_spec.items() if len(told) == len(replies.replies)}
+        self._told = {spec: _Told(tuple(told)) for spec, told in everywhere.items()}
+        self._vaes = frozenset.intersection(*(frozenset(reply.vaes) for reply in replies.replies))
+        self._changing = frozenset()
+        self._aside &= self._told.keys()
+
     def forget(self) -> None:
         """The workers have ended. Who uses what stays as it is."""
-        self.loaded.clear()
+        self._told, self._vaes, self._changing = {}, frozenset(), frozenset()
         self._aside.clear()
 
     def keep(self, spec: ModelSpec) -> None:
-        """See `Pool.keep`."""
+        """Say that one more user holds this model. Models that were never kept stay until they are unloaded."""
         self._users[spec] += 1
         self._dropped.discard(spec)
 
     def drop(self, spec: ModelSpec) -> None:
-        """See `Pool.drop`. Takes no lock and talks to nobody: it may run in a destructor."""
+        """Say that a user of this model has gone. After the last one its weights make room for the next model.
+
+        Takes no lock and talks to nobody: it may run in a destructor.
+        """
         self._users[spec] -= 1
         if self._users[spec] <= 0:
             self._dropped.add(spec)
 
+    def held(self, spec: ModelSpec, ranks: Sequence[int]) -> tuple[int, int]:
+        """Bytes of a model's weights on the devices of `ranks`: now, and with all back that has stepped out.
+
+        As the workers said last; asks nobody.
+        """
+        told = self._told.get(spec)
+        return told.held(ranks) if told is not None and self._client.alive else (0, 0)
+
+    @property
+    def vaes(self) -> frozenset[str]:
+        """Keys of the VAEs that every worker has, as they said last."""
+        return self._vaes if self._client.alive else frozenset()
+
+    @property
+    def specs(self) -> set[ModelSpec]:
+        """The models that all workers have."""
+        return self._told.keys() - self._changing
+
+    def has(self, spec: ModelSpec) -> bool:
+        """Whether all workers have a model."""
+        return spec in self._told and spec not in self._changing
+
     @property
     def unused(self) -> set[ModelSpec]:
         """Loaded models whose last user has gone; one that never had any is not among them."""
-        return self._dropped & self.loaded.keys()
-
-    def held(self, spec: ModelSpec, ranks: Sequence[int]) -> tuple[int, int]:
-        """See `Pool.held`."""
-        weights = self._conversation.told.weights.get(spec, ()) if self._conversation.alive else ()
-        told = [weights[rank] for rank in ranks if rank < len(weights)]
-        return sum(w.now for w in told), sum(w.whole for w in told)
+        return self._dropped & self.specs
 
     def coming_back(self, spec: ModelSpec) -> int | None:
         """Bytes of weights that come back with the next forward, on the device that takes most; None where none have
         stepped out."""
-        if spec not in self._aside:
-            return None
-        return max(weights.whole - weights.now for weights in self._conversation.told.weights[spec])
+        return self._told[spec].most_missing if spec in self._aside and spec in self._told else None
 
     def came_back(self, spec: ModelSpec) -> None:
         """A forward has run, and what fits is on the devices again."""
@@ -73,42 +126,38 @@ class Holdings:
 
     def make_way(self, poll: Poll | None) -> None:
         """Let the workers forget what nobody uses."""
-        self._conversation.drain(poll)
+        self._client.wait_for_abandoned(poll)
         self.unload(self.unused, poll)
 
     def load(self, spec: ModelSpec, tokens: int, poll: Poll | None) -> None:
         """Load a model. `tokens` as in `requests.Load`."""
-        replies = self._conversation.ask(lambda number: Load(number, spec, tokens), poll)
-        merged = {reply.patches for reply in replies}
-        self.loaded[spec] = merged.pop() if len(merged) == 1 else _MIXED
+        self._client.ask(lambda number: Load(number, spec, tokens), poll)
 
     def unload(self, specs: Collection[ModelSpec], poll: Poll | None = None) -> None:
         """Let the workers forget these models, which are loaded."""
         if not specs:
             return
-        for spec in specs:
-            del self.loaded[spec]
-            self._aside.discard(spec)
-        self._conversation.ask(lambda number: Unload(number, tuple(specs)), poll)
+        self._changing |= frozenset(specs)
+        self._aside.difference_update(specs)
+        self._client.ask(lambda number: Unload(number, tuple(specs)), poll)
 
     def patch(self, spec: ModelSpec, patches: PatchSet, poll: Poll | None) -> None:
         """Merge LoRAs into a loaded model, unless they are."""
-        if self.loaded[spec] == patches.uuid:
+        if self._told[spec].has_merged(patches.uuid):
             return
         weights = patches.build()
         size = room_for(weights)
-        self._conversation.drain(poll)
+        self._client.wait_for_abandoned(poll)
         arena = self._arena.of(size)
         refs = write_patches(arena, weights)
-        del self.loaded[spec]  # if this is interrupted or fails, the next Load tells what the workers have
-        self._conversation.ask(lambda number: Patch(number, spec, patches.uuid, arena.ref, refs), poll)
-        self.loaded[spec] = patches.uuid
+        self._changing |= {spec}
+        self._client.ask(lambda number: Patch(number, spec, patches.uuid, arena.ref, refs), poll)
         self._arena.close()  # LoRAs are larger than latents
 
     def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None) -> int:
-        """See `Pool.step_out`; the model is loaded."""
-        self._conversation.drain(poll)
+        """Move weights of a loaded model to host memory (see `Pool.step_out`); returns the bytes that left."""
+        self._client.wait_for_abandoned(poll)
         before, _ = self.held(spec, ranks)
         self._aside.add(spec)  # before it has: the workers go on with it where poll gives it up
-        self._conversation.ask(lambda number: StepOut(number, spec, tuple(ranks), nbytes), poll)
+        self._client.ask(lambda number: StepOut(number, spec, tuple(ranks), nbytes), poll)
         return before - self.held(spec, ranks)[0]

@@ -1,45 +1,37 @@
 """The client's handle on a pool of workers, and the only room of it that others enter.
 
-A `Pool` brings the workers to where a forward needs them (started, under the plan for it, loaded, patched) and runs it.
-How it talks to them is in rpc.py, what they hold by its account in loaded_models.py, which plan they run under in
-planner.py, and what its requests fail with in errors.py.
+A `Pool` gives one thread at a time the turn, has the workers brought to where a forward needs them (preparation.py),
+and runs it (forward_call.py). How it talks to them is in rpc.py, what they hold in loaded_models.py, which plan they
+run under in planner.py, where they live in the executor, and what requests fail with in errors.py.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from ...wanvideo.base.conditioning import NOTHING, Conditioning, check, core, extended
-from ...wanvideo.base.config import WanConfig
-from ...wanvideo.base.grid import grid_of, sequence_of, unpatchify
-from ...wanvideo.base.inputs import check_inputs, check_timestep
-from ...wanvideo.checkpoint.weight_source import DTYPES, model_config
+from ...wanvideo.base.conditioning import NOTHING, Conditioning
 from ..comm.timing import RankTimes, rank_times
-from ..parallel.partition import most_held
-from ..plan.degrees import ParallelPlan
-from ..plan.placement import PlacementError
+from ..executors.executor import Executor
+from ..executors.local import LocalExecutor
 from ..planner.planner import Kind, Planner, resolved
-from ..protocol.messages import Exchange, Ready
-from ..protocol.reports import Surveyed, WorkerStatus
-from ..protocol.requests import Displaced, Divide, Forward, Report, Request, Survey, Trim
-from ..protocol.specs import ModelSpec, PoolSettings
-from ..shm.arena import Arena, ReusedArena, needed
+from ..protocol.replies import ForwardDone
+from ..protocol.reports import Exchange, Surveyed, WorkerStatus
+from ..protocol.requests import Displaced, Report, Request, Trim
+from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
+from ..shm.arena import Arena, ReusedArena
 from ..weights.lora_transfer import NO_PATCHES, PatchSet
-from .errors import OutOfMemory, PoolError
-from .loaded_models import Holdings
-from .rpc import Conversation, Poll
+from .forward_call import ForwardInputs, sent_dtype
+from .loaded_models import LoadedModels
+from .preparation import MakeRoom, Preparation, config_of
+from .rpc import Answers, Poll, Turn, WorkerClient
 from .shared_conditioning import SharedConditioning
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,10 +42,12 @@ class PoolStatus:
         state: "not started", "ready" or "ended".
         times: where the seconds of the last forward went, by rank. Empty, and the seconds 0, where there was none yet,
             or where the last one failed or was given up; `failed` tells which.
+        plan_reason: why the plan was chosen; "" where it was set.
     """
 
     state: str
     settings: PoolSettings
+    _: KW_ONLY
     launcher_pid: int = 0
     torch: str = ""
     xfuser: str = ""
@@ -63,26 +57,30 @@ class PoolStatus:
     exchanges: tuple[Exchange, ...] = ()
     times: tuple[RankTimes, ...] = ()
     failed: bool = False
-    plan_reason: str = ""  # why this plan was chosen; "" where it was set
+    plan_reason: str = ""
 
 
 def acquire(settings: PoolSettings) -> Pool:
     """The pool of these settings; nothing is started until it is used.
 
     A pool lives as long as somebody holds it. The one asked for last is held here too, so that it outlives a
-    graph that is built anew for each prompt.
+    graph that is built anew for each prompt. Settings that mean the same on this machine are one pool.
 
     Raises:
         PlanError: the plan cannot work.
     """
     global _recent
-    Planner(settings).first_plan.validate()
+    executor = LocalExecutor()
+    on_machine = executor.resolve(settings)
+    Planner(on_machine).first_plan.validate()
+    settings = resolved(on_machine)
     with _registry_lock:
         pool = _pools.get(settings)
         if pool is None:
-            pool = _pools[settings] = Pool(settings)
-        _recent = pool
-        return pool
+            pool = _pools[settings] = Pool(settings, executor)
+        before, _recent = _recent, pool
+    del before  # which may be the last hold on a pool, whose end takes a while: without the lock
+    return pool
 
 
 _pools: weakref.WeakValueDictionary[PoolSettings, Pool] = weakref.WeakValueDictionary()
@@ -98,8 +96,16 @@ def running() -> Pool | None:
 
 
 @dataclass
-class _LastForward:
-    """What is known of the last forward, for `PoolStatus`."""
+class LastForward:
+    """What the last forward measured; nothing where there was none yet, or where it failed or was given up.
+
+    Args:
+        seconds: that the slowest worker took.
+        hop: seconds for the way to the workers and back.
+        exchanges: what was exchanged with other patches, by rank; empty unless stale keys and values were used.
+        times: where the seconds went, by rank.
+        failed: whether it failed, was given up, or is not done yet.
+    """
 
     seconds: float = 0.0
     hop: float = 0.0
@@ -108,72 +114,77 @@ class _LastForward:
     failed: bool = False
 
     def begin(self) -> None:
-        """Another one, which has failed until it is done."""
+        """Another forward begins, which has failed until it is done."""
         self.forget()
         self.failed = True
 
     def forget(self) -> None:
-        """What it measured; not whether it failed."""
+        """Forget what the forward measured; not whether it failed."""
         self.seconds = self.hop = 0.0
         self.exchanges, self.times = (), ()
+
+    def end(self, answers: Answers[ForwardDone], whole: float) -> None:
+        """The forward is done, and took `whole` seconds with the way to the workers and back."""
+        self.seconds, self.failed = max(answers.seconds), False
+        self.hop = whole - self.seconds
+        self.exchanges = tuple(done.exchange for done in answers.outcomes if done.exchange is not None)
+        self.times = rank_times(answers.seconds, [done.stalls for done in answers.outcomes])
 
 
 class Pool:
     """Workers that run DiT forwards together. Use `acquire` to get one.
 
-    Every method starts what it needs. One request runs at a time; other threads wait their turn.
+    Every method starts what it needs. One request runs at a time; other threads wait their turn, in which `poll` is
+    called as it is while the workers are at work. Nobody has the turn while ComfyUI or another pool is called.
+
+    Attributes:
+        models: what the workers have loaded. Its `keep`, `drop`, `held` and `vaes` need no turn.
+        last: what the last forward measured.
+        make_arena: makes memory for the tensors of requests (see `Executor.make_arena`).
     """
 
-    def __init__(self, settings: PoolSettings):
-        settings = resolved(settings)
-        self._planner = Planner(settings)
-        self.settings = replace(settings, plan=self._planner.first_plan)
-        self._lock = threading.RLock()
-        self._conversation = Conversation()
-        self._arena = ReusedArena()
-        self._conditioning = SharedConditioning()
-        self._holdings = Holdings(self._conversation, self._arena)
-        self._last = _LastForward()
-        self._conversation.at_end = (
-            *(self._holdings.forget, self._last.forget),
+    def __init__(self, settings: PoolSettings, executor: Executor | None = None):
+        self._executor = executor or LocalExecutor()
+        settings = resolved(self._executor.resolve(settings))
+        self.make_arena = self._executor.make_arena
+        self._turn = Turn()
+        self._client = WorkerClient(self._executor)
+        self._arena = ReusedArena(self.make_arena)
+        self._conditioning = SharedConditioning(self.make_arena)
+        self.models = LoadedModels(self._client, self._arena)
+        self._preparation = Preparation(settings, self._client, self.models)
+        self.last = LastForward()
+        self._client.at_reply = (self.models.hear,)
+        self._client.at_end = (
+            *(self.models.forget, self.last.forget),
             *(self._arena.close, self._conditioning.close),
         )
-        weakref.finalize(self, self._conversation.close)  # nothing of which holds this pool
+        weakref.finalize(self, self._client.close)  # nothing of which holds this pool
+
+    @property
+    def settings(self) -> PoolSettings:
+        """The settings, with the plan under which the workers run now."""
+        return self._preparation.settings
+
+    @property
+    def locations(self) -> tuple[RankLocation, ...]:
+        """Where the workers live, by rank, whether they have been started or not."""
+        return self._executor.locations(self.settings)
 
     @property
     def alive(self) -> bool:
         """Whether the processes have been started and none has been seen to end."""
-        return self._conversation.alive
+        return self._client.alive
 
     @property
     def launcher_pid(self) -> int:
-        """Process id of the launcher; 0 while there is none."""
-        return self._conversation.launcher_pid
-
-    @property
-    def workers(self) -> tuple[Ready, ...]:
-        """The workers as they said hello; empty until they have."""
-        return self._conversation.workers
+        """A process id that tells one start of the workers from another: the launcher's; 0 while there is none."""
+        return self._client.pid
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
-        """Process ids of the workers, by rank."""
-        return tuple(worker.pid for worker in self.workers)
-
-    @property
-    def exchanges(self) -> tuple[Exchange, ...]:
-        """What the last forward exchanged, by rank; empty unless it used stale keys and values."""
-        return self._last.exchanges
-
-    @property
-    def times(self) -> tuple[RankTimes, ...]:
-        """Where the seconds of the last forward went, by rank, as in `PoolStatus`; asks nobody."""
-        return self._last.times
-
-    @property
-    def vaes(self) -> frozenset[str]:
-        """Keys of the VAEs that every worker has, as they said last."""
-        return self._conversation.told.vaes if self.alive else frozenset()
+        """Process ids of the workers, by rank; empty until they have said hello."""
+        return tuple(worker.pid for worker in self._client.workers)
 
     def check(self, spec: ModelSpec) -> None:
         """Check that the model can be divided as was asked for, as `forward` does. Starts nothing.
@@ -181,13 +192,13 @@ class Pool:
         Raises:
             CheckpointError, PlanError: it cannot.
         """
-        self._planner.check(_config_of(spec), Kind(spec, 0, 1))
+        self._preparation.check(Kind(spec, 0, 1))
 
     def ensure_ready(
         self,
         spec: ModelSpec,
         poll: Poll | None = None,
-        make_room: Callable[[int], None] | None = None,
+        make_room: MakeRoom | None = None,
         tokens: int = 0,
         items: int = 1,
     ) -> None:
@@ -197,11 +208,9 @@ class Pool:
         `items` is how many there are in a forward, which an automatic plan depends on.
         """
         kind = Kind(spec, tokens, items)
-        self._planner.check(_config_of(spec), kind)
-        with self._lock:
-            self._conversation.start(self.settings, poll)
-            self._ensure_planned(kind, poll, make_room)
-            self._ensure_loaded(kind, poll, make_room)
+        self._preparation.check(kind)
+        with self._ready(kind, poll, make_room):
+            pass
 
     def forward(
         self,
@@ -211,7 +220,7 @@ class Pool:
         context: torch.Tensor,
         patches: PatchSet | None = None,
         poll: Poll | None = None,
-        make_room: Callable[[int], None] | None = None,
+        make_room: MakeRoom | None = None,
         displaced: Displaced | None = None,
         conditioning: Conditioning = NOTHING,
     ) -> torch.Tensor:
@@ -234,55 +243,34 @@ class Pool:
 
         Raises:
             WorkerDied: a process ended; the next call starts a new pool.
-            PoolError: the workers refused or failed.
-            CheckpointError, AttentionError, PlanError, PlacementError: the model cannot run like this.
+            PoolError: the workers failed.
+            UserError: the model cannot run like this (CheckpointError, AttentionError, PlanError, PlacementError, ...).
             ValueError: an input has the wrong shape.
         """
-        config = _config_of(spec)
-        self._planner.check(config, Kind(spec, 0, len(x)))
-        frames = x.shape[2] if x.ndim == 5 else 0
-        check_inputs(config, x, context)
-        check(config, x, conditioning)
-        x, conditioning = extended(x, conditioning)
-        check_timestep(x, timestep)
-        kind = Kind(spec, sequence_of(x, conditioning.options).tokens, len(x))
-        with self._lock:
-            self._last.begin()
-            self._conversation.start(self.settings, poll)
-            self._ensure_planned(kind, poll, make_room)
-            self._ensure_loaded(kind, poll, make_room)
-            self._holdings.patch(spec, patches or NO_PATCHES, poll)
+        self._preparation.check(Kind(spec, 0, len(x)))
+        inputs = ForwardInputs.checked(config_of(spec), x, timestep, context, conditioning)
+        with self._ready(Kind(spec, inputs.tokens, len(x)), poll, make_room, self.last.begin):
+            self.models.patch(spec, patches or NO_PATCHES, poll)
             started = time.perf_counter()
-            grid = grid_of(x)
-            self._conversation.drain(poll)
-            self._conversation.tidy(poll)
-            inputs = [x.detach().float(), timestep.detach().float(), context.detach()]
-            size = needed(inputs) + x.shape[0] * grid.tokens * config.out_dim * 16 + 64
-            arena = self._arena.of(size, pinned=x.is_cuda and self.settings.device == "cuda")
-            refs = [arena.write(tensor) for tensor in inputs]
-            out = arena.allocate(torch.float32, (x.shape[0], grid.tokens, config.out_dim * 4))
-            shared = self._conditioning.share(conditioning, DTYPES[spec.compute_dtype])
-            replies = self._conversation.ask(
-                lambda number: Forward(number, spec, arena.ref, *refs, out, displaced, shared), poll
-            )
-            self._holdings.came_back(spec)
-            result = unpatchify(arena.view(out).to(x.device, copy=True), grid, tuple(x.shape[-3:]))
-            result = core(result, frames, conditioning.options)
-            last, seconds = self._last, [reply.seconds for reply in replies]
-            last.times = rank_times(seconds, [reply.stalls for reply in replies])
-            last.seconds, last.failed = max(seconds), False
-            last.hop = time.perf_counter() - started - last.seconds
-            last.exchanges = tuple(reply.exchange for reply in replies if reply.exchange)
+            self._client.wait_for_abandoned(poll)
+            self._client.tidy(poll)
+            sent = inputs.write(self._arena, self._conditioning, sent_dtype(spec), self.settings.device == "cuda")
+            answers = self._client.ask(sent.request(spec, displaced), poll)
+            self.models.came_back(spec)
+            result = sent.result()
+            self.last.end(answers, time.perf_counter() - started)
             return result
 
     @contextmanager
     def session(self, poll: Poll | None = None) -> Iterator[None]:
         """Start the workers, and let no other thread's request come between those that are made inside."""
-        with self._lock:
-            self._conversation.start(self.settings, poll)
+        with self._turn.taken(poll):
+            self._client.start(self.settings, poll)
             yield
 
-    def ask(self, request: Callable[[int], Request], arenas: tuple[Arena, ...] = (), poll: Poll | None = None) -> float:
+    def ask(
+        self, request: Callable[[int], Request[object]], arenas: tuple[Arena, ...] = (), poll: Poll | None = None
+    ) -> float:
         """Let the workers answer what `request` makes of an id; returns the seconds of the slowest.
 
         Args:
@@ -290,37 +278,22 @@ class Pool:
             poll: as in `forward`, as are the errors.
         """
         with self.session(poll):
-            self._conversation.drain(poll)
-            self._conversation.lend(arenas)
-            replies = self._conversation.ask(request, poll)
-            self._conversation.lend(())
-            return max(reply.seconds for reply in replies)
+            self._client.wait_for_abandoned(poll)
+            self._client.lend(arenas)
+            answers = self._client.ask(request, poll)
+            self._client.lend(())
+            return max(answers.seconds)
 
-    def keep(self, spec: ModelSpec) -> None:
-        """Say that one more user holds this model. Models that were never kept stay until `unload`."""
-        self._holdings.keep(spec)
+    def unload(self, spec: ModelSpec | None = None, poll: Poll | None = None) -> None:
+        """Drop the weights of `spec`, or all, in the workers and give their GPU memory back. The processes stay.
 
-    def drop(self, spec: ModelSpec) -> None:
-        """Say that a user of this model has gone. After the last one its weights make room for the next model.
-
-        Takes no lock and talks to nobody: it may run in a destructor.
+        `poll` as in `forward`.
         """
-        self._holdings.drop(spec)
-
-    def unload(self, spec: ModelSpec | None = None) -> None:
-        """Drop the weights of `spec`, or all, in the workers and give their GPU memory back. The processes stay."""
-        with self._lock:
-            if self.alive and self.workers:
-                self._conversation.drain(None)
-                loaded = set(self._holdings.loaded)
-                self._holdings.unload(({spec} & loaded) | self._holdings.unused if spec else loaded)
-
-    def held(self, spec: ModelSpec, ranks: Sequence[int]) -> tuple[int, int]:
-        """Bytes of a model's weights on the devices of `ranks`: now, and with all back that has stepped out.
-
-        As the workers said last; asks nobody.
-        """
-        return self._holdings.held(spec, ranks)
+        with self._turn.taken(poll):
+            if self.alive and self._client.workers:
+                self._client.wait_for_abandoned(poll)
+                loaded = self.models.specs
+                self.models.unload(({spec} & loaded) | self.models.unused if spec else loaded, poll)
 
     def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None = None) -> int:
         """Move weights to host memory until the devices of `ranks` have `nbytes` more each, or all of `spec`'s.
@@ -333,118 +306,85 @@ class Pool:
         Raises:
             PlacementError: host memory has no room for them.
         """
-        with self._lock:
-            if not self.alive or not self.workers or spec not in self._holdings.loaded:
+        with self._turn.taken(poll):
+            if not self.alive or not self._client.workers or not self.models.has(spec):
                 return 0
-            return self._holdings.step_out(spec, ranks, nbytes, poll)
+            return self.models.step_out(spec, ranks, nbytes, poll)
 
     def step_aside(self, spec: ModelSpec, poll: Poll | None = None) -> int:
         """Let every other model step out on all workers; returns the bytes that left the devices."""
-        with self._lock:
+        with self._turn.taken(poll):
             ranks = range(self.settings.plan.num_gpus)
-            others = [other for other in self._holdings.loaded if other != spec]
+            others = [other for other in self.models.specs if other != spec]
             return sum(self.step_out(other, ranks, 2**62, poll) for other in others)
 
-    def trim(self) -> None:
+    def trim(self, poll: Poll | None = None) -> None:
         """Let the workers give back what only a sampling run needs; weights stay. Starts nothing.
 
-        Does nothing while a request that was given up is still at work, as its end does the same.
+        Does nothing while a request that was given up is still at work, as its end does the same. `poll` as in
+        `forward`.
         """
-        with self._lock:
-            if self.workers and not self._conversation.lost() and not self._conversation.busy:
+        with self._turn.taken(poll):
+            if self._client.workers and not self._client.lost() and not self._client.busy:
                 self._conditioning.close()
-                self._conversation.ask(Trim, None)
+                self._client.ask(Trim, poll)
 
-    def close(self) -> None:
-        """End the processes. The next request starts new ones."""
-        with self._lock:
-            self._conversation.close()
+    def close(self, poll: Poll | None = None) -> None:
+        """End the processes. The next request starts new ones. `poll` as in `forward`."""
+        with self._turn.taken(poll):
+            self._client.close()
 
     def status(self, poll: Poll | None = None) -> PoolStatus:
         """Memory, models and speed as they are now. Starts nothing. `poll` as in `forward`."""
-        with self._lock:
-            if not self.workers:
+        with self._turn.taken(poll):
+            if not self._client.workers:
                 return PoolStatus("not started", self.settings)
-            if self._conversation.lost():
+            if self._client.lost():
                 return PoolStatus("ended", self.settings)
-            self._conversation.drain(poll)
-            replies, last = self._conversation.ask(Report, poll), self._last
+            self._client.wait_for_abandoned(poll)
+            workers, first, last = self._client.ask(Report, poll).outcomes, self._client.workers[0], self.last
             return PoolStatus(
                 "ready",
                 self.settings,
-                self.launcher_pid,
-                self.workers[0].torch,
-                self.workers[0].xfuser,
-                tuple(reply.status for reply in replies),
-                last.seconds,
-                last.hop,
-                last.exchanges,
-                last.times,
-                last.failed,
-                self._planner.reason,
+                launcher_pid=self.launcher_pid,
+                torch=first.torch,
+                xfuser=first.xfuser,
+                workers=workers,
+                last_forward_seconds=last.seconds,
+                last_hop_seconds=last.hop,
+                exchanges=last.exchanges,
+                times=last.times,
+                failed=last.failed,
+                plan_reason=self._preparation.planner.reason,
             )
 
     def survey(self, poll: Poll | None = None) -> tuple[Surveyed, ...]:
         """What the workers' devices do, measured the first time, and have room for, by rank. Starts the workers."""
         with self.session(poll):
-            self._conversation.drain(poll)
-            return tuple(reply.surveyed for reply in self._conversation.ask(Survey, poll))
+            return self._preparation.survey(poll)
 
-    # What a forward needs first.
+    @contextmanager
+    def _ready(
+        self,
+        kind: Kind,
+        poll: Poll | None,
+        make_room: MakeRoom | None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
+        """Have the turn, with the workers ready for forwards of this kind.
 
-    def _ensure_planned(self, kind: Kind, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
-        """Let the workers run under the plan for this kind of forward."""
-        plan = self._planner.recall(kind, self.settings.plan)
-        if plan is None:
-            self._make_room_for(kind.spec, make_room)  # before it is counted
-            surveyed, loaded = self.survey(poll), bool(self._holdings.loaded)
-            plan = self._planner.choose(_config_of(kind.spec), kind, surveyed, self.settings.plan, loaded)
-        if plan != self.settings.plan:
-            self._conversation.drain(poll)
-            self._divide(plan)
-
-    def _divide(self, plan: ParallelPlan) -> None:
-        if not plan.holds_as(self.settings.plan):
-            self._holdings.unload(set(self._holdings.loaded))
-        try:
-            self._conversation.ask(lambda number: Divide(number, plan), None)
-        except PoolError:
-            self.close()  # the workers may be of two minds
-            raise
-        self.settings = replace(self.settings, plan=plan)
-
-    def _ensure_loaded(self, kind: Kind, poll: Poll | None, make_room: Callable[[int], None] | None) -> None:
-        spec = kind.spec
-        self._make_room_for(spec, make_room)
-        if spec in self._holdings.loaded:
-            return
-        started = time.perf_counter()
-        log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
-        self._holdings.make_way(poll)
-        try:
-            self._holdings.load(spec, kind.tokens, poll)
-        except PlacementError as error:
-            raise PlacementError(f"{error}{self._ways_out(kind, poll)}") from None
-        log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
-
-    def _ways_out(self, kind: Kind, poll: Poll | None) -> str:
-        """Sizes that would fit, as a sentence; nothing where there are none, or no room to find out."""
-        try:
-            return self._planner.ways_out(_config_of(kind.spec), kind, self.survey(poll))
-        except OutOfMemory:
-            return ""
-
-    def _make_room_for(self, spec: ModelSpec, make_room: Callable[[int], None] | None) -> None:
-        """Have room made for what is to be loaded, or to come back from host memory."""
-        if make_room is None or self.settings.device != "cuda":
-            return
-        if spec not in self._holdings.loaded:
-            make_room(most_held(_config_of(spec), spec, self.settings.plan))
-        elif (coming := self._holdings.coming_back(spec)) is not None:
-            make_room(coming)
-
-
-@functools.lru_cache(maxsize=16)
-def _config_of(spec: ModelSpec) -> WanConfig:
-    """Read once for each spec: its `stamp` changes with the file."""
-    return model_config(spec.path, spec.module)
+        Args:
+            make_room: called without the turn.
+            begin: called first, with the turn.
+        """
+        made: set[int] = set()
+        while True:
+            with self._turn.taken(poll):
+                begin()
+                room = self._preparation.advance(kind, poll, made if make_room is not None else None)
+                if room is None:
+                    yield
+                    return
+            assert make_room is not None  # else nobody asks for room
+            make_room(room)
+            made.add(room)

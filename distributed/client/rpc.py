@@ -3,69 +3,85 @@
 One request is under way at a time. Whoever waits is called back ten times a second and may raise to give the request
 up (ComfyUI's Cancel). The workers are then told, and go on until they see it (see cancel.py). Two things follow:
 
-- they may still read and write the memory that they were shown, so `drain` waits for their answer before it is used;
+- they may still read and write the memory that they were shown, so `wait_for_abandoned` comes before it is used;
 - some ranks may have left a forward that others finished, so `tidy` lets all drop what they had sent each other.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, NoReturn, TypeVar
 
-from ..executors.local import PoolProcesses
-from ..protocol.messages import Cancel, PoolFailed, PoolReady, Ready, Replies, Reply, decode, encode
-from ..protocol.reports import HeldWeights
+from ..executors.executor import Executor, RanksEnded
+from ..protocol.codec import ProtocolError
+from ..protocol.errors import Failure
+from ..protocol.messages import Cancel, Message, PoolReady, Ready
+from ..protocol.replies import GivenUp, Replies
 from ..protocol.requests import Request, Trim
-from ..protocol.specs import ModelSpec, PoolSettings
+from ..protocol.specs import PoolSettings
 from ..shm.arena import Arena
-from .errors import PoolError, end_of_pool, error_among
+from .errors import end_of_pool, error_among
 
 log = logging.getLogger(__name__)
 
 Poll = Callable[[], None]
 """Called while waiting; it may raise to give the request up (Cancel)."""
 
+OutcomeT = TypeVar("OutcomeT")
 _POLL_SECONDS = 0.1
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the workers have said of themselves with their last answer.
-
-    Args:
-        weights: bytes of each model that all of them have, by rank.
-        vaes: keys of the VAEs that all of them have.
-    """
-
-    weights: Mapping[ModelSpec, tuple[HeldWeights, ...]] = field(default_factory=dict)
-    vaes: frozenset[str] = frozenset()
-
-    @classmethod
-    def by(cls, replies: Replies) -> Told:
-        by_spec: dict[ModelSpec, list[HeldWeights]] = {}
-        for reply in replies.replies:
-            for weights in reply.weights:
-                by_spec.setdefault(weights.spec, []).append(weights)
-        return cls(
-            {spec: tuple(held) for spec, held in by_spec.items() if len(held) == len(replies.replies)},
-            frozenset.intersection(*(frozenset(reply.vaes) for reply in replies.replies)),
-        )
-
-
-class Conversation:
-    """The client's end of the line to the processes of one pool, from one start of them to the next.
-
-    `Pool` lets one thread at a time in; only the properties and `told` may be read by others meanwhile.
-    """
+class Turn:
+    """Lets one thread at a time use the workers; those that wait can be called off. A thread may take it again."""
 
     def __init__(self) -> None:
-        self.told = Told()
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def taken(self, poll: Poll | None) -> Iterator[None]:
+        """Wait for the turn, and have it in the block.
+
+        Args:
+            poll: called ten times a second while waiting. What it raises is passed on, without the turn.
+        """
+        while not self._lock.acquire(timeout=_POLL_SECONDS):
+            if poll is not None:
+                poll()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+@dataclass(frozen=True)
+class Answers(Generic[OutcomeT]):
+    """What all workers answered to a request, by rank: what the request names as its outcome, and the seconds."""
+
+    outcomes: tuple[OutcomeT, ...]
+    seconds: tuple[float, ...]
+
+
+class WorkerClient:
+    """The client's end of the line to the workers of one pool, from one start of them to the next.
+
+    `Pool` lets one thread at a time in; only `alive`, `pid` and `workers` may be read by others meanwhile.
+
+    Attributes:
+        workers: as they said hello, by rank; empty until they have.
+        at_reply: called in turn with the replies of all workers to each request, those to abandoned ones included.
+        at_end: called in turn when the workers have been stopped, whatever stopped them.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self.workers: tuple[Ready, ...] = ()
+        self.at_reply: tuple[Callable[[Replies], None], ...] = ()
         self.at_end: tuple[Callable[[], None], ...] = ()
-        """Called in turn when the processes have been stopped, whatever stopped them."""
-        self._processes: PoolProcesses | None = None
+        self._executor = executor
+        self._started = False
         self._lent: tuple[Arena, ...] = ()  # to a request that has not been seen to end
         self._last_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
@@ -73,18 +89,13 @@ class Conversation:
 
     @property
     def alive(self) -> bool:
-        """Whether the processes have been started and none has been seen to end."""
-        return self._processes is not None and self._processes.launcher.poll() is None
+        """Whether the workers have been started and none has been seen to end."""
+        return self._executor.alive
 
     @property
-    def launcher_pid(self) -> int:
-        """Process id of the launcher; 0 while there is none."""
-        return self._processes.launcher.pid if self._processes else 0
-
-    @property
-    def workers(self) -> tuple[Ready, ...]:
-        """The workers as they said hello; empty until they have."""
-        return self._processes.ready.workers if self._processes and self._processes.ready else ()
+    def pid(self) -> int:
+        """See `Executor.pid`."""
+        return self._executor.pid
 
     @property
     def busy(self) -> bool:
@@ -94,48 +105,36 @@ class Conversation:
     # The processes.
 
     def start(self, settings: PoolSettings, poll: Poll | None) -> None:
-        """Start the processes if there are none or they have ended, and wait for their hello.
+        """Start the workers if there are none or they have ended, and wait for their hello.
 
         Raises:
             PoolError: they cannot run here, or have ended.
         """
-        if self._processes is not None and self.lost():
+        if self._started and self.lost():
             log.warning("The pool had ended and is started again.")
             self.close()
-        if self._processes is None:
-            if not hasattr(os, "memfd_create"):
-                raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
-            self._processes = PoolProcesses(settings)
-        while self._processes.ready is None:
-            message = self._receive(poll)
-            assert isinstance(message, PoolReady)
-            self._processes.ready = message
-            log.info("%d workers are up on %s.", settings.plan.num_gpus, message.workers[0].device)
+        if not self._started:
+            self._executor.start(settings)
+            self._started = True
+        while not self.workers:
+            self._hear(self._receive(poll))
 
     def lost(self) -> bool:
-        """Whether the launcher has ended, or says that a worker has, while nobody asked it anything."""
-        if not self.alive:
+        """Whether workers have ended while nobody asked them anything."""
+        if not self._executor.alive:
             return True
         try:
-            while self._processes.connection.poll(0):
-                message = decode(self._processes.connection.recv_bytes())
-                if isinstance(message, PoolFailed):
-                    return True
-                if isinstance(message, PoolReady):
-                    self._processes.ready = message
-                elif isinstance(message, Replies) and message.id == self._abandoned:
-                    self._abandoned = 0
-                    self._note(message)
-        except (EOFError, ConnectionError):
+            while (message := self._executor.receive(0)) is not None:
+                self._hear(message)
+        except (RanksEnded, ProtocolError):
             return True
         return False
 
     def close(self) -> None:
-        """End the processes, if there are any, and let go of what was theirs."""
-        if self._processes is not None:
-            self._processes.stop()
-        self._processes = None
-        self.told = Told()
+        """End the workers, if there are any, and let go of what was theirs."""
+        self._executor.stop()
+        self._started = False
+        self.workers = ()
         self._abandoned = 0
         self.lend(())
         for forget in self.at_end:
@@ -143,23 +142,30 @@ class Conversation:
 
     # The requests.
 
-    def ask(self, request: Callable[[int], Request], poll: Poll | None) -> tuple[Reply, ...]:
-        """Ask all workers what `request` makes of an id, and wait for their answers, which come by rank.
+    def ask(self, request: Callable[[int], Request[OutcomeT]], poll: Poll | None) -> Answers[OutcomeT]:
+        """Ask all workers what `request` makes of an id, and wait for their answers.
 
         Raises:
             WorkerDied: a process ended; the next `start` starts new ones.
             Exception: what a worker failed with (see errors.py), or what `poll` raised.
         """
         self._last_id += 1  # ids grow by time
-        return self._call(request(self._last_id), poll).replies
+        asked = request(self._last_id)
+        replies = self._call(asked, poll).replies
+        if (error := error_among(replies)) is not None:
+            raise error
+        outcomes = tuple(reply.outcome for reply in replies if isinstance(reply.outcome, asked.outcome))
+        if len(outcomes) < len(replies):
+            raise ProtocolError(
+                f"A worker has answered {type(asked).__name__} with something else than {asked.outcome.__name__}. "
+                "Restart ComfyUI after updating WanParallel."
+            )
+        return Answers(outcomes, tuple(reply.seconds for reply in replies))
 
-    def drain(self, poll: Poll | None) -> None:
+    def wait_for_abandoned(self, poll: Poll | None) -> None:
         """Wait for the reply of a request that was given up: until then the workers use the arenas."""
         while self._abandoned:
-            message = self._receive(poll)
-            if isinstance(message, Replies) and message.id == self._abandoned:
-                self._abandoned = 0
-                self._note(message)
+            self._hear(self._receive(poll))
 
     def tidy(self, poll: Poll | None) -> None:
         """After a forward that some ranks did not finish, let all of them drop what they had sent each other."""
@@ -173,11 +179,11 @@ class Conversation:
             arena.close()
         self._lent = arenas
 
-    def _call(self, request: Request, poll: Poll | None) -> Replies:
+    def _call(self, request: Request[OutcomeT], poll: Poll | None) -> Replies:
         try:
-            self._processes.connection.send_bytes(encode(request))
-        except ConnectionError:
-            self._fail(PoolFailed(self._processes.epitaph()))
+            self._executor.send(request)
+        except RanksEnded as end:
+            self._fail(end.failure)
         self._abandoned = request.id
         try:
             while True:
@@ -185,38 +191,41 @@ class Conversation:
                 if isinstance(message, Replies) and message.id == request.id:
                     break
         except BaseException:  # from poll (ComfyUI's interrupt is no Exception), or from a pool that ended
-            if self._processes is not None:
+            if self._started:
                 self._cancel(request.id)
             raise
-        self._abandoned = 0
-        self._note(message)
-        if (error := error_among(message.replies)) is not None:
-            raise error
+        self._hear(message)
         return message
 
-    def _note(self, message: Replies) -> None:
-        self._untidy |= any(reply.error or reply.cancelled for reply in message.replies)
-        self.told = Told.by(message)
+    def _hear(self, message: Message) -> None:
+        """Take note of a message that nobody else looks at."""
+        if isinstance(message, PoolReady):
+            self.workers = message.workers
+            log.info("%d workers are up on %s.", len(self.workers), self.workers[0].device)
+        elif isinstance(message, Replies) and message.id == self._abandoned:
+            self._abandoned = 0
+            self._untidy |= any(reply.failure or isinstance(reply.outcome, GivenUp) for reply in message.replies)
+            for listen in self.at_reply:
+                listen(message)
 
     def _cancel(self, request: int) -> None:
         try:
-            self._processes.connection.send_bytes(encode(Cancel(request)))
-        except ConnectionError:
+            self._executor.send(Cancel(request))
+        except RanksEnded:
             log.warning("The pool ended while a request was being cancelled.")
 
-    def _receive(self, poll: Poll | None) -> object:
-        connection = self._processes.connection
+    def _receive(self, poll: Poll | None) -> Message:
         try:
-            while not connection.poll(_POLL_SECONDS):
+            while (message := self._executor.receive(_POLL_SECONDS)) is None:
                 if poll is not None:
                     poll()
-            message = decode(connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            self._fail(PoolFailed(self._processes.epitaph()))
-        if isinstance(message, PoolFailed):
-            self._fail(message)
+        except RanksEnded as end:
+            self._fail(end.failure)
+        except ProtocolError:
+            self.close()
+            raise
         return message
 
-    def _fail(self, failed: PoolFailed) -> NoReturn:
+    def _fail(self, failure: Failure) -> NoReturn:
         self.close()
-        raise end_of_pool(failed)
+        raise end_of_pool(failure)

@@ -6,16 +6,20 @@ import torch
 
 from ...wanvideo.base.conditioning import Conditioning
 from ..protocol.refs import ConditioningRef, TensorRef
-from ..shm.arena import Arena, needed
+from ..shm.arena import Arena, MakeArena, needed
 
 
 class SharedConditioning:
     """What the workers were given last, so that equal inputs need not be written again.
 
     A camera path of 81 frames at 720p has 460 million numbers, as many as 25 latents.
+
+    Args:
+        make_arena: makes the memory in which they travel.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make_arena: MakeArena = Arena) -> None:
+        self._make_arena = make_arena
         self._arena: Arena | None = None
         self._sent: dict[str, torch.Tensor] = {}
         self._refs: dict[str, TensorRef] = {}
@@ -49,8 +53,8 @@ class SharedConditioning:
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         self.close()
         if tensors:
-            self._arena = Arena(needed(tensors.values()))
-            self._refs = {name: self._arena.write(tensor) for name, tensor in tensors.items()}
+            self._arena = arena = self._make_arena(needed(tensors.values()))
+            self._refs = {name: arena.write(tensor) for name, tensor in tensors.items()}
             self._sent = {name: tensor.clone() for name, tensor in tensors.items()}
 
 

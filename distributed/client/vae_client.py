@@ -13,9 +13,10 @@ from ...wanvideo.checkpoint.weight_source import DTYPES
 from ...wanvideo.vae.vae_layout import Half, check_latent, frames_of, kind_of, latent_frames, weights_of, working_bytes
 from ...wanvideo.vae.vae_ops import VAEError
 from ..protocol.requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
-from ..shm.arena import Arena, needed
+from ..shm.arena import needed
 from ..worker.vae_worker import Strips, share_frame
 from .pool import Pool
+from .preparation import MakeRoom
 from .rpc import Poll
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def decode(
     dtype: str,
     options: VAEOptions | None = None,
     poll: Poll | None = None,
-    make_room: Callable[[int], object] | None = None,
+    make_room: MakeRoom | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Decoded:
     """Decode latents on all workers, each a strip of every frame.
@@ -72,8 +73,9 @@ def decode(
     batch, _, frames, rows, columns = latent.shape
     shape = batch, frames_of(frames), scale * rows, scale * columns, 3
     work = _Work(pool, vae, dtype, options, (rows, columns), poll, progress)
+    work.make_room("decoder", make_room)
     with pool.session(poll):
-        work.prepare("decoder", make_room)
+        work.prepare("decoder")
         decoded, seconds = work.run(DecodeVAE, "decoder", latent, shape)
     return Decoded(decoded, seconds)
 
@@ -85,7 +87,7 @@ def encode(
     dtype: str,
     options: VAEOptions | None = None,
     poll: Poll | None = None,
-    make_room: Callable[[int], object] | None = None,
+    make_room: MakeRoom | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     """Encode a video on all workers, each a strip of every frame. Arguments and errors as of `decode`.
@@ -109,8 +111,9 @@ def encode(
     size = height // scale, width // scale
     shape = vae.shapes["conv1.weight"][0] // 2, latent_frames(count), *size
     work = _Work(pool, vae, dtype, options, size, poll, progress)
+    work.make_room("encoder", make_room)
     with pool.session(poll):
-        work.prepare("encoder", make_room)
+        work.prepare("encoder")
         latent, _ = work.run(EncodeVAE, "encoder", frames, shape)
     return latent.unsqueeze(0)
 
@@ -133,26 +136,31 @@ class _Work:
 
     @property
     def strips(self) -> Strips:
+        """How the workers share a frame."""
         return share_frame(*self.size, self.pool.settings.plan.num_gpus, self.options)
 
     @property
     def name(self) -> str:
+        """What the workers call the VAE in this precision."""
         return f"{self.vae.key}-{self.dtype}"
 
-    def prepare(self, half: Half, make_room: Callable[[int], object] | None) -> None:
-        """Make room on the GPU that we share, and send the weights of a half that the workers don't have."""
-        workers, used = self.pool.settings.plan.num_gpus, len(self.strips.parts)
-        if used < workers:
-            log.info("The latent has %d rows or columns to share: so many workers take part.", used)
+    def make_room(self, half: Half, make_room: MakeRoom | None) -> None:
+        """Make room on the GPU that we share; without the pool's turn."""
         if make_room is not None and self.pool.settings.device == "cuda":
             itemsize, piece = DTYPES[self.dtype].itemsize, self.options.piece_mib * 2**20
             make_room(working_bytes(self.vae.shapes, half, self.strips.most, itemsize, piece))
+
+    def prepare(self, half: Half) -> None:
+        """Send the weights of a half that the workers don't have."""
+        workers, used = self.pool.settings.plan.num_gpus, len(self.strips.parts)
+        if used < workers:
+            log.info("The latent has %d rows or columns to share: so many workers take part.", used)
         key = f"{self.name}-{half}"
-        if key in self.pool.vaes:
+        if key in self.pool.models.vaes:
             return
         dtype = DTYPES[self.dtype]
         tensors = {name: tensor.to(dtype) for name, tensor in weights_of(half, self.vae.tensors()).items()}
-        arena = Arena(needed(tensors.values()))
+        arena = self.pool.make_arena(needed(tensors.values()))
         refs = {name: arena.write(tensor) for name, tensor in tensors.items()}
         self.pool.ask(
             lambda number: LoadVAE(number, self.name, key, self.dtype, arena.ref, refs), (arena,), self.poll
@@ -167,9 +175,9 @@ class _Work:
         The result lies where the workers have written it: a video is not copied again.
         """
         workers = self.pool.settings.plan.num_gpus
-        source = Arena(given.numel() * 4)
+        source = self.pool.make_arena(given.numel() * 4)
         sent = source.write(given.detach().float())
-        result = Arena(4 * math.prod(shape) + 8 * workers + 64)
+        result = self.pool.make_arena(4 * math.prod(shape) + 8 * workers + 64)
         done, out = result.allocate(torch.int64, (workers,)), result.allocate(torch.float32, shape)
         counts, tensor = result.view(done)[: len(self.strips.parts)], result.view(out)
 

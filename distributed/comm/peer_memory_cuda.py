@@ -267,11 +267,14 @@ def _all(mine: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def _unreached(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Why this GPU does not reach the memory of the other ranks' GPUs; empty if it does."""
+    """Why this GPU does not reach those of the other ranks of this host; empty if it does. A collective call."""
     if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
         return "NCCL_P2P_DISABLE is set"
-    others = (rank for rank in dist.get_process_group_ranks(group) if rank != device.index)
-    unreached = [rank for rank in others if not torch.cuda.can_device_access_peer(device, rank)]
+    mine = torch.tensor([device.index], device=device)
+    every = [torch.empty_like(mine) for _ in dist.get_process_group_ranks(group)]
+    dist.all_gather(every, mine, group=group)
+    others = (index for index in (int(index) for index in every) if index != device.index)
+    unreached = [index for index in others if not torch.cuda.can_device_access_peer(device, index)]
     return f"GPU {device.index} has no access to the memory of GPU {unreached[0]}" if unreached else ""
 
 

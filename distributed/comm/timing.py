@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..protocol.messages import Stall
+from ..protocol.reports import Stall
 
 ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums", "pipeline", "weights", "patches"
 LATER_SLICES = "all-to-all of later slices"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -10,11 +11,14 @@ import torch
 CPU, NVLINK, PEER_ACCESS = "CPU", "NVLink", "peer access"
 
 
-def link_kind(device: torch.device, num_gpus: int) -> str:
-    """What tensors of `device` travel through to the other GPUs: NVLink, peer access (over PCIe), host memory ..."""
+def link_kind(device: torch.device, others: Sequence[int]) -> str:
+    """What tensors of `device` travel through to the other GPUs: NVLink, peer access (over PCIe), host memory ...
+
+    Args:
+        others: indices of the pool's other GPUs on this host.
+    """
     if device.type != "cuda":
         return CPU
-    others = [i for i in range(num_gpus) if i != device.index]
     if not others:
         return "no other GPU"
     if os.environ.get("NCCL_P2P_DISABLE") == "1":
@@ -24,7 +28,7 @@ def link_kind(device: torch.device, num_gpus: int) -> str:
     return NVLINK if _nvlink(device.index, others) else PEER_ACCESS
 
 
-def _nvlink(index: int, others: list[int]) -> bool:
+def _nvlink(index: int, others: Sequence[int]) -> bool:
     """Whether NVML says that all of `others` are reached by NVLink; False where NVML cannot be asked."""
     try:
         nvml = import_module("pynvml")

@@ -1,5 +1,5 @@
-"""Where ranks live and how they start: the launcher, a clean process between ComfyUI and the workers, and who starts
-it.
+"""Where ranks live, how they start, and how messages and tensors reach them.
 
-May import the packages before it (plan/ to worker/). Open local.py first.
+May import the packages before it (plan/ to worker/). Open executor.py first;
+docs/adding-an-executor.md says how to add another.
 """

@@ -1,4 +1,4 @@
-"""The process between ComfyUI and the workers: starts them, passes requests on, notices deaths.
+"""The process between ComfyUI and the workers of this host: starts them, passes requests on, notices deaths.
 
 ComfyUI must not spawn workers itself: multiprocessing would import its whole `main.py` in every child. The
 launcher is a clean interpreter that holds no weights and imports no torch, so it can always answer, and when
@@ -7,53 +7,62 @@ it ends, in whatever way, the workers end with it.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
-from ..protocol.messages import Cancel, PoolFailed, PoolReady, Ready, Replies, Reply, Start, decode, encode
+from ..protocol.codec import ProtocolError
+from ..protocol.errors import Failure, WorkerDied
+from ..protocol.messages import Cancel, Join, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
+from ..protocol.replies import Replies, Reply
+from ..protocol.requests import Request
 from ..shm.cancel import GateMemory
+from .worker_processes import Work, WorkerProcess, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0
-"""After one worker's error the others may still answer; one that does not waits in a collective for ever."""
+"""After one worker's error in a collective request the others may still answer; one that does not waits for ever."""
 _JOIN_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
 class _Pending:
+    """A request that not all workers have answered yet.
+
+    Args:
+        collective: as in `Request`.
+        deadline: until when they must have, in seconds of `time.monotonic`.
+    """
+
+    collective: bool
     replies: dict[int, Reply] = field(default_factory=dict)
     deadline: float = float("inf")
 
 
 class _PoolEnded(Exception):
-    """The pool cannot go on; the text is for the user."""
+    """The pool cannot go on."""
 
-    def __init__(self, reason: str, kind: str = ""):
-        super().__init__(reason)
-        self.kind = kind
+    def __init__(self, failure: Failure):
+        super().__init__(failure.text)
+        self.failure = failure
 
 
 class Launcher:
     """Serves one client until it closes its end, or until a worker is lost."""
 
-    def __init__(self, client: Connection, start: bytes):
-        message = decode(start)
-        assert isinstance(message, Start)
-        self.client, self.start, self.settings = client, start, message.settings
-        self.client_end = _end_of(message.client_pid)
-        self.gate = GateMemory()
+    def __init__(self, client: Connection, start: Start):
+        self.client, self.start = client, start
+        self.client_end = _end_of(start.client_pid)
+        self.gate = GateMemory(len(start.locations))
         self.pending: dict[int, _Pending] = {}
-        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.processes: list[WorkerProcess] = []
         self.connections: list[Connection] = []
 
     def run(self) -> int:
@@ -65,7 +74,11 @@ class Launcher:
                 self._step()
         except _PoolEnded as end:
             log.error("%s", end)
-            self._tell_client(PoolFailed(str(end), end.kind))
+            self._tell_client(PoolFailed(end.failure))
+            return 1
+        except ProtocolError as error:
+            log.error("%s", error)
+            self._tell_client(PoolFailed(Failure.of(error)))
             return 1
         except (EOFError, ConnectionError):  # the client has gone
             return 0
@@ -73,54 +86,67 @@ class Launcher:
             self._stop()
 
     def _spawn(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = os.memfd_create("wan-parallel-store")  # rendezvous of torch.distributed: no port, no file
-        for rank in range(self.settings.plan.num_gpus):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_worker,
-                args=(rank, self.start, theirs, f"/proc/{os.getpid()}/fd/{store}", self.gate.path),
-                name=f"wan-parallel-rank-{rank}",
-            )
-            process.start()
-            theirs.close()
-            self.processes.append(process)
+        store = os.memfd_create("wan-parallel-store")  # no port, and no file that would be left over
+        rendezvous = f"file:///proc/{os.getpid()}/fd/{store}"
+        work = []
+        for rank in range(len(self.start.locations)):
+            ours, theirs = multiprocessing.Pipe()
+            join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.gate.path)
+            work.append(Work(encode(join), theirs))
             self.connections.append(ours)
+        if self.start.settings.device == "cpu" and can_fork():
+            self._fork(work)
+        else:
+            self.processes.extend(spawn(one) for one in work)
+        for one in work:
+            one.connection.close()
+
+    def _fork(self, work: Sequence[Work]) -> None:
+        """Let a zygote start the workers. The client may go meanwhile."""
+        zygote = Zygote(work)
+        self.processes = [zygote.process]
+        while zygote.pids not in (news := wait([self.client, *self.client_end, zygote.pids])):
+            self._hear_client(news)
+        zygote.process.join()
+        if zygote.process.exitcode != 0:
+            reason = _exit_reason("The process that starts the workers", zygote.process)
+            raise _PoolEnded(Failure.of(WorkerDied(reason)))
+        self.processes = [*zygote.workers()]
 
     def _wait_until_ready(self) -> None:
         ready: dict[int, Ready] = {}
         while len(ready) < len(self.processes):
             for rank, message in self._messages():
-                if isinstance(message, Reply):
-                    raise _PoolEnded(f"Rank {rank} could not start: {message.error}", message.kind)
+                if isinstance(message, StartFailed):
+                    failure = message.failure
+                    raise _PoolEnded(replace(failure, text=f"Rank {rank} could not start: {failure.text}"))
+                assert isinstance(message, Ready)
                 ready[rank] = message
         self.client.send_bytes(encode(PoolReady(tuple(ready[rank] for rank in sorted(ready)))))
 
     def _step(self) -> None:
         for rank, reply in self._messages():
+            assert isinstance(reply, Reply)
             pending = self.pending[reply.id]
             pending.replies[rank] = reply
             if len(pending.replies) == len(self.processes):
                 del self.pending[reply.id]
                 replies = tuple(pending.replies[rank] for rank in sorted(pending.replies))
                 self.client.send_bytes(encode(Replies(reply.id, replies)))
-            elif reply.error:
+            elif pending.collective and reply.failure is not None:
                 pending.deadline = min(pending.deadline, time.monotonic() + _GRACE_SECONDS)
         for pending in self.pending.values():
             if time.monotonic() > pending.deadline:
-                failed = next(reply for reply in pending.replies.values() if reply.error)
-                raise _PoolEnded(f"Rank {failed.rank} failed while the others waited: {failed.error}", failed.kind)
+                rank, failure = next((r, reply.failure) for r, reply in pending.replies.items() if reply.failure)
+                raise _PoolEnded(replace(failure, text=f"Rank {rank} failed while the others waited: {failure.text}"))
 
-    def _messages(self) -> list[tuple[int, Ready | Reply]]:
+    def _messages(self) -> list[tuple[int, Message]]:
         """Wait for news; pass the client's on to the workers and return those of the workers, with rank."""
         sentinels = [process.sentinel for process in self.processes]
         deadline = min((p.deadline for p in self.pending.values()), default=float("inf"))
         timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + 0.01
         news = wait([self.client, *self.client_end, *self.connections, *sentinels], timeout)
-        if not set(self.client_end).isdisjoint(news):
-            raise EOFError
-        if self.client in news:
-            self._pass_on(self.client.recv_bytes())
+        self._hear_client(news)
         messages = []
         for rank, connection in enumerate(self.connections):
             if connection in news:
@@ -132,12 +158,24 @@ class Launcher:
             self._check_alive()
         return messages
 
+    def _hear_client(self, news: Sequence[object]) -> None:
+        """Pass on what the client says, if `news` has it.
+
+        Raises:
+            EOFError: the client has gone.
+        """
+        if not set(self.client_end).isdisjoint(news):
+            raise EOFError
+        if self.client in news:
+            self._pass_on(self.client.recv_bytes())
+
     def _pass_on(self, data: bytes) -> None:
         message = decode(data)
         if isinstance(message, Cancel):
             self.gate.cancel(message.id)
             return
-        self.pending[message.id] = _Pending()
+        assert isinstance(message, Request)
+        self.pending[message.id] = _Pending(message.collective)
         for connection in self.connections:
             try:
                 connection.send_bytes(data)
@@ -147,7 +185,8 @@ class Launcher:
     def _check_alive(self) -> None:
         dead = [rank for rank, process in enumerate(self.processes) if process.exitcode is not None]
         if dead:
-            raise _PoolEnded(" ".join(_epitaph(rank, self.processes[rank]) for rank in dead))
+            reasons = (_exit_reason(f"Worker rank {rank}", self.processes[rank]) for rank in dead)
+            raise _PoolEnded(Failure.of(WorkerDied(" ".join(reasons))))
 
     def _tell_client(self, message: PoolFailed) -> None:
         try:
@@ -163,13 +202,13 @@ class Launcher:
             process.join(_JOIN_SECONDS)
 
 
-def _epitaph(rank: int, process: multiprocessing.process.BaseProcess) -> str:
+def _exit_reason(title: str, process: WorkerProcess) -> str:
     code = process.exitcode
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system does that when host memory runs out)" if -code == signal.SIGKILL else ""
-        return f"Worker rank {rank} (pid {process.pid}) was ended by {name}{hint}."
-    return f"Worker rank {rank} (pid {process.pid}) ended with status {code}; its last words are in the console."
+        return f"{title} (pid {process.pid}) was ended by {name}{hint}."
+    return f"{title} (pid {process.pid}) ended with status {code}; its last words are in the console."
 
 
 def _end_of(pid: int) -> list[int]:
@@ -183,26 +222,6 @@ def _end_of(pid: int) -> list[int]:
         return []
 
 
-def _die_with_parent() -> None:
-    """End this process when the launcher has ended, however it ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    launcher = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([launcher.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def _worker(*arguments: object) -> None:
-    """Entry of a worker process. Imports torch there, so that the launcher does without."""
-    _die_with_parent()  # first: the import takes seconds
-    from ..worker.worker import main
-
-    main(*arguments)
-
-
 def main(descriptor: str) -> int:
     """Entry of the launcher process; `descriptor` is its end of the client's socket pair."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="[WanParallel] %(message)s")
@@ -211,7 +230,8 @@ def main(descriptor: str) -> int:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     client = Connection(int(descriptor))
     try:
-        start = client.recv_bytes()
+        start = decode(client.recv_bytes())
     except EOFError:
         return 0
+    assert isinstance(start, Start)
     return Launcher(client, start).run()

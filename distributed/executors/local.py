@@ -1,4 +1,4 @@
-"""Starting the launcher of a pool, and hanging up on it."""
+"""The executor of one machine: a launcher beside ComfyUI, which starts one worker for each GPU of this host."""
 
 from __future__ import annotations
 
@@ -8,14 +8,36 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from ..protocol.messages import PoolReady, Start, encode
-from ..protocol.specs import PoolSettings
+import torch
+
+from ..plan.degrees import PlanError
+from ..protocol.errors import Failure, PoolError, WorkerDied
+from ..protocol.messages import Cancel, Message, PoolFailed, Start, decode, encode
+from ..protocol.requests import Request
+from ..protocol.specs import PoolSettings, RankLocation, on_one_host
+from ..shm.arena import Arena
+from .executor import Executor, RanksEnded
+
+MAX_GPUS = 8
+"""What one machine has at most, and what was tried."""
 
 _CLOSE_SECONDS = 3.0
 _BOOTSTRAP = Path(__file__).resolve().parents[2] / "bootstrap.py"
+
+
+def check_num_gpus(num_gpus: int) -> None:
+    """Check that one machine can have so many GPUs.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    if not 1 <= num_gpus <= MAX_GPUS:
+        raise PlanError(f"num_gpus is {num_gpus}. Choose 1 to {MAX_GPUS}.")
 
 
 def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
@@ -33,37 +55,121 @@ def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-class PoolProcesses:
-    """A launcher with its workers, and our end of the line to it."""
+class _Launcher:
+    """One start of the launcher, and our end of the line to it."""
 
-    def __init__(self, settings: PoolSettings):
+    def __init__(self, start: Start):
         ours, theirs = socket.socketpair()
         with theirs:
-            self.launcher = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, str(_BOOTSTRAP), "distributed.executors.launcher", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=worker_environment(os.environ),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
             )
-        self.connection = Connection(ours.detach())
-        self.ready: PoolReady | None = None
-        self.connection.send_bytes(encode(Start(settings, os.getpid())))
+        self.connection: Connection = Connection(ours.detach())
+        self.connection.send_bytes(encode(start))
 
     def stop(self) -> None:
         """Hang up; the launcher then ends its workers and itself."""
         self.connection.close()
         try:
-            self.launcher.wait(_CLOSE_SECONDS)
+            self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self.launcher.kill()
-            self.launcher.wait()
+            self.process.kill()
+            self.process.wait()
 
-    def epitaph(self) -> str:
+    def exit_reason(self) -> str:
         """How the launcher ended, as a sentence."""
         try:
-            code = self.launcher.wait(_CLOSE_SECONDS)
+            code = self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"The pool's launcher (pid {self.launcher.pid}) closed its connection."
+            return f"The pool's launcher (pid {self.process.pid}) closed its connection."
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        return f"The pool's launcher (pid {self.launcher.pid}) was ended {how}."
+        return f"The pool's launcher (pid {self.process.pid}) was ended {how}."
+
+    def ended(self) -> RanksEnded:
+        """The error that the launcher's end is."""
+        return RanksEnded(Failure.of(WorkerDied(self.exit_reason())))
+
+
+class LocalExecutor(Executor):
+    """Ranks on the GPUs of this machine, rank r on GPU r, or on its CPU.
+
+    Messages go through the launcher (see launcher.py), and tensors through memory that all ranks map.
+    """
+
+    def __init__(self) -> None:
+        self._launcher: _Launcher | None = None
+
+    @property
+    def alive(self) -> bool:
+        """See `Executor`."""
+        launcher = self._launcher  # another thread may stop it meanwhile
+        return launcher is not None and launcher.process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The process id of the launcher; 0 while there is none."""
+        launcher = self._launcher
+        return launcher.process.pid if launcher is not None else 0
+
+    def resolve(self, settings: PoolSettings) -> PoolSettings:
+        """See `Executor`."""
+        num_gpus, device = settings.plan.num_gpus, settings.device
+        check_num_gpus(num_gpus)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and torch.cuda.device_count() < num_gpus:
+            raise PlanError(
+                f"num_gpus is {num_gpus}, but this machine shows {torch.cuda.device_count()} GPUs. "
+                "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+            )
+        return replace(settings, device=device)
+
+    def locations(self, settings: PoolSettings) -> tuple[RankLocation, ...]:
+        """See `Executor`."""
+        return on_one_host(settings.plan.num_gpus)
+
+    def start(self, settings: PoolSettings) -> None:
+        """See `Executor`."""
+        if not hasattr(os, "memfd_create"):
+            raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
+        self._launcher = _Launcher(Start(settings, self.locations(settings), os.getpid()))
+
+    def send(self, message: Request[Any] | Cancel) -> None:
+        """See `Executor`."""
+        launcher = self._running()
+        try:
+            launcher.connection.send_bytes(encode(message))
+        except ConnectionError:
+            raise launcher.ended() from None
+
+    def receive(self, seconds: float) -> Message | None:
+        """See `Executor`."""
+        launcher = self._running()
+        try:
+            if not launcher.connection.poll(seconds):
+                return None
+            message = decode(launcher.connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise launcher.ended() from None
+        if isinstance(message, PoolFailed):
+            raise RanksEnded(message.failure)
+        return message
+
+    def stop(self) -> None:
+        """See `Executor`."""
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.stop()
+
+    def make_arena(self, nbytes: int, pinned: bool = False) -> Arena:
+        """See `Executor`."""
+        return Arena(nbytes, pinned)
+
+    def _running(self) -> _Launcher:
+        if self._launcher is None:
+            raise RanksEnded(Failure.of(WorkerDied("The pool has not been started.")))
+        return self._launcher

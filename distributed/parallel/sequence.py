@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 
 from ...wanvideo.attention.kernels import AttentionKernel
+from ...wanvideo.base.errors import UserError
 from ...wanvideo.model.layers import OverSequence
 from ..comm import timing
 from ..plan.degrees import SequenceDegrees, head_speeds, shares
 
 
-class MissingPackage(RuntimeError):
+class MissingPackage(UserError, RuntimeError):
     """A package that several workers need is not installed. The text has the line that installs it."""
 
 

@@ -21,7 +21,7 @@ from ...wanvideo.base.grid import Grid, Part
 from ...wanvideo.model.layers import SelfAttention
 from ...wanvideo.model.model import WanModel
 from ..plan.degrees import PlanError
-from ..protocol.messages import Exchange
+from ..protocol.reports import Exchange
 from ..protocol.requests import Displaced
 from .groups import Membership
 from .sequence import SequenceGroup

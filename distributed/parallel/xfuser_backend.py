@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ...wanvideo.attention.kernels import AttentionKernel
+from ...wanvideo.base.errors import UserError
 from ..comm import timing
 from ..plan.degrees import SequenceDegrees
 
@@ -34,7 +35,7 @@ _COLLECTIVES = "nccl"
 _GROUP_NAMES = ("_MODEL_REPLICA", "_DP", "_CFG", "_PP", "_SP", "_TP", "_FS", "_VAE", "_DIT")
 
 
-class BackendError(RuntimeError):
+class BackendError(UserError, RuntimeError):
     """xfuser is missing, can't be set up, or can't do what is asked. The text says why and what to do."""
 
 

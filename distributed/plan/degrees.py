@@ -15,9 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ...wanvideo.base.errors import UserError
 from .ranks import RankMesh
 
-MAX_GPUS = 8
 RING_COST = 0.2
 """What a ring adds to self-attention, whatever its length, as a share of it: smaller blocks and their merge.
 
@@ -26,7 +26,7 @@ with uneven heads takes 0.916 s and ring 3 0.965 s (benchmarks/results/h200.json
 """
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """The sizes asked for cannot work. The text says why and which sizes do."""
 
 
@@ -113,8 +113,8 @@ class ParallelPlan:
         Raises:
             PlanError: the degrees do not share out `num_gpus`.
         """
-        if not 1 <= self.num_gpus <= MAX_GPUS:
-            raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 to {MAX_GPUS}.")
+        if self.num_gpus < 1:
+            raise PlanError(f"num_gpus is {self.num_gpus}. Choose 1 or more.")
         if self.speeds and (len(self.speeds) != self.num_gpus or min(self.speeds) < 1):
             raise PlanError(
                 f"The speeds of the GPUs are {_words(self.speeds)}. "

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 from ...wanvideo.base.config import WanConfig
+from ...wanvideo.base.errors import UserError
 
 SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
@@ -36,7 +37,7 @@ _FLOAT32_BYTES, _COMPUTE_VALUES = 12, 14
 _WORKSPACE = 2**27  # cuBLAS, cuDNN and the kernels' own
 
 
-class PlacementError(ValueError):
+class PlacementError(UserError, ValueError):
     """The weights do not fit. The text says how much is missing, on which GPU, and what would help."""
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-import torch
-
 from ...wanvideo.base.config import WanConfig
 from ..parallel.partition import check_plan
 from ..plan.degrees import ParallelPlan, PlanError
@@ -111,19 +109,11 @@ class Planner:
 
 
 def resolved(settings: PoolSettings) -> PoolSettings:
-    """With "auto" replaced by what it means on this machine.
+    """The settings with a `usp_backend` of "auto" replaced, and without choices that the backend leaves none.
 
     Raises:
-        PlanError: the machine has too few GPUs, or the backend does not know the plan.
+        PlanError: the backend does not know the plan.
     """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.device_count() < settings.plan.num_gpus:
-        raise PlanError(
-            f"num_gpus is {settings.plan.num_gpus}, but this machine shows {torch.cuda.device_count()} GPUs. "
-            "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
-        )
     backend = "native" if settings.usp_backend == "auto" else settings.usp_backend
     if backend == "xfuser" and settings.plan.tensor_parallel * settings.plan.pipeline_parallel > 1:
         raise PlanError(
@@ -137,7 +127,7 @@ def resolved(settings: PoolSettings) -> PoolSettings:
             "Set gpu_shares to even, or usp_backend to native and pipeline_mode to exact."
         )
     auto, by_speed = settings.auto and exact, settings.by_speed and exact  # cost.py knows about exact plans
-    return replace(settings, device=device, usp_backend=backend, auto=auto, by_speed=by_speed)
+    return replace(settings, usp_backend=backend, auto=auto, by_speed=by_speed)
 
 
 def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:

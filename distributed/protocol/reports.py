@@ -1,7 +1,8 @@
-"""What workers tell of themselves: their models, their memory, what their devices do."""
+"""What workers tell of themselves: their models, their memory, what their devices do and when they stand still."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .machine import Machine
@@ -33,11 +34,15 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class HeldWeights:
-    """Bytes of a model's weights on one worker's device: as it is, and once all that belongs there is back."""
+    """Bytes of a model's weights on one worker's device: as it is, and once all that belongs there is back.
+
+    `patches` is the uuid of the LoRA patches merged into them, or "".
+    """
 
     spec: ModelSpec
     now: int
     whole: int
+    patches: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class MemoryUse:
 
     @property
     def free(self) -> int:
+        """Bytes that nothing has taken."""
         used = self.weights + self.activations + self.cache + self.mailboxes + self.unused + self.others
         return max(0, self.total - used)
 
@@ -112,3 +118,48 @@ class Surveyed:
     hosted: int
     link: str
     device: str = ""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a forward on stale keys and values exchanged with the other patches.
+
+    Args:
+        manager: who did it, with its version.
+        received: bytes that arrived on this rank.
+        seconds: what the exchange takes when nothing else runs, from one layer measured alone.
+        waited: seconds for which this rank's device stood still for it.
+        buffers: bytes of the buffers of all branches on this rank.
+    """
+
+    manager: str
+    received: int
+    seconds: float
+    waited: float
+    buffers: int
+
+
+@dataclass(frozen=True)
+class Stall:
+    """How long a rank's device stood still for one kind of exchange in a forward (see timing.py).
+
+    Args:
+        kind: of the exchange.
+        ranks: that take part in it; none where a rank needs no other.
+        microseconds: of each time, in their order, with commas between: as numbers, hundreds of them would take
+            milliseconds to read.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    microseconds: str
+
+    @staticmethod
+    def of(kind: str, ranks: tuple[int, ...], seconds: Iterable[float]) -> Stall:
+        """The stalls of one kind of exchange, whose lengths are given in seconds."""
+        return Stall(kind, ranks, ",".join(str(round(s * 1e6)) for s in seconds))
+
+    @property
+    def seconds(self) -> list[float]:
+        """The length of each stall in seconds, in their order."""
+        return [int(us) / 1e6 for us in self.microseconds.split(",") if us]

@@ -1,28 +1,52 @@
-"""What a client can ask of its workers. All of them get the same request, and each answers with a `messages.Reply`."""
+"""What a client can ask of its workers. All of them get the same request, and each answers with a `replies.Reply`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ..plan.degrees import ParallelPlan, PatchSplit
 from .refs import ArenaRef, ConditioningRef, PatchRef, TensorRef
+from .replies import Done, ForwardDone
+from .reports import Surveyed, WorkerStatus
 from .specs import ModelSpec
+
+OutcomeT = TypeVar("OutcomeT", covariant=True)
 
 
 @dataclass(frozen=True)
-class Load:
-    """Read a model. `tokens` is the length of the first video, beside which its weights must fit; 0 is unknown."""
+class Request(Generic[OutcomeT]):
+    """What all requests have in common; `Request[X]` is answered with an X.
+
+    Attributes:
+        id: grows by time.
+        outcome: the class of the answer of a worker that did what was asked.
+        collective: whether ranks wait for each other in it. Where one of them then fails alone, the others never
+            answer; in any other request each rank answers for itself, however long that takes.
+    """
 
     id: int
+
+    outcome: ClassVar[type[Any]] = Done
+    collective: ClassVar[bool]
+
+
+@dataclass(frozen=True)
+class Load(Request[Done]):
+    """Read a model. `tokens` is the length of the first video, beside which its weights must fit; 0 is unknown."""
+
+    collective = True
+
     spec: ModelSpec
     tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Patch:
+class Patch(Request[Done]):
     """Make the model's weights those of the file plus `weights`; the patches of an earlier uuid are undone."""
 
-    id: int
+    collective = False
+
     spec: ModelSpec
     uuid: str
     arena: ArenaRef
@@ -30,21 +54,23 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Unload:
+class Unload(Request[Done]):
     """Drop the weights of `specs`."""
 
-    id: int
+    collective = False
+
     specs: tuple[ModelSpec, ...]
 
 
 @dataclass(frozen=True)
-class StepOut:
+class StepOut(Request[Done]):
     """Move weights of `spec` to host memory on `ranks` until each has `nbytes` more on its device, or all of them.
 
     They come back with the next forward, as far as they then fit.
     """
 
-    id: int
+    collective = False
+
     spec: ModelSpec
     ranks: tuple[int, ...]
     nbytes: float
@@ -76,10 +102,12 @@ class Displaced:
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(Request[ForwardDone]):
     """Run one DiT forward; the workers write their tokens of the result into `out` [B, tokens, 4*out_dim]."""
 
-    id: int
+    outcome = ForwardDone
+    collective = True
+
     spec: ModelSpec
     arena: ArenaRef
     x: TensorRef
@@ -96,13 +124,14 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class LoadVAE:
+class LoadVAE(Request[Done]):
     """Take the weights of a VAE's decoder or encoder, in `dtype`; the workers know them by `key` from then on.
 
     Those of another `vae` are dropped.
     """
 
-    id: int
+    collective = False
+
     vae: str
     key: str
     dtype: str
@@ -128,13 +157,14 @@ class VAEOptions:
 
 
 @dataclass(frozen=True)
-class DecodeVAE:
+class DecodeVAE(Request[Done]):
     """Decode latents [B, C, T, h, w] in `arena` into `out` [B, frames, H, W, 3], float32 from 0 to 1, in `out_arena`.
 
     `done` there has a word for each rank: how many frames it has written.
     """
 
-    id: int
+    collective = True
+
     key: str
     arena: ArenaRef
     latent: TensorRef
@@ -145,13 +175,14 @@ class DecodeVAE:
 
 
 @dataclass(frozen=True)
-class EncodeVAE:
+class EncodeVAE(Request[Done]):
     """Encode frames [T, H, W, 3] from 0 to 1 in `arena` into the mean of the latent, `out` [C, t, h, w], float32.
 
     `done` counts latent frames, as `DecodeVAE.done` does frames.
     """
 
-    id: int
+    collective = True
+
     key: str
     arena: ArenaRef
     frames: TensorRef
@@ -162,32 +193,40 @@ class EncodeVAE:
 
 
 @dataclass(frozen=True)
-class Trim:
+class Trim(Request[Done]):
     """Give back memory that only a sampling run needs: displaced patches' buffers and torch's cache."""
 
-    id: int
+    collective = False
+
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Request[WorkerStatus]):
     """Ask for every worker's `WorkerStatus`."""
 
-    id: int
+    outcome = WorkerStatus
+    collective = False
+
 
 
 @dataclass(frozen=True)
-class Survey:
+class Survey(Request[Surveyed]):
     """Ask for every worker's `Surveyed`, which it measures the first time."""
 
-    id: int
+    outcome = Surveyed
+    collective = True
+
 
 
 @dataclass(frozen=True)
-class Divide:
+class Divide(Request[Done]):
     """Share the GPUs out as `plan` says. Loaded models stay: they must be divided alike under both plans."""
 
-    id: int
+    collective = True
+
     plan: ParallelPlan
 
 
-Request = Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE | EncodeVAE
+AnyRequest = (
+    Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE | EncodeVAE
+)

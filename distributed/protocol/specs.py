@@ -1,4 +1,4 @@
-"""What a pool is made of, and how a model is run: the two descriptions by which everybody knows them.
+"""What a pool is made of, where its ranks live, and how a model is run: the descriptions by which everybody knows them.
 
 Imports no torch: the launcher reads them too.
 """
@@ -40,6 +40,29 @@ class PoolSettings:
     pipeline_mode: str = "exact"
     auto: bool = False
     by_speed: bool = False
+
+
+@dataclass(frozen=True)
+class RankLocation:
+    """Where a rank lives.
+
+    Args:
+        host: name of the machine, the same for ranks that share its memory; "" is the client's own.
+        device: index of the rank's GPU among those that processes on this machine see; without a meaning on CPUs.
+    """
+
+    host: str
+    device: int
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the rank lives on the client's own machine."""
+        return not self.host
+
+
+def on_one_host(num_gpus: int) -> tuple[RankLocation, ...]:
+    """The locations, by rank, of ranks that live on one machine, each on the GPU of its own number."""
+    return tuple(RankLocation("", index) for index in range(num_gpus))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -90,17 +91,29 @@ class Arena:
             self._fd = -1
 
 
-class ReusedArena:
-    """One arena for request after request, replaced by a larger one when a request needs more."""
+class MakeArena(Protocol):
+    """Makes arenas, as `Arena` itself does."""
 
-    def __init__(self) -> None:
+    def __call__(self, nbytes: int, pinned: bool = False) -> Arena:
+        """An arena of at least `nbytes` bytes."""
+
+
+class ReusedArena:
+    """One arena for request after request, replaced by a larger one when a request needs more.
+
+    Args:
+        make: makes them.
+    """
+
+    def __init__(self, make: MakeArena = Arena) -> None:
+        self._make = make
         self._arena: Arena | None = None
 
     def of(self, nbytes: int, pinned: bool = False) -> Arena:
         """An arena of at least `nbytes` bytes, without the tensors that lay in it. No request may be under way."""
         if self._arena is None or self._arena.nbytes < nbytes or self._arena.pinned < pinned:
             self.close()
-            self._arena = Arena(nbytes, pinned)
+            self._arena = self._make(nbytes, pinned)
         self._arena.reset()
         return self._arena
 

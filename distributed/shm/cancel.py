@@ -11,11 +11,9 @@ import mmap
 import os
 import time
 
-from ..plan.degrees import MAX_GPUS
-
 _SPIN_SECONDS = 20e-6
 _STEP_BITS, _ABORT = 24, 1  # a decision is request id | step | abort, one 64-bit word
-_SLOTS = 1 + MAX_GPUS
+_WORD = 8  # bytes
 
 
 class Cancelled(Exception):
@@ -23,15 +21,17 @@ class Cancelled(Exception):
 
 
 class GateMemory:
-    """The launcher's side: the cancel flag and one decision word for each leader."""
+    """The launcher's side: the cancel flag, and one decision word for each rank, as any may be a leader."""
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
         self._fd = os.memfd_create("wan-parallel-gate")
-        os.ftruncate(self._fd, mmap.PAGESIZE)
-        self._words = memoryview(mmap.mmap(self._fd, mmap.PAGESIZE)).cast("q")
+        nbytes = _WORD * (1 + world_size)
+        os.ftruncate(self._fd, nbytes)
+        self._words = memoryview(mmap.mmap(self._fd, nbytes)).cast("q")
 
     @property
     def path(self) -> str:
+        """Where the ranks of this host open the memory."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def cancel(self, request: int) -> None:
@@ -45,7 +45,7 @@ class Gate:
     def __init__(self, path: str):
         fd = os.open(path, os.O_RDWR)
         try:
-            self._words = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("q")
+            self._words = memoryview(mmap.mmap(fd, 0)).cast("q")  # all of the file
         finally:
             os.close(fd)
         self._request, self._step = 0, 0

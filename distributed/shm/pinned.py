@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from ...wanvideo.base.errors import UserError
 from .host import host_room
 
 _HEADER = mmap.PAGESIZE
 _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
-class HostMemoryError(RuntimeError):
+class HostMemoryError(UserError, RuntimeError):
     """The host has too little memory for the buffers, or does not let them be pinned."""
 
 

@@ -121,7 +121,7 @@ class ModelMemory:
         held = []
         for spec, loaded in self.models.items():
             now = loaded.device_bytes + loaded.base_weights.nbytes
-            held.append(HeldWeights(spec, now, max(now, loaded.whole_bytes)))
+            held.append(HeldWeights(spec, now, max(now, loaded.whole_bytes), loaded.uuid))
         return tuple(held)
 
     def rooms(self) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ from ..comm.collectives import ShareGroup, gather_rows, join_share_group
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..plan.placement import Demand, Placement, activation_bytes, fitting_blocks, needed_bytes
+from ..protocol.errors import AnotherRankRefused
 from ..protocol.requests import Patch, StepOut
 from ..protocol.specs import ModelSpec, PoolSettings
 from ..shm.arena import ArenaReader
@@ -40,10 +41,6 @@ from .prefetch import BlockPrefetcher
 from .weight_reader import WeightReader
 
 log = logging.getLogger(__name__)
-
-
-class AnotherRankRefused(Exception):
-    """A rank cannot do what was asked of all, and says why. The others did nothing."""
 
 
 class Models:

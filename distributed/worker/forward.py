@@ -20,8 +20,8 @@ from ..parallel.pipeline import Flow
 from ..parallel.strategy import Step, StepInputs, Strategies, WorkItem
 from ..plan.degrees import bounds
 from ..plan.ranks import RankCoords
-from ..protocol.messages import Exchange
 from ..protocol.refs import ArenaRef, TensorRef
+from ..protocol.reports import Exchange
 from ..protocol.requests import Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader

@@ -10,31 +10,26 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 
-from ...wanvideo.attention.kernels import AttentionError
-from ...wanvideo.base.lora import PatchError
-from ...wanvideo.base.tensor_info import CheckpointError
+from ...wanvideo.base.errors import UserError
 from ...wanvideo.ops import pointwise
-from ...wanvideo.quant.fp8 import Fp8Error
-from ...wanvideo.vae.vae_ops import VAEError
-from ..approximate.stale import StaleError
 from ..comm import timing
 from ..comm.probe import survey
 from ..parallel.groups import Membership
-from ..parallel.sequence import MissingPackage
-from ..parallel.xfuser_backend import BackendError
-from ..plan.degrees import ParallelPlan, PlanError
-from ..plan.placement import PlacementError
+from ..plan.degrees import ParallelPlan
+from ..protocol.errors import Failure, OutOfMemory
 from ..protocol.machine import Machine
-from ..protocol.messages import Reply, Start, decode, encode
+from ..protocol.messages import Join, StartFailed, decode, encode
+from ..protocol.replies import Done, ForwardDone, GivenUp, Outcome, Reply
 from ..protocol.reports import Surveyed
 from ..protocol.requests import (
+    AnyRequest,
     DecodeVAE,
     Divide,
     EncodeVAE,
@@ -49,45 +44,35 @@ from ..protocol.requests import (
     Trim,
     Unload,
 )
-from ..protocol.specs import ModelSpec, PoolSettings
+from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import ArenaReader
 from ..shm.cancel import Cancelled, Gate
-from ..shm.pinned import HostMemoryError
 from ..weights.device_memory import MemoryMeter
-from ..weights.models import AnotherRankRefused, Models
+from ..weights.models import Models
 from .forward import ForwardRunner
 from .vae_worker import VAEs
 from .worker_report import device_name, held_bytes, link, out_of_memory, ready, worker_status
 
 log = logging.getLogger(__name__)
 
-_FOR_THE_USER = (
-    AnotherRankRefused,
-    AttentionError,
-    BackendError,
-    CheckpointError,
-    Fp8Error,
-    HostMemoryError,
-    MissingPackage,
-    PatchError,
-    PlacementError,
-    PlanError,
-    StaleError,
-    VAEError,
-)
-"""Errors whose text says what is wrong and what to do; others are told with their traceback in the console."""
-
-
 class Worker:
     """Executes requests; every method that the ranks run together makes the same collective calls on all.
 
     Args:
-        device: that of `settings` without; benchmarks/benchlib/simulation.py has one that only counts.
+        locations: of all ranks, by rank.
+        device: that of the rank's location without; benchmarks/benchlib/simulation.py has one that only counts.
     """
 
-    def __init__(self, rank: int, settings: PoolSettings, gate: Gate, device: torch.device | None = None):
-        self.rank = rank
-        self.device = device or (torch.device("cuda", rank) if settings.device == "cuda" else torch.device("cpu"))
+    def __init__(
+        self,
+        rank: int,
+        settings: PoolSettings,
+        gate: Gate,
+        locations: Sequence[RankLocation],
+        device: torch.device | None = None,
+    ):
+        self.rank, self.locations = rank, locations
+        self.device = device or device_at(settings, locations[rank])
         self.gate = gate
         self.membership = Membership(rank, settings, self.device)
         self.memory = MemoryMeter(self.device)
@@ -96,60 +81,66 @@ class Worker:
         self.fused = pointwise.use_triton(self.device)
         self.machine: Machine | None = None
 
-    def handle(self, request: Request) -> Reply:
-        """Answer one request; errors of the request become part of the reply."""
+    def handle(self, request: AnyRequest) -> Reply:
+        """Answer one request; what it fails with becomes the outcome of the reply."""
         started = time.perf_counter()
-        reply = Reply(request.id, self.rank)
+        outcome = self._outcome(request)
+        seconds, held = time.perf_counter() - started, self.models.memory.held()
+        return Reply(request.id, self.rank, outcome, seconds, held, self.vaes.keys)
+
+    def _outcome(self, request: AnyRequest) -> Outcome:
         try:
             with torch.inference_mode():
-                match request:
-                    case Load():
-                        self.models.load(request.spec, request.tokens, self.membership.join)
-                        reply = replace(reply, patches=self.models.loaded[request.spec].uuid)
-                    case Patch():
-                        self.models.patch(request, self.arena)
-                    case Forward():
-                        reply = self._measured(request, reply)
-                    case LoadVAE():
-                        self.vaes.load(request)
-                    case DecodeVAE():
-                        self.vaes.decode(request)
-                    case EncodeVAE():
-                        self.vaes.encode(request)
-                    case Trim():
-                        self.trim()
-                    case Unload():
-                        self.unload(request.specs)
-                    case StepOut():
-                        self.models.offload(request)
-                    case Report():
-                        reply = replace(reply, status=worker_status(self))
-                    case Survey():
-                        reply = replace(reply, surveyed=self.survey())
-                    case Divide():
-                        self.divide(request.plan)
+                return self._do(request)
         except Cancelled:
             self.trim()  # the client will not wait to ask for it
-            reply = replace(reply, cancelled=True)
+            return GivenUp()
         except torch.OutOfMemoryError as error:
             if isinstance(request, Forward):
                 self.models.learn(request.spec)
-            reply = replace(reply, kind="OutOfMemory", error=out_of_memory(self.device, error))
-        except _FOR_THE_USER as error:
-            reply = replace(reply, kind=type(error).__name__, error=str(error))
+            return Failure.of(OutOfMemory(out_of_memory(self.device, error)))
+        except UserError as error:
+            return Failure.of(error)
         except Exception as error:  # the boundary of the process: whatever it is, the client must hear of it
             log.exception("A request failed.")
-            reply = replace(reply, kind=type(error).__name__, error=str(error) or type(error).__name__)
-        seconds, held = time.perf_counter() - started, self.models.memory.held()
-        return replace(reply, seconds=seconds, weights=held, vaes=self.vaes.keys)
+            return Failure.of(error)
 
-    def _measured(self, request: Forward, reply: Reply) -> Reply:
-        """Run a forward; the reply with what it exchanged and where its time went."""
+    def _do(self, request: AnyRequest) -> Outcome:
+        match request:
+            case Load():
+                self.models.load(request.spec, request.tokens, self.membership.join)
+            case Patch():
+                self.models.patch(request, self.arena)
+            case Forward():
+                return self._measured(request)
+            case LoadVAE():
+                self.vaes.load(request)
+            case DecodeVAE():
+                self.vaes.decode(request)
+            case EncodeVAE():
+                self.vaes.encode(request)
+            case Trim():
+                self.trim()
+            case Unload():
+                self.unload(request.specs)
+            case StepOut():
+                self.models.offload(request)
+            case Report():
+                return worker_status(self)
+            case Survey():
+                return self.survey()
+            case Divide():
+                self.divide(request.plan)
+        return Done()
+
+    def _measured(self, request: Forward) -> ForwardDone:
+        """Run a forward, and tell what it exchanged and where its time went."""
         self.memory.last = None
         with timing.measuring(self.device) as watch:
-            reply = replace(reply, exchange=self.runner.run(request), stalls=watch.stalls())
+            exchange = self.runner.run(request)
+            done = ForwardDone(watch.stalls(), exchange)
         self.memory.end(*held_bytes(self))
-        return reply
+        return done
 
     def unload(self, specs: Iterable[ModelSpec]) -> None:
         """Drop the weights of these models and give their memory back to the device."""
@@ -198,20 +189,24 @@ class Worker:
         self.vaes = VAEs(self.rank, mine.settings, self.device, self.gate, self.models)
 
 
-def main(rank: int, start: bytes, connection: Connection, store: str, gate: str) -> None:
-    """Entry of a worker process: join, say so, serve until the launcher closes the connection."""
+def main(join: bytes, connection: Connection) -> None:
+    """Entry of a worker process: join the others, say so, serve until the launcher closes the connection.
+
+    Args:
+        join: a `messages.Join`, encoded.
+        connection: to the launcher.
+    """
+    told = decode(join)
+    assert isinstance(told, Join)
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {rank}] %(message)s", force=True
+        level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {told.rank}] %(message)s", force=True
     )
-    message = decode(start)
-    assert isinstance(message, Start)
-    settings = message.settings
     try:
-        join_world(rank, settings, store)
-        worker = Worker(rank, settings, Gate(gate))
+        join_world(told.rank, told.settings, told.locations, told.rendezvous)
+        worker = Worker(told.rank, told.settings, Gate(told.gate), told.locations)
     except Exception as error:  # the boundary of the process, as in Worker.handle
         log.exception("The start failed.")
-        connection.send_bytes(encode(Reply(0, rank, kind=type(error).__name__, error=str(error))))
+        connection.send_bytes(encode(StartFailed(told.rank, Failure.of(error))))
         return
     connection.send_bytes(encode(ready(worker)))
     while True:
@@ -219,23 +214,35 @@ def main(rank: int, start: bytes, connection: Connection, store: str, gate: str)
             request = decode(connection.recv_bytes())
         except EOFError:
             return
+        assert isinstance(request, Request)
         connection.send_bytes(encode(worker.handle(request)))
 
 
-def join_world(rank: int, settings: PoolSettings, store: str) -> None:
-    """Join the default process group of all workers, through the file `store`, and settle on this rank's device."""
-    world_size = settings.plan.num_gpus
-    device_id = None
-    if settings.device == "cuda":
-        torch.cuda.set_device(rank)
+def device_at(settings: PoolSettings, location: RankLocation) -> torch.device:
+    """The device of a rank that lives at `location`."""
+    return torch.device("cuda", location.device) if settings.device == "cuda" else torch.device("cpu")
+
+
+def join_world(rank: int, settings: PoolSettings, locations: Sequence[RankLocation], rendezvous: str) -> None:
+    """Join the default process group of all workers, and settle on this rank's device.
+
+    Args:
+        locations: of all ranks, by rank.
+        rendezvous: as in `messages.Join`.
+    """
+    world_size, location = len(locations), locations[rank]
+    device, device_id = device_at(settings, location), None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(settings.memory_fraction)
-        device_id = torch.device("cuda", rank)
+        device_id = device
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+        neighbours = sum(other.host == location.host for other in locations)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     if world_size > 1:
         dist.init_process_group(
-            "nccl" if settings.device == "cuda" else "gloo",
-            store=dist.FileStore(store, world_size),
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=rendezvous,
             rank=rank,
             world_size=world_size,
             device_id=device_id,

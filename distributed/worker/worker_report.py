@@ -59,7 +59,9 @@ def held_bytes(worker: Worker) -> tuple[int, int, int]:
 
 def link(worker: Worker) -> str:
     """How a worker reaches the other ones (see topology.py)."""
-    return link_kind(worker.device, worker.membership.plan.num_gpus)
+    own = worker.locations[worker.rank]
+    others = [at for rank, at in enumerate(worker.locations) if rank != worker.rank]
+    return link_kind(worker.device, [at.device for at in others if at.host == own.host])
 
 
 def out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:

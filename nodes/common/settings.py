@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...distributed.executors.local import check_num_gpus
 from ...distributed.plan.degrees import ParallelPlan, PlanError
 from ...distributed.protocol.specs import ModelSpec, PoolSettings
 from ...wanvideo.checkpoint.weight_source import file_stamp
@@ -108,6 +109,7 @@ class USPConfig:
             SettingsError: the widgets contradict each other, or ask for GPUs that are not there.
         """
         try:
+            check_num_gpus(self.num_gpus)
             if self.chooses_sizes:
                 self.plan.completions()
             else:

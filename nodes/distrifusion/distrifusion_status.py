@@ -15,8 +15,7 @@ from ...distributed.approximate.schedule import StepInfo
 from ...distributed.client.displaced_runs import DisplacedRuns, RunRecord
 from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
-from ...distributed.protocol.messages import Exchange
-from ...distributed.protocol.reports import WorkerStatus
+from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
 from ..common import inputs
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL

@@ -202,8 +202,8 @@ class RemoteWan(torch.nn.Module):
 
     def _keep(self, spec: ModelSpec) -> weakref.finalize:
         """Hold a model on the workers until this object is gone, or until the returned finalizer is called."""
-        self.pool.keep(spec)
-        finalizer = weakref.finalize(self, self.pool.drop, spec)
+        self.pool.models.keep(spec)
+        finalizer = weakref.finalize(self, self.pool.models.drop, spec)
         finalizer.atexit = False
         return finalizer
 
@@ -284,7 +284,7 @@ class RemoteWan(torch.nn.Module):
         others = [pool for pool in _pools if pool is not self.pool and pool.alive]
         for pool in others:
             log.info("Ending the workers of another XDit+USP Config to make room.")
-            pool.close()
+            pool.close(comfy.model_management.throw_exception_if_processing_interrupted)
         freed = free_shared_gpu(nbytes)
         return bool(others) or freed
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import comfy.model_management
 import torch
 
-from ...distributed.client.errors import PoolError
 from ...distributed.client.pool import Pool
 from ...distributed.plan.placement import PlacementError
 from ...distributed.protocol.specs import ModelSpec
+from ...wanvideo.base.errors import UserError
 from .weightless_patcher import WeightlessPatcher
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class SharedDevice:
 
     def held(self) -> tuple[int, int]:
         """Return the bytes of the weights on the device: now, and with the weights back that are in host memory."""
-        return self.pool.held(self.spec, self._ranks())
+        return self.pool.models.held(self.spec, self._ranks())
 
     def offload(self, nbytes: float) -> int:
         """Move weights of `nbytes` bytes, or all, to host memory; returns the bytes that left the device.
@@ -66,7 +66,7 @@ class SharedDevice:
             log.warning("%s The model is read again with the next sampling.", error)
             freed = self.held()[0]
             self.unload()
-        except PoolError as error:
+        except UserError as error:
             log.warning("%s", error)
             return 0
         if freed:
@@ -77,22 +77,23 @@ class SharedDevice:
         """Let the workers forget the model."""
         try:
             self.pool.unload(self.spec)
-        except PoolError as error:
+        except UserError as error:
             log.warning("%s", error)
 
     def trim(self) -> None:
         """Let the workers give back the memory that only a sampling run needs."""
         try:
             self.pool.trim()
-        except PoolError as error:  # must not take the place of the error that ended the sampling
+        except UserError as error:  # must not take the place of the error that ended the sampling
             log.warning("%s", error)
 
     def _ranks(self) -> Sequence[int]:
         """The workers on ComfyUI's own device: one on a GPU, all of them without any."""
-        device, workers = comfy.model_management.get_torch_device(), self.pool.settings.plan.num_gpus
+        device = comfy.model_management.get_torch_device()
         if device.type != self.pool.settings.device:
             return ()
+        here = [(rank, at.device) for rank, at in enumerate(self.pool.locations) if at.is_here]
         if device.type == "cpu":
-            return range(workers)
+            return [rank for rank, _ in here]
         index = torch.cuda.current_device() if device.index is None else device.index
-        return (index,) if index < workers else ()
+        return [rank for rank, own in here if own == index]

@@ -59,14 +59,14 @@ def test_workers_go_from_plan_to_plan_and_back(pool, tmp_path):
     spec, given = ModelSpec(path, "fp32", "fp32"), [t.cuda() for t in tiny.inputs(FOUR_HEADS, (5, 16, 16), batch=2)]
     with torch.inference_mode():
         expected = WanModel.from_checkpoint(path, torch.float32, torch.float32, "cuda")(*given)
-    chosen, pool._planner = pool._planner, Script(pool.settings)
+    chosen, pool._preparation.planner = pool._preparation.planner, Script(pool.settings)
     plans = ({}, {"data_parallel": 2}, {"tensor_parallel": 2}, {"pipeline_parallel": 2, "tensor_parallel": 2}, {})
     for sizes in (*plans, *plans):
-        pool._planner.plan = ParallelPlan(GPUS, **sizes)
+        pool._preparation.planner.plan = ParallelPlan(GPUS, **sizes)
         started = time.perf_counter()
         got = pool.forward(spec, *given)
         print(f"{sizes}: first forward {time.perf_counter() - started:.2f} s")
         assert tiny.relative_error(got, expected) <= 1e-5
-    pool._planner = chosen
+    pool._preparation.planner = chosen
     assert tiny.relative_error(pool.forward(spec, *given), expected) <= 1e-5
     print(pool.status().plan_reason)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from testkit import tiny
 from testkit.tiny import relative_error
-from wan_parallel.distributed.client.errors import PoolError, WorkerDied
+from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import acquire
 from wan_parallel.distributed.parallel import xfuser_backend
 from wan_parallel.distributed.parallel.partition import held_parameters
+from wan_parallel.distributed.parallel.xfuser_backend import BackendError
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.weights.lora_transfer import PatchSet
@@ -181,7 +182,7 @@ def test_uneven_tokens_and_heads_are_exact_on_the_native_path(shared, checkpoint
 
 @pytest.mark.parametrize("shared", XFUSER, indirect=True, ids=str)
 def test_xfuser_refuses_uneven_tokens_and_stays_usable(shared, checkpoints):
-    with pytest.raises(PoolError, match="Set usp_backend to native"):
+    with pytest.raises(BackendError, match="Set usp_backend to native"):
         shared.forward(spec(checkpoints[FOUR_HEADS]), *inputs(FOUR_HEADS, UNEVEN))
     shared.forward(spec(checkpoints[FOUR_HEADS]), *inputs(FOUR_HEADS, EVEN))
 
@@ -240,7 +241,7 @@ def test_a_killed_worker_fails_the_prompt_and_the_next_one_starts_a_new_pool(sha
     started, killed = time.perf_counter(), []
 
     def poll():
-        if not killed and time.perf_counter() - started > 1.0:
+        if not killed and time.perf_counter() - started > 0.3:  # of 0.9 on two H200s
             killed.append(time.perf_counter())
             os.kill(pids[1], signal.SIGKILL)
 

@@ -66,7 +66,7 @@ def inputs(config=CONFIG, latent=(5, 16, 16), batch=1):
 
 
 def on_gpu(pool: Pool, spec: ModelSpec) -> list[int]:
-    return [pool.held(spec, [rank])[0] for rank in range(pool.settings.plan.num_gpus)]
+    return [pool.models.held(spec, [rank])[0] for rank in range(pool.settings.plan.num_gpus)]
 
 
 def used(pool: Pool) -> list[int]:

@@ -22,7 +22,7 @@ from wan_parallel.distributed.client.pool import Pool, PoolStatus
 from wan_parallel.distributed.comm import timing
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import Forward, Load
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.worker import worker
@@ -192,7 +192,7 @@ OVERHEAD = [WAYS[2], WAYS[5], WAYS[6], WAYS[7], WAYS[9]]
 def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
     if torch.cuda.device_count() < shared_plan.gpus:
         pytest.skip(f"needs {shared_plan.gpus} CUDA GPUs")
-    given, gate = inputs(latent, 2), GateMemory()
+    given, gate = inputs(latent, 2), GateMemory(shared_plan.gpus)
     arena = Arena(needed(given) + given.x.numel() * 8 + 4096)
     refs = [arena.write(tensor) for tensor in given]
     out = arena.allocate(torch.float32, (2, grid_of(given.x).tokens, given.x.shape[1] * 4))
@@ -226,8 +226,9 @@ def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
 
 def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, folder: str) -> None:
     """Run forwards with and without measuring in turn, and write the seconds of each."""
-    worker.join_world(rank, settings, f"{folder}/store")
-    runner = worker.Worker(rank, settings, Gate(gate))
+    locations = on_one_host(settings.plan.num_gpus)
+    worker.join_world(rank, settings, locations, f"file://{folder}/store")
+    runner = worker.Worker(rank, settings, Gate(gate), locations)
     handled = [runner.handle(Load(1, request.spec)), runner.handle(request)]
     measuring, told = timing.measuring, {"with": [], "without": []}
     for _ in range(7):
@@ -237,8 +238,8 @@ def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, fol
             torch.cuda.synchronize()
             handled.append(runner.handle(replace(request, id=len(handled))))
             told[key].append(handled[-1].seconds)
-    assert not any(reply.error for reply in handled), [reply.error for reply in handled]
-    told["spans"] = sum(len(stall.seconds) for stall in handled[1].stalls)
+    assert not any(reply.failure for reply in handled), [reply.failure for reply in handled]
+    told["spans"] = sum(len(stall.seconds) for stall in handled[1].outcome.stalls)
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
 
 

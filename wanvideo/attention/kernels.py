@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.errors import UserError
 from ..base.packages import has_module
 from . import flash3, fp8_attention
 
@@ -37,7 +38,7 @@ SIXTEEN_BIT = frozenset({torch.float16, torch.bfloat16})
 Forward = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, "Tensor | None"]]
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError, ValueError):
     """An attention kernel is not installed, or cannot run on this device or in this dtype."""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -39,7 +41,7 @@ class Replacement:
     weight: torch.Tensor
 
 
-class PatchError(ValueError):
+class PatchError(UserError, ValueError):
     """A patch that does not fit its weight."""
 
 

@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UserError
 from ..ops import pointwise
 from ..ops.pointwise import Vectors, written_out
 from .formats.fp8 import Fp8Weight
@@ -35,7 +36,7 @@ _LEAST_EXPONENT = 27
 """The least biased exponent of a scale: a row of zeros has the scale 2**-100, whose reciprocal float32 still holds."""
 
 
-class Fp8Error(ValueError):
+class Fp8Error(UserError, ValueError):
     """fp8 cannot be used on this device, or with this file. The text says why and what to do."""
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UserError
 from ..ops.triton_probe import tried_out
 
 CONVOLUTIONS = ("auto", "triton", "conv3d", "conv3d_ncdhw", "conv2d")
@@ -24,7 +25,7 @@ Convolution = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 _EPS = 1e-30  # below float32's rounding of any mean square that matters; a pixel of zeros stays one
 
 
-class VAEError(ValueError):
+class VAEError(UserError, ValueError):
     """The VAE, its input or its options cannot be run here. The text says which, and what to do."""
 
 

@@ -26,7 +26,7 @@ from ...parallel.exact import exact_attention
 from ...parallel.groups import Membership
 from ...parallel.sequence import SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
-from ...protocol.messages import Exchange
+from ...protocol.reports import Exchange
 from ...protocol.requests import Displaced
 from ...shm.pinned import Segment
 from ..kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name

@@ -23,8 +23,10 @@ from wan_parallel.distributed.approximate.kv_buffers import (
     official_version,
 )
 from wan_parallel.distributed.approximate.schedule import FILL, STALE, PatchSettings, Schedule
-from wan_parallel.distributed.client.errors import PoolError, WorkerDied
+from wan_parallel.distributed.approximate.stale import StaleError
+from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
+from wan_parallel.distributed.parallel.sequence import MissingPackage
 from wan_parallel.distributed.plan.degrees import SPLIT_MODES, PatchSplit, PlanError
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec
@@ -340,7 +342,7 @@ def stale_plan(lanes: tuple[str, ...] = ("a",), **fields: object) -> Displaced:
 def test_a_stale_step_without_a_step_before_is_refused(pool_of, spec, model):
     pool, given = pool_of(2), tiny.inputs(size=UNEVEN)
     pids = pool.worker_pids
-    with pytest.raises(PoolError, match="no keys and values of the step before") as refusal:
+    with pytest.raises(StaleError, match="no keys and values of the step before") as refusal:
         pool.forward(spec, *given, displaced=stale_plan())
     assert tiny.sentences(str(refusal.value)) == 2
     assert tiny.relative_error(pool.forward(spec, *given), model(*given)) <= 2e-6
@@ -350,7 +352,7 @@ def test_a_stale_step_without_a_step_before_is_refused(pool_of, spec, model):
 @pytest.mark.skipif(bool(official_version()), reason="distrifuser is installed")
 def test_the_official_manager_is_refused_with_the_line_that_installs_it(pool_of, spec, model):
     pool, given = pool_of(2), tiny.inputs(size=UNEVEN)
-    with pytest.raises(PoolError, match="pip install --no-deps git") as refusal:
+    with pytest.raises(MissingPackage, match="pip install --no-deps git") as refusal:
         pool.forward(spec, *given, displaced=stale_plan(kind=FILL, run="another", manager="official"))
     assert "is not installed. Run: pip" in str(refusal.value)
     assert tiny.relative_error(pool.forward(spec, *given), model(*given)) <= 2e-6
@@ -412,7 +414,7 @@ def test_a_stale_step_after_one_that_was_given_up_is_refused(own_pool, spec, man
     with pytest.raises(Interrupted):
         own_pool.forward(spec, *given, poll=interrupt, displaced=stale_plan(kind=FILL, **how))
     os.kill(own_pool.worker_pids[1], signal.SIGCONT)
-    with pytest.raises(PoolError, match="no keys and values of the step before"):
+    with pytest.raises(StaleError, match="no keys and values of the step before"):
         forward(*given, stale_plan(**how))
     forward(*given, stale_plan(kind=FILL, **how))
     forward(*given, stale_plan(**how))

@@ -16,7 +16,7 @@ from wan_parallel.distributed.client.displaced_runs import DisplacedRuns
 from wan_parallel.distributed.client.sampling_runs import SampledForward
 from wan_parallel.distributed.parallel.sequence import MissingPackage
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit, PlanError
-from wan_parallel.distributed.protocol.messages import Exchange
+from wan_parallel.distributed.protocol.reports import Exchange
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 
 SETTINGS = PatchSettings(PatchSplit("spatial", 32), warmup_steps=2, sync_frequency=10)
@@ -28,7 +28,9 @@ def runs_of(num_gpus: int = 2, fraction: float = 1.0, data_parallel: int = 1, **
     plan = ParallelPlan(num_gpus, data_parallel=data_parallel)
     exchange = Exchange("native", 100, 1.0, 0.5, 10)
     pool = SimpleNamespace(
-        settings=PoolSettings(plan, "cpu", fraction), launcher_pid=1, exchanges=(exchange,) * num_gpus
+        settings=PoolSettings(plan, "cpu", fraction),
+        launcher_pid=1,
+        last=SimpleNamespace(exchanges=(exchange,) * num_gpus),
     )
     return DisplacedRuns(replace(SETTINGS, **settings), tiny.TINY, ModelSpec("x", "fp32", "fp32"), pool)
 

@@ -77,7 +77,7 @@ def test_a_cancelled_forward_is_dropped_by_all_stages(divided, deep, expected):
 def test_all_stages_leave_at_the_same_block(monkeypatch):
     stages, blocks, batches, rng = 3, 4, [slice(i, i + 1) for i in range(5)], random.Random(0)
     monkeypatch.setattr(Flow, "_exchange", lambda _flow: None)
-    memory, places = GateMemory(), set()
+    memory, places = GateMemory(stages), set()
     gates = [Gate(memory.path) for _ in range(stages)]
 
     def work(rank: int, request: int, left_at: list[tuple[int, int]]) -> None:

@@ -128,6 +128,13 @@ def test_equal_settings_share_a_pool():
     assert not pool.alive and pool.status().state == "not started"
 
 
+@pytest.mark.parametrize("same", [{"device": "auto"}, {"usp_backend": "native"}, {"usp_backend": "auto"}], ids=str)
+def test_settings_that_mean_the_same_share_a_pool(same):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = PoolSettings(ParallelPlan(1), device=device, memory_fraction=0.6)
+    assert acquire(replace(settings, **same)) is acquire(settings)
+
+
 def test_the_workers_stay_between_requests(pool_of, spec):
     pool = pool_of(2)
     pool.forward(spec, *tiny.inputs())
@@ -152,15 +159,15 @@ def test_unload_drops_the_models_and_the_next_forward_loads_again(pool_of, spec,
 def test_a_model_that_nobody_uses_makes_room_for_the_next(pool_of, spec, other):
     pool = pool_of(2)
     pool.unload()
-    pool.keep(spec)
-    pool.keep(spec)
+    pool.models.keep(spec)
+    pool.models.keep(spec)
     pool.ensure_ready(spec)
-    pool.drop(spec)
+    pool.models.drop(spec)
     pool.ensure_ready(other)
     assert len(pool.status().workers[0].models) == 2  # one user is left
     pool.unload()
     pool.ensure_ready(spec)
-    pool.drop(spec)
+    pool.models.drop(spec)
     pool.ensure_ready(other)
     assert [loaded.name for loaded in pool.status().workers[0].models] == [Path(other.path).name]
 

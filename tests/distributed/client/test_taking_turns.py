@@ -9,7 +9,7 @@ import torch
 from testkit import tiny
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import Forward, Load
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.shm.host import HostShare
@@ -60,8 +60,8 @@ def test_one_of_two_experts_leaves_before_the_other_comes(device, tmp_path, offl
         for name in ("high", "low")
     )
     low = replace(low, slice_tokens=64)
-    memory = GateMemory()
-    worker = Worker(0, PoolSettings(ParallelPlan(1), device="cpu"), Gate(memory.path))
+    memory = GateMemory(1)
+    worker = Worker(0, PoolSettings(ParallelPlan(1), device="cpu"), Gate(memory.path), on_one_host(1))
     given, requests = tiny.inputs(CONFIG), []
 
     def forward(spec: ModelSpec) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_one_of_two_experts_leaves_before_the_other_comes(device, tmp_path, offl
         requests.append(spec)
         for request in (Load(len(requests), spec, 16), Forward(len(requests), spec, arena.ref, *refs, out)):
             reply = worker.handle(request)
-            assert not reply.error, reply.error
+            assert reply.failure is None, reply.failure
         return arena.view(out).clone()
 
     device.cap = 2**40

@@ -78,9 +78,9 @@ def test_unloading_the_models_drops_the_vae(pool, tmp_path):
     spec = ModelSpec(str(tmp_path / "tiny.safetensors"), "fp32", "fp32")
     decode(pool, VAE, LATENT[:1, :, :1], "fp32")
     pool.ensure_ready(spec)
-    assert pool.vaes
+    assert pool.models.vaes
     pool.unload(spec)
-    assert not pool.vaes
+    assert not pool.models.vaes
     assert [worker.vae_bytes for worker in pool.status().workers] == [0, 0]
     decode(pool, VAE, LATENT[:1, :, :1], "fp32")
 
@@ -107,7 +107,7 @@ def test_two_workers_decode_and_encode_what_one_process_does(pool, name):
         theirs = torch.cat(list(encoder.encode(frames[0], WholeFrame((4, 3)))))
     assert ours.shape == latent.shape and seen == sorted(seen) and all(0 <= count <= 2 for count in seen)
     assert tiny.relative_error(ours[0].permute(1, 2, 3, 0), theirs) <= 1e-5
-    assert pool.vaes == {f"whole {name}-fp32-{half}" for half in HALVES}
+    assert pool.models.vaes == {f"whole {name}-fp32-{half}" for half in HALVES}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -162,7 +162,7 @@ def test_a_killed_worker_fails_the_decode_and_the_pool_comes_back(pool):
     with pytest.raises(WorkerDied):
         decode(pool, VAE, LONG, "fp32", ONE_FRAME, poll=poll)
     assert time.monotonic() - killed[0] < 5
-    assert not pool.vaes
+    assert not pool.models.vaes
     frames = decode(pool, VAE, LATENT[:1], "fp32").frames  # new workers get the weights again
     assert tiny.relative_error(frames, expected(LATENT[:1])) <= 1e-5
 

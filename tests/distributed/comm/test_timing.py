@@ -12,7 +12,8 @@ from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.comm import timing
 from wan_parallel.distributed.comm.timing import RankTimes, rank_times
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
-from wan_parallel.distributed.protocol.messages import Reply, Stall
+from wan_parallel.distributed.protocol.replies import Reply
+from wan_parallel.distributed.protocol.reports import Stall
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.config import WanConfig
@@ -128,15 +129,15 @@ def replies(tmp_path_factory, path) -> dict[str, list[Reply]]:
 
 
 def times_of(replies: list[Reply]) -> tuple[RankTimes, ...]:
-    return rank_times([reply.seconds for reply in replies], [reply.stalls for reply in replies])
+    return rank_times([reply.seconds for reply in replies], [reply.outcome.stalls for reply in replies])
 
 
 @pytest.mark.parametrize("name", [*PLANS, "weights", FILL, STALE])
 def test_no_rank_stands_still_longer_than_its_forward_takes(replies, name):
     for reply in replies[name]:
-        still = sum(sum(stall.seconds) for stall in reply.stalls)
+        still = sum(sum(stall.seconds) for stall in reply.outcome.stalls)
         assert 0 < still <= reply.seconds, reply.rank
-        assert len({(stall.kind, stall.ranks) for stall in reply.stalls}) == len(reply.stalls)
+        assert len({(stall.kind, stall.ranks) for stall in reply.outcome.stalls}) == len(reply.outcome.stalls)
     longest = max(reply.seconds for reply in replies[name])
     for times in times_of(replies[name]):
         assert times.total == pytest.approx(longest, abs=1e-4)
@@ -147,7 +148,7 @@ def test_no_rank_stands_still_longer_than_its_forward_takes(replies, name):
 def test_ranks_that_exchange_stand_still_equally_often(replies, name):
     groups = {}
     for reply in replies[name]:
-        for own in reply.stalls:
+        for own in reply.outcome.stalls:
             if own.kind != timing.GATE and own.ranks:
                 assert reply.rank in own.ranks
                 groups.setdefault((own.kind, own.ranks), []).append(len(own.seconds))

@@ -13,6 +13,8 @@ from testkit.tiny import sentences
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.approximate.strategies.displaced import DisplacedPatches
 from wan_parallel.distributed.approximate.strategies.pipefusion import PipeFusion
+from wan_parallel.distributed.client.pipefusion_runs import PipeFusionRuns
+from wan_parallel.distributed.client.sampling_runs import SampledForward
 from wan_parallel.distributed.parallel import strategy
 from wan_parallel.distributed.parallel.exact import Exact, ExactStep
 from wan_parallel.distributed.parallel.groups import Membership
@@ -20,11 +22,10 @@ from wan_parallel.distributed.parallel.strategy import Step, StepInputs, Strateg
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.protocol.reports import MemoryUse
 from wan_parallel.distributed.protocol.requests import Displaced, Load, Unload
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.worker.worker import Worker
-from wan_parallel.nodes.model.stream_runs import StreamRuns
 from wan_parallel.wanvideo.base.grid import grid_of, unpatchify
 from wan_parallel.wanvideo.model.model import WanModel
 
@@ -113,13 +114,13 @@ def test_a_worker_runs_a_strategy_that_it_has_never_heard_of(registered, tmp_pat
         pass
 
     path = tiny.write_checkpoint(tmp_path / "tiny.safetensors", tiny.TINY)
-    spec, gate = ModelSpec(path, "fp32", "fp32"), GateMemory()
+    spec, gate = ModelSpec(path, "fp32", "fp32"), GateMemory(1)
     given = tiny.inputs(size=(2, 6, 4), batch=2)
     part = Displaced("stale", "run", ("a", "b"), PatchSplit(), strategy="new")
     job = worker_group.Job(ParallelPlan(1), spec, given, part)
     arena = Arena(worker_group.room(job))
     forward = worker_group.request(2, job, arena)
-    worker = Worker(0, job.settings, Gate(gate.path))
+    worker = Worker(0, job.settings, Gate(gate.path), on_one_host(1))
     with torch.inference_mode():
         for request in (Load(1, spec), forward):
             worker_group.handle(worker, request)
@@ -143,7 +144,8 @@ def test_the_forward_of_the_worker_names_no_concrete_strategy():
 
 def test_the_client_of_a_pool_that_streams_asks_for_that_strategy():
     settings = PoolSettings(ParallelPlan(2, pipeline_parallel=2), "cpu", pipeline_mode="pipefusion")
-    runs = StreamRuns(tiny.TINY, ModelSpec("x", "fp32", "fp32"), SimpleNamespace(settings=settings, launcher_pid=0))
-    with runs.step(torch.ones(1, 16, 3, 8, 8), torch.tensor([900.0]), {}, "") as asked:
+    pool = SimpleNamespace(settings=settings, launcher_pid=0)
+    runs, sampled = PipeFusionRuns(tiny.TINY, ModelSpec("x", "fp32", "fp32"), pool), SampledForward(("a",), 20)
+    with runs.step(torch.ones(1, 16, 3, 8, 8), torch.tensor([900.0]), sampled, "", lambda _nbytes: None) as asked:
         assert asked.strategy == PipeFusion.name
     assert PatchSettings().strategy == DisplacedPatches.name

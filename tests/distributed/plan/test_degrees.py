@@ -143,10 +143,10 @@ def test_tensor_parallel_ranks_share_out_the_heads_they_have():
 # Refusals.
 
 
-@pytest.mark.parametrize("num_gpus", [0, -1, 9])
-def test_a_number_of_gpus_out_of_range_is_refused(num_gpus):
+@pytest.mark.parametrize("num_gpus", [0, -1])
+def test_less_than_one_gpu_is_refused(num_gpus):
     text = refusal(num_gpus=num_gpus)
-    assert f"num_gpus is {num_gpus}" in text and "1 to 8" in text
+    assert f"num_gpus is {num_gpus}" in text and "1 or more" in text
 
 
 @pytest.mark.parametrize("name", ["data_parallel", "pipeline_parallel", "tensor_parallel"])

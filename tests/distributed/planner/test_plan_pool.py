@@ -51,9 +51,9 @@ def whole(model) -> WanModel:
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[Pool]:
-    """Four workers, whose plan a test sets with `pool._planner.plan`."""
+    """Four workers, whose plan a test sets with `pool._preparation.planner.plan`."""
     pool = Pool(PoolSettings(ParallelPlan(4), device="cpu", auto=True))
-    pool._planner = Script(pool.settings)
+    pool._preparation.planner = Script(pool.settings)
     yield pool
     pool.close()
 
@@ -89,9 +89,9 @@ def test_workers_go_from_plan_to_plan(scripted, model, whole):
     )
     pids = None
     for sizes in plans:
-        scripted._planner.plan = ParallelPlan(4, **sizes)
+        scripted._preparation.planner.plan = ParallelPlan(4, **sizes)
         assert tiny.relative_error(scripted.forward(model, *given), expected) <= 2e-6, sizes
-        assert scripted.settings.plan == scripted._planner.plan
+        assert scripted.settings.plan == scripted._preparation.planner.plan
         assert pids in (None, scripted.worker_pids)
         pids = scripted.worker_pids
         for worker in scripted.status().workers:
@@ -106,19 +106,19 @@ def test_speeds_change_what_each_worker_computes_and_nothing_else(scripted, mode
     expected, held, pids = whole(*given), set(), set()
     for speeds in ((), (8, 1, 3, 2), (1, 2, 2, 1), ()):
         for sizes in ({}, {"ulysses_degree": 2}, {"data_parallel": 2}):
-            scripted._planner.plan = ParallelPlan(4, **sizes, speeds=speeds)
+            scripted._preparation.planner.plan = ParallelPlan(4, **sizes, speeds=speeds)
             assert tiny.relative_error(scripted.forward(model, *given), expected) <= 2e-6, (speeds, sizes)
-            held.add(scripted.held(model, range(4)))
+            held.add(scripted.models.held(model, range(4)))
             pids.add(scripted.worker_pids)
     assert len(held) == len(pids) == 1
     for sizes in ({"tensor_parallel": 2}, {"pipeline_parallel": 2}):
-        scripted._planner.plan = ParallelPlan(4, **sizes, speeds=(8, 1, 3, 2))
+        scripted._preparation.planner.plan = ParallelPlan(4, **sizes, speeds=(8, 1, 3, 2))
         assert tiny.relative_error(scripted.forward(model, *given), expected) <= 2e-6, sizes
 
 
 def test_weights_in_shares_and_in_host_memory_do_not_mind_speeds(scripted, model, whole):
     given = tiny.inputs(FIVE_LAYERS, batch=2)
-    scripted._planner.plan = ParallelPlan(4, speeds=(8, 1, 3, 2))
+    scripted._preparation.planner.plan = ParallelPlan(4, speeds=(8, 1, 3, 2))
     for shard, offload in (("on", "off"), ("on", "on"), ("off", "on")):
         spec = replace(model, shard_weights=shard, offload=offload)
         assert tiny.relative_error(scripted.forward(spec, *given), whole(*given)) <= 2e-6, (shard, offload)
@@ -132,9 +132,9 @@ def test_shares_and_loras_outlive_a_change_that_moves_no_weights(scripted, model
     for shard in ("on", "off"):
         spec, results, held = replace(model, shard_weights=shard, offload="off"), [], set()
         for sizes in ({}, {"data_parallel": 2}, {"data_parallel": 4}, {}):
-            scripted._planner.plan = ParallelPlan(4, **sizes)
+            scripted._preparation.planner.plan = ParallelPlan(4, **sizes)
             results.append(scripted.forward(spec, *given, patches=patches))
-            held.add(scripted.held(spec, range(4)))
+            held.add(scripted.models.held(spec, range(4)))
         assert torch.equal(results[0], results[-1])
         assert all(tiny.relative_error(out, results[0]) <= 2e-6 for out in results)
         assert len(held) == 1
@@ -143,7 +143,7 @@ def test_shares_and_loras_outlive_a_change_that_moves_no_weights(scripted, model
 
 def test_a_pool_that_died_comes_back_under_its_plan(scripted, model, whole):
     given = tiny.inputs(FIVE_LAYERS, batch=2)
-    scripted._planner.plan = plan = ParallelPlan(4, data_parallel=2, tensor_parallel=2)
+    scripted._preparation.planner.plan = plan = ParallelPlan(4, data_parallel=2, tensor_parallel=2)
     scripted.forward(model, *given)
     killed = []
 
@@ -201,7 +201,7 @@ def test_speeds_are_measured_once_and_are_the_plans_from_then_on(auto):
 @pytest.mark.parametrize("auto", [True, False])
 def test_a_pool_of_unlike_devices_shares_after_their_speed(monkeypatch, model, whole, auto):
     pool = Pool(PoolSettings(ParallelPlan(2, ulysses_degree=2), device="cpu", auto=auto, by_speed=True))
-    real, asked = pool.survey, []
+    real, asked = pool._preparation.survey, []
 
     def survey(poll: object = None) -> tuple[Surveyed, ...]:
         asked.append(poll)
@@ -210,7 +210,7 @@ def test_a_pool_of_unlike_devices_shares_after_their_speed(monkeypatch, model, w
             for worker, (name, rate) in zip(real(poll), (("slow", 1e10), ("fast", 3e10)), strict=True)
         )
 
-    monkeypatch.setattr(pool, "survey", survey)
+    monkeypatch.setattr(pool._preparation, "survey", survey)
     try:
         for _ in range(2):
             given = tiny.inputs(FIVE_LAYERS)

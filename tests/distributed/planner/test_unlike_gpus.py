@@ -10,9 +10,10 @@ import torch
 from testkit import gloo_group, tiny
 from wan_parallel.distributed.client.errors import error_among
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.messages import Reply, decode, encode
+from wan_parallel.distributed.protocol.messages import decode, encode
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Load
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.weights import models
 from wan_parallel.distributed.worker.worker import Worker
@@ -26,16 +27,16 @@ REFUSAL = AttentionError("The attention kernel does not run on this GPU. Use aut
 @pytest.mark.parametrize("what", ["get_kernel", "use_fp8"])
 def test_what_one_rank_refuses_ends_on_all_and_the_next_load_is_right(tmp_path, what):
     path = tiny.write_checkpoint(tmp_path / "model.safetensors", CONFIG)
-    results = gloo_group.run(2, _loads, tmp_path, GateMemory().path, ModelSpec(path, "fp32", "fp32"), what)
+    results = gloo_group.run(2, _loads, tmp_path, GateMemory(2).path, ModelSpec(path, "fp32", "fp32"), what)
     refused, loaded = ([_reply(rank[name]) for rank in results] for name in ("refused", "loaded"))
-    assert [reply.kind for reply in refused] == ["AnotherRankRefused", "AttentionError"]
+    assert [reply.failure.kinds for reply in refused] == [("AnotherRankRefused",), ("AttentionError",)]
     error = error_among(refused)
     assert isinstance(error, AttentionError) and str(error) == str(REFUSAL)
     assert error_among(loaded) is None
 
 
 def _loads(rank: int, _world: int, gate: str, spec: ModelSpec, what: str) -> gloo_group.Results:
-    worker = Worker(rank, PoolSettings(ParallelPlan(2), device="cpu"), Gate(gate))
+    worker = Worker(rank, PoolSettings(ParallelPlan(2), device="cpu"), Gate(gate), on_one_host(2))
     with mock.patch.object(models, what, side_effect=REFUSAL if rank == 1 else None, wraps=getattr(models, what)):
         refused = worker.handle(Load(1, spec, 36))
     assert not worker.models.loaded

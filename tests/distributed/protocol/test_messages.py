@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import typing
 from collections.abc import Iterator
 from importlib import import_module, util
 from types import ModuleType
@@ -11,7 +13,9 @@ import pytest
 import testkit
 from testkit import tiny
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
-from wan_parallel.distributed.protocol import messages, refs, reports, requests, specs
+from wan_parallel.distributed.protocol import messages, refs, replies, reports, requests, specs
+from wan_parallel.distributed.protocol.codec import ProtocolError
+from wan_parallel.distributed.protocol.errors import Failure
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.wanvideo.base.options import Options, RopeOptions
 
@@ -34,16 +38,19 @@ STATUS = reports.WorkerStatus(
     memory=reports.MemoryUse(2**35, 2**30, 4, 3, 2, 1, 2**37, True),
 )
 WEIGHTS = (reports.HeldWeights(SPEC, 5, 2**35),)
-EXCHANGE = messages.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
+EXCHANGE = reports.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
 SURVEYED = reports.Surveyed(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
-STALLS = (messages.Stall.of("ring", (0, 2), [0.25, 1e-6]), messages.Stall.of("weights", (), []))
-REPLY = messages.Reply(
-    7, 1, "Two words. Do this.", "OutOfMemory", False, 0.1 + 0.2, "uuid", STATUS, EXCHANGE, WEIGHTS, STALLS, SURVEYED
-)
+STALLS = (reports.Stall.of("ring", (0, 2), [0.25, 1e-6]), reports.Stall.of("weights", (), []))
+FAILURE = Failure("Two words. Do this.", ("TooLarge", "PlanError"), True)
+REPLY = replies.Reply(7, 1, replies.ForwardDone(STALLS, EXCHANGE), 0.1 + 0.2, WEIGHTS, ("vae-bf16-decoder",))
+OUTCOMES = (replies.Done(), replies.ForwardDone(()), STATUS, SURVEYED, replies.GivenUp(), FAILURE)
 SPLIT = PatchSplit("temporal", 32, 16)
 DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), SPLIT, True, "native", "new")
+SETTINGS = specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False)
+LOCATIONS = (specs.RankLocation("", 0), specs.RankLocation("another", 3))
 SAMPLES = [
-    messages.Start(specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False), 99),
+    messages.Start(SETTINGS, LOCATIONS, 99),
+    messages.Join(1, SETTINGS, LOCATIONS, "tcp://10.0.0.1:29500", "/proc/12/fd/8"),
     requests.Load(1, SPEC),
     requests.Patch(
         2,
@@ -82,10 +89,11 @@ SAMPLES = [
     messages.Cancel(6),
     READY,
     REPLY,
-    messages.Reply(8, 0, vaes=("vae-bf16-decoder",)),
+    *(replies.Reply(8, 0, outcome) for outcome in OUTCOMES),
+    messages.StartFailed(1, FAILURE),
     messages.PoolReady((READY, READY)),
-    messages.Replies(9, (REPLY, messages.Reply(9, 0))),
-    messages.PoolFailed("Worker rank 1 was ended by SIGKILL.", "WorkerDied"),
+    replies.Replies(9, (REPLY, replies.Reply(9, 0, FAILURE))),
+    messages.PoolFailed(Failure("Worker rank 1 was ended by SIGKILL.", ("WorkerDied", "PoolError"), True)),
 ]
 
 
@@ -95,7 +103,17 @@ def test_a_message_arrives_as_it_was_sent(message):
 
 
 def test_every_kind_of_message_is_tried_here():
-    assert {type(message).__name__ for message in SAMPLES} == set(messages._TYPES)
+    assert {type(message) for message in SAMPLES} == set(typing.get_args(messages.Message))
+
+
+def test_every_outcome_is_tried_here():
+    assert {type(outcome) for outcome in OUTCOMES} == set(typing.get_args(replies.Outcome))
+
+
+def test_each_request_says_whether_ranks_wait_for_each_other_and_what_answers_it():
+    for kind in typing.get_args(requests.AnyRequest):
+        assert isinstance(vars(kind)["collective"], bool)
+        assert kind.outcome in typing.get_args(replies.Outcome)
 
 
 def test_what_arrives_can_be_a_key_as_the_original_can():
@@ -111,6 +129,74 @@ def test_an_unknown_type_is_refused(data):
     with pytest.raises(ValueError, match="unknown type") as error:
         messages.decode(data)
     assert tiny.sentences(str(error.value)) == 2
+
+
+def changed(message: messages.Message, *path: str | int, to: object) -> bytes:
+    """A message with another value in the field that `path` leads to, as bytes."""
+    data = json.loads(messages.encode(message))
+    *way, last = path
+    inner = data
+    for step in way:
+        inner = inner[step]
+    inner[last] = to
+    return json.dumps(data).encode()
+
+
+LOAD = requests.Load(1, SPEC)
+FORWARD = requests.Forward(3, SPEC, ARENA, TENSOR, TENSOR, TENSOR, TENSOR, DISPLACED)
+MALFORMED = {
+    "a number for a text": changed(LOAD, "spec", "path", to=7),
+    "a text for a number": changed(LOAD, "tokens", to="7"),
+    "true for a number": changed(LOAD, "tokens", to=True),
+    "a fraction for a whole number": changed(LOAD, "id", to=1.0),
+    "a number for true": changed(LOAD, "spec", "allow_flash", to=1),
+    "null for a text": changed(LOAD, "spec", "path", to=None),
+    "null for fields": changed(LOAD, "spec", to=None),
+    "a list for fields": changed(LOAD, "spec", to=[]),
+    "a text for a list": changed(FORWARD, "x", "shape", to="12"),
+    "a text in a list of numbers": changed(FORWARD, "x", "shape", 0, to="2"),
+    "fields that are none of an optional one's": changed(FORWARD, "displaced", to={"kind": "stale"}),
+    "a list for names": changed(SAMPLES[3], "weights", to=[]),
+    "a text where names lead to lists": changed(SAMPLES[3], "weights", "head.head.bias", to="x"),
+    "a text for a fraction": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to="all"),
+    "a whole number that no fraction reaches": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=10**400),
+    "an infinite number": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=float("inf")),
+    "no number": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=float("nan")),
+    "an outcome of an unknown type": changed(REPLY, "outcome", "type", to="Undone"),
+    "an outcome that is a request": changed(REPLY, "outcome", "type", to="Load"),
+    "an outcome with another one's fields": changed(REPLY, "outcome", "type", to="Failure"),
+    "an outcome without a type": changed(REPLY, "outcome", to={}),
+    "a type that is no text": changed(REPLY, "outcome", "type", to=["Done"]),
+    "a field too many": changed(LOAD, "more", to=1),
+    "a field too few": b'{"type": "Load", "id": 1}',
+    "nothing": b"",
+    "half a message": messages.encode(LOAD)[:40],
+    "a text alone": b'"Load"',
+    "no text": b"\xff\xfe\x00",
+    "a list without end": b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_message_is_refused_with_what_to_do(data):
+    with pytest.raises(ProtocolError) as error:
+        messages.decode(data)
+    assert tiny.sentences(str(error.value)) == 2
+
+
+def test_the_refusal_names_the_field():
+    with pytest.raises(ProtocolError, match=r"ModelSpec\.path is not a text"):
+        messages.decode(changed(LOAD, "spec", "path", to=7))
+
+
+def test_a_number_that_is_not_finite_is_not_sent():
+    with pytest.raises(ProtocolError, match="cannot be written"):
+        messages.encode(requests.StepOut(4, SPEC, (0,), float("nan")))
+
+
+def test_a_whole_number_may_stand_for_a_fraction():
+    sent = messages.decode(messages.encode(requests.StepOut(4, SPEC, (0,), 2**62)))
+    assert sent.nbytes == 2.0**62 and isinstance(sent.nbytes, float)
 
 
 def test_a_pickle_is_not_opened():

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lora import patch_set, some_lora
 from testkit import tiny
 from testkit.format_files import plain_fp8
 from testkit.patch_runs import sample, through
 from testkit.processes import private_bytes
+from testkit.shared.lora_changes import patch_set, some_lora
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
@@ -49,7 +49,7 @@ def living(spec: ModelSpec, way: tuple[str, str]) -> ModelSpec:
 
 
 def bytes_of(pool: Pool, spec: ModelSpec) -> list[int]:
-    return [pool.held(spec, [rank])[0] for rank in range(pool.settings.plan.num_gpus)]
+    return [pool.models.held(spec, [rank])[0] for rank in range(pool.settings.plan.num_gpus)]
 
 
 # The same results.
@@ -212,7 +212,7 @@ def test_weights_step_out_and_come_back_with_the_next_forward(pool_of, base, way
         assert pool.step_out(model, [1], 1e30) > 0
         assert bytes_of(pool, model)[0] == here[0]
         assert bytes_of(pool, model)[1] < 0.4 * here[1]  # embeddings and head stay
-        assert pool.held(model, [1])[1] == here[1]
+        assert pool.models.held(model, [1])[1] == here[1]
         assert pool.step_out(model, [1], 1e30) == 0
         assert torch.equal(pool.forward(model, *given), expected)
         assert bytes_of(pool, model) == here
@@ -273,7 +273,7 @@ def test_nothing_is_asked_of_a_pool_that_is_not_there(base):
     pool = Pool(PoolSettings(ParallelPlan(2), device="cpu"))
     pool.trim()
     assert pool.step_out(base, [0, 1], 1e30) == pool.step_aside(base) == 0
-    assert pool.held(base, [0]) == (0, 0)
+    assert pool.models.held(base, [0]) == (0, 0)
     assert not pool.alive
 
 
@@ -325,7 +325,7 @@ def test_a_rank_that_dies_during_a_gather_ends_the_forward(own_pool, base):
     with pytest.raises(WorkerDied, match="rank 1"):
         own_pool.forward(model, *given, poll=kill)
     assert time.monotonic() - killed[0] < 5
-    assert own_pool.held(model, [0, 1]) == (0, 0)
+    assert own_pool.models.held(model, [0, 1]) == (0, 0)
     assert torch.equal(own_pool.forward(model, *tiny.inputs(FIVE_LAYERS)), expected)
 
 

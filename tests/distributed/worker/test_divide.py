@@ -11,7 +11,7 @@ from testkit import gloo_group, tiny, worker_group
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced, Divide, Forward, Load
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.worker.worker import Worker
@@ -60,18 +60,18 @@ def steps(change: Change, path: str) -> list[worker_group.Job]:
 
 
 def run_change(
-    rank: int, _world: int, gate: str, work: list[tuple[Change, list[Forward], list[Forward]]]
+    rank: int, world_size: int, gate: str, work: list[tuple[Change, list[Forward], list[Forward]]]
 ) -> gloo_group.Results:
     """On each process: forwards of a worker that goes over, and of one that is started with the later plan."""
     for change, forwards, fresh in work:
-        worker = Worker(rank, PoolSettings(change.before, "cpu"), Gate(gate))
+        worker = Worker(rank, PoolSettings(change.before, "cpu"), Gate(gate), on_one_host(world_size))
         spec, number = forwards[0].spec, forwards[0].id
         for request in (Load(number, spec), *forwards[:2], Divide(number, change.after)):
             worker_group.handle(worker, request)
         for request in (Load(number, spec), *forwards[2:]):
             worker_group.handle(worker, request)
         assert worker.runner.models is worker.vaes.models is worker.models
-        started = Worker(rank, PoolSettings(change.after, "cpu"), Gate(gate))
+        started = Worker(rank, PoolSettings(change.after, "cpu"), Gate(gate), on_one_host(world_size))
         for request in (Load(number, spec), *fresh):
             worker_group.handle(started, request)
     return {"done": torch.ones(1)}
@@ -83,7 +83,7 @@ def outputs(tmp_path_factory) -> list[list[torch.Tensor]]:
     folder = tmp_path_factory.mktemp("divide")
     path = tiny.write_checkpoint(folder / "tiny.safetensors", CONFIG)
     jobs = [steps(change, path) for change in CHANGES]
-    arena, gate = Arena(2 * sum(worker_group.room(job) for several in jobs for job in several)), GateMemory()
+    arena, gate = Arena(2 * sum(worker_group.room(job) for several in jobs for job in several)), GateMemory(4)
     numbers = itertools.count(1)
     work = []
     for change, several in zip(CHANGES, jobs, strict=True):

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from wan_parallel.distributed.client.shared_conditioning import SharedConditioning
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.messages import Reply, decode, encode
+from wan_parallel.distributed.protocol.messages import decode, encode
+from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Request, Unload
-from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
+from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import Gate, GateMemory
 from wan_parallel.distributed.worker.worker import Worker
@@ -62,7 +63,7 @@ class Outcome:
 
 def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
-    gate, arena = GateMemory(), Arena(sum(room(job) for job in jobs))
+    gate, arena = GateMemory(world_size), Arena(sum(room(job) for job in jobs))
     shared = [SharedConditioning() for _ in jobs]
     requests = [request(i, job, arena, further) for i, (job, further) in enumerate(zip(jobs, shared, strict=True), 1)]
     work = [(job.settings, forward, job.slow) for job, forward in zip(jobs, requests, strict=True)]
@@ -92,12 +93,12 @@ def request(number: int, job: Job, arena: Arena, further: SharedConditioning | N
     return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning)
 
 
-def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:
+def _work(rank: int, world_size: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:
     workers: dict[PoolSettings, Worker] = {}
     held, replies = [], {}
     for (settings, request, slow), following in zip(work, [*work[1:], None], strict=True):
         if settings not in workers:
-            workers[settings] = Worker(rank, settings, Gate(gate))
+            workers[settings] = Worker(rank, settings, Gate(gate), on_one_host(world_size))
         worker = workers[settings]
         handle(worker, Load(request.id, request.spec))
         model = worker.models.loaded[request.spec].model
@@ -119,5 +120,5 @@ def _work(rank: int, _world: int, gate: str, work: list[tuple[PoolSettings, Forw
 def handle(worker: Worker, request: Request) -> Reply:
     """Let a worker answer a request, which must not fail."""
     reply = worker.handle(request)
-    assert not reply.error, reply.error
+    assert reply.failure is None, reply.failure
     return reply

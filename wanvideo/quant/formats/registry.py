@@ -18,7 +18,7 @@ _METADATA = "_quantization_metadata"
 
 def logical_tensors(path: str, contents: Contents, prefix: str = "") -> dict[str, LogicalTensor]:
     """The tensors of a file whose names begin with `prefix`, each with its format and the shape of the float tensor
-    that it stands for. Tensors that only describe other tensors are left out, as the formats of those tensors hold them.
+    that it stands for. Tensors that only describe other tensors are left out, as those tensors' formats hold them.
 
     Raises:
         CheckpointError: the file has weights in a format without code here, or is damaged.

@@ -30,7 +30,9 @@ class PlayedPool:
     """A pool whose workers run out of memory as often as it is told."""
 
     def __init__(self, failures: int = 0, models: int = 1):
-        self.failures, self.models, self.calls, self.alive = failures, models, [], True
+        self.failures, self.loaded, self.calls, self.alive = failures, models, [], True
+        self.models = self  # what the workers have loaded
+        self.locations = tuple(SimpleNamespace(device=index, is_here=True) for index in range(2))
         self.settings = SimpleNamespace(plan=SimpleNamespace(num_gpus=2), device="cpu", pipeline_mode="exact")
         self.now = self.whole = 0  # bytes on each worker
 
@@ -51,7 +53,7 @@ class PlayedPool:
 
     def step_aside(self, spec, poll):
         self.calls.append("aside")
-        return self.models - 1
+        return self.loaded - 1
 
     def held(self, spec, ranks):
         return self.now * len(ranks), self.whole * len(ranks)
@@ -67,7 +69,7 @@ class PlayedPool:
     def unload(self, spec=None):
         self.calls.append("unload")
 
-    def close(self):
+    def close(self, poll=None):
         self.calls.append("close")
         self.alive = False
 

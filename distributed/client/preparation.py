@@ -1,0 +1,127 @@
+"""Bringing the workers to where a forward needs them: started, under the plan for it, with the model loaded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ...wanvideo.base.config import WanConfig
+from ...wanvideo.base.errors import UserError
+from ...wanvideo.checkpoint.weight_source import model_config
+from ..parallel.partition import most_held
+from ..plan.degrees import ParallelPlan
+from ..plan.placement import PlacementError
+from ..planner.planner import Kind, Planner
+from ..protocol.reports import Surveyed
+from ..protocol.requests import Divide, Survey
+from ..protocol.specs import ModelSpec, PoolSettings
+from .errors import OutOfMemory
+from .loaded_models import LoadedModels
+from .rpc import Poll, WorkerClient
+
+log = logging.getLogger(__name__)
+
+MakeRoom = Callable[[int], object]
+"""Called with the bytes that each GPU will need. It frees them elsewhere: in ComfyUI, or by ending other pools."""
+
+
+class Preparation:
+    """What is done for a forward before it runs. One thread at a time, as `WorkerClient`.
+
+    Attributes:
+        settings: of the pool, with the plan under which the workers run now.
+    """
+
+    def __init__(self, settings: PoolSettings, client: WorkerClient, models: LoadedModels):
+        self.planner = Planner(settings)
+        self.settings = replace(settings, plan=self.planner.first_plan)
+        self._client, self._models = client, models
+
+    def check(self, kind: Kind) -> None:
+        """Check that forwards of this kind can be divided as was asked for. Starts nothing.
+
+        Raises:
+            CheckpointError, PlanError: they cannot.
+        """
+        self.planner.check(config_of(kind.spec), kind)
+
+    def advance(self, kind: Kind, poll: Poll | None, made: set[int] | None) -> int | None:
+        """Bring the workers to where forwards of this kind can run, or to where room on the GPUs is needed.
+
+        Room is made by others, who must find nobody waiting for them: the caller does it in between, without its turn.
+
+        Args:
+            made: bytes for which room has been made on each GPU; None where nobody makes any.
+
+        Returns:
+            Bytes for which room must be made before this is called again; None where all is ready.
+        """
+        self._client.start(self.settings, poll)
+        plan = self.planner.recall(kind, self.settings.plan)
+        if plan is None:
+            if (room := self._room_for(kind.spec, made)) is not None:  # before it is counted
+                return room
+            surveyed, loaded = self.survey(poll), bool(self._models.specs)
+            plan = self.planner.choose(config_of(kind.spec), kind, surveyed, self.settings.plan, loaded)
+        if plan != self.settings.plan:
+            self._client.wait_for_abandoned(poll)
+            self._divide(plan)
+        room = self._room_for(kind.spec, made)
+        if room is None:
+            self._load(kind, poll)
+        return room
+
+    def survey(self, poll: Poll | None) -> tuple[Surveyed, ...]:
+        """What the workers' devices do, measured the first time, and have room for, by rank."""
+        self._client.wait_for_abandoned(poll)
+        return self._client.ask(Survey, poll).outcomes
+
+    def _room_for(self, spec: ModelSpec, made: set[int] | None) -> int | None:
+        """Bytes that each GPU needs for what is to be loaded, or to come back from host memory; None where room for
+        them has been made, or nothing is to come."""
+        if made is None or self.settings.device != "cuda":
+            return None
+        if self._models.has(spec):
+            room = self._models.coming_back(spec)
+        else:
+            room = most_held(config_of(spec), spec, self.settings.plan)
+        return None if room in made else room
+
+    def _divide(self, plan: ParallelPlan) -> None:
+        if not plan.holds_as(self.settings.plan):
+            self._models.unload(self._models.specs)
+        try:
+            self._client.ask(lambda number: Divide(number, plan), None)
+        except UserError:
+            self._client.close()  # the workers may be of two minds
+            raise
+        self.settings = replace(self.settings, plan=plan)
+
+    def _load(self, kind: Kind, poll: Poll | None) -> None:
+        spec = kind.spec
+        if self._models.has(spec):
+            return
+        started = time.perf_counter()
+        log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
+        self._models.make_way(poll)
+        try:
+            self._models.load(spec, kind.tokens, poll)
+        except PlacementError as error:
+            raise PlacementError(f"{error}{self._ways_out(kind, poll)}") from None
+        log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
+
+    def _ways_out(self, kind: Kind, poll: Poll | None) -> str:
+        """Sizes that would fit, as a sentence; nothing where there are none, or no room to find out."""
+        try:
+            return self.planner.ways_out(config_of(kind.spec), kind, self.survey(poll))
+        except OutOfMemory:
+            return ""
+
+
+@functools.lru_cache(maxsize=16)
+def config_of(spec: ModelSpec) -> WanConfig:
+    """The configuration of a model, read once for each spec: its `stamp` changes with the file."""
+    return model_config(spec.path, spec.module)
