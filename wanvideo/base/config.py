@@ -53,7 +53,7 @@ class WanConfig:
         additions = sorted((*kept, *variants), key=lambda variant: (variant.order, type(variant).__name__))
         return replace(self, additions=tuple(additions), **changes)
 
-    # Its variants.
+    # The variants of the model.
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
@@ -129,7 +129,7 @@ class WanConfig:
         """
         return sum(variant.token_bytes(contexts) for variant in self.variants)
 
-    # Its blocks.
+    # The blocks of the model.
 
     def side_blocks(self, blocks: range) -> range:
         """The numbers, counted from 0, of the variant's own blocks that run behind these `blocks` of the video."""
@@ -160,7 +160,7 @@ class WanConfig:
             return int(match[1])
         return _first(variant.place_of(self, name) for variant in self.variants)
 
-    # Its tensors.
+    # The tensors of the model.
 
     @property
     def parameters(self) -> int:

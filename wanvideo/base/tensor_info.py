@@ -63,6 +63,6 @@ def elements(shape: Iterable[int]) -> int:
 
 
 def listed(names: list[str]) -> str:
-    """The first five of some names, and how many more there are."""
+    """A text with the first five of `names` and the number of the other names."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -182,7 +182,7 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v).flatten(2))
 
     def context_keys(self, inputs: BlockInputs) -> Keys:
-        """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
+        """The keys and values of the text and, if the block attends to an image, those of the image."""
         sources = [(inputs.context, self.k, self.v, self.norm_k)]
         if self.image and inputs.image is not None:
             sources.append((inputs.image, self.k_img, self.v_img, self.norm_k_img))

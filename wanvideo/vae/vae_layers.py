@@ -143,7 +143,7 @@ class Attention:
 
 
 class Upsample:
-    """Twice the rows and columns, and twice the frames where there is a convolution over time.
+    """Doubles rows and columns and, in a layer with a convolution over time, the frames.
 
     The first frame of a video is not doubled, nor seen by the frames after it.
     """
@@ -183,7 +183,7 @@ class Upsample:
 
 
 class Downsample:
-    """Half the rows and columns, and half the frames where there is a convolution over time.
+    """Halves rows and columns and, in a layer with a convolution over time, the frames.
 
     The first frame of a video is not halved.
     """

@@ -213,7 +213,7 @@ def _half_of(name: str) -> Half:
 
 
 def _numbered(name: str, weights: Iterable[str]) -> tuple[str, ...]:
-    """`name`.0, `name`.1 and so on, as far as there are weights with these names in front."""
+    """The names `name`.0, `name`.1 and so on, up to the last one with which the name of a weight begins."""
     found = {int(match[1]) for weight in weights if (match := re.match(rf"{re.escape(name)}\.(\d+)\.", weight))}
     return tuple(f"{name}.{i}" for i in sorted(found))
 

@@ -272,7 +272,7 @@ class MotionEncoder(nn.Module):
         self.dec = nn.ModuleDict({"direction": Directions(face.motion, face.directions)})
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Encode face images [n, 3, pixels, pixels] as motions [n, motion]."""
         seen = cast(nn.ModuleDict, self.enc["net_app"])["convs"](images).flatten(1)
         return self.dec["direction"](self.enc["fc"](seen))
 
@@ -285,7 +285,7 @@ class FaceEncoder(CausalEncoder):
         self.out_proj = Linear(face.hidden, dim)
 
     def forward(self, motions: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Encode motions [B, t, motion] as tokens [B, ceil(t/4), heads + 1, dim]."""
         return self.padded(self.out_proj(self.encode(motions, self.conv1_local, self.heads)))
 
 

@@ -132,7 +132,7 @@ def moments(grid: Grid, part: Part, count: int) -> tuple[tuple[int, int, int], .
 
 
 class Layer(nn.Module):
-    """A linear layer under the name `layer`, as each part of the projection is called in the released files."""
+    """A layer under the name `layer`, as each part of the projection is called in the released files."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()

@@ -132,7 +132,7 @@ class Scail2(Scail):
         return (self.pose_dim, self.pose_dim + self.mask_dim)
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Check that there are masks for the references and for each frame of the video.
+        """Check that the masks cover the references and each frame of the video.
 
         Raises:
             ValueError: the masks have more or fewer frames.

@@ -95,7 +95,7 @@ class Fp8Weight(QuantizedWeight):
         return _name(self.data.dtype == torch.float8_e4m3fn, self.scale is not None)
 
     def components(self) -> dict[str, torch.Tensor]:
-        """`data`, and `scale` where there is one."""
+        """The tensor `data`, and the tensor `scale` of a weight with a scale."""
         return {"data": self.data} if self.scale is None else {"data": self.data, "scale": self.scale}
 
     def replace(self, components: Mapping[str, torch.Tensor]) -> Fp8Weight:
