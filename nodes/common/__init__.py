@@ -1,4 +1,4 @@
-"""What all nodes share: settings read off widgets, model files, refusals, charts.
+"""Code that all nodes share: settings read off widgets, model files, refusals, charts.
 
 May import distributed/, wanvideo/. Open settings.py first.
 """

@@ -1,4 +1,4 @@
-"""What the status pictures share: colours, letters, and the way from a canvas to an IMAGE."""
+"""Colours, fonts and canvases of all status pictures, and the conversion of a canvas to ComfyUI's IMAGE."""
 
 from __future__ import annotations
 

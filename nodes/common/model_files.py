@@ -18,8 +18,8 @@ _found: dict[str, tuple[list[str], dict[str, float]]] = {}
 def model_names() -> list[str]:
     """List the models in ComfyUI's folders for diffusion models, by their paths below these folders.
 
-    A stock ComfyUI lists neither GGUF files nor folders of shards. Both are looked for here, and not added to
-    ComfyUI's own lists, which belong to all nodes.
+    A stock ComfyUI lists neither GGUF files nor folders of shards. This function looks for both itself and leaves
+    ComfyUI's own lists, which belong to all nodes, unchanged.
     """
     files = [file for root in folder_paths.get_folder_paths(MODEL_FOLDER) for file in _files_below(root)]
     folders = {os.path.dirname(file) for file in files if _is_index_of_model(file)} - {""}
@@ -41,7 +41,7 @@ def model_path(name: str) -> str:
 
 
 def patch_files() -> Iterator[str]:
-    """List the files that ModelPatchLoader offers. They are looked for when the first one is asked for."""
+    """Iterate over the paths of the files that ModelPatchLoader offers; the search begins with the first file."""
     for name in folder_paths.get_filename_list(PATCH_FOLDER):
         path = folder_paths.get_full_path(PATCH_FOLDER, name)
         if path is not None:
@@ -49,7 +49,7 @@ def patch_files() -> Iterator[str]:
 
 
 def _is_index_of_model(file: str) -> bool:
-    """Whether a file lists the shards of a transformer, and not those of a text encoder in a folder beside it."""
+    """Whether a file is the index of a transformer's shards, not the index of a text encoder in a nearby folder."""
     return is_index(file) and os.path.basename(file).startswith("diffusion_pytorch_model")
 
 

@@ -1,4 +1,4 @@
-"""Refusals, in plain words, of what a model that runs in other processes cannot honour and must not drop silently."""
+"""Refusals, in plain words, of requests that a model in other processes cannot honour and must not drop silently."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class WrongVariant(NotOnWorkers):
     """The graph conditions another variant of Wan than the one that is loaded."""
 
 
-# What an input may be without changing anything: Wan 2.2 5B has used the mask for the timestep already.
+# Inputs that change nothing in the forward: Wan 2.2 5B has used the mask for the timestep already.
 _HARMLESS_INPUTS = frozenset({"denoise_mask"})
 
 
 def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
-    """Raise WrongVariant: `node` has added `what`, which a model of this variant has no input for."""
+    """Raise WrongVariant, as `node` has added `what`, for which a model of this variant has no input."""
     raise WrongVariant(
         f"The conditioning carries {what}, but this is {_an(variant)} model, which has no input for it. "
         f"Load a model of the variant that {node} is made for, or remove that node."
@@ -36,7 +36,7 @@ def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
 
 
 def refuse_inputs(inputs: Mapping[str, Any], variant: str) -> None:
-    """Refuse every input of a forward that holds something, out of those that a model of `variant` does not read.
+    """Refuse inputs of a forward that a model of `variant` does not read, unless they are None or change nothing.
 
     Raises:
         NotOnWorkers: for the first such input.
@@ -64,7 +64,7 @@ def _an(variant: str) -> str:
 
 
 def refuse_transformer_options(options: Mapping[str, Any]) -> None:
-    """Refuse code that ComfyUI's own Wan model would run inside the blocks. Blocks that are left out are no such code.
+    """Refuse code that ComfyUI's own Wan model would run inside the blocks. Skipped blocks are not refused.
 
     Raises:
         NotOnWorkers: patches of attention or blocks, or an attention override.

@@ -1,4 +1,4 @@
-"""The settings that the XDit+USP Config node hands to the loader, and their meaning to a pool. Knows no ComfyUI."""
+"""The settings that the XDit+USP Config node hands to the loader, and their meaning to a pool. Imports no ComfyUI."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
 
 
 class SettingsError(ValueError):
-    """Widget values that contradict each other or this machine. The text says which, and what to do."""
+    """Widget values contradict each other or this machine. The text says which widgets, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class USPConfig:
         """The relative speeds of the GPUs, from gpu_shares; empty where it has no numbers, or all are the same.
 
         Raises:
-            SettingsError: there is not one number for each GPU.
+            SettingsError: the number of shares is not the number of GPUs.
         """
         if self.gpu_shares.strip() in SHARES:
             return ()
@@ -103,7 +103,7 @@ class USPConfig:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def validate(self) -> None:
-        """Check the widgets as far as that can be done without a model.
+        """Check all that can be checked of the widgets without a model.
 
         Raises:
             SettingsError: the widgets contradict each other, or ask for GPUs that are not there.
@@ -167,7 +167,7 @@ class USPConfig:
         `wanvideo.model.fp8_mode.weights_for`).
 
         Raises:
-            SettingsError: the attention switches leave no kernel, or exclude the one that is named.
+            SettingsError: the attention switches leave no kernel, or exclude the named kernel.
         """
         self._check_attention(attention_mode)
         return ModelSpec(

@@ -23,7 +23,7 @@ class Settings(Protocol):
 
 
 def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any]) -> bool | str:
-    """Check the widgets that a node's settings are made of; returns True, or words about what is wrong."""
+    """Check the widgets that make up a node's settings; returns True, or a sentence on what is wrong."""
     if None in widgets.values():
         return True
     try:
@@ -34,7 +34,7 @@ def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any])
 
 
 def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
-    """Check a model file by reading its header; returns True, or words about what is wrong."""
+    """Check a model file by reading its header; returns True, or a sentence on what is wrong."""
     if name is None:
         return True
     try:
@@ -45,7 +45,7 @@ def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
 
 
 def file_fingerprint(name: str | None) -> str:
-    """Return the stamp of a model file, as a replaced file is another model; "" for a file that is not there."""
+    """Return the stamp of a model file, which changes when the file is replaced; "" for a missing file."""
     path = model_path(name) if name else ""
     return file_stamp(path) if os.path.exists(path) else ""
 

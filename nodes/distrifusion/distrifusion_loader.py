@@ -101,7 +101,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
 
 
 def _status(runs: DisplacedRuns) -> Iterator[str]:
-    """The text of the node; refuses a model that cannot fit.
+    """The lines of the node's text: the workers, the patches, and the memory that the MODEL needs of each GPU.
 
     Raises:
         TooLarge: the weights alone are more than a worker may take.

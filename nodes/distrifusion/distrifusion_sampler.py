@@ -75,7 +75,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
             PlanError: the video cannot be cut like this, or does not fit into memory.
         """
         patcher, runs = with_sync_frequency(model, sync_frequency)
-        if "context_handler" not in patcher.model_options:  # which shows the model parts of the latent alone
+        if "context_handler" not in patcher.model_options:  # a context handler shows the model only parts of the latent
             branches = 1 if cfg == 1.0 else 2
             _check(runs, latent_image["samples"], branches, sync_frequency, steps)
         sampled = common_ksampler(

@@ -1,4 +1,4 @@
-"""The settings of the DistriFusion loader, and their meaning to a pool and its patches. Knows no ComfyUI."""
+"""The settings of the DistriFusion loader, and their meaning to a pool and its patches. Imports no ComfyUI."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DistriFusionConfig:
         return self.precision if self.quantization == "disabled" else self.quantization
 
     def validate(self) -> None:
-        """Check the widgets as far as that can be done without a model.
+        """Check all that can be checked of the widgets without a model.
 
         Raises:
             SettingsError: the widgets contradict each other or this machine.
@@ -63,7 +63,7 @@ class DistriFusionConfig:
         self._usp.validate()
 
     def pool_settings(self) -> PoolSettings:
-        """Return the settings of the pool of workers, which an XDit+USP Config with the same sizes, as set, has too."""
+        """Return the settings of the pool of workers; an XDit+USP Config with the same sizes gives the same pool."""
         return self._usp.pool_settings()
 
     def model_spec(self, path: str) -> ModelSpec:

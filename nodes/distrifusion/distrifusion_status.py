@@ -1,4 +1,4 @@
-"""Official DistriFusion Status: what the patches of a MODEL are, and what their last run did, as text and picture."""
+"""Official DistriFusion Status: the patches of a MODEL and the figures of their last run, as text and picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..model.model_patcher import displaced_runs
 from .distrifusion_loader import availability
 from .patch_picture import draw_layout
 
-_EXAMPLE = (832, 480, 21)  # width, height, latent frames of what is shown before a run
+_EXAMPLE = (832, 480, 21)  # width, height and latent frames of the video shown before a run
 
 
 class OfficialDistriFusionStatus(io.ComfyNode):
@@ -80,9 +80,9 @@ class OfficialDistriFusionStatus(io.ComfyNode):
 
 
 def _layout(runs: DisplacedRuns) -> tuple[PatchLayout, str]:
-    """The patches of the last video, or before it of a video of the size that Wan is mostly used with.
+    """The patches of the last video, or, before the first run, of a video in Wan's most common size.
 
-    With them comes the reason why the video cannot be cut; "" where it can.
+    The second result is the reason why the video cannot be cut into patches; "" for a video that can.
     """
     width, height, frames = _EXAMPLE
     pixels = token_pixels(runs.config)
@@ -128,7 +128,7 @@ def _worker(worker: WorkerStatus) -> str:
 
 
 def _gpu(index: int) -> str:
-    """A GPU on which no worker runs yet; asked without a CUDA context, which would take memory there."""
+    """The line of a GPU without a worker, found out without a CUDA context, which would take memory on the GPU."""
     found = torch.cuda.get_device_properties(index)
     return f"rank {index}: {found.name}, {gib(found.total_memory)}; what is free, and the link, once the workers run"
 
@@ -182,7 +182,7 @@ def _exchange_lines(record: RunRecord) -> Iterator[str]:
 
 
 def _hidden(exchange: Exchange) -> str:
-    """The share of the exchange that computation hides on the rank that waited longest."""
+    """The share of its exchange that the rank with the longest wait hides behind computation."""
     if exchange.seconds <= 0:
         return "not measured"
     share = max(0.0, 1 - exchange.waited / exchange.seconds)

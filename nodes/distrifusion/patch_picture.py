@@ -1,4 +1,4 @@
-"""A picture of how a video is cut into patches: the frame with its bands, and the strip of its latent frames."""
+"""A picture of a video's patches: the frame with its bands of rows, and the strip of its latent frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 
 def draw_layout(layout: PatchLayout, caption: str, frame: torch.Tensor | None = None) -> torch.Tensor:
-    """Draw bands of rows over a frame, runs of frames on a strip, both where the layout cuts both ways.
+    """Draw the patches of a layout: bands of rows over a frame, runs of frames on a strip of latent frames.
 
     Args:
         caption: the first line of the picture.
@@ -113,7 +113,7 @@ def _cropped(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _paint(base: Image.Image, boxes: dict[int, Box], fresh: list[Box], counts: list[int]) -> Image.Image:
-    """Tint each rank's box, hatch what is exchanged fresh, draw the borders and the numbers."""
+    """Tint each rank's box, hatch the areas whose tokens are exchanged fresh, draw the borders and the numbers."""
     tint = Image.new("RGBA", base.size)
     pen = ImageDraw.Draw(tint)
     for rank, box in boxes.items():

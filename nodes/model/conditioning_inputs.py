@@ -1,4 +1,4 @@
-"""What ComfyUI hands to a Wan transformer beside latent, timestep and text, in the form that the pool takes."""
+"""Translates the inputs that ComfyUI gives a Wan transformer beside latent, timestep and text for the pool."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def latent_node(config: WanConfig) -> str:
 
 
 def check_start_image(config: WanConfig, image: object | None) -> None:
-    """Refuse a start image (or control video) that the model has no channels for; say where one is missing.
+    """Refuse a start image (or control video) for which the model has no channels; log where a start image is missing.
 
     Raises:
-        WrongVariant: a text-to-video or VACE model is given one.
+        WrongVariant: a text-to-video or VACE model is given a start image.
     """
     takes_image = config.in_dim > config.out_dim and all(variant.start_image for variant in config.variants)
     if image is not None and not takes_image:
@@ -43,7 +43,7 @@ def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inpu
     """Translate the keyword arguments of ComfyUI's `WanModel.forward`.
 
     Raises:
-        NotOnWorkers, WrongVariant: something would be left out.
+        NotOnWorkers, WrongVariant: an argument has no meaning to the workers or to this variant.
     """
     taken = {name: inputs.get(name) for name in _taken(config)}
     refusals.refuse_transformer_options(transformer_options)
@@ -58,7 +58,7 @@ def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inpu
 
 
 def _taken(config: WanConfig) -> set[str]:
-    """The keywords that a model of this variant reads, and those that ComfyUI's own model ignores as well."""
+    """The keyword arguments that a model of this variant reads, and those that ComfyUI's own model ignores."""
     names = {given.key.name for _, given in config.inputs if given.key is not None}
     for variant in config.variants:
         names |= {key.name for key in variant.settings} | set(variant.ignored)
@@ -70,7 +70,7 @@ def _skip(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def skipped_blocks(transformer_options: Mapping[str, Any]) -> tuple[int, ...]:
-    """The blocks that SkipLayerGuidanceDiT leaves out: those replaced by a function that returns its first argument.
+    """The numbers of the blocks that SkipLayerGuidanceDiT skips by replacing them with a function like `_skip`.
 
     Raises:
         NotOnWorkers: a block is replaced by anything else.

@@ -1,8 +1,8 @@
-"""InfiniteTalk: what WanInfiniteTalkToVideo has left in a MODEL's options, and the file of its layers.
+"""InfiniteTalk: the inputs that WanInfiniteTalkToVideo has left in a MODEL's options, and the file of its layers.
 
-ComfyUI loads the layers into its own process (ModelPatchLoader) and patches each block with them. The workers read them
-from the same file. A MODEL_PATCH does not know its file, so it is looked for among those that ComfyUI lists, and every
-number in it is compared. Needs no ComfyUI.
+ComfyUI loads the layers into its own process (ModelPatchLoader) and patches each block with the layers. The workers
+read the layers from the same file. As a MODEL_PATCH does not know its file, this module searches the files that ComfyUI
+lists and compares every number. It needs no ComfyUI.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 _LAYERS, _PLACES = "MultiTalkCrossAttnPatch", "MultiTalkGetAttnMapPatch"  # ComfyUI's classes
 
 _files: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
-"""Where the numbers of a model patch were found, and the stamp of that file."""
+"""For each model patch, the path of the file that holds its numbers, and the stamp of this file."""
 
 
 @dataclass(frozen=True)
 class Talk:
-    """What a MODEL is to hear.
+    """The inputs of InfiniteTalk that a MODEL's options carry.
 
     Args:
         model_patch: ComfyUI's ModelPatcher of the layers.
-        scale: how strongly.
-        audio: [1, latent frames, tokens, width]; of two speakers, one behind the other.
-        masks: of the speakers over the tokens of a frame, [2, rows * columns], or None for one speaker.
+        scale: factor of the attention to speech.
+        audio: audio tokens [1, latent frames, tokens, width]; the tokens of a second speaker follow the first's.
+        masks: masks of two speakers over the tokens of a frame, [2, rows * columns]; None for one speaker.
     """
 
     model_patch: Any
@@ -48,7 +48,7 @@ class Talk:
     masks: torch.Tensor | None
 
     def joined(self, conditioning: Conditioning, batch: int) -> Conditioning:
-        """A conditioning with what is heard by each of `batch` items."""
+        """The conditioning with the speech and the masks added for each of `batch` items."""
         audio, masks = self.audio.expand(batch, *self.audio.shape[1:]), self.masks
         if masks is not None:
             masks = masks.float().expand(batch, *masks.shape)
@@ -57,10 +57,10 @@ class Talk:
 
 
 def talk_in(options: Mapping[str, Any]) -> Talk | None:
-    """What the transformer options of a forward let it hear; None where there is nothing.
+    """The inputs of InfiniteTalk in the transformer options of a forward; None where the options have none.
 
     Raises:
-        NotOnWorkers: several such nodes have patched the model.
+        NotOnWorkers: several WanInfiniteTalkToVideo nodes have patched the model.
     """
     layers, places = _of(options, _LAYERS), _of(options, _PLACES)
     if not layers:
@@ -75,7 +75,7 @@ def talk_in(options: Mapping[str, Any]) -> Talk | None:
 
 
 def without_talk(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The transformer options without what `talk_in` has read."""
+    """The transformer options without the patches that `talk_in` reads."""
     kinds = (_LAYERS, _PLACES)
     patches = options.get("patches", {})
     rest = {name: [p for p in found if type(p).__name__ not in kinds] for name, found in patches.items()}
@@ -83,21 +83,21 @@ def without_talk(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def has_places(options: Mapping[str, Any]) -> bool:
-    """Whether it is told in each block who of two speakers a token belongs to."""
+    """Whether the transformer options have masks of two speakers."""
     return bool(_of(options, _PLACES))
 
 
 def loaded_elsewhere(options: Mapping[str, Any], models: Iterable[Any]) -> list[Any]:
-    """Those of `models` that ComfyUI must load beside a MODEL; the layers of InfiniteTalk are in the workers."""
+    """The `models` that ComfyUI must load beside a MODEL: all but InfiniteTalk's layers, which the workers load."""
     layers = [patch.model_patch for patch in _of(options, _LAYERS)]
     return [model for model in models if not any(model is mine for mine in layers)]
 
 
 def file_of(model_patch: Any, files: Iterable[str]) -> str:
-    """The one of `files` that holds the numbers of a MODEL_PATCH, every one of them. Looks for it once.
+    """The path, out of `files`, of the file with exactly the numbers of a MODEL_PATCH; searched for once a patch.
 
     Raises:
-        NotOnWorkers: there is none, or something has changed the numbers.
+        NotOnWorkers: no file has these numbers, or a node has changed the numbers.
     """
     module = model_patch.model
     known, stamp = _files.get(module, ("", ""))
@@ -121,7 +121,7 @@ def _of(options: Mapping[str, Any], kind: str) -> list[Any]:
 
 
 def _holds(path: str, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file has these weights and no others; the small ones tell files of one shape apart at once."""
+    """Whether a file has exactly these weights. Small weights are compared first, as they soon tell files apart."""
     try:
         tensors = read_contents(path).tensors
     except CheckpointError:

@@ -1,8 +1,9 @@
 """The names of LoRA files for the loader's own `lora` input, and whether a LoRA belongs to the model at all.
 
-LoraLoaderModelOnly knows ComfyUI's names, kohya's and VideoX-Fun's. Training scripts write others as well: diffusers'
-(`transformer.blocks.0.attn1.to_q`), peft's (`base_model.model.`), DiffSynth's (`pipe.dit.`), LyCORIS' (`lycoris_`), or
-none in front. Whatever stands behind the name of the module (`lora_A.weight`, `alpha`, `diff_b`, ...) is ComfyUI's.
+LoraLoaderModelOnly knows ComfyUI's names, kohya's and VideoX-Fun's. Training scripts write other names as well:
+diffusers' (`transformer.blocks.0.attn1.to_q`), peft's (`base_model.model.`), DiffSynth's (`pipe.dit.`), LyCORIS'
+(`lycoris_`), or names without a prefix. The ending behind the name of the module (`lora_A.weight`, `alpha`, `diff_b`,
+...) is passed on as it is, for ComfyUI to interpret.
 """
 
 from __future__ import annotations

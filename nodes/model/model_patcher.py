@@ -58,13 +58,13 @@ class RemoteModelPatcher(WeightlessPatcher):
         super().pre_run()
 
     def cleanup(self) -> None:
-        """End sampling, in whatever way: the memory that workers hold beyond weights makes room for the VAE."""
+        """End sampling, however it ended: workers free the memory that they hold beyond weights, for the VAE."""
         super().cleanup()
         self.shared_device.trim()
 
-    # What the workers hold on ComfyUI's own device is shown to its memory manager. Where that wants some of it for
-    # another model, weights move to host memory; the next forward brings them back. Cancel has to wait for that: an
-    # interrupt in the middle of ComfyUI's freeing would make it lose count of its models.
+    # ComfyUI's memory manager sees the weights that the workers hold on ComfyUI's own device. When the manager wants
+    # room for another model, weights move to host memory; the next forward brings the weights back. Cancel has to wait
+    # for such a move: an interrupt in the middle of ComfyUI's freeing would make ComfyUI lose count of its models.
 
     def model_size(self) -> int:
         """Bytes of the weights on ComfyUI's device once all are there; 1 while the workers have none (0 is unset)."""
@@ -115,7 +115,7 @@ class RemoteModelPatcher(WeightlessPatcher):
         """Add LoRA patches as ComfyUI does.
 
         Raises:
-            NotOnWorkers: they bring the weights of another model, or fit none of this one.
+            NotOnWorkers: the patches bring the weights of another model, or fit no weight of this model.
         """
         for patch in patches.values():
             refuse_foreign(patch)

@@ -1,8 +1,8 @@
-"""A ComfyUI MODEL without weights: samplers, LoRA loaders and patches of ComfyUI see an ordinary Wan model, and each
-forward of its transformer is done by a pool of workers.
+"""A ComfyUI MODEL without weights: samplers, LoRA loaders and patches of ComfyUI see an ordinary Wan model, while a
+pool of workers computes each forward of its transformer.
 
-ComfyUI's own classes supply everything but the transformer (latent format, sigmas, conditioning); they are
-told that the model needs next to no memory, as its weights and activations lie elsewhere.
+ComfyUI's own classes supply everything but the transformer (latent format, sigmas, conditioning). To these classes the
+model needs next to no memory, as its weights and activations lie in the workers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 # ComfyUI sees the logical weights: a quantised one is a float matrix to it, of its logical shape.
 _FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Modules of the transformer that other nodes look for. They are in the workers, so the answer is a refusal.
+# Modules of the transformer that other nodes look for. These modules are in the workers, so the answer is a refusal.
 _MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
 
 
@@ -55,17 +55,17 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     """Build the MODEL of a checkpoint. Reads no weights and starts no workers.
 
     Args:
-        runs: the sampling runs of a MODEL that is not exact. Without, every forward is exact, unless the pool streams
+        runs: the sampling runs of a MODEL that is not exact. None makes every forward exact, unless the pool streams
             patches through pipeline stages (PipeFusion).
 
     Raises:
-        CheckpointError: this ComfyUI takes the file for something else than a Wan model, or samples it otherwise.
+        CheckpointError: this ComfyUI takes the file for another kind of model, or for a Wan model of other sampling.
     """
     tensors = {
         name: torch.empty(info.shape, dtype=_FILE_DTYPES.get(info.dtype, torch.bfloat16), device="meta")
         for name, info in header.tensors.items()
     }
-    # Others are told by their tensors, to which a VACE module may have been added that the note knows nothing of.
+    # Tensors identify all other models; a VACE module may have added tensors of which the note knows nothing.
     metadata = header.metadata if header.is_flow_rvs else None
     model_config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
     if model_config is None or not model_config.unet_config.get("image_model") == "wan2.1":
@@ -91,16 +91,16 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
-        size=1,  # bytes: what it holds beside that is in the workers, see RemoteModelPatcher.model_size
+        size=1,  # bytes; the workers hold the weights, see RemoteModelPatcher.model_size
     )
 
 
 class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
-    `patches` are the LoRAs of the loaded MODEL; the workers get them with the next forward. `runs` are its sampling
-    runs; None where every forward is exact. `header` and `spec` are of the model as the workers have it, which may have
-    taken in InfiniteTalk's layers.
+    `patches` are the LoRAs of the loaded MODEL, which the workers get with the next forward. `runs` are the MODEL's
+    sampling runs; None where every forward is exact. `header` and `spec` describe the model as the workers have it,
+    with InfiniteTalk's layers once a forward has needed these layers.
     """
 
     dtype = torch.float32
@@ -231,7 +231,7 @@ class RemoteWan(torch.nn.Module):
         timestep: torch.Tensor,
         context: torch.Tensor,
     ) -> torch.Tensor:
-        check(self.header.config, x, conditioning)  # before anything starts; the pool checks what it is given again
+        check(self.header.config, x, conditioning)  # before any worker starts; the pool checks again
         whole, rest = extended(x, conditioning)  # as the workers will divide it
         forward = sampled_forward(
             options,
@@ -256,7 +256,7 @@ class RemoteWan(torch.nn.Module):
             )
 
     def _ensure_ready(self, tokens: int, items: int) -> None:
-        """Start the workers and load the model, with words about it under the running node."""
+        """Start the workers and load the model, while a text under the running node says so."""
         with LoadingText(self.spec, self.pool) as text:
 
             def poll() -> None:
@@ -277,9 +277,9 @@ class RemoteWan(torch.nn.Module):
         self._free(nbytes)
 
     def _free(self, nbytes: float) -> bool:
-        """Free `nbytes` on the GPUs: other pools end, and ComfyUI's own models leave the GPU that we share.
+        """Free `nbytes` on the GPUs: end all other pools, and let ComfyUI's own models leave the GPU that is shared.
 
-        Returns whether there was anything to free.
+        Returns whether anything was freed.
         """
         others = [pool for pool in _pools if pool is not self.pool and pool.alive]
         for pool in others:
@@ -289,7 +289,8 @@ class RemoteWan(torch.nn.Module):
         return bool(others) or freed
 
     def _free_more(self) -> bool:
-        """Free all that is not this model, after the workers ran out of memory; returns whether there was any."""
+        """Free GPU memory from everything but this model, after the workers ran out of memory; whether a second try
+        has more room."""
         freed = self._free(EVERYTHING)
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         freed = bool(self.pool.step_aside(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
@@ -297,4 +298,4 @@ class RemoteWan(torch.nn.Module):
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-"""Pools that a MODEL has been made for."""
+"""The pools of all MODELs that this process has built."""

@@ -9,13 +9,14 @@ from ...distributed.client.sampling_runs import SampledForward
 from .infinitetalk_patch import has_places
 
 SYNC_FREQUENCY = "wan_parallel_sync_frequency"
-"""Where OfficialDistriFusionSampler leaves its setting among the transformer options."""
+"""The transformer option in which OfficialDistriFusionSampler leaves its `sync_frequency`."""
 
 
 def sampled_forward(
     options: Mapping[str, Any], batch: int, vace_contexts: int = 0, context_tokens: int = 0
 ) -> SampledForward:
-    """Translate ComfyUI's transformer options of a forward of `batch` items; the other arguments go in as they are."""
+    """Translate ComfyUI's transformer options of a forward of `batch` items to a `SampledForward`, which also takes the
+    other arguments as they are."""
     sigmas = options.get("sample_sigmas")
     return SampledForward(
         branch_ids(options, batch),
@@ -30,9 +31,10 @@ def sampled_forward(
 
 
 def branch_ids(options: Mapping[str, Any], batch: int) -> tuple[str, ...]:
-    """Return a name for each batch item, the same in every step of a run; none where the options name other items.
+    """Return a name for each batch item, which stays the same in every step of a run; no names where the options do not
+    fit the batch.
 
-    ComfyUI puts as many videos into a batch as there are, for each conditioning in `uuids` one after the other.
+    A batch of ComfyUI's holds, for one conditioning in `uuids` after the other, all videos that are sampled together.
     """
     branches = [
         f"{name}:{label}"

@@ -1,4 +1,4 @@
-"""The device that ComfyUI and the workers share, and how either makes room there for the other."""
+"""The device that ComfyUI and the workers share; each can ask the other to make room there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .weightless_patcher import WeightlessPatcher
 log = logging.getLogger(__name__)
 
 EVERYTHING = 1e30
-"""Bytes, as ComfyUI's own unload_all_models asks for."""
+"""The bytes to free for all memory: the number that ComfyUI's own unload_all_models asks for."""
 
 
 def free_shared_gpu(nbytes: float) -> bool:
     """Let ComfyUI's own models leave the GPU that it shares with a worker, as far as `nbytes` need it.
 
-    Returns whether any of them did.
+    Returns whether any model left.
     """
     management = comfy.model_management
     device = management.get_torch_device()
@@ -49,13 +49,13 @@ class SharedDevice:
     spec: ModelSpec
 
     def held(self) -> tuple[int, int]:
-        """Return the bytes of the weights on the device: now, and once all that are in host memory have come back."""
+        """Return the bytes of the weights on the device: now, and with the weights back that are in host memory."""
         return self.pool.models.held(self.spec, self._ranks())
 
     def offload(self, nbytes: float) -> int:
         """Move weights of `nbytes` bytes, or all, to host memory; returns the bytes that left the device.
 
-        Where host memory has no room for them, the workers forget the model instead.
+        Where host memory has no room for the weights, the workers forget the model instead.
         """
         ranks = self._ranks()
         if not ranks:

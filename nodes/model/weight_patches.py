@@ -1,8 +1,7 @@
 """ComfyUI's weight patches (LoRAs of any kind) in the form that the workers merge.
 
-A plain LoRA travels as its two thin matrices. Whatever else ComfyUI can apply (LoHa, LoKr, DoRA, OFT, LoCon
-with a middle matrix, ...) is computed by ComfyUI itself, on the weight as the file has it, and travels as the
-result.
+A plain LoRA travels as its two thin matrices. ComfyUI itself computes every other kind of patch (LoHa, LoKr, DoRA, OFT,
+LoCon with a middle matrix, ...) on the weight as the file has it; the resulting weight travels.
 """
 
 from __future__ import annotations
@@ -67,7 +66,8 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
 
 
 def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec: ModelSpec) -> list[WeightPatch]:
-    """The patches of one weight: each as it is, or where ComfyUI must compute one of them, the weight after all."""
+    """The patches of one weight for the workers. Where only ComfyUI can compute a patch, the one `Replacement` is the
+    weight after all patches."""
     plain = [patch for entry in entries if (patch := _plain(entry)) is not None]
     if len(plain) == len(entries):
         return plain
@@ -78,7 +78,7 @@ def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec
 
 
 def reaches(name: str) -> bool:
-    """Whether ComfyUI applies patches to this weight.
+    """Whether ComfyUI applies patches to the weight `name`.
 
     ComfyUI passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head,
     and the positions of the image tokens.
@@ -90,10 +90,10 @@ def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, TensorInfo]) -> 
     """Log how much of a LoRA fits the model's `tensors`, unless all of it fits.
 
     Args:
-        patches: the argument of `ModelPatcher.add_patches`. Its keys may come with an offset, which is not looked at.
+        patches: the argument of `ModelPatcher.add_patches`. The offset that a key may have is ignored.
 
     Raises:
-        NotOnWorkers: nothing fits.
+        NotOnWorkers: no patch fits.
     """
     touched = {key.removeprefix(PREFIX): patch for key, patch in patches.items() if isinstance(key, str)}
     touched = {name: patch for name, patch in touched.items() if name in tensors}
@@ -120,7 +120,7 @@ def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, TensorInfo]) -> 
 
 
 def fits(patch: Any, shape: Sequence[int]) -> bool:
-    """Whether a patch has the shape of its weight, where that can be told without computing it."""
+    """Whether a patch has the `shape` of its weight; True for a patch whose shape only its computation would show."""
     if isinstance(patch, LoRAAdapter):
         up, down, _, middle, _, reshape = patch.weights
         told = middle is None and reshape is None

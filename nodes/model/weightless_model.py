@@ -1,4 +1,4 @@
-"""ComfyUI's model around the transformer (BaseModel): the answers that differ when the transformer is elsewhere."""
+"""ComfyUI's model around the transformer (BaseModel), changed for a transformer that runs in other processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .conditioning_inputs import check_start_image, latent_node
 
 
 class _Weightless(comfy.model_base.BaseModel):
-    """The answers that differ from those of ComfyUI's class of a Wan model, which comes behind this one."""
+    """The methods of ComfyUI's Wan model that differ without weights. ComfyUI's class follows in the bases."""
 
     def memory_required(self, *_args: Any, **_options: Any) -> float:
-        """Return 0, as activations are in the workers. So both branches of cfg always come in one batch."""
+        """Return 0, as activations lie in the workers. ComfyUI then puts both branches of cfg into one batch."""
         return 0.0
 
     def process_latent_in(self, latent: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ class _Weightless(comfy.model_base.BaseModel):
         return super().process_latent_in(latent)
 
     def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
-        """Return the channels of a start image as ComfyUI does; refuse an image that the model has no channels for."""
+        """Return the channels of a start image as ComfyUI does; refuse an image without channels in the model."""
         self._check_channels(inputs["noise"])
         check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
         return super().concat_cond(**inputs)

@@ -1,4 +1,4 @@
-"""A ModelPatcher of ComfyUI's that refuses, in plain words, what needs the weights or the blocks in this process."""
+"""A ModelPatcher that refuses, in plain words, operations that need the weights or the blocks in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..common import refusals
 
 
 class WeightlessPatcher(ModelPatcher):
-    """Refuses what cannot be honoured where the weights are elsewhere; each method raises NotOnWorkers."""
+    """Refuses operations on weights, which are in other processes; each method raises NotOnWorkers."""
 
     def add_hook_patches(self, *_args: Any, **_options: Any) -> None:
         """Refuse weights that a hook gives to some of the conditioning."""
@@ -23,7 +23,7 @@ class WeightlessPatcher(ModelPatcher):
         refusals.refuse_merging()
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
-        """Return names and shapes; refuse a prefix, with which Extract and Save Lora asks for the values."""
+        """Return names and shapes of the weights; refuse a prefix, by which Extract and Save Lora asks for values."""
         if filter_prefix is not None:
             refusals.refuse_saving()
         return super().model_state_dict()
@@ -42,13 +42,13 @@ class WeightlessPatcher(ModelPatcher):
             refusals.refuse_injection(key)
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        """Replace a part of the model that is in this process, such as its sampling; refuse one of the transformer."""
+        """Replace a part of the model in this process, such as its sampling; refuse a part of the transformer."""
         if name.startswith("diffusion_model."):
             refusals.refuse_object_patch(name)
         super().add_object_patch(name, obj)
 
     def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Refuse another precision than the one that the transformer has to ComfyUI."""
+        """Refuse a precision other than the transformer's precision as ComfyUI sees it."""
         if dtype not in (None, self.model.diffusion_model.dtype):
             refusals.refuse_compute_dtype(dtype)
 

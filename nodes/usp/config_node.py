@@ -30,7 +30,7 @@ class XDitUSPConfig(io.ComfyNode):
                 "GPUs; what the sizes leave over shares the token sequence of the video. All of it is exact (the "
                 "result is that of one GPU within rounding), save pipeline_mode pipefusion."
             ),
-            # Inputs that the first guides do not have stand at the end: saved workflows keep widget values by position.
+            # Inputs that later versions have added stand at the end: saved workflows keep widget values by position.
             inputs=[
                 *_workers(),
                 *_degrees(),

@@ -1,4 +1,4 @@
-"""WanVideo Parallel VAE Decode and Encode: all workers of a pool do it, each a strip of every frame."""
+"""WanVideo Parallel VAE Decode and Encode: each worker of a pool decodes or encodes a strip of every frame."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def _dtype(vae: Any, precision: str) -> str:
 
 
 class _Callbacks(TypedDict):
-    """What the workers' client calls while it waits: for Cancel, for room on the shared GPU, and with frames done."""
+    """The functions that the client of the workers calls while it waits: for Cancel, for room on the shared GPU, and
+    with the number of frames done."""
 
     poll: Callable[[], None]
     make_room: Callable[[int], object]
@@ -131,7 +132,7 @@ class _Callbacks(TypedDict):
 
 
 def _callbacks(total: int) -> _Callbacks:
-    """The ways from the client to ComfyUI, for a result of `total` frames."""
+    """The callbacks of a result of `total` frames."""
     return {
         "poll": comfy.model_management.throw_exception_if_processing_interrupted,
         "make_room": free_shared_gpu,
@@ -140,17 +141,17 @@ def _callbacks(total: int) -> _Callbacks:
 
 
 def _as_comfyui_has_it(result: torch.Tensor, vae: Any) -> torch.Tensor:
-    """Move a result to the device and into the dtype that this VAE's own results have."""
+    """Move a result to the device and the dtype of this VAE's own results."""
     device = getattr(vae, "output_device", comfy.model_management.intermediate_device())
     dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
     return result.to(device, dtype)
 
 
 def find_pool(workers: object) -> Pool:
-    """Return the pool of a MODEL or a config of ours; where neither is given, a pool that runs.
+    """Return the pool of a MODEL or of a config of this pack; without either, a pool that runs.
 
     Raises:
-        ValueError: the MODEL is not ours, or no pool runs.
+        ValueError: the MODEL is from another loader, or no pool runs.
     """
     if isinstance(workers, RemoteModelPatcher):
         return workers.remote.pool
@@ -172,10 +173,10 @@ def find_pool(workers: object) -> Pool:
 
 
 def vae_weights(vae: Any, half: Half) -> VAEWeights:
-    """The weights of a VAE of ComfyUI's, as workers take them, of which they will use one half.
+    """The weights of a VAE of ComfyUI's in the form that workers take; the workers will use one half of the weights.
 
     Raises:
-        VAEError: the VAE is none of Wan's, or another node has patched it.
+        VAEError: the VAE is none of Wan's VAEs, or another node has patched the VAE.
     """
     model = getattr(vae, "first_stage_model", None)
     if model is None:

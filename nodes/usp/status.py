@@ -58,7 +58,7 @@ class XDitUSPStatus(io.ComfyNode):
         """Return the status as text and as a picture.
 
         Raises:
-            ValueError: the MODEL is none of ours.
+            ValueError: the MODEL is from another loader.
         """
         if not isinstance(model, RemoteModelPatcher):
             raise ValueError(
@@ -118,7 +118,7 @@ def _degrees(model: ModelStatus, mode: str) -> str:
 
 
 def _plan(status: PoolStatus) -> str:
-    """The degrees of the model that was used last, in words."""
+    """The parallel degrees of the model that was used last, in words."""
     models = status.workers[0].models if status.workers else ()
     data = f"data parallel {status.settings.plan.data_parallel}"
     return ", ".join([data, *(_degrees(model, status.settings.pipeline_mode) for model in models[-1:])])

@@ -1,4 +1,4 @@
-"""The figures of XDit+USP Status: where a forward's time and each GPU's memory went, as lines and as a picture."""
+"""The figures of XDit+USP Status: the uses of a forward's time and of each GPU's memory, as lines and as a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MEMORY = (
 )
 
 _UNLIKE = 1.25
-"""GPUs that compute longer by this factor than others are pointed out; those of one kind differ by up to 1.07."""
+"""The status points out GPUs that compute longer than others by this factor; GPUs of one kind differ by up to 1.07."""
 
 
 def forward_line(status: PoolStatus) -> str:
@@ -38,7 +38,7 @@ def forward_line(status: PoolStatus) -> str:
 
 
 def shares_lines(status: PoolStatus) -> Iterator[str]:
-    """Say how unlike GPUs share a video, and which shares would be better where some GPUs computed for much longer."""
+    """Say how unlike GPUs share a video, and which shares are better if some GPUs computed for much longer."""
     plan = status.settings.plan
     if plan.speeds:
         yield f"shares of the video: as {' to '.join(map(str, plan.speeds))}, by rank"
@@ -56,7 +56,7 @@ def shares_lines(status: PoolStatus) -> Iterator[str]:
 
 
 def worker_lines(status: PoolStatus, worker: WorkerStatus) -> Iterator[str]:
-    """Say where the time and the memory of one worker went in the last forward."""
+    """Say what one worker spent its time and its memory on in the last forward."""
     if worker.rank < len(status.times):
         yield f"  last forward: {_times_words(status.times[worker.rank])}"
     if worker.memory is not None:

@@ -1,8 +1,8 @@
-"""FlashAttention-3, out of either package that has it: a build of FlashAttention's hopper folder, or the fa3-fwd wheel.
+"""FlashAttention-3, out of either of two packages: a build of FlashAttention's hopper folder, or the fa3-fwd wheel.
 
-Both register an operator with torch, around which their public function notes down what a backward pass would need,
-makes two empty tensors on the device and looks whether outputs share memory. That takes the host 0.13 ms, three times
-in a block that a fast GPU computes in 3 ms, so the operator is called where it has the arguments that we know.
+Both packages register an operator with torch. Their public function also saves the inputs of a backward pass, makes two
+empty tensors on the device and looks whether outputs share memory, which takes the host 0.13 ms, three times in a block
+that a fast GPU computes in 3 ms. So this module calls the operator itself wherever its arguments are the known ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def load() -> Forward:
 
 
 def _has_build() -> bool:
-    """PyPI's `flash-attn-interface` is an empty placeholder."""
+    """Whether a build of the hopper folder is installed; PyPI's `flash-attn-interface` is only an empty placeholder."""
     return has_module("flash_attn_interface") and has_module("flash_attn_3")
 
 

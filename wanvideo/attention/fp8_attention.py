@@ -1,11 +1,12 @@
-"""Self-attention on float8 e4m3: FlashAttention-3's kernel on Hopper, and what it computes in plain torch elsewhere.
+"""Self-attention on float8 e4m3: FlashAttention-3's kernel on Hopper, the same arithmetic in plain torch elsewhere.
 
-Queries, keys and values get one scale for each head. The mean over the tokens is taken off the keys first, which
-moves all scores of a query by the same and so changes nothing in the softmax, and off the values, which is added to the
-output again: what all tokens have in common then loses nothing by rounding (SageAttention, arXiv 2410.02367 and
-2411.10958). Without it, sums of values that are not around 0 also outgrow Hopper's fp8 accumulators, whose low bits are
-cut off: with a mean of twice the deviation the output is off by 3 % after 2,048 keys and 55 % after 75,600, and with
-it by 0.1 % (H200, 2026-11-21). Each call smooths what it is given, which need not be all keys (as in a ring) or heads.
+Queries, keys and values get one scale for each head. Before rounding, the mean over the tokens is subtracted from the
+keys, which shifts all scores of a query by the same number and so leaves the softmax unchanged. The mean is subtracted
+from the values too, and added to the output again. So the part that all tokens have in common loses nothing by rounding
+(SageAttention, arXiv 2410.02367 and 2411.10958). Without this smoothing, sums of values that are not around 0 also
+outgrow Hopper's fp8 accumulators, whose low bits are cut off: with a mean of twice the deviation the output has an
+error of 3 % after 2,048 keys and of 55 % after 75,600; smoothing makes it 0.1 % (H200, 2026-11-21). Each call smooths
+its own keys and values, which need not be all keys (as in a ring) or all heads.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from ..quant import fp8
 from . import flash3
 
 _QUERIES = 256
-"""How many rows of scores the reference has in memory at once."""
+"""The number of rows of scores that the reference has in memory at once."""
 _P_SCALE = 256.0
-"""By which FlashAttention-3 multiplies the exponentials, 1 at most, before it rounds them."""
+"""The factor by which FlashAttention-3 multiplies the exponentials, which are at most 1, before rounding them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,9 @@ def to_smoothed_heads(x: Tensor, unbiased: bool = False) -> SmoothedHeads:
     """Take the mean over the tokens off x [B, n, H, D], and round to nearest with one scale for each head.
 
     Args:
-        unbiased: choose `mean` anew after that, so that data * scale + mean has the mean of x. Rounding is not fair:
-            16-bit numbers lie halfway between two of e4m3 one time in 16, and all of these go the same way once a
-            mean is off. Next to the output of attention over many tokens, which is close to the mean, that is much.
+        unbiased: whether to correct `mean` after rounding, so that data * scale + mean has the mean of x. Rounding has
+            a bias: one 16-bit number in 16 lies halfway between two e4m3 numbers, and once a mean is subtracted all of
+            these round the same way. Attention over many tokens gives about the mean, next to which the bias is large.
     """
     kernels = _fused(x)
     if kernels:
@@ -86,7 +87,7 @@ def add_mean_(out: Tensor, mean: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor) -> ModuleType | None:
-    """The kernels for heads such as those of x, where there are any."""
+    """Triton's kernels for heads like those of x; None where no kernel takes such heads."""
     fits = x.stride(-1) == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0
     return fp8.fused(x.device) if fits else None
 
@@ -108,7 +109,7 @@ def load_flash_attn_3() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """What FlashAttention-3 computes, exponentials in e4m3 included, with float32 sums: for tests on a CPU."""
+    """Compute as FlashAttention-3 does, with exponentials in e4m3, but with float32 sums: for tests on a CPU."""
     q8, k8, v8 = _rounded(q, k, v)
     keys, values = k8.dequantize(), v8.dequantize()
     outs, sums = [], []
@@ -125,6 +126,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, 
 
 
 def _taken_off(q: Tensor, mean: Tensor) -> Tensor:
-    """By how much smoothing of the keys has lowered the scores of each query, [B, H, n] in float32."""
+    """The amount [B, H, n], in float32, by which smoothing the keys has lowered the scores of each query."""
     return torch.einsum("bqhd,bhd->bhq", q.float(), mean) / math.sqrt(q.shape[-1])
 

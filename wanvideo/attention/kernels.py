@@ -39,7 +39,7 @@ Forward = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, "Tensor | None"
 
 
 class AttentionError(UserError, ValueError):
-    """A kernel that is not installed, or that can't do what it is asked for on this device and dtype."""
+    """An attention kernel is not installed, or cannot run on this device or in this dtype."""
 
 
 @dataclass(frozen=True)
@@ -263,18 +263,18 @@ def _load_sageattn() -> Forward:
 
 
 def _sageattn_has_lse() -> bool:
-    """SageAttention 1 swallows `return_lse` in its **kwargs and returns the output alone."""
+    """Whether SageAttention returns a log-sum-exp: version 1 ignores `return_lse` in its **kwargs."""
     return "return_lse" in inspect.signature(importlib.import_module("sageattention").sageattn).parameters
 
 
 def _has_flash_attn_2() -> bool:
-    """flash-attn 4 alone leaves `flash_attn` as a namespace package without an `__init__`."""
+    """Whether flash-attn 2 is installed: flash-attn 4 alone makes `flash_attn` a package without an `__init__`."""
     spec = importlib.util.find_spec("flash_attn")
     return spec is not None and spec.origin is not None
 
 
 def _has_flash_attn_4() -> bool:
-    """Looks for the folder: `find_spec("flash_attn.cute")` would import flash-attn 2."""
+    """Whether flash-attn 4's folder exists; `find_spec("flash_attn.cute")` would import flash-attn 2."""
     spec = importlib.util.find_spec("flash_attn")
     if spec is None or not has_module("cutlass"):
         return False
@@ -288,7 +288,7 @@ def _always() -> bool:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a kernel comes from and what it can do. `capabilities` are CUDA major versions; empty: all."""
+    """The package and the abilities of a kernel. `capabilities` are CUDA major versions; empty stands for all."""
 
     name: str
     load: Callable[[], Forward]
@@ -470,7 +470,8 @@ def _try_out(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) 
 
 
 def _attend_to_nothing(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros and a log-sum-exp of minus infinity, which a merge ignores. torch's CPU kernel dies on these."""
+    """The attention to no keys: zeros, and a log-sum-exp of minus infinity, which a merge ignores. torch's CPU kernel
+    crashes without keys."""
     batch, length, heads, _ = q.shape
     return torch.zeros_like(q), q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
 

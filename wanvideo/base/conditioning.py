@@ -1,4 +1,4 @@
-"""What a forward is given beside latent, timestep and text: the inputs of the Wan variants and of model patches."""
+"""The inputs of a forward beside latent, timestep and text, which Wan variants and model patches define."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .variant import Asked, inputs, registered
 Computed = TypeVar("Computed")
 
 CONSUMED = ("reference", "extra_frames")
-"""Inputs that `extended` puts before and behind the latent; the transformer reads the others, on every rank."""
+"""The inputs that `extended` joins to the latent as frames. The transformer reads all other inputs, on every rank."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Conditioning:
     """Inputs of one forward, for every batch item.
 
-    An input is an attribute, None where it is not given: Conditioning(image=tokens).image. Which inputs there are, and
-    of which shapes, the variants say (see `variant.Input`). Tensors may lie on another device than the model: each rank
-    fetches what belongs to its tokens.
+    An input is an attribute, None where the caller gives no such input: Conditioning(image=tokens).image. The variants
+    define the names and shapes of the inputs (see `variant.Input`). Tensors may lie on another device than the model:
+    each rank fetches the parts that belong to its tokens.
 
     Args:
-        options: plain data.
-        kept: what `once` has computed, for whoever gives the same conditioning again; without, it computes anew.
-        given: the tensors that are given, by the names of the inputs.
-        tensors: more of them; None takes one away.
+        options: the inputs that are plain data.
+        kept: a dict in which `once` keeps its results for later forwards with the same conditioning; None keeps none.
+        given: the input tensors, by the names of the inputs.
+        tensors: further input tensors by name; None removes an input from `given`.
 
     Raises:
-        TypeError: no variant has an input of that name.
+        TypeError: no variant has an input with one of these names.
     """
 
     options: Options
@@ -64,15 +64,15 @@ class Conditioning:
 
     @property
     def empty(self) -> bool:
-        """Whether the transformer has nothing to read here."""
+        """Whether this conditioning has no tensor and no option for the transformer to read."""
         return not self.tensors() and self.options == PLAIN
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is there of the inputs that the transformer reads, by name."""
+        """The given tensors that the transformer itself reads, by the names of the inputs (all but `CONSUMED`)."""
         return {name: tensor for name, tensor in self.given.items() if name not in CONSUMED}
 
     def having(self, options: Options | None = None, **tensors: torch.Tensor | None) -> Conditioning:
-        """The conditioning with other options, or with other tensors; None takes a tensor away."""
+        """This conditioning with other `options`, and with `tensors` added or replaced; None removes a tensor."""
         return Conditioning(options or self.options, self.kept, self.given, **tensors)
 
     def items(self, s: slice) -> Conditioning:
@@ -81,7 +81,7 @@ class Conditioning:
         return Conditioning(self.options, kept, {name: tensor[s] for name, tensor in self.given.items()})
 
     def once(self, name: str, compute: Callable[[], Computed]) -> Computed:
-        """What `compute` gives, which depends on the weights and on the tensors here alone."""
+        """The result of `compute()`, which may depend on weights and these tensors alone; `kept` keeps it as `name`."""
         if self.kept is None:
             return compute()
         if name not in self.kept:
@@ -102,20 +102,20 @@ NOTHING = Conditioning()
 
 
 def placed(x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
-    """The conditioning for a latent x [B, in_dim, T, H, W], with the places of inputs that lie behind its video."""
+    """The conditioning with the grids of all context tokens that its inputs add to a latent x [B, in_dim, T, H, W]."""
     for variant in registered():
         conditioning = variant.placed(x, conditioning)
     return conditioning
 
 
 def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, Conditioning]:
-    """Put the reference in front of a latent x [B, in_dim, T, H, W], in the first channels, and extra frames behind.
+    """Join reference frames and extra frames to a latent x [B, in_dim, T, H, W].
 
-    They are tokens like all others from then on; `core` takes the frames of x out of the result. Inputs that lie behind
-    the video get their places.
+    The reference frames come first and fill the first channels; the extra frames come last. The transformer treats both
+    as frames of the video, and `core` takes the frames of x out of its result.
 
     Returns:
-        The longer latent, and the conditioning with what is left of it.
+        The longer latent, and the conditioning without the joined inputs but with the grids of its context tokens.
     """
     conditioning = placed(x, conditioning)
     frames, reference = [x], conditioning.reference
@@ -135,7 +135,7 @@ def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor,
 
 
 def core(result: torch.Tensor, frames: int, options: Options) -> torch.Tensor:
-    """The `frames` frames of the latent itself in a result for an `extended` one."""
+    """The `frames` frames of the original latent, out of a result for the latent that `extended` has made longer."""
     return result[:, :, options.reference_frames : options.reference_frames + frames]
 
 
@@ -143,7 +143,7 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
     """Check that a conditioning fits the model and the latent x [B, in_dim, T, H, W].
 
     Raises:
-        ValueError: the model has no such input, or it has another shape than the latent asks for.
+        ValueError: the model does not take one of the inputs, or an input has another shape than the latent asks for.
     """
     batch, _, frames, height, width = x.shape
     asked = Asked(config, batch, frames, height, width, conditioning)
@@ -176,10 +176,10 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
 
 
 def check_no_subjects(conditioning: Conditioning) -> None:
-    """Check that there are no frames behind the latent, for a variant that has inputs for its frames alone.
+    """Check that the conditioning has no extra frames, which have no part in the other inputs of some variants.
 
     Raises:
-        ValueError: there are.
+        ValueError: the conditioning has extra frames.
     """
     if conditioning.extra_frames is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The dimensions of a Wan DiT: of a released size, or of a file (see checkpoint/header.py, which reads them)."""
+"""The dimensions of a Wan DiT, and those of the released sizes; checkpoint/header.py reads a file's dimensions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tensor_info import elements
 from .variant import EXTRA_FRAMES, IMAGE, TAIL, Hearing, Input, V, Variant, by_channels
 
 BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
-"""What the weights of a block of the video are called."""
+"""The beginning of the name of each tensor in a block of the video."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class WanConfig:
     """Dimensions of a Wan DiT, named as in Wan 2.1's `wan/modules/model.py`.
 
     Args:
-        in_dim: channels of the latent and of what is concatenated to it (a start image, its mask, a control video).
+        in_dim: channels of the latent and of the tensors concatenated to it (a start image, its mask, a control video).
         out_dim: channels of the latent.
         image_dim: width of the CLIP tokens of the start image; 0 for a model that attends to none.
         image_positions: CLIP tokens with a learned position, where there is a last image too; else 0.
@@ -47,30 +47,30 @@ class WanConfig:
         return self.dim // self.num_heads
 
     def having(self, *variants: Variant, **changes: Any) -> WanConfig:
-        """These dimensions with `changes`, and with the layers of `variants` beside, or in place of other dimensions of
-        the same variants."""
+        """These dimensions with `changes`, and with `variants` added; each replaces the dimensions that the
+        configuration had for the same variant."""
         kept = (variant for variant in self.additions if type(variant) not in map(type, variants))
         additions = sorted((*kept, *variants), key=lambda variant: (variant.order, type(variant).__name__))
         return replace(self, additions=tuple(additions), **changes)
 
-    # Its variants.
+    # The variants of the model.
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
-        """What the model is: the variants whose layers it has, and the one that its channels make if none of them has a
-        name."""
+        """The variants that the model is: those whose layers the model has, and, if none of these has a name, the
+        variant that the numbers of channels make."""
         if any(variant.name for variant in self.additions):
             return self.additions
         return (*self.additions, by_channels(self.in_dim, self.out_dim))
 
     @property
     def kind(self) -> Variant:
-        """The variant that the model is called by."""
+        """The variant whose name users call the model by."""
         return [variant for variant in self.variants if variant.name][-1]
 
     @property
     def variant(self) -> str:
-        """What a user calls the model, such as image-to-video."""
+        """The name by which users call the model, such as image-to-video."""
         return self.kind.name
 
     def get(self, variant: type[V]) -> V | None:
@@ -81,7 +81,7 @@ class WanConfig:
         """The dimensions of the layers of a variant that the model has.
 
         Raises:
-            KeyError: it has none.
+            KeyError: the model has no layers of this variant.
         """
         found = self.get(variant)
         if found is None:
@@ -101,45 +101,45 @@ class WanConfig:
 
     @property
     def tail_channels(self) -> tuple[int, ...]:
-        """Channels that videos in the tail of the sequence may have, with those of what is embedded beside them."""
+        """The numbers of channels that context videos may have, masks beside them included."""
         return tuple(channels for variant in self.variants for channels in variant.tail_channels(self))
 
     @property
     def hearing(self) -> Hearing:
-        """What tokens attend to of their frame: speech, sound, a face."""
+        """The model's attention to a few further tokens of each frame, such as its speech, its audio or a face."""
         found = (variant.hearing(self) for variant in self.variants)
         return next((hearing for hearing in found if hearing.tokens), Hearing())
 
     @property
     def carried(self) -> int:
-        """Streams of tokens that go from one pipeline stage to the next beside the video's."""
+        """How many streams of tokens go from one pipeline stage to the next beside the video's stream."""
         return sum(variant.carried for variant in self.variants)
 
     @property
     def why_exact(self) -> str:
-        """Why displaced patches (DistriFusion) cannot run the model, which is then computed exactly; "" where they
-        can."""
+        """The reason why displaced patches (DistriFusion) cannot run the model, which is then computed exactly; ""
+        where displaced patches can run the model."""
         return next((variant.why_exact for variant in self.variants if variant.why_exact), "")
 
     def token_bytes(self, contexts: int) -> int:
-        """Bytes of activations for each token and channel beside those of every model.
+        """Bytes of activations for each token and channel that this model needs beyond a text-to-video model.
 
         Args:
-            contexts: how many control videos there are beside the video.
+            contexts: how many control videos the forward has.
         """
         return sum(variant.token_bytes(contexts) for variant in self.variants)
 
-    # Its blocks.
+    # The blocks of the model.
 
     def side_blocks(self, blocks: range) -> range:
-        """The blocks of a variant's own that run behind these blocks of the video, counted from 0."""
+        """The numbers, counted from 0, of the variant's own blocks that run behind these `blocks` of the video."""
         found = (variant.side_blocks(self, blocks) for variant in self.variants)
         return next(filter(None, found), range(0))
 
     def in_turn(self, blocks: range) -> list[int]:
-        """The numbers of these blocks of the video and of the side blocks behind them, in the order in which they run.
+        """The numbers of `blocks` of the video and of the side blocks behind them, in the order in which these run.
 
-        Side blocks are numbered from `num_layers` on.
+        The number of a side block is `num_layers` plus its number in `side_blocks`.
         """
         turns: list[int] = []
         for number in blocks:
@@ -147,19 +147,20 @@ class WanConfig:
         return turns
 
     def block_number(self, name: str) -> int | None:
-        """The number, as `in_turn` has it, of the block that a tensor belongs to, or acts behind before another block
-        comes; None for a tensor of no block."""
+        """The number, counted as in `in_turn`, of the block that the tensor `name` belongs to, or of the block directly
+        behind which the tensor acts; None for a tensor that acts at no block."""
         if match := BLOCK_NAME.match(name):
             return int(match[1])
         return _first(variant.block_number(self, name) for variant in self.variants)
 
     def place_of(self, name: str) -> int | None:
-        """The block of the video that a tensor belongs to or acts at alone; None for a tensor of no block."""
+        """The number of the one block of the video that the tensor `name` belongs to or acts at; None for a tensor that
+        acts at no block."""
         if match := BLOCK_NAME.match(name):
             return int(match[1])
         return _first(variant.place_of(self, name) for variant in self.variants)
 
-    # Its tensors.
+    # The tensors of the model.
 
     @property
     def parameters(self) -> int:

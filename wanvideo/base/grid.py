@@ -15,7 +15,7 @@ PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
 
 @dataclass(frozen=True)
 class Grid:
-    """The tokens of a latent, frames x rows x columns, and how many tokens of other grids follow in the sequence."""
+    """The tokens of a latent, frames x rows x columns, and the number of context tokens that follow in the sequence."""
 
     frames: int
     rows: int
@@ -24,17 +24,17 @@ class Grid:
 
     @property
     def tokens(self) -> int:
-        """Length of the whole sequence."""
+        """The number of tokens of the whole sequence."""
         return self.video_tokens + self.tail
 
     @property
     def video_tokens(self) -> int:
-        """Tokens of the latent, without the tail."""
+        """The number of tokens of the latent, without context tokens."""
         return self.frames * self.rows * self.columns
 
     @property
     def frame_tokens(self) -> int:
-        """Tokens of one frame."""
+        """The number of tokens of one frame."""
         return self.rows * self.columns
 
     @property
@@ -44,7 +44,7 @@ class Grid:
 
 
 Part = slice | torch.Tensor
-"""Some of a grid's tokens, as one rank holds them: a run of them, or their indices [n]."""
+"""The tokens of a grid that one rank holds: a run of neighbours (a slice), or any tokens by their indices [n]."""
 
 
 def grid_of(x: torch.Tensor) -> Grid:
@@ -54,19 +54,19 @@ def grid_of(x: torch.Tensor) -> Grid:
 
 
 def sequence_of(x: torch.Tensor, options: Options) -> Grid:
-    """The grid of a latent [B, C, T, H, W], and the tail of its sequence."""
+    """The grid of a latent [B, C, T, H, W] with the context tokens that `options` describe."""
     return replace(grid_of(x), tail=options.tail_tokens)
 
 
 def video_part(grid: Grid, part: Part) -> Part:
-    """The tokens of `part` that belong to the video. A `part` of indices has no others."""
+    """The tokens of `part` that belong to the video. A `part` of indices holds tokens of the video alone."""
     if isinstance(part, slice):
         return slice(min(part.start, grid.video_tokens), min(part.stop, grid.video_tokens))
     return part
 
 
 def frames_of(grid: Grid, part: Part) -> tuple[slice, Part]:
-    """The frames that the tokens `part` lie in, at least one, and the places of those tokens in these frames."""
+    """The frames in which the tokens `part` lie, at least one frame, and the indices of these tokens in the frames."""
     if isinstance(part, slice):
         first = min(part.start // grid.frame_tokens, grid.frames - 1)
         stop = max(first + 1, math.ceil(part.stop / grid.frame_tokens))

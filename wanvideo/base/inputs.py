@@ -1,4 +1,4 @@
-"""Whether the inputs that every Wan model takes have the shapes that it takes; the others are in conditioning.py."""
+"""Checks of the shapes of latent, text and timestep, which every Wan model takes; conditioning.py checks the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> N
     """Check a latent [B, in_dim, T, H, W] and the text [B, L, text_dim].
 
     Raises:
-        ValueError: a shape is another one.
+        ValueError: the latent or the text has another shape.
     """
     if x.ndim != 5 or x.shape[1] != config.in_dim:
         raise ValueError(
@@ -29,7 +29,7 @@ def check_timestep(x: torch.Tensor, timestep: torch.Tensor) -> None:
     """Check timesteps [B] or [B, T] of a latent [B, in_dim, T, H, W].
 
     Raises:
-        ValueError: the shape is another one.
+        ValueError: the timesteps have another shape.
     """
     if timestep.shape not in ((len(x),), (len(x), x.shape[2])):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Changes to single weights, as a LoRA makes them, merged the way ComfyUI merges them."""
+"""The changes that a LoRA makes to single weights, and their merge, which follows ComfyUI's."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _like(change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`change` in the shape of `weight`, on its device, in float32. It is moved first: torch would convert it where it
-    comes from."""
+    """`change` in the shape of `weight`, on the device of `weight`, in float32. The move comes before the conversion,
+    as the other way round torch would convert `change` on its old device."""
     return _shaped(change, tuple(weight.shape)).to(weight.device).float()
 
 

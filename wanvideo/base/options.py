@@ -1,4 +1,4 @@
-"""What a forward is told in plain data; without torch, so that every process can pass it on."""
+"""The options of a forward as plain data, without torch, so that every process can pass them on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ PLAIN_ROPE = RopeOptions()
 
 @dataclass(frozen=True)
 class Segment:
-    """A grid of tokens of its own behind those of the video, in the same sequence.
+    """A grid of context tokens, which follow the tokens of the video in the sequence.
 
     Args:
-        rope: positions of its tokens.
-        stretched: its rows and columns span those of the video: each token stands in the middle of what it covers.
-        turn: angle by which its tokens are turned beside, times the frequency of each pair; 0 is that of the video.
+        rope: positions of the tokens.
+        stretched: whether the rows and columns span the video's, each token in the middle of the area that it covers.
+        turn: phase that sets these tokens apart from the video's, whose phase is 0: the rotary embedding rotates each
+            pair by this number times the pair's frequency more.
     """
 
     frames: int
@@ -54,12 +55,12 @@ class Options:
 
     Args:
         reference_frames: frames in front of the latent that are embedded as a reference (see `extended`).
-        vace_strengths: one for each VACE context.
+        vace_strengths: the strength of each VACE control video.
         skip_blocks: indices of transformer blocks to leave out.
         rope: positions of the tokens.
-        reference_rope: positions of the reference frames, where these are not the first of the video.
-        tail: what the tokens of `Conditioning.tail` are.
-        fps: frames a second of a video that is made coarse first (WanDancer); 0 for one that is not.
+        reference_rope: positions of the reference frames; None where they are the first frames of the video.
+        tail: the grids of the context tokens, in the order of `Conditioning.tail`.
+        fps: frames a second of WanDancer's coarse video; 0 for any other video.
         audio_scale: how strongly the music of WanDancer, or the speech of InfiniteTalk, is added.
     """
 
@@ -74,7 +75,7 @@ class Options:
 
     @property
     def tail_tokens(self) -> int:
-        """Tokens of the sequence that are not those of the video."""
+        """The number of context tokens, which follow the tokens of the video in the sequence."""
         return sum(segment.tokens for segment in self.tail)
 
 

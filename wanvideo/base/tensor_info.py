@@ -1,4 +1,4 @@
-"""What is known of a model's tensors without reading them."""
+"""Type, shape and position of each tensor of a model's files, known from the headers without reading the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CheckpointError(UserError, ValueError):
 
 
 def unreadable(path: str, error: OSError) -> CheckpointError:
-    """What to tell a user about a checkpoint that could not be opened or read."""
+    """The error that tells a user that the checkpoint at `path` could not be opened or read."""
     name = Path(path).name
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{name} does not exist. Put the file into ComfyUI's models/diffusion_models folder.")
@@ -48,7 +48,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of a model's files by their names there, and the metadata."""
+    """The headers of a model's files: the tensors by their names in the files, and the metadata."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +63,6 @@ def elements(shape: Iterable[int]) -> int:
 
 
 def listed(names: list[str]) -> str:
-    """The first five of some names, and how many more there are."""
+    """A text with the first five of `names` and the number of the other names."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -1,8 +1,8 @@
-"""What a Wan variant is: one class for each, in a module of its own in wanvideo/variants/, which says everything that
-the rest of the program asks about the variant. See docs/adding-a-variant.md.
+"""The base class of all Wan variants. Each variant is a class in a module of its own in wanvideo/variants/ and answers
+everything that the rest of the program asks about the variant. See docs/adding-a-variant.md.
 
-A model has the layers of any number of variants: an image-to-video model with the layers of another variant beside
-them is a model of both (see `WanConfig.variants`). Needs no torch; neither do the questions that are asked here.
+A model has the layers of any number of variants: an image-to-video model that also has the layers of another variant
+is a model of both variants (see `WanConfig.variants`). This module needs no torch.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 ROWS, PAIRS, COLUMNS, GATHERED, ONCE = "rows", "pairs", "columns", "gathered", "once"
 
 Splits = tuple[tuple[str, str], ...]
-"""Patterns of the ends of tensors' names, and how such a tensor is divided. What no pattern names is on every rank."""
+"""Patterns of the ends of tensors' names, each with the way in which such a tensor is divided. A tensor whose name
+matches no pattern is whole on every rank."""
 
 
 def attention_splits(name: str) -> Splits:
-    """How an `Attention` is divided whose name matches the pattern `name`: each rank has some of the heads."""
+    """The splits that give each rank some heads of every `Attention` whose name matches the pattern `name`."""
     return (
         (rf"{name}\.(q|k|v|k_img|v_img)\.(weight|bias)", ROWS),
         (rf"{name}\.norm_(q|k|k_img)\.weight", ROWS),
@@ -41,7 +42,7 @@ def attention_splits(name: str) -> Splits:
 
 
 def paired_attention_splits(queries: str, pairs: str, output: str) -> Splits:
-    """How an attention is divided that has keys and values in one matrix; arguments are patterns of its layers."""
+    """The splits of an attention with keys and values in one matrix; each argument is a pattern of a layer's name."""
     return (
         (rf"{queries}\.(weight|bias)", ROWS),
         (rf"{pairs}\.(weight|bias)", PAIRS),
@@ -55,10 +56,11 @@ class Key:
     """A keyword argument of the forward of ComfyUI's Wan models.
 
     Args:
-        name: what ComfyUI calls it.
-        what: what it carries, as a refusal says, such as "a pose video"; "" where no variant says it, as for one that
-            changes nothing by itself, which is then passed over.
-        node: the node that makes it, as a refusal says; "" where a refusal names the nodes of other variants instead.
+        name: ComfyUI's name of the argument.
+        what: the words in which a refusal describes the argument's value, such as "a pose video"; "" for an argument
+            that changes nothing by itself, which no model refuses.
+        node: the node that a refusal names as the maker of the argument; "" where the refusal names the nodes of other
+            variants instead.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the shape of a conditioning input depends on: the model, the sizes of the latent, and what is given.
+    """The facts on which the shape of a conditioning input depends: the model, the latent and the other inputs.
 
     Args:
         batch, frames, height, width: sizes of the latent.
@@ -92,9 +94,9 @@ class Input:
     """A tensor that a model takes beside latent, timestep and text.
 
     Args:
-        name: of the attribute of `Conditioning` that holds it.
-        shape: the variant and what is asked to the shape that the tensor must have.
-        key: ComfyUI's keyword whose value is this tensor as it is; None where `Variant.arrange` makes it.
+        name: the attribute of `Conditioning` that holds the tensor.
+        shape: a function from the variant and an `Asked` to the shape that the tensor must have.
+        key: ComfyUI's keyword argument whose value is this very tensor; None where `Variant.arrange` makes the tensor.
     """
 
     name: str
@@ -114,13 +116,18 @@ EXTRA_FRAMES = Input(
 )
 TAIL = Input("tail", lambda _, asked: (asked.batch, asked.given.options.tail_tokens, None))
 SHARED_INPUTS = (IMAGE, EXTRA_FRAMES, TAIL)
-"""Inputs of models of many variants (see `WanConfig.inputs`)."""
+"""Inputs that models of several variants take (see `WanConfig.inputs`)."""
 
 
 @dataclass(frozen=True)
 class Hearing:
-    """What a token attends to beside the video, the text and an image: `tokens` of its frame, of `width` numbers each,
-    in or behind a `share` of the blocks."""
+    """A variant's attention of each video token to a few further tokens of its frame, such as speech or a face.
+
+    Args:
+        share: of the blocks of the video that have this attention, from 0 to 1.
+        tokens: further tokens of each frame.
+        width: numbers of each further token.
+    """
 
     share: float = 0.0
     tokens: int = 0
@@ -132,17 +139,17 @@ class TensorShapes:
 
     Args:
         file: name of the file, for errors.
-        tensors: by their original names.
+        tensors: the file's tensors by their original names.
     """
 
     def __init__(self, file: str, tensors: Mapping[str, TensorInfo]):
         self.file, self.tensors = file, tensors
 
     def needed(self, name: str, dims: int) -> tuple[int, ...]:
-        """The shape of a tensor that must be there and have so many dimensions.
+        """The shape of the tensor `name`, which the file must have with `dims` dimensions.
 
         Raises:
-            CheckpointError: it has not.
+            CheckpointError: the file lacks the tensor, or the tensor has another number of dimensions.
         """
         info = self.tensors.get(name)
         if info is None or len(info.shape) != dims:
@@ -157,41 +164,41 @@ class TensorShapes:
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
     def count(self, name: str) -> int:
-        """How many tensors there are whose names are `name` with 0, 1, 2 and so on in the place of {}."""
+        """The number of tensors that the file has under `name` with {} replaced by 0, 1, 2 and so on without a gap."""
         number = 0
         while name.format(number) in self.tensors:
             number += 1
         return number
 
     def blocks(self, part: str) -> int:
-        """How many different blocks tensors are of whose names begin with `part`, a dot and the block's number."""
+        """The number of different blocks among the tensors named `part`, a dot, the block's number and more."""
         return len({name.split(".")[1] for name in self.tensors if name.startswith(f"{part}.")})
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one Wan variant is. A subclass is registered where it is defined; its fields are dimensions of its layers.
+    """One Wan variant. Defining a subclass registers the variant; its fields are the dimensions of its layers.
 
     Attributes:
         name: what a user calls a model of this variant, such as image-to-video; "" for layers that come beside those of
             a variant with a name.
-        order: where the variant stands among others in lists, and its tensors in the list of a model's tensors; smaller
-            numbers come first. Of two variants with names in one model, the latter names it.
+        order: the variant's position in lists of variants, and its tensors' position in the list of a model's tensors;
+            smaller numbers come first. A model with two named variants has the name of the later variant.
         comfyui_names: ComfyUI's names (model_type) for models of this variant.
-        module: whether the layers come in a file of their own, never in that of a whole model.
+        module: whether the layers come in a file of their own, never in the file of a whole model.
         node: the node of ComfyUI that makes latent and conditioning for this variant.
-        inputs: tensors that the model takes.
-        settings: further keywords of ComfyUI that `arrange` reads.
-        ignored: keywords that ComfyUI's own model of this variant takes without any use.
-        start_image: whether channels beside those of the latent are for a start image or a control video.
-        splits: how tensor-parallel ranks divide the variant's tensors, beside those that every model has.
-        rounded: parts of the model (first words of tensors' names) outside the blocks whose matrices are large, so that
-            they are rounded to fp8 as those of the blocks are where a model is held in fp8.
-        first_stage, last_stage: parts of the model that act in front of the first block alone, or behind the last
-            alone: other pipeline stages need not hold them.
-        carried: streams of tokens that go from one pipeline stage to the next beside the video's.
-        why_exact: why displaced patches (DistriFusion) cannot run this variant, which is then computed exactly; ""
-            where they can.
+        inputs: tensors that the variant adds to the model's inputs.
+        settings: further keyword arguments of ComfyUI's forward that `arrange` reads.
+        ignored: keyword arguments that ComfyUI's own model of this variant takes without any use.
+        start_image: whether channels beside the latent's are for a start image or a control video.
+        splits: how tensor-parallel ranks divide the tensors that this variant adds to the model.
+        rounded: parts of the model (first words of tensors' names) outside the blocks whose large matrices are rounded
+            to fp8, as the matrices of the blocks are, where a model is held in fp8.
+        first_stage, last_stage: parts of the model that act only in front of the first block, or only behind the last
+            block, so that other pipeline stages need not hold these parts.
+        carried: number of token streams that go from one pipeline stage to the next beside the video's stream.
+        why_exact: the reason why displaced patches (DistriFusion) cannot run this variant, which is then computed
+            exactly; "" where displaced patches can run the variant.
     """
 
     name: ClassVar[str] = ""
@@ -221,13 +228,13 @@ class Variant:
         """The variant with the dimensions that a file's tensors tell; None where its layers are not in the file.
 
         Raises:
-            CheckpointError: some of its layers are there and others are not.
+            CheckpointError: the file has some layers of the variant and lacks others.
         """
         return None
 
     @classmethod
     def fits(cls, in_dim: int, out_dim: int) -> bool:
-        """Whether the numbers of channels alone make a model of this variant, where no tensor tells another one."""
+        """Whether a model with these numbers of channels is of this variant if no tensor shows another variant."""
         return False
 
     def shapes(self, config: WanConfig) -> Shapes:
@@ -235,8 +242,8 @@ class Variant:
         return {}
 
     def layers(self) -> type[Any] | None:
-        """The subclass of `WanModel` that adds this variant's layers; None where there are none. It calls `super()` in
-        what it overrides, as those of other variants may stand behind it."""
+        """The subclass of `WanModel` that adds this variant's layers; None for a variant without layers. The methods of
+        the subclass call `super()`, behind which the subclasses of other variants may stand."""
         return None
 
     def divides(self, config: WanConfig) -> bool:
@@ -244,37 +251,37 @@ class Variant:
         return True
 
     def is_constant(self, name: str) -> bool:
-        """Whether a tensor has the same numbers in every file, which the code knows, so that none is read."""
+        """Whether the tensor `name` has the same numbers in every file, so that the code supplies these numbers."""
         return False
 
     # Where its tensors act, and what they cost.
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
-        """The number (see `WanConfig.in_turn`) of the block that a tensor of this variant belongs to, or acts behind
-        before another block comes; None for a tensor of no block, or of another variant."""
+        """The number (see `WanConfig.in_turn`) of the block that the variant's tensor `name` belongs to, or of the
+        block directly behind which the tensor acts; None for a tensor at no block, or of another variant."""
         return None
 
     def place_of(self, config: WanConfig, name: str) -> int | None:
-        """The block of the video that a tensor of this variant belongs to or acts at alone; None as in
-        `block_number`."""
+        """The number of the one block of the video that the variant's tensor `name` belongs to or acts at; None for a
+        tensor at no block, or of another variant."""
         return self.block_number(config, name)
 
     def side_blocks(self, config: WanConfig, blocks: range) -> range:
-        """Those of the variant's own blocks that run behind `blocks` of the video, counted from 0."""
+        """The numbers, counted from 0, of the variant's own blocks that run behind `blocks` of the video."""
         return range(0)
 
     def hearing(self, config: WanConfig) -> Hearing:
-        """What the tokens attend to of their frame."""
+        """The attention to further tokens of each frame that the variant adds to a model of this size."""
         return Hearing()
 
     def token_bytes(self, contexts: int) -> int:
-        """Bytes of activations for each token and channel beside those of every model; `contexts` is how many control
-        videos there are."""
+        """Bytes of activations for each token and channel that this variant adds to a forward with `contexts` control
+        videos."""
         return 0
 
     def own_heads(self) -> tuple[int, str] | None:
-        """Heads of an attention of this variant that has another number of them than the model, and what a refusal
-        calls the layers; None without such an attention."""
+        """The number of heads of the variant's own attention and the name of its layers in a refusal, where this number
+        may differ from the model's; None for a variant without such an attention."""
         return None
 
     # What it is given.
@@ -284,24 +291,24 @@ class Variant:
         return self.node
 
     def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
-        """Channels that videos in the tail of the sequence may have, with those of what is embedded beside them."""
+        """The numbers of channels that the variant's context videos may have, masks beside them included."""
         return ()
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-        """The conditioning with what this variant makes of ComfyUI's keywords `given`, beside the inputs that are
-        `given` as they are."""
+        """The conditioning with the inputs and options that this variant computes from ComfyUI's keyword arguments
+        `given`; the arguments that are inputs as they are (see `Input.key`) are in the conditioning already."""
         return conditioning
 
     @classmethod
     def placed(cls, x: Any, conditioning: Conditioning) -> Conditioning:
-        """The conditioning for a latent x [B, in_dim, T, H, W], with the places of inputs that lie behind its video."""
+        """The conditioning with the grids of the context tokens that the variant adds; x is [B, in_dim, T, H, W]."""
         return conditioning
 
     def check(self, config: WanConfig, x: Any, conditioning: Conditioning) -> None:
-        """Check what shapes do not tell (see `conditioning.check`).
+        """Check the inputs beyond their shapes, which `conditioning.check` compares.
 
         Raises:
-            ValueError: an input does not fit the latent x [B, in_dim, T, H, W], or the others.
+            ValueError: an input does not fit the latent x [B, in_dim, T, H, W], or another input.
         """
 
 
@@ -312,8 +319,8 @@ _classes: list[type[Variant]] = []
 
 @functools.cache
 def _discover() -> None:
-    """Import every module of wanvideo/variants/, which registers the classes there. Those modules build upon this
-    package, so that they cannot be imported before they are asked for."""
+    """Import every module of wanvideo/variants/, which registers the variants. This happens at the first question, not
+    at import, because the modules of the variants import this one."""
     package = importlib.import_module("..variants", __package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -331,7 +338,7 @@ def _in_order(classes: tuple[type[Variant], ...]) -> tuple[type[Variant], ...]:
 
 
 def by_channels(in_dim: int, out_dim: int) -> Variant:
-    """The variant that the numbers of channels make, where no tensor tells another one."""
+    """The variant of a model with these numbers of channels whose tensors show no other variant."""
     return next(cls() for cls in registered() if cls.fits(in_dim, out_dim))
 
 
@@ -339,27 +346,27 @@ def read_variants(tensors: TensorShapes, module: bool = False) -> tuple[Variant,
     """The variants whose layers are in the file of a whole model, or of a `module` beside it.
 
     Raises:
-        CheckpointError: a variant's layers are there in part.
+        CheckpointError: the file has some layers of a variant and lacks others.
     """
     found = (cls.read(tensors) for cls in registered() if cls.module == module)
     return tuple(variant for variant in found if variant is not None)
 
 
 def inputs() -> tuple[Input, ...]:
-    """What models of any variant take, those of several variants as often."""
+    """The inputs of all variants; an input of several variants occurs as many times."""
     return (*SHARED_INPUTS, *(given for cls in registered() for given in cls.inputs))
 
 
 def is_rounded(name: str) -> bool:
-    """Whether a tensor of this name is in a part that some variant says to be `rounded`."""
+    """Whether the tensor `name` is in a part of the model that some variant lists as `rounded`."""
     part = name.partition(".")[0]
     return any(part in cls.rounded for cls in registered())
 
 
 def keys() -> dict[str, Key]:
-    """What the keywords of ComfyUI's forward carry that models of some variants take, by their names.
+    """The keyword arguments of ComfyUI's forward that models of any variant take, by their names.
 
-    Where several variants take one, `node` names the nodes of all of them.
+    The `node` of an argument that several variants take names the nodes of all these variants.
     """
     found: dict[str, list[Key]] = {}
     by_class = [(SHARED_INPUTS, ()), *((cls.inputs, cls.settings) for cls in registered())]
@@ -370,7 +377,7 @@ def keys() -> dict[str, Key]:
 
 
 def _joined(name: str, carried: list[Key]) -> Key:
-    """One keyword of those of several variants."""
+    """The keyword argument `name` with the words and the nodes of all variants that take the argument."""
     nodes = list(dict.fromkeys(key.node for key in carried if key.node))
     what = next((key.what for key in carried if key.what), "")
     return Key(name, what, " or ".join(filter(None, (", ".join(nodes[:-1]), *nodes[-1:]))))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 MARKER = "condition_embedder.time_embedder.linear_1.weight"
-"""A tensor that only diffusers' layout has."""
+"""The name of a tensor that only diffusers' layout has."""
 
 _EMBEDDER = "condition_embedder."
 _MODEL = {
@@ -69,7 +69,7 @@ def diffusers_name(name: str) -> str:
 
 
 def has_diffusers_names(names: Iterable[str], prefix: str) -> bool:
-    """Whether the tensors behind `prefix` have diffusers' names."""
+    """Whether the tensors whose names begin with `prefix` have diffusers' names."""
     return prefix + MARKER in names
 
 

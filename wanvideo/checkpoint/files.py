@@ -1,4 +1,4 @@
-"""Which tensors a model's file or files hold, and where, from their headers alone.
+"""Reads the headers of a model's files: the names, types, shapes and positions of the tensors, and the metadata.
 
 A model is one safetensors or GGUF file, or a folder of safetensors files (shards) with an index, as diffusers and
 Wan's authors publish it.
@@ -22,13 +22,13 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-"""safetensors' types of whole bytes, whatever format uses them."""
+"""The bytes of a number in each of safetensors' types that has whole bytes."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
 
 
 def read_contents(path: str) -> Contents:
-    """Read the header of a file, or of all the files of a folder or of a shard's model.
+    """Read the header of a file, or the headers of all files of a folder or of a shard's model, joined to one.
 
     Raises:
         CheckpointError: a file is missing, cut short, corrupt or a pickle, or the folder holds no single model.
@@ -66,7 +66,7 @@ def model_files(path: str) -> list[str]:
 
 
 def _index_of(path: str) -> str | None:
-    """The index of shards that a folder holds or a shard belongs to."""
+    """The path of the index in the folder `path`, or of the index that lists the shard `path`; None without one."""
     if os.path.isdir(path):
         indices = sorted(name for name in os.listdir(path) if is_index(name))
         return os.path.join(path, min(indices, key=len)) if indices else None  # others are variants such as .fp16

@@ -50,7 +50,7 @@ def map_file(path: str) -> torch.Tensor:
 
 
 def gguf_tensor(info: TensorInfo, file: torch.Tensor) -> torch.Tensor:
-    """A tensor of a mapped GGUF file: in its shape if its type is a float one, else its bytes, uint8 [nbytes]."""
+    """A tensor of a mapped GGUF file: a float tensor in its shape, any other tensor as its bytes, uint8 [nbytes]."""
     data = file[info.offset : info.offset + info.nbytes]
     if info.dtype in _PLAIN:
         return data.view(_PLAIN[info.dtype]).view(info.shape)
@@ -76,6 +76,6 @@ def _open(path: str) -> GGUFReader:
         raise unreadable(path, error) from error
     except CheckpointError:
         raise
-    # what reading past the end of the file, or numbers that make no sense, end in inside the package
+    # the errors of the package at an early end of the file, or at numbers without meaning
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{name} is cut short or its header is corrupt. Download it again.") from error

@@ -1,7 +1,7 @@
-"""What the header of a checkpoint tells: the configuration of its Wan DiT, its tensors, and whether it can run.
+"""Reads from the header of a checkpoint the configuration and the tensors of its Wan DiT, and whether the DiT can run.
 
-A 28 GB checkpoint is described by about 100 kB of JSON at its start: that is enough to know the model's
-dimensions, to refuse what cannot run, and to build a model without weights.
+About 100 kB of JSON at its start describe a 28 GB checkpoint. This header is enough to know the model's dimensions, to
+refuse a model that cannot run, and to build a model without weights.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
 
 FLOW_RVS = "flow_rvs"
-"""ComfyUI's name of FlowRVS: text-to-video in everything but its sampling, which its note alone tells."""
+"""ComfyUI's name of FlowRVS, a text-to-video model with a sampling of its own; only the note in the file shows it."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the start of a checkpoint tells. `tensors` has the DiT's tensors alone, by their original names."""
+    """The header of a checkpoint: its DiT's configuration, the DiT's `tensors` by original names, and the metadata."""
 
     path: str
     prefix: str
@@ -40,12 +40,12 @@ class Header:
 
     @property
     def is_flow_rvs(self) -> bool:
-        """Whether the file is noted to be FlowRVS, which ComfyUI samples in a way of its own."""
+        """Whether ComfyUI's note in the file says FlowRVS, a model that ComfyUI samples in a way of its own."""
         return _note(self.metadata).get("model_type") == FLOW_RVS
 
     @property
     def format(self) -> str:
-        """What a user calls the format of most of the weights, such as bf16, scaled fp8 e4m3 or GGUF Q4_K."""
+        """The user's name for the format of most of the weights, such as bf16, scaled fp8 e4m3 or GGUF Q4_K."""
         return format_name(self.tensors)
 
     @property
@@ -102,7 +102,7 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
 
 
 def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
-    """What ComfyUI notes in a file about its model; empty without a note, or with somebody else's."""
+    """ComfyUI's note about the model in the metadata of a file; empty without a note or with another program's."""
     try:
         note = json.loads(metadata.get("config", "{}"))["transformer"]
     except (ValueError, KeyError, TypeError):
@@ -111,7 +111,7 @@ def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
 
 
 def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
-    """Variants with the tensors of another one are told by ComfyUI's note in the file."""
+    """Refuse variants without code here that have the tensors of another variant, recognised by ComfyUI's note."""
     note = _note(metadata)
     kind = str(note.get("model_type", "t2v"))
     name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"

@@ -1,7 +1,7 @@
 """InfiniteTalk and MultiTalk as a model patch: a file of the layers alone, which an image-to-video model takes in.
 
 Published for ComfyUI's ModelPatchLoader (`wan2.1_infiniteTalk_single_fp16.safetensors` and others). The projection of
-the audio (`audio_proj.*`) is none of the transformer's: ComfyUI does it once for a video.
+the audio (`audio_proj.*`) is no part of the transformer: ComfyUI computes it once for a video.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def is_talk(contents: Contents) -> bool:
 
 
 def with_talk(base: Header, path: str) -> Header:
-    """The model that `base` and the model patch in the file `path` are together.
+    """Join the model `base` and the model patch in the file `path` to one model.
 
-    The released patches have 40 blocks; a model takes as many as it has.
+    The released patches have layers for 40 blocks; a model with fewer blocks takes the layers of its own blocks.
 
     Raises:
         CheckpointError: the patch is damaged or made for another size, or the base is of another variant.

@@ -25,7 +25,7 @@ _PARTS = ("vace_blocks.", "vace_patch_embedding.")
 
 
 def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
-    """`read_header` of a model; with the file of a VACE module or of InfiniteTalk's layers, of what both are together.
+    """Read the header of the model at `path`, joined with `module`, the file of a VACE module or InfiniteTalk's layers.
 
     Raises:
         CheckpointError: see `read_header`, `read_module`, `with_module` and `with_talk`.
@@ -58,7 +58,7 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
 
 
 def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) -> Header:
-    """The model that `base` and the module in the file `path` are together.
+    """Join the model `base` and `module`, the tensors of a VACE module in the file `path`, to one model.
 
     Raises:
         CheckpointError: the base is no text-to-video model, or the module is made for another size.

@@ -1,4 +1,4 @@
-"""Weights of a Wan DiT, from its file through the page cache or at random for benchmarks, and how they are held."""
+"""Weights of a Wan DiT, read from a file or random for benchmarks, and the types in which a model holds weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BIAS_OF_BLOCK = re.compile(r"blocks\.\d+\.((self|cross)_attn\.(q|k|v|o|k_img|v_
 
 
 class WeightSource(Protocol):
-    """Where the tensors of one model come from, by their names without prefix."""
+    """A source of the tensors of one model, by their names without prefix."""
 
     @property
     def config(self) -> WanConfig:
@@ -40,10 +40,10 @@ class WeightSource(Protocol):
 
     @property
     def header(self) -> Header | None:
-        """What the model's file tells; None without a file."""
+        """The header of the model's file; None without a file."""
 
     def tensor(self, name: str) -> Weight:
-        """The weight `name` before `cast_and_move`."""
+        """The weight `name` as the source has it, to be given to `cast_and_move`."""
 
 
 class Checkpoint:
@@ -133,10 +133,10 @@ def file_stamp(path: str) -> str:
 
 
 def storage_format(header: Header | None, weight_dtype: str) -> str:
-    """What a user calls the formats in which workers hold the weights of a model: bf16, or GGUF Q4_K and bf16.
+    """The user's names for the formats in which workers hold the weights of a model: bf16, or GGUF Q4_K and bf16.
 
     Args:
-        header: of the model's file; None for random weights.
+        header: the header of the model's file; None for random weights.
         weight_dtype: a name of `WEIGHT_DTYPES`.
     """
     quantized = {name: info for name, info in header.tensors.items() if info.is_quantized} if header else {}
@@ -146,10 +146,10 @@ def storage_format(header: Header | None, weight_dtype: str) -> str:
 
 
 def storage_bytes(config: WanConfig, header: Header | None, weight_dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each weight of a model in memory, by name, once `cast_and_move` has cast it; no weight is read.
+    """The bytes that each weight of a model takes in memory after `cast_and_move`, by name; reads no weight.
 
     Args:
-        header: of the model's file; None for random weights.
+        header: the header of the model's file; None for random weights.
     """
     sizes = {name: _cast_bytes(name, shape, weight_dtype) for name, shape in config.shapes().items()}
     tensors = header.tensors if header else {}
@@ -184,14 +184,14 @@ def _cast_bytes(name: str, shape: tuple[int, ...], weight_dtype: torch.dtype) ->
 
 
 def cast_and_move(weight: Weight, weight_dtype: torch.dtype, device: torch.device | str, name: str) -> Weight:
-    """The weight `name` of a file in the type in which the model holds it, on `device`.
+    """Convert the weight `name` of a file to the type in which the model holds this weight, and move it to `device`.
 
-    Matrices and 2-D convolutions are in `weight_dtype`; norms, modulation and the patch embedding in float32: these are
-    0.1 % of the bytes, and the residual stream they act on is float32. Biases go with their matrices in the blocks,
-    whose products are 16-bit and would convert them each time. What the file has quantised stays as it is. An fp8
-    `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; the embeddings and the
-    head, 2 % of the bytes, whose errors would reach every block, are in bf16, much as in kijai's fp8 files. (ComfyUI's
-    own weight_dtype fp8_e4m3fn casts all of them, norms and biases too, and has no scales.)
+    Matrices and 2-D convolutions get `weight_dtype`. Norms, modulation and the patch embedding get float32: they are
+    0.1 % of the bytes, and act on the float32 residual stream. Biases in the blocks get the type of their matrices, as
+    the 16-bit products would otherwise convert the biases each time. Weights that the file has quantised stay as they
+    are. An fp8 `weight_dtype` quantises the matrices of the blocks, with a scale for each output channel; embeddings
+    and head, 2 % of the bytes, whose errors would reach every block, get bf16, much as in kijai's fp8 files.
+    (ComfyUI's own weight_dtype fp8_e4m3fn casts all weights, norms and biases too, and has no scales.)
     """
     if isinstance(weight, QuantizedWeight):
         return weight.to(device)
@@ -201,8 +201,8 @@ def cast_and_move(weight: Weight, weight_dtype: torch.dtype, device: torch.devic
 
 
 def is_quantized_at_load(name: str, ndim: int, weight_dtype: torch.dtype) -> bool:
-    """Whether `cast_and_move` quantises the float weight `name`: for fp8, it does so with the matrices of the blocks,
-    which are 98 % of the bytes."""
+    """Whether `cast_and_move` quantises the float weight `name`: an fp8 `weight_dtype` quantises the matrices of the
+    blocks, which are 98 % of the bytes."""
     return weight_dtype in FLOAT8.values() and ndim == 2 and ("blocks." in name or is_rounded(name))
 
 
@@ -214,7 +214,7 @@ def storage_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtyp
 
 
 def change(weight: Weight, patches: Sequence[WeightPatch]) -> Weight:
-    """A file's weight with `patches` merged in float32 (see `merge`). The result is in float32 if the weight is a float
-    tensor, and in about as many bits as the weight (see `QuantizedWeight.requantize`) if it is quantised."""
+    """Merge `patches` into a file's weight in float32 (see `merge`). A float weight gives a float32 tensor; a quantised
+    weight gives a weight of about as many bits (see `QuantizedWeight.requantize`)."""
     merged = merge(as_tensor(weight, torch.float32), patches)
     return weight.requantize(merged) if isinstance(weight, QuantizedWeight) else merged

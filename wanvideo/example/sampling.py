@@ -1,4 +1,4 @@
-"""A flow-matching Euler sampler: what the demo and the tests need without ComfyUI.
+"""A flow-matching Euler sampler, for the demo and the tests, which run without ComfyUI.
 
 x_t = (1 - sigma) x_0 + sigma * noise, and the model predicts the velocity noise - x_0
 (Wan 2.1 `wan/utils/fm_solvers.py`; shift as in Stable Diffusion 3).

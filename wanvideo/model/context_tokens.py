@@ -1,7 +1,8 @@
-"""Tokens of further videos behind those of the one that is made: they are attended to, and left out of the result.
+"""Context tokens: tokens of further videos, to which the tokens of the denoised video attend. The context tokens follow
+those of the denoised video in the sequence and are left out of the result.
 
-Bernini has a source video, reference videos and images there, each of its own size, which are embedded as the video
-is. A variant may embed them otherwise (see `WanModel.embed_behind`).
+Bernini's context is a source video, reference videos and images, each of its own size. The patch embedding of the
+denoised video embeds context tokens too, unless a variant overrides `WanModel.embed_behind`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ CONTEXT_LATENTS = Key("context_latents", "source or reference videos", "BerniniC
 def tail_of(
     videos: Iterable[torch.Tensor], rope: RopeOptions = PLAIN_ROPE, stretched: bool = False, turned: bool = False
 ) -> tuple[torch.Tensor, tuple[Segment, ...]]:
-    """Cut videos, each [B, C, T, H, W], into the tokens [B, n, C*4] of a tail, and say what they are.
+    """Cut latents of videos, each [B, C, T, H, W], into context tokens.
 
     Args:
         rope, stretched: see `Segment`.
-        turned: turn the tokens of the first by 1, of the second by 2, and so on.
+        turned: whether the first video has the phase 1, the second video the phase 2, and so on; else all have 0.
+
+    Returns:
+        The tokens [B, n, C*4] of all videos, one video after the other, and the grid of each video.
     """
     tokens, segments = [], []
     for number, video in enumerate(videos, 1):
@@ -38,8 +42,8 @@ def tail_of(
 
 
 def with_context_videos(conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-    """The conditioning with Bernini's source and reference videos, which are among ComfyUI's keywords `given`, in the
-    order that tells them apart."""
+    """The conditioning with Bernini's source and reference videos, which ComfyUI's keyword arguments `given` may hold.
+    The position of a video in their list decides its phase, by which the model tells the videos apart."""
     latents = given.get(CONTEXT_LATENTS.name)
     if not latents:
         return conditioning

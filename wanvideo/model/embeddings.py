@@ -1,4 +1,4 @@
-"""Embeddings of images: of CLIP tokens, and by convolutions."""
+"""Embeddings of images: a network for CLIP tokens, and a convolution for latents."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .layers import Linear
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP tokens [B, n, width] to context tokens [B, n, dim].
+    """Embeds CLIP tokens [B, n, width] as tokens [B, n, dim] for cross-attention.
 
     Args:
-        width: of a CLIP token.
-        dim: of the model.
-        positions: tokens that have a learned position, or 0.
+        width: numbers of a CLIP token.
+        dim: width of the model.
+        positions: how many tokens have a learned position; 0 for none.
     """
 
     def __init__(self, width: int, dim: int, positions: int = 0):
@@ -29,7 +29,7 @@ class ImageEmbedding(nn.Module):
             self.emb_pos = nn.Parameter(torch.empty(1, positions, width), requires_grad=False)
 
     def forward(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The norms are in float32, the products and the result in `dtype`."""
+        """Embed CLIP tokens [B, n, width] as [B, n, dim]: norms in float32, products and result in `dtype`."""
         norm_in, up, gelu, down, norm_out = self.proj
         tokens = tokens.float()
         if hasattr(self, "emb_pos"):  # with one image of two, its tokens take the first half
@@ -39,7 +39,7 @@ class ImageEmbedding(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A Conv2d in the dtype of its input, whatever the weights are held in."""
+    """A Conv2d that computes in the dtype of its input, whatever the dtype of the weights."""
 
     def __init__(self, columns: int, rows: int, size: int, **options: Any):
         super().__init__()

@@ -1,7 +1,7 @@
 """fp8 mode: the products of the blocks, and on request their self-attention, in eight bits. Faster, and lossy.
 
-Only the blocks are in it. The embeddings, the modulation and the head, 2 % of the work whose errors would reach every
-token, and cross-attention itself stay in the compute dtype.
+Only the blocks compute in fp8. The embeddings, the modulation and the head, which are 2 % of the work and whose errors
+would reach every token, stay in the compute dtype, and so does the kernel of cross-attention.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ WEIGHTS = "fp8_e4m3fn"
 
 
 def weights_for(header: Header | None, mode: str, weight_dtype: str) -> str:
-    """The `weight_dtype` of a model in this mode: its float matrices are rounded while loading, with a scale for each
-    output channel, unless the file is fp8 itself; what it has kept in other floats then stays so.
+    """The `weight_dtype` of a model in the fp8 mode `mode`.
+
+    In an fp8 mode the float matrices of a file are rounded while loading, with a scale for each output channel. A file
+    that is fp8 itself keeps the given `weight_dtype` for its float matrices, as does every file in the mode disabled.
 
     Raises:
         Fp8Error: the file is quantised in a format that cannot be multiplied in fp8. Random weights have no header.
@@ -40,11 +42,11 @@ def weights_for(header: Header | None, mode: str, weight_dtype: str) -> str:
 
 
 def use_fp8(model: WanModel, mode: str, device: torch.device) -> None:
-    """Put a model into the mode.
+    """Put a model into the fp8 mode `mode`.
 
     Raises:
         Fp8Error: the device has no fp8 products.
-        AttentionError: it has no fp8 attention.
+        AttentionError: the device has no fp8 attention.
     """
     if mode == DISABLED:
         return
@@ -57,7 +59,7 @@ def use_fp8(model: WanModel, mode: str, device: torch.device) -> None:
 
 
 def describe(model: WanModel, mode: str, device: torch.device) -> str:
-    """What of a model runs in fp8, and how; empty where nothing does."""
+    """Words for a user about the parts of the model that run in fp8; empty for a model without fp8 products."""
     if mode == DISABLED:
         return ""
     attention = f", self-attention {model.self_kernel.name}" if mode == ATTENTION else ""

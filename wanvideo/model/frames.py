@@ -1,7 +1,8 @@
-"""Tokens that attend to something of their own frame, such as a face or sound.
+"""Attention of video tokens to a few further tokens of their own frame, such as tokens of a face or of audio.
 
-A token sees what belongs to its frame and no other token, so that a rank does this for whatever tokens it holds, even
-for a part of a frame. They are taken in runs in which every frame has equally many tokens.
+A video token sees the further tokens of its frame and no other video token. So a rank computes this attention for
+whatever video tokens it holds, even for a part of a frame. The rank's tokens are taken in runs (`Run`), in each of
+which every frame has equally many tokens.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ from ..base.shapes import Shapes
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of a rank, by their places there, which lie in `frames`, equally many in each."""
+    """Neighbouring tokens of a rank, given by their indices on the rank; each of `frames` has equally many of them."""
 
     tokens: slice
     frames: slice
 
     @property
     def length(self) -> int:
-        """How many frames."""
+        """The number of frames of the run."""
         return self.frames.stop - self.frames.start
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Its tokens of x [B, n, d], which a rank holds: [B * frames, tokens of one, d]."""
+        """The run's tokens [B * frames, tokens of a frame, d], out of the tokens x [B, n, d] of the whole rank."""
         return x[:, self.tokens].unflatten(1, (self.length, -1)).flatten(0, 1)
 
     def back(self, y: torch.Tensor) -> torch.Tensor:
-        """[B * frames, tokens of one, d] as [B, tokens, d]."""
+        """Reshape y [B * frames, tokens of a frame, d] to [B, tokens of the run, d]: the reverse of `of`."""
         return y.unflatten(0, (-1, self.length)).flatten(1, 2)
 
     def own(self, v: torch.Tensor) -> torch.Tensor:
-        """What v [B, all frames, ...] has for its frames: [B * frames, ...]."""
+        """The entries of v [B, all frames, ...] for the frames of the run, as [B * frames, ...]."""
         return v[:, self.frames].flatten(0, 1)
 
 
 def runs_of(part: Part, frame_tokens: int, frames: int) -> list[Run]:
-    """The tokens of `part` that lie in the first `frames` frames of `frame_tokens` tokens each.
+    """The runs of the tokens `part` that lie in the first `frames` frames, each of `frame_tokens` tokens.
 
-    For a run of tokens these are what it has of its first frame, its whole frames, and what it has of its last.
+    A slice has up to three runs: its tokens of a first incomplete frame, its complete frames, and its tokens of a last
+    incomplete frame.
     """
     if isinstance(part, slice):
         return list(_runs_of_slice(part.start, min(part.stop, frames * frame_tokens), frame_tokens))
@@ -85,7 +87,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _lse: bool) -> tupl
 
 
 few_keys = AttentionKernel("sdpa", _sdpa, has_lse=False)
-"""Attention to a handful of keys, for which torch's own kernels do, and which those that quantise are not made for."""
+"""The kernel for attention to a handful of keys: torch's own, as lossy kernels are not made for so few keys."""
 
 
 class _Kernel(nn.Module):
@@ -96,7 +98,7 @@ class _Kernel(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """A Conv1d of size 3 over time that sees the frame itself and the two before; the first one is repeated."""
+    """A Conv1d of size 3 over time whose output sees a frame and the two frames before; the first frame is repeated."""
 
     def __init__(self, columns: int, rows: int, stride: int = 1):
         super().__init__()
@@ -110,12 +112,12 @@ class CausalConvolution(nn.Module):
 
 
 class CausalEncoder(nn.Module):
-    """Features of each video frame to tokens of each latent frame, four of the one to one of the other.
+    """Encodes features of video frames as tokens of latent frames; four video frames make one latent frame.
 
     Args:
         columns: width of the features.
-        widths: of the three convolutions.
-        heads: tokens made of a latent frame, beside a learned one.
+        widths: channels behind each of the three convolutions.
+        heads: tokens made for a latent frame; a learned token comes behind these.
         token: width of the learned token.
     """
 
@@ -128,14 +130,15 @@ class CausalEncoder(nn.Module):
         self.padding_tokens = nn.Parameter(torch.empty(1, 1, 1, token), requires_grad=False)
 
     def encode(self, x: torch.Tensor, first: CausalConvolution, heads: int) -> torch.Tensor:
-        """x [B, t, columns] through `first`, of `heads` heads, and the others: [B, ceil(t/4), heads, widths[2]]."""
+        """Encode x [B, t, columns] by the convolution `first`, for `heads` heads, and the two further convolutions:
+        [B, ceil(t/4), heads, widths[2]]."""
         y = first(x).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
         for convolution in (self.conv2, self.conv3):
             y = convolution(_activated(y))
         return _activated(y).unflatten(0, (len(x), heads)).transpose(1, 2)
 
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, t, heads, token] with the learned one behind those of every frame, [B, t, heads + 1, token]."""
+        """Append the learned token to the tokens [B, t, heads, token] of every frame: [B, t, heads + 1, token]."""
         learned = self.padding_tokens.to(tokens.dtype).expand(*tokens.shape[:2], 1, -1)
         return torch.cat([tokens, learned], dim=2)
 

@@ -1,4 +1,4 @@
-"""What the Wan DiT is made of, in the original key names: linear layers, norms, attention, blocks, the head.
+"""The layers of the Wan DiT, under the original key names: linear layers, norms, attention, blocks, the head.
 
 Follows Wan 2.1/2.2 `wan/modules/model.py`. The residual stream, the norms, the modulation and the head are
 float32; matrix products and attention run in the compute dtype. That costs memory bandwidth and makes a
@@ -35,28 +35,28 @@ SelfAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 """(q, k, v), each [B, n, heads, head_dim], to the attention output of the same n tokens over all tokens."""
 
 Announce = Callable[[str, torch.Tensor], None]
-"""Is told of "v", "k" and "q" of a `SelfAttention` call as soon as each is computed. One that has a method `announce`
-gets them so, and can send them while the rest is computed."""
+"""A function that receives "v", "k" and "q" of a `SelfAttention` call, each as soon as the tensor is computed. A
+`SelfAttention` that has such a method `announce` can send each tensor while the next tensor is computed."""
 
 MeanSquares = Callable[..., "list[torch.Tensor] | list[None]"]
-"""Rows [B, n, d] of which this device may hold a part, to the mean square [B, n] of each whole row, in float32;
-None for rows that are whole, of which the norm then takes it itself."""
+"""A function from rows [B, n, d], of which this device may hold some columns, to the mean squares [B, n] of the whole
+rows in float32. It gives None for rows that this device holds whole, whose mean squares the norm computes itself."""
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Adds up a tensor over ranks in place, or takes the largest of each of its numbers."""
+"""A function that combines a tensor over ranks in place, number by number: by the sum or by the maximum."""
 
 
 @dataclass(frozen=True)
 class OverSequence:
-    """How ranks that share the tokens of a video put together what each has; a single one leaves it as it is."""
+    """Sum and maximum over the ranks that share the tokens of a video; a single rank leaves its tensor as it is."""
 
     add: Reduce
     largest: Reduce
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias in the dtype of x, whatever the weights are held in; `weight` may be a `QuantizedWeight`.
+    """x @ weight.T + bias in the dtype of x, whatever the dtype of `weight`, which may be a `QuantizedWeight`.
 
     With `fp8`, x is rounded to fp8 and multiplied by fp8 weights as they are; see fp8.py.
     """
@@ -77,18 +77,18 @@ class Linear(nn.Module):
         return F.linear(x, *self._in(x.dtype))
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """GELU (by tanh) of what `forward` gives."""
+        """GELU (by tanh) of the result of `forward`, in the same shape and dtype."""
         return pointwise.gelu_product(x, *self._in(x.dtype))
 
     def _in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias converted."""
+        """Weight and bias in `dtype`."""
         return as_tensor(self.weight if self.ready is None else self.ready, dtype), self.bias.to(dtype)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the full width (all heads together), then the rotation of `rope_table`.
 
-    `mean_square` [B, n] comes with an x that has a part of the heads alone.
+    A caller whose x has only some of the heads gives `mean_square` [B, n] of the full width.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -119,7 +119,7 @@ class LayerNorm(nn.Module):
     def after(
         self, x: torch.Tensor, change: torch.Tensor, gate: Vectors, dtype: torch.dtype, to_fp8: bool
     ) -> torch.Tensor | Fp8Rows:
-        """The norm of x + change * gate, which x becomes; see `add_norm`."""
+        """Add change * gate to x in place, and return the norm of the sum; see `add_norm`."""
         return add_norm(x, change, gate, self.weight, self.bias, self.eps, dtype, to_fp8)
 
 
@@ -137,10 +137,10 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections and norms that self- and cross-attention share; `image` adds those for CLIP tokens.
+    """The projections and norms of self- and cross-attention; `image` adds the projections and the norm of CLIP tokens.
 
-    The number of heads is that of the weights: a tensor-parallel rank has some of them, and then gives
-    `mean_squares` for the norms over all.
+    The weights decide the number of heads: a tensor-parallel rank has the weights of some heads, and sets
+    `mean_squares` for the norms over all heads.
     """
 
     def __init__(self, config: WanConfig, image: bool = False):
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v).flatten(2))
 
     def context_keys(self, inputs: BlockInputs) -> Keys:
-        """Keys and values of the text, and of the image where there is one; the same for every token of the video."""
+        """The keys and values of the text and, if the block attends to an image, those of the image."""
         sources = [(inputs.context, self.k, self.v, self.norm_k)]
         if self.image and inputs.image is not None:
             sources.append((inputs.image, self.k_img, self.v_img, self.norm_k_img))
@@ -196,7 +196,8 @@ class Attention(nn.Module):
     def cross_attention(
         self, x: torch.Tensor | Fp8Rows, keys: Keys, kernel: AttentionKernel
     ) -> torch.Tensor:
-        """x [B, n, dim] attends to every text slot, the padding included, as Wan was trained; the image is apart."""
+        """Attend from x [B, n, dim] to every text slot, padding included, as Wan was trained, and add the attention to
+        the image, which has a softmax of its own."""
         q = self.q(x)
         q = self.by_head(self.norm_q(q, None, *self.mean_squares(q)))
         attended = kernel(q, *keys[0])
@@ -206,7 +207,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """A product, GELU, another product; GELU in the first one, unless another activation is in its place."""
+    """Two linear layers and an activation between them; where this is GELU, the first layer computes it itself."""
 
     @property
     def up(self) -> Linear:
@@ -219,14 +220,14 @@ class FeedForward(nn.Sequential):
         return cast(Linear, self[2])
 
     def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
-        """x [B, n, dim] to [B, n, dim]."""
+        """Apply the layers to x [B, n, dim]; the result has the same shape."""
         if isinstance(self[1], nn.GELU) and isinstance(x, torch.Tensor):
             return self.down(self.up.gelu(x))
         return super().forward(x)
 
 
 def to_nobody(_kind: str, _x: torch.Tensor) -> None:
-    """An `Announce` that tells nobody."""
+    """An `Announce` that ignores the tensors."""
 
 
 def _whole_rows(*rows: torch.Tensor) -> list[None]:
@@ -237,10 +238,10 @@ class Block(nn.Module):
     """One transformer block: modulated self-attention, cross-attention, modulated feed-forward.
 
     Attributes:
-        at_once: slices of tokens that are worked on in turn. With 2, what one slice waits for can arrive while the
-            other one is computed.
-        arrived: called with the output of cross-attention or feed-forward before it is used; returns it complete.
-        over_heads: adds up over the ranks that have heads of the same tokens.
+        at_once: slices of tokens whose computation takes turns. With 2, data that one slice waits for can arrive while
+            the other slice is computed.
+        arrived: called with the output of cross-attention or feed-forward before its use; returns the complete output.
+        over_heads: adds up a tensor over the ranks that have heads of the same tokens.
         fp8: whether the products are in fp8; set by `use_fp8`.
     """
 
@@ -260,7 +261,7 @@ class Block(nn.Module):
         )
 
     def use_fp8(self) -> None:
-        """Multiply in fp8 where the weights are held in it; the norms and the activation then give fp8 rows."""
+        """Multiply in fp8 where weights are in fp8; norms and activation then supply the products with fp8 rows."""
         self.fp8 = True
         self.ffn[1] = fp8.GeluRows()
         for linear in (*self.self_attn.linears(), *self.cross_attn.linears(), self.ffn.up, self.ffn.down):
@@ -295,14 +296,14 @@ class Block(nn.Module):
         return x
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
-        """Between cross-attention and feed-forward: change the tokens x, those at `s` of this rank's, in place."""
+        """Change x, the tokens `s` of this rank, in place between cross-attention and feed-forward."""
 
     def used_by_slices(self) -> list[nn.Module]:
         """The modules that every slice of tokens goes through."""
         return [self.cross_attn.q, self.cross_attn.o, *self.ffn]
 
     def _slices(self, length: int, inputs: BlockInputs) -> Iterator[slice]:
-        """The slices of `length` tokens; until the last is done, the matrices that all of them use stay converted."""
+        """The slices of `length` tokens; the matrices that all slices use stay converted until the last is done."""
         runs = list(slices(length, inputs.slice_tokens, self.at_once))
         linears = [module for module in self.used_by_slices() if isinstance(module, Linear)]
         try:
@@ -319,7 +320,7 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
 
 
 def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
-    """Run each of `works` to its end, `at_once` of them in turn from one `yield` to the next."""
+    """Run all generators of `works` to their ends; up to `at_once` of them take turns, from one `yield` to the next."""
     active = deque(islice(works, at_once))
     while active:
         work = active.popleft()
@@ -327,11 +328,11 @@ def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
             next(work)
             active.append(work)
         except StopIteration:
-            active.extendleft(islice(works, 1))  # begins before the others go on: they wait for something
+            active.extendleft(islice(works, 1))  # begins before the other works go on, which wait for data
 
 
 class Head(nn.Module):
-    """The norm, modulated by the time, and the product that makes the result of the tokens."""
+    """The last layer: a norm, modulated by the time, and the linear layer from tokens to the velocity."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -348,7 +349,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block of one forward is given beside the tokens."""
+    """The arguments that every block of one forward gets beside the tokens."""
 
     time: torch.Tensor  # [B, R, 6, dim] float32 of `time_vectors`: one row for all tokens, or one a frame
     row_of_token: torch.Tensor | None  # [n] into R; None where R is 1
@@ -360,11 +361,11 @@ class BlockInputs:
     kernel: AttentionKernel
     compute_dtype: torch.dtype
     slice_tokens: int
-    heard: Any = None  # what a variant's blocks listen to (see `WanModel.heard`)
+    heard: Any = None  # further context of a variant's blocks (see `WanModel.heard`)
     kept: dict[nn.Module, Keys] | None = None  # by cross-attention, where they are kept (see text_keys.py)
 
     def keys_of(self, attention: Attention) -> Keys:
-        """An attention's keys and values of the text and the image; computed once where they are kept."""
+        """The keys and values of the text and the image in `attention`; where `kept` is set, computed only once."""
         if self.kept is None:
             return attention.context_keys(self)
         if attention not in self.kept:
@@ -376,7 +377,7 @@ class BlockInputs:
         return [self.by_token(v) for v in (self.time + block.unsqueeze(1)).unbind(2)]
 
     def by_token(self, v: torch.Tensor) -> Vectors:
-        """The vectors that are given for each time, [B, R, dim], as vectors for each token."""
+        """Vectors for each token, out of the vectors v [B, R, dim] for each time."""
         return v if self.row_of_token is None else ByToken(v, self.row_of_token)
 
 
@@ -397,7 +398,7 @@ def add_norm(
     dtype: torch.dtype,
     to_fp8: bool,
 ) -> torch.Tensor | Fp8Rows:
-    """x += change * gate in place, then `_norm` of it."""
+    """Add change * gate to x in place, and return `_norm` of the sum."""
     if not to_fp8:
         return pointwise.add_norm(x, change, gate, scale, shift, eps, dtype)
     pointwise.add_(x, change, gate)
@@ -405,21 +406,21 @@ def add_norm(
 
 
 def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:
-    """Cut `length` tokens into runs of `step`, 0 being the whole, and into `parts` at least."""
+    """Cut `length` tokens into at least `parts` runs of at most `step` tokens; a `step` of 0 sets no limit."""
     step = min(step or length, math.ceil(length / parts)) or 1  # a rank has no tokens where there are fewer than ranks
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def rows(v: Vectors, s: slice) -> Vectors:
-    """The vectors of the tokens `s`, out of vectors for each token or of one for all."""
+    """The vectors of the tokens `s`, out of vectors v for each token, or the single vector that all tokens share."""
     if isinstance(v, ByToken):
         return v.of(s)
     return v if v.shape[1] == 1 else v[:, s]
 
 
 def time_vectors(projection: torch.Tensor) -> torch.Tensor:
-    """What all blocks add to their modulation, from the projected time [B, R, 6*dim]: [B, R, 6, dim], in which the two
-    scales have their 1 already."""
+    """The vectors [B, R, 6, dim] that all blocks add to their modulation, from the projected time [B, R, 6*dim]. The
+    two scales among the vectors contain the 1 of `1 + scale` already."""
     vectors = projection.unflatten(-1, (6, -1)).clone()
     vectors[:, :, 1::3] += 1
     return vectors

@@ -1,7 +1,7 @@
-"""The Wan DiT on one device, of the layers of layers.py; what only some variants have is in wanvideo/variants/.
+"""The Wan DiT on one device, made of the layers in layers.py; layers of single variants are in wanvideo/variants/.
 
-Only self-attention mixes tokens. Everything else works on any subset of them, which is what the parallel
-strategies build on: they hand `WanModel.transform` a part of the tokens and an attention that sees the rest.
+Only self-attention mixes tokens. Everything else works on any subset of the tokens. The parallel strategies build on
+this: they hand `WanModel.transform` a part of the tokens and an attention that sees the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .layers import (
 from .text_keys import TextKeys
 
 Sides = dict[str, Any]
-"""What variants add behind some blocks, each by a name of its own."""
+"""The tensors that variants add to the tokens behind some blocks, under a name for each variant."""
 
 
 def _no_wait(_block: int) -> None:
@@ -45,14 +45,14 @@ def _no_wait(_block: int) -> None:
 
 
 class WanModel(nn.Module):
-    """The DiT. Weights are read with `from_checkpoint`; a bare instance has the shapes alone.
+    """The DiT. `from_checkpoint` builds a model with weights; a bare instance has the shapes alone.
 
     Attributes:
         block: the class of the blocks.
-        over_sequence: how to ask the ranks that have the other tokens; None where there are none.
-        span: the blocks to run, all by default. A pipeline stage has a part of them: it takes the residual
-            stream where it lacks the first, and gives it where it lacks the last (see `transform`).
-        self_kernel: attention kernel of self-attention, the other one being for cross-attention.
+        over_sequence: combines tensors with the ranks that have the other tokens; None where one rank has all tokens.
+        span: the blocks to run, by default all. A pipeline stage runs some blocks: a stage without the first block
+            takes the residual stream, a stage without the last block gives the residual stream (see `transform`).
+        self_kernel: attention kernel of self-attention; `kernel` is that of cross-attention.
 
     Args:
         config: dimensions.
@@ -168,19 +168,19 @@ class WanModel(nn.Module):
         before_block: Callable[[int], None] | None = None,
         conditioning: Conditioning = NOTHING,
     ) -> torch.Tensor:
-        """The DiT on the tokens `part` of a grid.
+        """Run the DiT on the tokens `part` of a grid.
 
         Args:
-            tokens: those of the video among them, [B, n, in_dim*4]. Where `span` begins behind the first block, what
-                the blocks before gave, which is changed in place.
-            attend: self-attention over the whole grid for the queries of this part; the model's own kernel
-                where the part is the whole.
-            before_block: called with the number of each block before it runs (see `WanConfig.in_turn`).
-            conditioning: what is left of it after `extended`, for all tokens.
+            tokens: the tokens [B, n, in_dim*4] of the video in `part`. For a `span` that begins behind the first block,
+                the result of the blocks before, which is changed in place.
+            attend: self-attention over the whole grid for the queries of this part; None, for a part that is the whole
+                grid, takes the model's own kernel.
+            before_block: called with the number of each block (see `WanConfig.in_turn`) before the block runs.
+            conditioning: the conditioning that `extended` returned, for all tokens of the grid.
 
         Returns:
-            float32 [B, n, out_dim*4]. Where `span` ends before the last block, the residual stream [B, n, dim]; where
-            k other streams are `carried` on, with them behind it, [1 + k, B, n, dim].
+            float32 [B, n, out_dim*4]. For a `span` that ends before the last block, the residual stream [B, n, dim];
+            where k side streams are `carried` on, the residual stream and these streams, [1 + k, B, n, dim].
         """
         inputs, embedding = self._block_inputs(tokens, grid, part, timestep, context, attend, conditioning)
         if self.span.start == 0:
@@ -212,7 +212,7 @@ class WanModel(nn.Module):
         attend: SelfAttention | None,
         conditioning: Conditioning,
     ) -> tuple[BlockInputs, torch.Tensor]:
-        """What every block is given beside the tokens (see `transform`), and the time embedding for the head."""
+        """The arguments of every block beside the tokens, and the time embedding for the head (see `transform`)."""
         times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
         embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
         text = self.text_embedding(context.to(self.compute_dtype))
@@ -234,51 +234,52 @@ class WanModel(nn.Module):
         )
         return inputs, embedding
 
-    # What a variant does differently (see wanvideo/variants/). Each method calls `super()`, so that variants compose.
+    # Methods that variants override (see wanvideo/variants/). Each override calls `super()`, so that variants compose.
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The video's tokens [B, n, in_dim*4] of `part`, and the tail's, to float32 [B, all of `part`, dim]."""
-        if not grid.tail or not isinstance(part, slice):  # indices are never of a tail
+        """Embed the tokens of `part`, the video's `tokens` [B, n, in_dim*4] and context, as float32 [B, all, dim]."""
+        if not grid.tail or not isinstance(part, slice):  # indices are of the video alone
             return self.embed_video(tokens, grid, part, conditioning)
         x = self.embed_video(tokens, grid, video_part(grid, part), conditioning)
         first, last = (max(place - grid.video_tokens, 0) for place in (part.start, part.stop))
         return torch.cat([x, self.embed_behind(conditioning, slice(first, last), x.device)], dim=1)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens `video` of the video, [B, n, in_dim*4], to float32 [B, n, dim]."""
+        """Embed the tokens [B, n, in_dim*4] of the video, which has them at `video`, in float32 [B, n, dim]."""
         return self.patch_embedding(tokens.float())
 
     def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
-        """The tokens `places` of those behind the video, which `Conditioning.tail` has, to float32 [B, n, dim]."""
+        """Embed the context tokens `places`, counted from the first context token, in float32 [B, n, dim]."""
         return self.patch_embedding(conditioning.given["tail"][:, places].to(device).float())
 
     def times(
         self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The times [B, R] that there are, and which of them each token of `part` has, [n]; None where R is 1.
+        """The different times [B, R], and the index [n] of the time of each token of `part`; None where R is 1.
 
-        `timestep` is [B, 1], or has one for each frame.
+        Args:
+            timestep: [B, 1], or [B, T] with a time for each frame.
         """
         if timestep.shape[1] == 1:
             return timestep, None
         frames = torch.arange(grid.tokens, device=timestep.device)[part] // grid.frame_tokens
-        return timestep, frames.clamp(max=grid.frames - 1)  # a tail goes with the last frame
+        return timestep, frames.clamp(max=grid.frames - 1)  # context tokens have the time of the last frame
 
     def head_for(self, conditioning: Conditioning) -> Head:
-        """The head that makes the result."""
+        """The head that computes the result of a forward with this conditioning."""
         return self.head
 
     def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Any:
-        """What the blocks listen to, for the tokens `part`."""
+        """The audio that the blocks attend to for the tokens `part`, in the variant's own form; None without audio."""
         return None
 
     def asks_other_ranks(self, conditioning: Conditioning) -> bool:
-        """Whether blocks ask the ranks that have the other tokens (`over_sequence`) beside self-attention."""
+        """Whether blocks communicate with the ranks of the other tokens (`over_sequence`) outside self-attention."""
         return False
 
     def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
-        """What the blocks attend to as an image, [B, any, dim] in the dtype of the embedded text; None where the model
-        attends to none."""
+        """The image tokens for cross-attention, [B, any, dim] in the dtype of the embedded text; None for a model that
+        attends to no image."""
         if not self.config.image_dim:
             return None
         if conditioning.image is None:
@@ -288,28 +289,28 @@ class WanModel(nn.Module):
     def side_streams(
         self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
     ) -> Sides:
-        """What `add_sides` needs, such as further tokens beside the embedded ones x, float32 [B, n, dim].
+        """The tensors that `add_sides` needs, such as side streams that begin with the tokens x, float32 [B, n, dim].
 
         Args:
-            carried: the streams that the blocks before have given, where this stage lacks the first block.
+            carried: the side streams that the stage before has given to a stage without the first block.
         """
         return {}
 
     def carried(self, block: int, conditioning: Conditioning) -> int:
-        """How many side streams the blocks from `block` on need that the blocks before must give."""
+        """The number of side streams that the blocks before `block` must hand to the blocks from `block` on."""
         return 0
 
     def onward(self, sides: Sides) -> list[torch.Tensor]:
-        """The side streams that are `carried` on, each [B, n, dim]."""
+        """The side streams [B, n, dim] that this stage hands to the next stage (see `carried`)."""
         return []
 
     def add_sides(
         self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
-        """Behind a block of the video: change x in place by the side streams, and these too."""
+        """Add to x in place what the variant adds behind block `block` of the video, and advance the side streams."""
 
     def self_attentions(self, conditioning: Conditioning, blocks: range) -> int:
-        """How often one forward through these blocks of the video calls its self-attention function."""
+        """The number of self-attention calls in one forward through these `blocks` of the video."""
         return len(set(blocks) - set(conditioning.options.skip_blocks))
 
 
@@ -321,7 +322,7 @@ def model_class(config: WanConfig) -> type[WanModel]:
 
 @functools.cache
 def _composed(layers: tuple[type[WanModel], ...]) -> type[WanModel]:
-    """A subclass of all of `layers`, of which the first ones act first."""
+    """A subclass of all classes in `layers`; a class acts before the classes behind it in `layers`."""
     if len(layers) <= 1:
         return layers[0] if layers else WanModel
     return type("".join(cls.__name__ for cls in layers), layers[::-1], {})

@@ -1,8 +1,8 @@
-"""Keys and values that the blocks computed from a text and a start image, kept while this text and image come again.
+"""A cache of the keys and values that the blocks compute from a text and a start image, for forwards with the same two.
 
 Keys and values of a text depend on neither the video nor the step: only the first step of a run computes them, and only
-the first of the patches that pass through a pipeline. Each rank that shares a sequence needs all of them, so keeping
-them saves more time, the more GPUs share the sequence.
+the first of the patches that pass through a pipeline. Each rank that shares a sequence needs all keys and values, so
+that the cache saves more time, the more GPUs share the sequence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 MOST = 4
-"""How many texts are kept: both branches of cfg, and as many again for prompts by region or of a schedule."""
+"""The number of texts in the cache: two branches of cfg, and two more for prompts by region or for a schedule."""
 
 Keys = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [B, L, heads, head_dim] of the text, and of the image where a block attends to one."""
@@ -28,7 +28,7 @@ class _Kept:
     keys: dict[nn.Module, Keys] = field(default_factory=dict)
 
     def is_of(self, text: torch.Tensor, image: torch.Tensor | None) -> bool:
-        """Whether the keys are those of this text and image."""
+        """Whether the keys and values were computed from this text and this image."""
         return _same(self.text, text) and _same(self.image, image)
 
 
@@ -45,14 +45,14 @@ class TextKeys:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values once all blocks have computed theirs."""
+        """The bytes of all keys and values once every block has computed its own."""
         return sum(kept.nbytes for kept in self._texts)
 
     def of(self, text: torch.Tensor, image: torch.Tensor | None, blocks: int) -> dict[nn.Module, Keys] | None:
-        """The keys and values of a text and an image, by the attention module of each block. A module that is not there
-        yet computes its own and adds them.
+        """The keys and values of a text and an image, by the attention module of each block. An attention module that
+        the dict lacks computes its keys and values and adds them.
 
-        Waits until the device has embedded the text and the image, which are compared with those kept.
+        The call waits until the device has embedded text and image, as it compares both with those in the cache.
 
         Args:
             text, image: embedded, [B, L, dim]; a model without image tokens has no image.

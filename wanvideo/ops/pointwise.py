@@ -18,14 +18,15 @@ from .triton_probe import tried_out
 _kernels: ModuleType | None = None
 
 _ROWS_OF_GELU = 32768
-"""With GELU in it, cuBLAS's product of 5120 columns takes 6.72 ms for so many rows, and 7.14 ms with GELU in a kernel
-of its own; for 75,600 rows it is the other way round, 16.63 and 16.34 ms (H200, torch 2.11)."""
+"""The most rows for which cuBLAS computes GELU in the product. With 5120 columns and this many rows, the product with
+GELU takes 6.72 ms, against 7.14 ms with GELU in a kernel of its own; 75,600 rows take 16.63 ms with GELU in the product
+and 16.34 ms with GELU in its own kernel (H200, torch 2.11)."""
 
 
 @dataclass(frozen=True, eq=False)
 class ByToken:
-    """A vector for each token, held as the few different vectors: written out for each token, the vectors would take
-    more memory than all else.
+    """A vector for each token, stored as the few different vectors: with a vector stored for each token, these vectors
+    would take more memory than all other activations.
 
     Args:
         values: float32 [B, R, d], the R different vectors.
@@ -50,7 +51,7 @@ def written_out(v: Vectors) -> torch.Tensor:
 
 
 def use_triton(device: torch.device) -> bool:
-    """Take Triton's kernels on this device from now on if they work here (see `tried_out`); returns whether they do."""
+    """Use Triton's kernels on this device from now on if the kernels work (see `tried_out`); whether they do."""
     global _kernels
     if device.type != "cuda":
         return False
@@ -140,7 +141,7 @@ def add_norm(
 def gelu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU(x @ weight.T + bias) by tanh, in the dtype of x, which all three have.
 
-    On CUDA the product applies it before it rounds to 16 bit, so that the columns go through memory once.
+    On CUDA the product applies GELU before rounding to 16 bit, so that the columns go through memory once.
     """
     if not (x.is_cuda and torch.version.cuda and x.numel() and x.dtype in (torch.float16, torch.bfloat16)):
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")

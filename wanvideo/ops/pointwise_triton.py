@@ -194,7 +194,7 @@ def _rows(v: Vectors | None) -> torch.Tensor | None:
 
 
 def _or(rows: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """`rows`, or any tensor at all for a kernel that does not read its argument."""
+    """`rows`; where this is None, any tensor, as the kernel then does not read the argument."""
     return x if rows is None else rows
 
 
@@ -205,6 +205,6 @@ def _strides(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 @functools.cache
 def _launch(d: int) -> tuple[int, int]:
-    """Columns of a program, and its warps."""
+    """The number of columns of a program, and the number of its warps, for rows of d numbers."""
     block = triton.next_power_of_2(d)
     return block, min(16, max(1, block // 512))

@@ -25,8 +25,8 @@ def rope_table(
 ) -> torch.Tensor:
     """Rotations of every token of a (frames, rows, columns) grid.
 
-    With `fps`, frames are placed by their time as if there were 30 a second, and the last where that video would end
-    (WanDancer); their `options` then only shift them.
+    With `fps` (WanDancer), a frame's position is its number in a video of 30 frames a second, and the last frame stands
+    at the end of this video; `options` then only shift the frames.
 
     Angles are computed in float64, as in the original, because position times frequency needs the digits.
 
@@ -56,7 +56,7 @@ def rope_table(
 def sequence_table(
     grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu", options: Options = PLAIN
 ) -> torch.Tensor:
-    """Rotations of a whole sequence: the reference frames, the video's, and the tail's.
+    """Rotations of a whole sequence: of the reference frames, of the video, and of the context tokens.
 
     Args:
         grid: (frames, rows, columns) of the reference frames and the video together.
@@ -77,7 +77,8 @@ def sequence_table(
 def _segment_table(
     segment: Segment, grid: tuple[int, int, int], head_dim: int, device: torch.device | str
 ) -> torch.Tensor:
-    """The turn of in-context streams follows Bernini, the stretched grid of a pose SCAIL, both as ComfyUI runs them."""
+    """Rotations of the tokens of one context grid. The phases are Bernini's, the stretched grids are those of SCAIL's
+    pose, both as ComfyUI runs these models."""
     rope = segment.rope
     if segment.stretched:
         y, x = grid[1] / segment.rows, grid[2] / segment.columns

@@ -1,8 +1,8 @@
 """Launching a Triton kernel a second time without Triton looking at every argument again.
 
-`kernel[grid](...)` finds out anew what each argument is, and reads Triton's settings from the environment: 60 to 100 us
-of a slow host, a dozen times in a block that four fast GPUs compute in 3 ms. What was compiled for arguments of the
-same types, values and alignment can be launched as it is.
+`kernel[grid](...)` examines each argument anew and reads Triton's settings from the environment. That takes a slow
+host 60 to 100 us, a dozen times in a block that four fast GPUs compute in 3 ms. A kernel compiled for arguments of the
+same types, values and alignment can be launched again without all this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import triton
 
 _KEPT = 1024
-"""How many kinds of launches are remembered; a model at one resolution has about twenty."""
+"""The number of kinds of launches that are remembered; a model at one resolution has about twenty."""
 _ALIGNED = 16
 """Bytes by which addresses are divisible in kernels that Triton compiles for aligned ones."""
 _TAKES_ALL = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)

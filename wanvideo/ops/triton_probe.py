@@ -1,4 +1,4 @@
-"""Whether Triton works on a device, found out by running its kernels once on small inputs."""
+"""Finds out whether Triton works on a device, by running kernels once on small inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tried_out(name: str, package: str, device: torch.device) -> ModuleType | Non
         name: of the module, relative to `package`, such as `.pointwise_triton`.
 
     Returns:
-        None where there is no CUDA device, no Triton, or a Triton that fails, of which a warning tells.
+        The module; None without a CUDA device, without Triton, or with a Triton that fails, which is logged.
     """
     if device.type != "cuda" or find_spec("triton") is None:
         return None

@@ -1,7 +1,7 @@
 """NVFP4 and MXFP8 dequantised by Triton in one pass: packed bytes are read once, numbers written once.
 
-Sums and products are those of block_scaled.py up to powers of two, none of them fused, so that the results are the same
-to the bit. All conversions are by hand: GPUs before Ada have no fp8.
+Sums and products are the same as in block_scaled.py up to powers of two, and none is fused, so that the results are
+equal to the bit. All conversions are by hand, as GPUs before Ada have no fp8.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _NUMBERS = 2048
 
 @triton.jit
 def _with_sign(size, negative):
-    """Zero has one too, which a subtraction would lose."""
+    """Give `size` its sign bit. A zero keeps its sign too, which a subtraction would lose."""
     return (size.to(tl.int32, bitcast=True) | (negative << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _e4m3(byte):
-    """A byte as the e4m3 number that it is, in float32."""
+    """The e4m3 number that a byte encodes, in float32."""
     digits = byte & 127
     normal = ((digits << 20) + (120 << 23)).to(tl.float32, bitcast=True)  # with the exponent of a float32
     size = tl.where(digits < 8, digits.to(tl.float32) * 0.001953125, normal)  # below, steps of 2**-9
@@ -35,7 +35,7 @@ def _e4m3(byte):
 
 @triton.jit
 def _e2m1(code):
-    """Four bits as the E2M1 number that they are, in float32."""
+    """The E2M1 number that four bits encode, in float32."""
     exponent, digit = (code >> 1) & 3, code & 1
     halves = tl.where(exponent == 0, digit, ((2 + digit) << exponent) >> 1)
     return _with_sign(halves.to(tl.float32) * 0.5, code >> 3)

@@ -1,5 +1,5 @@
-"""What a format of weights in a file has to say: how it is recognised, what it stands for, how it is loaded, how many
-bytes it takes, and its name.
+"""The base class of the formats in which files store weights. A format recognises its tensors and gives their logical
+shape, their weights, their bytes in memory, and a name for users.
 
 A format is a subclass of `Format` in a module of formats/. Readers of files, memory estimates and refusals ask the
 classes defined there (see formats/registry.py), and name none of them.
@@ -19,13 +19,13 @@ from ..base.tensor_info import TensorInfo
 from .quantized import QuantizedWeight, Weight
 
 Read = Callable[[TensorInfo], torch.Tensor]
-"""Reads a tensor as its file stores it, on the CPU. A GGUF tensor that is not in a float type comes as its bytes, uint8
-[nbytes]."""
+"""A function that reads a tensor as its file stores the tensor, on the CPU. A GGUF tensor in no float type comes as its
+bytes, uint8 [nbytes]."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file, and what the file says about it: a format is recognised from these.
+    """A tensor of a file with everything that the file says about the tensor; formats recognise their tensors by it.
 
     Args:
         path: the model's file, which refusals name.
@@ -53,14 +53,14 @@ class StoredTensor:
 
 
 class Format(ABC):
-    """The format of one tensor of a file, with what describes the tensor there, such as its scale.
+    """The format of one tensor of a file. Its fields are tensors of the file that describe the tensor, such as a scale.
 
     Defining a subclass registers it. Exactly one format may recognise a tensor, so that their order does not matter: a
     format of ComfyUI's is recognised from the note that names it, another one from its type in the file.
     """
 
     quantized: ClassVar[bool] = True
-    """Whether the model holds matrices in this format as the file has them, and not as float tensors."""
+    """Whether the model holds matrices of this format as the file has them, instead of as float tensors."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of tensors that describe the weight of their layer: X.weight_scale describes X.weight."""
     markers: ClassVar[tuple[str, ...]] = ()
@@ -84,7 +84,7 @@ class Format(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What a user calls the format, such as scaled fp8 e4m3."""
+        """The user's name for the format, such as scaled fp8 e4m3."""
 
     @property
     def fp8_products(self) -> bool:
@@ -97,14 +97,14 @@ class Format(ABC):
 
     @abstractmethod
     def load(self, info: TensorInfo, read: Read) -> Weight:
-        """The weight, on the CPU. A tensor of other than two dimensions may come as a matrix of as many numbers.
+        """Read the weight, on the CPU. A tensor of other than two dimensions may come as a matrix of as many numbers.
 
         Args:
             info: the tensor, with its logical shape.
         """
 
     def storage_bytes(self, info: TensorInfo) -> int:
-        """Bytes of the matrix `info` in memory, without what is as small as a scale for each row."""
+        """Bytes of the matrix `info` in memory, without parts as small as a scale for each row."""
         return info.nbytes
 
 
@@ -114,27 +114,27 @@ FORMATS: list[type[Format]] = []
 
 @dataclass(frozen=True)
 class LogicalTensor(TensorInfo):
-    """A tensor of a model: `shape` is that of the float tensor it stands for, `dtype` the type in which the file stores
-    it, and `format` says how the one becomes the other."""
+    """A tensor of a model: `shape` is the shape of the float tensor that the stored tensor stands for, `dtype` is the
+    type in which the file stores the tensor, and `format` converts the stored tensor to the weight."""
 
     format: Format
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the model holds this tensor as the file has it: quantised matrices. Other tensors of a quantised
-        format are dequantised while they are loaded."""
+        """Whether the model holds this tensor as the file has it, which is the case for quantised matrices. Other
+        tensors of a quantised format are dequantised while the model is loaded."""
         return self.format.quantized and len(self.shape) == 2
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of a tensor that `is_quantized` in memory, without what is as small as a scale for each row."""
+        """Bytes in memory of a tensor that `is_quantized`, without parts as small as a scale for each row."""
         return self.format.storage_bytes(self)
 
     def load(self, read: Read) -> Weight:
-        """The weight on the CPU: quantised if the file has quantised it and it is a matrix, else a float tensor.
+        """Read the weight, on the CPU: a matrix that the file has quantised stays so, all else becomes a float tensor.
 
         Args:
-            read: gives the tensors of the file that hold it.
+            read: reads a tensor of the file by its `TensorInfo`.
         """
         weight = self.format.load(self, read)
         if isinstance(weight, QuantizedWeight) and len(self.shape) != 2:

@@ -1,11 +1,11 @@
 """Matrix products in eight bits: rows rounded to float8 e4m3, each with a scale of its own, times fp8 weights.
 
-A row's scale is a power of two. That loses nothing, as e4m3 rounds relative to each number, and makes the rounding of a
-number independent of the others in its row, but for those 2**14 times smaller than the largest: a tensor-parallel rank
-rounds its columns as one GPU does.
+The scale of a row is a power of two. Such a scale loses nothing, as e4m3 rounds relative to each number. It also makes
+the rounding of a number independent of the other numbers in its row, except for numbers 2**14 times smaller than the
+largest, so that a tensor-parallel rank rounds its columns as one GPU does.
 
-On CUDA, torch's scaled product, with Triton's kernels ahead of it where those are in use; elsewhere a reference that
-rounds the same and multiplies in float32. Sums are in float32 everywhere.
+On CUDA, torch's scaled product multiplies, and Triton's kernels round where Triton is in use. On other devices a
+reference rounds the same way and multiplies in float32. Sums are in float32 everywhere.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .formats.fp8 import Fp8Weight
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 CAPABILITY = (8, 9)
-"""Ada, the first that multiplies in fp8."""
+"""The compute capability of Ada, the first architecture that multiplies in fp8."""
 
 _ABOVE_1_75 = 0x1FFFFF
 """Added to the bits of a float32, carries into the exponent above a mantissa of 1.75: e4m3 ends at 1.75 * 2**8."""
 _LEAST_EXPONENT = 27
-"""Biased; the scale of a row of zeros is 2**-100, whose reciprocal float32 still holds."""
+"""The least biased exponent of a scale: a row of zeros has the scale 2**-100, whose reciprocal float32 still holds."""
 
 
 class Fp8Error(UserError, ValueError):
@@ -114,7 +114,7 @@ def product(rows: Fp8Rows, weight: Fp8Weight, bias: torch.Tensor) -> torch.Tenso
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> str:
-    """How fp8 products with results in `dtype` run on this device, in words for a user.
+    """Words for a user about how fp8 products with results in `dtype` run on this device.
 
     Raises:
         Fp8Error: the device has no fp8 products, or wrong ones.
@@ -174,8 +174,8 @@ def _scaled(
     bias: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Fast accumulation is 7 to 25 % faster and off by 0.2 to 0.3 % with 5,120 to 13,824 columns (H200, 2026-11-21), a
-    tenth of what rounding to e4m3 does."""
+    """torch's scaled product with fast accumulation, which is 7 to 25 % faster and has an error of 0.2 to 0.3 % with
+    5,120 to 13,824 columns (H200, 2026-11-21), a tenth of the error of rounding to e4m3."""
     return torch._scaled_mm(
         rows, weight.t(), row_scale, scale, bias=bias.to(dtype), out_dtype=dtype, use_fast_accum=True
     )
@@ -184,7 +184,7 @@ def _scaled(
 def _tensorwise(
     rows: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """For GPUs whose products know one scale alone: the others follow in passes of their own."""
+    """A product for GPUs that multiply with a single scale: the scales of rows and columns follow in own passes."""
     one = torch.ones((), device=rows.device)
     out = torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
     return out.mul_(row_scale).mul_(scale).add_(bias)
@@ -197,13 +197,13 @@ _NAMES: dict[Multiplication, str] = {
     _tensorwise: "scaled behind the product",
 }
 _TOLERANCE = 1e-2
-"""Greatest relative error of a product against float64 on the same rounded numbers. It allows for the rounding of the
-result to bf16 and of the sums in the tensor cores."""
+"""Greatest relative error of a product against float64 on the same rounded numbers. The limit allows for the rounding
+of the result to bf16 and of the sums in the tensor cores."""
 
 
 @functools.cache
 def _multiplication(device: torch.device, dtype: torch.dtype) -> Multiplication:
-    """The fastest that is right on this device for results in `dtype`, tried out once."""
+    """The fastest product with right results in `dtype` on this device; every product is tried out once."""
     if device.type != "cuda":
         return _reference
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)

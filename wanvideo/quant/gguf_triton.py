@@ -200,14 +200,14 @@ def _dequantize_kernel(
     KIND: tl.constexpr, NUMBERS: tl.constexpr, NBYTES: tl.constexpr, COUNT: tl.constexpr,
     ALIGNED: tl.constexpr, RAGGED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """`total` blocks, `of_row` of them a row.
+    """Dequantise `total` blocks, `of_row` of which form a row.
 
-    RAGGED: rows of blocks are apart in memory, or the matrix begins or ends within blocks; else there are no rows.
-    ALIGNED: bytes of which every block's address is a multiple. UNIT: of which `columns` and `skip` are numbers, so
-    that the compiler knows how wide a store can be.
+    RAGGED says that rows of blocks are apart in memory, or that the matrix begins or ends within blocks; otherwise the
+    kernel ignores rows. Every block's address is a multiple of ALIGNED bytes. `columns` and `skip` count units of UNIT
+    numbers, so that the compiler knows how wide a store can be.
     """
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    block = tl.minimum(block, total - 1)  # those past the end write the last one again
+    block = tl.minimum(block, total - 1)  # lanes past the end write the last block again
     if RAGGED:
         columns, row, place = columns * UNIT, block // of_row, block % of_row
         first = place * NUMBERS - skip * UNIT

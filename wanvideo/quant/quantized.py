@@ -1,7 +1,7 @@
-"""Matrices that are held in fewer bits than those in which products with them are computed.
+"""Matrices that are held in fewer bits than the products with these matrices are computed in.
 
-A matrix of the model is a plain tensor or a `QuantizedWeight`. Whoever moves, shards or slices weights treats a plain
-tensor directly and a quantised one through the methods here, and needs no other knowledge of the format.
+A matrix of the model is a plain tensor or a `QuantizedWeight`. Code that moves, shards or slices weights treats a plain
+tensor directly and a `QuantizedWeight` through its methods, and needs no other knowledge of the format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class QuantizedWeight(ABC):
     @property
     @abstractmethod
     def format(self) -> str:
-        """The name of the format, as a user knows it."""
+        """The user's name for the format."""
 
     @abstractmethod
     def components(self) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ class QuantizedWeight(ABC):
         return self.replace({name: tensor.to(device) for name, tensor in self.components().items()})
 
     def contiguous(self) -> QuantizedWeight:
-        """The weight without what lies between its rows, as a slice of columns has it."""
+        """The weight with its rows next to each other in memory; a slice of columns has gaps between its rows."""
         return self.replace({name: tensor.contiguous() for name, tensor in self.components().items()})
 
 

@@ -1,4 +1,4 @@
-"""Wan's video VAEs on one device: what the layers of vae_layers.py make of latents and videos, piece by piece."""
+"""Decoder and encoder of Wan's video VAEs on one device, which run the layers of vae_layers.py piece by piece."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Coder:
         ops: the kernels for that device.
 
     Raises:
-        VAEError: these are not the weights of such a VAE.
+        VAEError: the tensors are not the weights of one of Wan's VAEs.
     """
 
     half: Half
@@ -73,7 +73,7 @@ class Decoder(Coder):
 class Encoder(Coder):
     """From video to latents.
 
-    The first frame of a video is taken alone and the others by four, so pieces end at such a four.
+    The first frame of a video is encoded alone and the others four at a time, so every piece ends with such a group.
     """
 
     half = "encoder"

@@ -3,7 +3,7 @@
 Every convolution is causal in time: it sees two earlier frames, which are kept from piece to piece. So a video can
 be decoded in pieces of any number of frames with the same result, and a piece of coarse frames can be cut again
 where the frames are larger. In space a layer sees one row and column around a pixel, save one attention at the
-coarsest resolution. A `Frame` says what lies there, so that the same code decodes a strip of a video.
+coarsest resolution. A `Frame` supplies the pixels around this rank's part, so that the same code decodes a strip.
 
 Activations are [frames, rows, columns, channels], in the dtype of the weights.
 """
@@ -143,7 +143,7 @@ class Attention:
 
 
 class Upsample:
-    """Twice the rows and columns, and twice the frames where there is a convolution over time.
+    """Doubles rows and columns and, in a layer with a convolution over time, the frames.
 
     The first frame of a video is not doubled, nor seen by the frames after it.
     """
@@ -154,7 +154,7 @@ class Upsample:
 
     @property
     def temporal(self) -> bool:
-        """Whether it doubles the frames."""
+        """Whether the layer doubles the frames."""
         return self.time_conv is not None
 
     def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
@@ -183,7 +183,7 @@ class Upsample:
 
 
 class Downsample:
-    """Half the rows and columns, and half the frames where there is a convolution over time.
+    """Halves rows and columns and, in a layer with a convolution over time, the frames.
 
     The first frame of a video is not halved.
     """
@@ -198,7 +198,7 @@ class Downsample:
 
     @property
     def temporal(self) -> bool:
-        """Whether it halves the frames."""
+        """Whether the layer halves the frames."""
         return self.time_conv is not None
 
     def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
@@ -265,7 +265,7 @@ Layer = Callable[[torch.Tensor, Pass], torch.Tensor]
 
 
 def make_layer(name: str, weights: Weights) -> Layer:
-    """The layer, or the group of layers, called `name`."""
+    """Build the layer, or the group of layers, called `name`."""
     if f"{name}.weight" in weights.tensors:
         return CausalConv(name, weights)
     if f"{name}.to_qkv.weight" in weights.tensors:
@@ -277,9 +277,10 @@ def make_layer(name: str, weights: Weights) -> Layer:
 
 
 def add_to_neighbours(y: torch.Tensor, x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:
-    """Add each pixel of x [T, H, W, C] to those of y [frames * T, pixels * H, pixels * W, O] that lie at its place.
+    """Add each pixel of x [T, H, W, C] to all pixels of y [frames * T, pixels * H, pixels * W, O] that it covers.
 
-    Channels of x beyond those of y belong to different pixels there. The first frame of a video may be missing in y.
+    Where x has more channels than y, its channels go to different pixels of y. The first frame of a video may be
+    missing in y.
     """
     parts = _different(x.shape[-1] // y.shape[-1], frames, pixels)
     x = x.unflatten(-1, (-1, *parts)).permute(0, 4, 1, 5, 2, 6, 3)
@@ -293,7 +294,8 @@ def add_to_neighbours(y: torch.Tensor, x: torch.Tensor, frames: int, pixels: int
 def average_neighbours(x: torch.Tensor, channels: int, frames: int, pixels: int) -> torch.Tensor:
     """Means of x [frames * T, pixels * H, pixels * W, C] in [T, H, W, channels].
 
-    Channels beyond those of x are the means of different pixels. A frame of zeros goes before a first one of a video.
+    Where `channels` is more than C, the channels are means of different pixels. A frame of zeros goes before the first
+    frame of a video.
     """
     if len(x) % frames:
         x = F.pad(x, (0, 0, 0, 0, 0, 0, -len(x) % frames, 0))
@@ -309,7 +311,7 @@ def _neighbours(x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:
 
 
 def _different(times: int, frames: int, pixels: int) -> tuple[int, int, int]:
-    """How many neighbours in time, rows and columns differ, where there are so many times the channels for them."""
+    """How many neighbours in time, in rows and in columns get channels of their own, out of `times` as many."""
     in_time = min(frames, times)
     rows = min(pixels, times // in_time)
     return in_time, rows, min(pixels, times // in_time // rows)

@@ -1,7 +1,7 @@
-"""What the shapes of a VAE's weights say: whether it is one of Wan's, its layers, its pieces and the memory they take.
+"""Reads from the shapes of a VAE's weights which of Wan's VAEs it is, its layers, its pieces and their memory.
 
-Wan 2.1's VAE (arXiv 2503.20314, section 4.1) is also that of Wan 2.2 A14B. Wan 2.2's own, of the 5B, is made of the
-same layers, in groups with a shortcut around each, and sees 2 x 2 pixels as one of four times the channels.
+Wan 2.1 and Wan 2.2 A14B have the same VAE (arXiv 2503.20314, section 4.1). The VAE of Wan 2.2 5B is made of the same
+layers, in groups with a shortcut around each, and takes 2 x 2 pixels as one pixel with four times the channels.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the weights of a VAE, or of one half of it, by their names in Wan's files."""
 
 FRAMES = 4
-"""Video frames for each latent frame after the first, which is one."""
+"""Video frames for each latent frame after the first latent frame, which stands for one video frame."""
 PIECE_BYTES = 2**29
 """Bytes of the largest tensor of a piece; larger pieces keep a GPU no busier."""
 LATENT_CONV = {"decoder": "conv2", "encoder": "conv1"}
-"""The convolution that belongs to a half and lies outside of it, beside the latent."""
+"""The convolution next to the latent that belongs to a half, under a name outside of the half."""
 BLOCKS = {"decoder": "upsamples", "encoder": "downsamples"}
-"""What a half calls its layers between the finest resolution and the coarsest."""
+"""The name in each half of the layers between the finest resolution and the coarsest."""
 
 _FINEST = 8
 """Rows of a half's finest resolution for each row of the latent."""
@@ -57,12 +57,12 @@ KINDS = {"2.1": VAEKind(1, False), "2.2": VAEKind(2, True)}
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution as memory sees it.
+    """The sizes of a convolution that decide its memory.
 
     Args:
         scale: rows of its larger tensor for each row of the latent.
-        before, after: channels.
-        kept: earlier frames that it keeps.
+        before, after: channels of its input and of its output.
+        kept: earlier frames that the convolution keeps.
     """
 
     scale: int
@@ -76,9 +76,9 @@ class Stage:
     """Layers that a piece goes through together.
 
     Args:
-        names: of its layers, in their order; a group is one of them.
-        convs: those larger than a pixel in space or time.
-        frames: how many frames come out for each frame that goes in.
+        names: the names of its layers, in their order; a group counts as one layer.
+        convs: the convolutions larger than a pixel in space or time.
+        frames: the number of frames that come out for each frame that goes in.
         least: frames of its largest tensor for the smallest piece, with those of its border.
     """
 
@@ -100,7 +100,7 @@ def kind_of(shapes: Shapes, half: Half) -> VAEKind:
     """Which of Wan's VAEs has a half with weights of these shapes.
 
     Raises:
-        VAEError: none of Wan's VAEs has.
+        VAEError: none of Wan's VAEs has such weights.
     """
     kind = next((kind for kind in KINDS.values() if _belongs(shapes, half, kind)), None)
     if kind is None:
@@ -152,7 +152,7 @@ def stages_of(shapes: Shapes, half: Half) -> tuple[Stage, ...]:
     """The layers of a half; those of a decoder are cut where the resolution grows.
 
     Raises:
-        VAEError: this is none of Wan's VAEs.
+        VAEError: the weights are of none of Wan's VAEs.
     """
     kind_of(shapes, half)
     blocks = _numbered(f"{half}.{BLOCKS[half]}", shapes)
@@ -180,9 +180,10 @@ def frames_at_once(stage: Stage, size: tuple[int, int], itemsize: int, piece_byt
 def working_bytes(
     shapes: Shapes, half: Half, size: tuple[int, int], itemsize: int, piece_bytes: int = PIECE_BYTES
 ) -> int:
-    """Expected memory of decoding or encoding a part of `size` latent rows and columns, beside weights and input.
+    """Expected bytes for decoding or encoding a part of `size` latent rows and columns, without weights and input.
 
-    What the layers keep of earlier frames, one piece of each coarser stage, and the tensors of the finest.
+    The sum of the earlier frames that the layers keep, one piece of each coarser stage, and the tensors of the finest
+    stage.
     """
     stages = stages_of(shapes, half)
     kept = sum(stage.kept_bytes(size, itemsize) for stage in stages)
@@ -212,7 +213,7 @@ def _half_of(name: str) -> Half:
 
 
 def _numbered(name: str, weights: Iterable[str]) -> tuple[str, ...]:
-    """`name`.0, `name`.1 and so on, as far as there are weights with these names in front."""
+    """The names `name`.0, `name`.1 and so on, up to the last one with which the name of a weight begins."""
     found = {int(match[1]) for weight in weights if (match := re.match(rf"{re.escape(name)}\.(\d+)\.", weight))}
     return tuple(f"{name}.{i}" for i in sorted(found))
 
@@ -224,7 +225,7 @@ def _resamples(name: str, shapes: Shapes) -> bool:
 def _stage(
     half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_head: bool
 ) -> tuple[Stage, int]:
-    """A stage that begins at a resolution, and the one at which it ends."""
+    """The stage of the layers `names` that begins at `scale` times the latent's resolution, and its final scale."""
     layers = [layer for name in names for layer in inner_layers(name, shapes) or (name,)]
     convs: list[Conv] = []
     frames = 1
@@ -248,7 +249,7 @@ def _convs_of(layer: str, scale: int, shapes: Shapes) -> Iterator[Conv]:
 
 
 def _resampling(layer: str, scale: int, shapes: Shapes) -> Iterator[Conv]:
-    """The convolutions in space and, where there is one, over time, which takes place at the coarser resolution."""
+    """The convolution in space and, where the layer has one, the convolution over time at the coarser resolution."""
     after, before = shapes[f"{layer}.resample.1.weight"][:2]
     grows = _half_of(layer) == "decoder"
     yield Conv(scale * 2 if grows else scale, before, after, 0)

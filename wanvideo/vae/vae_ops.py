@@ -1,7 +1,7 @@
-"""What the layers of Wan's VAE compute, on activations laid out as [frames, rows, columns, channels].
+"""The operations of the layers of Wan's VAEs, on activations laid out as [frames, rows, columns, channels].
 
-A convolution reads a buffer that has its border already: two earlier frames, and a row and a column on each side. So
-nothing is padded or joined beside the one pass that writes the buffer.
+A convolution reads a buffer that contains its border: two earlier frames, and a row and a column on each side. The one
+pass that writes the buffer replaces all padding and joining.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EPS = 1e-30  # below float32's rounding of any mean square that matters; a pixe
 
 
 class VAEError(UserError, ValueError):
-    """The VAE, its input or its options are none that can be run here. The text says which, and what to do."""
+    """The VAE, its input or its options cannot be run here. The text says which, and what to do."""
 
 
 class VAEOps:
@@ -104,7 +104,7 @@ class _FramesInChannels:
 
 
 def _triton(device: torch.device) -> ModuleType | None:
-    """The Triton kernels, where they work."""
+    """The module of Triton kernels; None where the kernels do not work on the device."""
     global _kernels
     if device.type == "cuda" and _kernels is None:
         _kernels = tried_out(".vae_triton", __package__, device)

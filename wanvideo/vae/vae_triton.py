@@ -1,9 +1,9 @@
 """The functions of vae_ops.py as Triton kernels.
 
-Convolution: the buffer with its border is one matrix of positions x channels. A tap of the kernel is the same matrix
+Convolution: the buffer with its border is one matrix of positions x channels. A tap of the kernel reads the same matrix
 some rows further on, so a convolution is a sum of products of shifted matrices. The columns of a tap that follow each
-other in memory are taken as one longer row. Positions on the border are computed too, which is a row and a column in
-some hundred, and not stored.
+other in memory are taken as one longer row. Positions on the border, a row and a column in some hundred, are computed
+too, but not stored.
 """
 
 from __future__ import annotations

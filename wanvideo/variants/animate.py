@@ -1,8 +1,9 @@
-"""Wan 2.2 Animate: an image-to-video model that is led by a pose video and by a face video.
+"""Wan 2.2 Animate: an image-to-video model that follows a pose video and a face video.
 
-The pose is added to the token embedding, one frame later than its own (the first frame is the reference image). The
-face is described by directions of motion, each four frames of which become a few tokens; behind every fifth block the
-tokens of a frame attend to those of its face. Both act on any part of the tokens.
+Each frame of the pose is added to the token embedding of the next latent frame, because the first latent frame is the
+reference image. An encoder describes the face by shares of directions of motion, and turns every four frames of these
+descriptions into a few tokens; behind every fifth block the tokens of a frame attend to the tokens of its face. Pose
+and face act on any part of the tokens.
 
 Sources: Wan 2.2 `wan/modules/animate/`; the face's encoder is that of LIA (arXiv 2203.09043) with StyleGAN2's blocks.
 Shapes and orders as ComfyUI runs them.
@@ -45,16 +46,16 @@ _CONVOLUTIONS, _ADAPTERS = "motion_encoder.enc.net_app.convs", "face_adapter.fus
 
 @dataclass(frozen=True)
 class Animate(Variant):
-    """Animate.
+    """The dimensions of Animate's layers.
 
     Args:
         pose_dim: channels of the pose video's latent.
-        channels: of the convolutions of the face's encoder, each of which but the first halves the image.
+        channels: channels of each convolution of the face encoder; each but the first halves the image.
         style: width behind the convolutions.
-        directions: of motion, in which a face is described.
+        directions: number of directions of motion that describe a face.
         motion: width of a description.
         hidden: width of the encoder over time.
-        heads: tokens that it makes of four frames, beside a learned one.
+        heads: tokens that the encoder over time makes of four frames, to which a learned token is added.
     """
 
     pose_dim: int = 16
@@ -94,7 +95,7 @@ class Animate(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> Animate | None:
-        """The dimensions that a file with face adapters tells."""
+        """The dimensions of a file with face adapters; None for a file without."""
         if f"{_ADAPTERS}.0.k_norm.weight" not in tensors.tensors:
             return None
         shape, encoder = tensors.needed, "face_encoder"
@@ -116,7 +117,7 @@ class Animate(Variant):
     def shapes(self, config: WanConfig) -> Shapes:
         """The tensors of the pose's embedding, of the face's encoders and of the adapters.
 
-        The blur kernels in the file of Wan's authors are constants, and left out (see `is_constant`).
+        The list leaves out the blur kernels in the file of Wan's authors, which are constants (see `is_constant`).
         """
         shapes = patch_embedding("pose_patch_embedding", self.pose_dim, config.dim)
         shapes |= self._motion_encoder_shapes()
@@ -164,12 +165,12 @@ class Animate(Variant):
         return name.startswith("motion_encoder.") and name.endswith(".kernel")
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
-        """The block that an adapter acts behind."""
+        """The number of the block behind which the adapter with the tensor `name` acts; None for other tensors."""
         part = name.split(".")
         return int(part[2]) * _STRIDE if part[0] == "face_adapter" else None
 
     def hearing(self, config: WanConfig) -> Hearing:
-        """The tokens of a frame's face, behind every fifth block."""
+        """The attention to the tokens of a frame's face, behind every fifth block."""
         return Hearing(len(range(0, config.num_layers, _STRIDE)) / config.num_layers, self.heads + 1, config.dim)
 
 
@@ -241,7 +242,7 @@ class HalvingBlock(nn.Module):
 
 
 class Directions(nn.Module):
-    """Shares of the directions of motion to a motion; the directions are made orthogonal."""
+    """Sums directions of motion by their shares to one motion; the directions are made orthogonal."""
 
     def __init__(self, motion: int, directions: int):
         super().__init__()
@@ -253,7 +254,7 @@ class Directions(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Face images [n, 3, pixels, pixels] in -1..1 to their motion [n, motion], in float32."""
+    """Encodes face images [n, 3, pixels, pixels] in -1..1 as motions [n, motion], in float32."""
 
     def __init__(self, face: Animate):
         super().__init__()
@@ -271,25 +272,25 @@ class MotionEncoder(nn.Module):
         self.dec = nn.ModuleDict({"direction": Directions(face.motion, face.directions)})
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Encode face images [n, 3, pixels, pixels] as motions [n, motion]."""
         seen = cast(nn.ModuleDict, self.enc["net_app"])["convs"](images).flatten(1)
         return self.dec["direction"](self.enc["fc"](seen))
 
 
 class FaceEncoder(CausalEncoder):
-    """The motions of the video's frames [B, t, motion] to tokens [B, ceil(t/4), heads + 1, dim] of latent frames."""
+    """Encodes motions [B, t, motion] of video frames as tokens [B, ceil(t/4), heads + 1, dim] of latent frames."""
 
     def __init__(self, face: Animate, dim: int):
         super().__init__(face.motion, (face.hidden,) * 3, face.heads, dim)
         self.out_proj = Linear(face.hidden, dim)
 
     def forward(self, motions: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Encode motions [B, t, motion] as tokens [B, ceil(t/4), heads + 1, dim]."""
         return self.padded(self.out_proj(self.encode(motions, self.conv1_local, self.heads)))
 
 
 class FaceAdapter(nn.Module):
-    """What the video gets from the face behind one block: cross-attention of a frame's tokens to those of its face."""
+    """The cross-attention of a frame's tokens to the tokens of the frame's face, behind one block."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -301,7 +302,7 @@ class FaceAdapter(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.eps)
 
     def forward(self, x: torch.Tensor, face: torch.Tensor, runs: list[Run], dtype: torch.dtype) -> None:
-        """Change x [B, n, dim] (float32) in place by the tokens `face` [B, frames, tokens, dim] of all frames."""
+        """Add the attention to the tokens `face` [B, frames, tokens, dim] to x [B, n, dim] (float32) in place."""
         k, v = self.linear1_kv(self._normed(face, dtype)).chunk(2, dim=-1)
         k, v = self._by_head(k, self.k_norm), v.unflatten(-1, (-1, self.head_dim))
         for run in runs:
@@ -331,7 +332,7 @@ class AnimateModel(WanModel):
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens with the pose of their frame; the first frame, the reference image, has none."""
+        """Embed the tokens `video` with the pose of their frames; the first frame, the reference image, has no pose."""
         x = super().embed_video(tokens, grid, video, conditioning)
         if conditioning.pose is not None:
             pose = patchify(pad_to_patch(conditioning.pose.to(x.device, torch.float32)))
@@ -343,7 +344,7 @@ class AnimateModel(WanModel):
     def side_streams(
         self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
     ) -> Sides:
-        """The tokens of the face [B, frames, tokens, dim], and where this part's tokens lie in the frames."""
+        """The tokens of the face [B, frames, tokens, dim], and the runs by frames of the video tokens `part`."""
         sides, video = super().side_streams(x, grid, part, conditioning, carried), conditioning.face
         if video is None:
             return sides
@@ -355,14 +356,14 @@ class AnimateModel(WanModel):
     def add_sides(
         self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
-        """Behind every fifth block: add what the tokens see of their frame's face."""
+        """Add, behind every fifth block, each token's attention to the face of its frame."""
         super().add_sides(x, sides, block, inputs, conditioning)
         if "face" in sides and block % _STRIDE == 0:
             adapter = cast(nn.ModuleList, self.face_adapter["fuser_blocks"])[block // _STRIDE]
             adapter(x, *sides["face"], inputs.compute_dtype)
 
     def _face_tokens(self, video: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Face video [B, 3, t, pixels, pixels] to tokens [B, 1 + ceil(t/4), tokens, dim]; none for the reference."""
+        """Encode a face video [B, 3, t, pixels, pixels] as [B, 1 + ceil(t/4), tokens, dim]; frame 0 has zeros."""
         images = video.transpose(1, 2).flatten(0, 1)
         motions = [self.motion_encoder(some.to(device, torch.float32)) for some in images.split(_AT_ONCE)]
         tokens = self.face_encoder(torch.cat(motions).unflatten(0, (len(video), -1)))

@@ -25,7 +25,7 @@ PIXELS = 8  # of a camera path, along each side of one latent pixel
 
 @dataclass(frozen=True)
 class FunCamera(Variant):
-    """Fun-Camera, whose camera path has so many channels, one set for each pixel."""
+    """Fun-Camera; `channels` is the number of channels that the camera path has for each pixel."""
 
     channels: int
 
@@ -45,7 +45,7 @@ class FunCamera(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> FunCamera | None:
-        """The camera path's channels; None without an adapter."""
+        """The variant with the camera path's channels; None without a camera adapter."""
         channels = tensors.size("control_adapter.conv.weight", 1) // PIXELS**2
         return cls(channels) if channels else None
 
@@ -61,10 +61,10 @@ class FunCamera(Variant):
         return CameraModel
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Check that no frames lie behind the latent, for which the camera has no path.
+        """Check that the conditioning has no extra frames, as the camera path has none.
 
         Raises:
-            ValueError: there are some.
+            ValueError: the conditioning has extra frames.
         """
         if conditioning.camera is not None:
             check_no_subjects(conditioning)
@@ -84,7 +84,7 @@ class CameraResidual(nn.Module):
 
 
 class CameraAdapter(nn.Module):
-    """A camera path to a vector for each token. Only pixels of one frame meet."""
+    """Encodes a camera path as a vector for each token; a vector depends on the pixels of one frame alone."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
@@ -98,14 +98,14 @@ class CameraAdapter(nn.Module):
 
 
 class CameraModel(WanModel):
-    """A DiT that is led by a camera path."""
+    """A DiT that follows a camera path."""
 
     def __init__(self, config: WanConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
         self.control_adapter = CameraAdapter(config[FunCamera].channels, config.dim)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens, and what the camera adds to them; only their frames of its path are fetched and computed."""
+        """Embed the tokens `video` with the camera path of their frames added; other frames are not computed."""
         x = super().embed_video(tokens, grid, video, conditioning)
         if conditioning.camera is not None:
             window, own = frames_of(grid, video)

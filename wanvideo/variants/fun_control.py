@@ -25,7 +25,7 @@ from ..model.model import WanModel
 
 
 class FunControl(Variant):
-    """Fun-Control, which its number of channels tells."""
+    """Fun-Control, recognised by its number of channels."""
 
     name = "Fun-Control"
     order = 2
@@ -35,11 +35,11 @@ class FunControl(Variant):
 
     @classmethod
     def fits(cls, in_dim: int, out_dim: int) -> bool:
-        """Whether the channels of a control video and of an image come in beside the latent."""
+        """Whether the input has the channels of a control video and of an image beside the latent's."""
         return in_dim >= 3 * out_dim and in_dim != out_dim
 
     def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
-        """Bernini's videos, as many channels as come in."""
+        """The number of channels of Bernini's videos, which is that of the model's input."""
         return (config.in_dim,)
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
@@ -49,7 +49,7 @@ class FunControl(Variant):
 
 @dataclass(frozen=True)
 class Reference(Variant):
-    """A reference latent of so many channels, one frame in front of the video."""
+    """A reference latent, which is one frame in front of the video; `channels` is the number of its channels."""
 
     channels: int
 
@@ -65,7 +65,7 @@ class Reference(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> Reference | None:
-        """The reference's channels; None without its convolution."""
+        """The variant with the reference's channels; None without the reference's convolution."""
         channels = tensors.size("ref_conv.weight", 1)
         return cls(channels) if channels else None
 
@@ -85,7 +85,7 @@ class ReferenceEmbedding(Convolution):
         super().__init__(channels, dim, 2)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, n, C*4] of `patchify`, of which the first channels are the reference's; float32 [B, n, dim]."""
+        """Embed tokens [B, n, C*4] of `patchify`, whose first channels are the reference's, as float32 [B, n, dim]."""
         weight = self.weight.flatten(1).float()
         return F.linear(tokens[..., : weight.shape[1]].float(), weight, self.bias)
 
@@ -98,7 +98,7 @@ class ReferenceModel(WanModel):
         self.ref_conv = ReferenceEmbedding(config[Reference].channels, config.dim)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens, those of the reference by their own convolution."""
+        """Embed the tokens `video`; the tokens of the reference go through a convolution of their own."""
         x = super().embed_video(tokens, grid, video, conditioning)
         if conditioning.options.reference_frames:
             places = torch.arange(grid.tokens, device=tokens.device)[video]

@@ -26,7 +26,7 @@ _PROJECTION = "audio_proj.audio_proj_glob"
 
 
 def _audio_shape(_: Humo, asked: Asked) -> Shape:
-    """A batch, and any sizes: `Humo.check` counts the numbers of a frame."""
+    """The shape of the audio: the batch size, then any sizes, as `Humo.check` counts the numbers of a frame."""
     audio = asked.given.audio
     return (asked.batch, *(None for _ in range(audio.ndim - 1 if audio is not None else 1)))
 
@@ -36,9 +36,9 @@ class Humo(Variant):
     """HuMo: features of some audio frames around a latent frame become `tokens` tokens for the frame.
 
     Args:
-        features: numbers of those audio frames together.
-        hidden: width of the projection between.
-        width: of an audio token.
+        features: numbers of all audio frames around one latent frame together.
+        hidden: width of the hidden layers of the projection from features to tokens.
+        width: numbers of an audio token.
     """
 
     features: int
@@ -58,7 +58,7 @@ class Humo(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> Humo | None:
-        """The dimensions that a file with a projection of audio tells."""
+        """The dimensions of a file with HuMo's projection of audio; None for a file without."""
         features = tensors.size(f"{_PROJECTION}_1.layer.weight", 1)
         width = tensors.size(f"{_PROJECTION}_norm.layer.weight", 0)
         if not (features and width):
@@ -84,11 +84,11 @@ class Humo(Variant):
         return HumoModel
 
     def hearing(self, config: WanConfig) -> Hearing:
-        """The tokens of a frame's audio, in every block."""
+        """The attention to the tokens of a frame's audio, in every block."""
         return Hearing(1.0, self.tokens, self.width)
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-        """The reference image as a frame behind the video, in which nothing is heard."""
+        """The conditioning with the reference image as a frame behind the video, and with silence for this frame."""
         frames, audio = given.get("reference_latent"), conditioning.audio
         if frames is None:
             return conditioning
@@ -100,7 +100,7 @@ class Humo(Variant):
         """Check that the audio of a frame has as many numbers as the projection takes.
 
         Raises:
-            ValueError: it has not.
+            ValueError: the audio has another number.
         """
         audio = conditioning.audio
         if audio is not None and audio[0, 0].numel() != self.features:
@@ -112,11 +112,11 @@ class Humo(Variant):
 
 @dataclass(frozen=True)
 class Heard:
-    """What the tokens of one rank hear.
+    """The audio to which the video tokens of one rank attend.
 
     Args:
-        audio: [B, moments, tokens, width].
-        runs: (first token, last + 1, moment), in the order of the rank's tokens.
+        audio: audio tokens [B, moments, tokens, width].
+        runs: (first video token, last + 1, moment) of each run of video tokens, in the order of the rank's tokens.
     """
 
     audio: torch.Tensor
@@ -124,7 +124,7 @@ class Heard:
 
 
 def moments(grid: Grid, part: Part, count: int) -> tuple[tuple[int, int, int], ...]:
-    """Which of `count` equal stretches of a sequence the tokens `part` lie in: (first, last + 1, stretch)."""
+    """The runs (first, last + 1, stretch) of the tokens `part`, for a sequence cut into `count` equal stretches."""
     places = part.cpu() if isinstance(part, torch.Tensor) else torch.arange(grid.tokens)[part]
     stretches, lengths = torch.unique_consecutive(places * count // grid.tokens, return_counts=True)
     stops = lengths.cumsum(0)
@@ -132,7 +132,7 @@ def moments(grid: Grid, part: Part, count: int) -> tuple[tuple[int, int, int], .
 
 
 class Layer(nn.Module):
-    """The released files call each part of the projection `<name>.layer`."""
+    """A layer under the name `layer`, as each part of the projection is called in the released files."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -140,7 +140,7 @@ class Layer(nn.Module):
 
 
 class AudioProjection(nn.Module):
-    """Audio features [B, frames, ...] of each latent frame to audio tokens [B, frames, tokens, width]."""
+    """The projection from audio features [B, frames, ...] of latent frames to tokens [B, frames, tokens, width]."""
 
     def __init__(self, audio: Humo):
         super().__init__()
@@ -167,7 +167,7 @@ class AudioAttention(Attention):
         self.k, self.v = Linear(width, config.dim), Linear(width, config.dim)
 
     def forward(self, x: torch.Tensor, heard: Heard, inputs: BlockInputs) -> torch.Tensor:
-        """x [B, n, dim], normed, whose first token is that of the first run."""
+        """Attend from the normed tokens x [B, n, dim] to the audio; x begins with the tokens of the first run."""
         first, last = heard.runs[0][2], heard.runs[-1][2]
         audio = heard.audio[:, first : last + 1]
         q, k = self.q(x), self.k(audio.flatten(1, 2))
@@ -196,11 +196,11 @@ class HumoBlock(Block):
         self.audio_cross_attn_wrapper = AudioWrapper(config, config[Humo].width)
 
     def used_by_slices(self) -> list[nn.Module]:
-        """The modules of every block, and those of the attention to audio."""
+        """The modules that each slice of tokens goes through, those of the attention to audio included."""
         return [*super().used_by_slices(), *self.audio_cross_attn_wrapper.audio_cross_attn.linears()]
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
-        """Add to the tokens x, those at `s` of this rank's, what they hear."""
+        """Add the attention to audio to x, the slice `s` of this rank's tokens, in place."""
         if inputs.heard is None or not x.shape[1]:
             return
         wrapper = self.audio_cross_attn_wrapper
@@ -222,7 +222,7 @@ class HumoModel(WanModel):
     def heard(
         self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device
     ) -> Heard | None:
-        """The audio tokens of all frames, and which of them the tokens `part` hear."""
+        """The audio tokens of all frames, and the runs of the video tokens `part` by frame; None without audio."""
         if conditioning.audio is None:
             return None
         audio = self.audio_proj(conditioning.audio.to(device), self.compute_dtype)

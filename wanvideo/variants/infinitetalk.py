@@ -1,12 +1,13 @@
 """InfiniteTalk and MultiTalk: an image-to-video model whose tokens also attend to the speech of their frame.
 
 The layers come in a file of their own, a model patch (see checkpoint/infinitetalk_module.py), and act between
-cross-attention and feed-forward of every block. With two speakers, a mask for each of them in the first frame says who
-is where: how much a token's query attends to the keys of a speaker's part of the first frame tells whose speech it
-hears more. That turns into a place on a line by which its query is rotated, as are the keys of the two speeches.
+cross-attention and feed-forward of every block. With two speakers, a mask of the first frame shows where each speaker
+is. A token attends more to the speech of the speaker in whose part of the first frame the token's query finds more
+similar keys: this similarity becomes a position on a line, by which the token's query in the attention to speech is
+rotated. The keys of the two speeches are rotated by fixed positions.
 
-A rank does this for whatever tokens it holds. Two things it does not have by itself: the keys of the first frame, and
-how the attention to a speaker is distributed over all tokens and heads. `Reduce` brings them.
+A rank computes this for whatever tokens it holds. Only two things need the other ranks: the keys of the first frame,
+and the range of the attention to a speaker over all tokens and heads. `OverSequence` combines both over the ranks.
 
 Sources: MultiTalk (arXiv 2505.22647) and InfiniteTalk (arXiv 2508.14033), `wan/modules/multitalk_model.py` and
 `wan/modules/attention.py` (MeiGen-AI); shapes and orders as ComfyUI runs them.
@@ -32,7 +33,7 @@ from ..model.model import WanModel
 NORM_EPS = 1e-5  # torch's default
 _CLOSE = 1e-8  # keeps quotients of equal numbers finite
 _BASE = 10000.0
-# The line on which a token has a place: what speaker 0 and speaker 1 take of it, and where nobody speaks.
+# The line of positions: each speaker's part has the length _SPAN and one of these starts; the last is of no speaker.
 _SPAN = 4.0
 _BEGINS = (0.0, 20.0)
 _NOBODY = 12.0
@@ -43,15 +44,15 @@ class InfiniteTalk(Variant):
     """InfiniteTalk's or MultiTalk's attention to speech in every block.
 
     Args:
-        width: of an audio token.
-        heads: of that attention, which no tensor tells: the released files have 40, and so has ComfyUI.
+        width: numbers of an audio token.
+        heads: number of heads of the attention to speech. No tensor shows this number; the released files have 40.
     """
 
     width: int
     heads: int = 40
 
     TOKENS: ClassVar[int] = 32
-    """Tokens that ComfyUI's projection makes of one speaker's speech for a frame."""
+    """The number of tokens that ComfyUI's projection makes of one speaker's speech for a latent frame."""
 
     order = 60
     module = True
@@ -67,7 +68,7 @@ class InfiniteTalk(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> InfiniteTalk | None:
-        """The width of an audio token, 0 where a file with such layers lacks the tensor that tells it."""
+        """The variant with the width of an audio token, or with 0 where the file lacks the tensor that shows it."""
         if "blocks.0.audio_cross_attn.proj.weight" not in tensors.tensors:
             return None
         return cls(tensors.size("blocks.0.audio_cross_attn.kv_linear.weight", -1))
@@ -87,22 +88,22 @@ class InfiniteTalk(Variant):
         return TalkModel
 
     def divides(self, config: WanConfig) -> bool:
-        """Whether the width is that of heads of an even size."""
+        """Whether the model's width divides into heads of an even size."""
         return config.dim % (2 * self.heads) == 0
 
     def hearing(self, config: WanConfig) -> Hearing:
-        """The tokens of a frame's speech, in every block."""
+        """The attention to the tokens of a frame's speech, in every block."""
         return Hearing(1.0, self.TOKENS, self.width)
 
     def own_heads(self) -> tuple[int, str]:
-        """Heads of the attention to speech, and what a refusal calls the layers."""
+        """The number of heads of the attention to speech, and the name of the layers in a refusal."""
         return self.heads, "InfiniteTalk's layers"
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Check what is heard against the rest of the conditioning.
+        """Check the speech against the rest of the conditioning.
 
         Raises:
-            ValueError: there are other tokens than those of the video, or masks of another number of speakers.
+            ValueError: the conditioning has tokens beside the video's, or a number of masks other than two or three.
         """
         if conditioning.audio is None:
             return
@@ -121,14 +122,16 @@ class InfiniteTalk(Variant):
 
 @dataclass(frozen=True)
 class Speech:
-    """What the tokens of one rank hear in every block.
+    """The speech to which the video tokens of one rank attend in every block.
 
     Args:
-        audio: [B, frames, tokens, width], in the compute dtype; with two speakers, first the one's, then the other's.
-        speakers: who is where in the first frame, [B, masks, rows * columns] of 0 and 1; a third mask is of nobody.
-        scale: how strongly it is heard.
-        grid, part: which tokens.
-        over: None where this device has all of them.
+        audio: audio tokens [B, frames, tokens, width] in the compute dtype; with two speakers, the tokens of the first
+            speaker come before those of the second.
+        speakers: masks of the speakers in the first frame, [B, masks, rows * columns] of 0 and 1; a third mask shows
+            where no speaker is. None for one speaker.
+        scale: factor of the attention to speech.
+        grid, part: the video tokens of this rank.
+        over: combines tensors with the ranks that have the other tokens; None where this rank has all tokens.
     """
 
     audio: torch.Tensor
@@ -140,7 +143,7 @@ class Speech:
     _runs: dict[tuple[int, int], list[Run]] = field(default_factory=dict)
 
     def runs(self, s: slice) -> list[Run]:
-        """The frames of the tokens at `s` of this rank's."""
+        """The runs by frames of the slice `s` of this rank's tokens."""
         if (s.start, s.stop) not in self._runs:
             part = self.part
             own = slice(part.start + s.start, part.start + s.stop) if isinstance(part, slice) else part[s]
@@ -148,7 +151,7 @@ class Speech:
         return self._runs[s.start, s.stop]
 
     def first_keys(self, k: torch.Tensor) -> torch.Tensor:
-        """The keys [B, rows * columns, heads, head_dim] of the first frame, from those [B, n, ...] of this rank."""
+        """The keys [B, rows * columns, heads, head_dim] of the first frame, out of this rank's keys k [B, n, ...]."""
         first = self.grid.frame_tokens
         if self.over is None:
             return k[:, :first]
@@ -162,8 +165,8 @@ class Speech:
 
 @dataclass
 class Heard:
-    """A `Speech` in one block: its keys and values [B, frames, tokens, heads, head_dim], and the places [B, n] of this
-    rank's tokens on the line of the speakers."""
+    """The keys and values [B, frames, tokens, heads, head_dim] of a `Speech` in one block, and the positions [B, n] of
+    this rank's video tokens on the line of the speakers."""
 
     speech: Speech
     k: torch.Tensor
@@ -176,13 +179,13 @@ class SpeechAttention(nn.Module):
 
     def __init__(self, dim: int, audio: InfiniteTalk):
         super().__init__()
-        self.head_dim = dim // audio.heads  # the number of heads is that of the weights, as in `Attention`
+        self.head_dim = dim // audio.heads  # the weights decide the number of heads, as in `Attention`
         self.q_linear = Linear(dim, dim)
         self.kv_linear = Linear(audio.width, 2 * dim)
         self.proj = Linear(dim, dim)
 
     def heard(self, speech: Speech) -> Heard:
-        """The keys and values of a speech in this block; those of two speakers are rotated by their places."""
+        """The keys and values of a speech in this block; the keys of two speakers are rotated by their positions."""
         k, v = self.kv_linear(speech.audio).unflatten(-1, (2, -1, self.head_dim)).unbind(3)
         if speech.speakers is not None:
             tokens = torch.arange(k.shape[2], device=k.device)
@@ -192,7 +195,7 @@ class SpeechAttention(nn.Module):
         return Heard(speech, k, v)
 
     def forward(self, x: torch.Tensor, heard: Heard, s: slice) -> torch.Tensor:
-        """x [B, n, dim], normed, of the tokens at `s` of this rank's."""
+        """Attend from the normed tokens x [B, n, dim], the slice `s` of this rank's tokens, to the speech."""
         q = self.q_linear(x).unflatten(-1, (-1, self.head_dim))
         if heard.places is not None:
             q = rotate(q, heard.places[:, s])
@@ -210,7 +213,7 @@ class TalkBlock(Block):
         self.audio_cross_attn = SpeechAttention(config.dim, config[InfiniteTalk])
 
     def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
-        """As `Block.forward`; with two speakers, self-attention also tells who is where."""
+        """Run `Block.forward`; with two speakers, the queries and keys of self-attention also position the tokens."""
         if inputs.heard is None:
             return super().forward(x, inputs)
         heard, masks = self.audio_cross_attn.heard(inputs.heard), inputs.heard.speakers
@@ -224,19 +227,19 @@ class TalkBlock(Block):
         return super().forward(x, replace(inputs, heard=heard, attend=attend))
 
     def used_by_slices(self) -> list[nn.Module]:
-        """The modules of every block, and those of the attention to speech."""
+        """The modules that each slice of tokens goes through, those of the attention to speech included."""
         return [*super().used_by_slices(), self.audio_cross_attn.q_linear, self.audio_cross_attn.proj]
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
-        """Add to the tokens x, those at `s` of this rank's, what they hear."""
+        """Add the attention to speech to x, the slice `s` of this rank's tokens, in place."""
         if inputs.heard is not None and x.shape[1]:
             y = self.audio_cross_attn(self.norm_x(x, inputs.compute_dtype), inputs.heard, s)
             x.add_(y, alpha=inputs.heard.speech.scale)
 
     def places(self, q: torch.Tensor, k: torch.Tensor, masks: torch.Tensor, speech: Speech) -> torch.Tensor:
-        """The place [B, n] of each token on the line of the speakers, from the queries and keys [B, n, heads, d] of
-        self-attention and the speakers' masks. All ranks that share the sequence, and the heads, call it together."""
-        shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # values that tell where a query looks
+        """The position [B, n] of each token on the line of the speakers, from the queries and keys [B, n, heads, d] of
+        self-attention and the speakers' masks. All ranks that share the sequence or the heads call this together."""
+        shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # as values, for the weight of each mask
         shown[..., : masks.shape[1]] = masks.transpose(1, 2).unsqueeze(2)
         looks = few_keys(q, speech.first_keys(k), shown)[..., : masks.shape[1]].float().sum(dim=2)
         looks = self.over_heads(looks.contiguous()) / (self.num_heads * masks.float().sum(-1).unsqueeze(1) + _CLOSE)
@@ -244,10 +247,10 @@ class TalkBlock(Block):
 
 
 def on_the_line(looks: torch.Tensor, over: OverSequence | None) -> torch.Tensor:
-    """Places [B, n] from how much each token looks at each mask, [B, n, masks].
+    """Positions [B, n] on the line of the speakers, from each token's attention `looks` [B, n, masks] to the masks.
 
-    A token belongs to the speaker at whom it looks most, and is the farther along on this speaker's part of the line
-    the more it does so, compared to all tokens of the video.
+    A token belongs to the mask to which it attends most. Its position moves along this speaker's part of the line with
+    its attention to the speaker, relative to the least and largest attention of all tokens of the video.
     """
     most, least = _extremes(looks[..., :2], over)
     begins = torch.tensor(_BEGINS, device=looks.device)
@@ -267,8 +270,8 @@ def _extremes(x: torch.Tensor, over: OverSequence | None) -> tuple[torch.Tensor,
 
 
 def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring pairs of the last dimension of x [..., tokens, heads, d] by angles that grow with places
-    [..., tokens]; in the dtype of x."""
+    """Rotate neighbouring pairs of the last dimension of x [..., tokens, heads, d] by angles proportional to `places`
+    [..., tokens]; the result is in the dtype of x."""
     pairs = torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1]
     angles = places.float().unsqueeze(-1) / _BASE**pairs
     turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
@@ -277,16 +280,16 @@ def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 class TalkModel(WanModel):
-    """A DiT whose tokens hear speech."""
+    """A DiT whose tokens attend to speech."""
 
     block = TalkBlock
 
     def asks_other_ranks(self, conditioning: Conditioning) -> bool:
-        """Whether it is told in each block who of two speakers a token belongs to."""
+        """Whether the conditioning has two speakers, between whom each block decides for all tokens together."""
         return conditioning.speakers is not None or super().asks_other_ranks(conditioning)
 
     def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Speech | None:
-        """The speech of all frames, for the tokens `part`."""
+        """The speech of all frames, for the video tokens `part`; None without speech."""
         if conditioning.audio is None:
             return None
         audio, speakers = conditioning.audio.to(device, self.compute_dtype), conditioning.speakers

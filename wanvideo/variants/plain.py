@@ -1,4 +1,4 @@
-"""Wan as it was first made: text to video, and image to video. Only their numbers of channels tell them apart.
+"""Text to video and image to video, the first variants of Wan. Only the numbers of channels tell the two apart.
 
 An image-to-video model of Wan 2.1 also attends to the CLIP tokens of its images, which every model may do (see
 `WanModel.image_context`). A model of 5 billion parameters makes videos from images too, but as a text-to-video model
@@ -19,7 +19,7 @@ _CHANNELS_5B = 48
 
 
 class TextToVideo(Variant):
-    """Text to video: what is denoised is all that comes in."""
+    """Text to video: the input has only the channels of the denoised latent."""
 
     name = "text-to-video"
     order = 0
@@ -28,7 +28,7 @@ class TextToVideo(Variant):
 
     @classmethod
     def fits(cls, in_dim: int, out_dim: int) -> bool:
-        """Whether as many channels come in as go out."""
+        """Whether the input has as many channels as the output."""
         return in_dim == out_dim
 
     def latent_node(self, config: WanConfig) -> str:
@@ -36,7 +36,7 @@ class TextToVideo(Variant):
         return "Wan22ImageToVideoLatent" if config.out_dim == _CHANNELS_5B else "EmptyHunyuanLatentVideo"
 
     def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
-        """Bernini's videos, as many channels as the latent has."""
+        """The number of channels of Bernini's videos, which is that of the latent."""
         return (config.in_dim,)
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
@@ -45,8 +45,8 @@ class TextToVideo(Variant):
 
 
 class ImageToVideo(Variant):
-    """Image to video: beside the latent come the image as a video and a mask of its frames; Fun-InP and
-    first-last-frame are this variant too."""
+    """Image to video: the input has the latent, the image as a video, and a mask of the frames that the image fills.
+    Fun-InP and first-last-frame models are of this variant too."""
 
     name = "image-to-video"
     order = 1
@@ -57,11 +57,11 @@ class ImageToVideo(Variant):
 
     @classmethod
     def fits(cls, in_dim: int, out_dim: int) -> bool:
-        """Whether there are other channels than those of the latent, and not those of two videos beside."""
+        """Whether the input has channels beside the latent's, but fewer than two further videos would have."""
         return in_dim != out_dim and in_dim < 3 * out_dim
 
     def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
-        """Bernini's videos, as many channels as come in."""
+        """The number of channels of Bernini's videos, which is that of the model's input."""
         return (config.in_dim,)
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:

@@ -1,9 +1,9 @@
-"""Wan 2.2 S2V: a text-to-video model that hears sound, and that knows a subject and the video so far.
+"""Wan 2.2 S2V: a text-to-video model with audio, a reference image of a subject, and motion frames.
 
-The subject's tokens and those of the video so far lie behind the tokens of the latent: they have a time (0) and
-positions of their own, and are no part of the result. Of the video so far, the last frame is as fine as the latent,
-what lies farther back coarser. Behind some blocks the tokens of a frame attend to the sound of that frame. All of it
-acts on any part of the tokens.
+Motion frames are the last frames of the video that the new video goes on from. The tokens of the subject and of the
+motion frames follow the tokens of the latent as context tokens, with the time 0 and positions of their own. The last
+motion frame is as fine as the latent, earlier motion frames are coarser. Behind some blocks the tokens of a frame
+attend to the audio of that frame. Every step works on any part of the tokens.
 
 Sources: Wan 2.2 `wan/modules/s2v/`; the packing of frames is that of FramePack (arXiv 2504.12626). Shapes, orders and
 positions as ComfyUI runs them.
@@ -44,12 +44,12 @@ _ADAPTIVE_EPS = 1e-5
 _TIMED_BYTES = 8  # two float32 vectors a token, where tokens have times of their own and Triton does not work
 
 _LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
-"""The sound is heard behind these blocks; a file has an injector for each of them, whatever blocks it has."""
+"""The blocks behind which tokens attend to audio; a file has an injector for each, however many blocks it has."""
 
 _PACKED = {"proj": (1, 2, 2), "proj_2x": (2, 4, 4), "proj_4x": (4, 8, 8)}
-"""The convolutions of the video so far, by their size (= stride) in frames, rows and columns of the latent."""
+"""The convolutions of the motion frames, by their size (= stride) in frames, rows and columns of the latent."""
 _PACKED_FRAMES = (1, 2, 16)
-"""Frames of the video so far that each convolution of `_PACKED` sees, the last one first."""
+"""The number of motion frames that each convolution of `_PACKED` sees, counted from the last motion frame back."""
 
 _SUBJECT_TIME, _SUBJECT_DISTANCE = 30, 9  # the subject stands at this frame, or so far behind the video
 _ENCODER = "casual_audio_encoder.encoder"
@@ -57,12 +57,12 @@ _ENCODER = "casual_audio_encoder.encoder"
 
 @dataclass(frozen=True)
 class S2V(Variant):
-    """S2V.
+    """The dimensions of S2V's layers.
 
     Args:
-        features: width of the sound's features.
-        encoder_layers: of the sound's encoder, whose outputs all are features.
-        heads: tokens that the sound of a latent frame becomes, beside a learned one.
+        features: width of the audio features.
+        encoder_layers: layers of the audio encoder; the outputs of all layers are features.
+        heads: audio tokens of a latent frame, to which a learned token is added.
         control_dim: channels of a control video's latent.
     """
 
@@ -108,7 +108,7 @@ class S2V(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> S2V | None:
-        """The dimensions that a file with an encoder of sound tells."""
+        """The dimensions of a file with S2V's audio encoder; None for a file without."""
         last = f"{_ENCODER}.final_linear.weight"
         if last not in tensors.tensors:
             return None
@@ -121,7 +121,7 @@ class S2V(Variant):
         )
 
     def shapes(self, config: WanConfig) -> Shapes:
-        """The tensors of the encoders, of the injectors and of what packs the video so far."""
+        """The tensors of the encoders, of the injectors and of the convolutions of the motion frames."""
         dim = config.dim
         shapes: Shapes = {
             "trainable_cond_mask.weight": (3, dim),
@@ -143,22 +143,22 @@ class S2V(Variant):
         return S2VModel
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
-        """The block that an injector acts behind."""
+        """The number of the block behind which the injector with the tensor `name` acts; None for other tensors."""
         part = name.split(".")
         return _LAYERS[int(part[2])] if part[0] == "audio_injector" else None
 
     def hearing(self, config: WanConfig) -> Hearing:
-        """The tokens of a frame's sound, behind some blocks."""
+        """The attention to the tokens of a frame's audio, behind some blocks."""
         share = sum(place < config.num_layers for place in _LAYERS) / config.num_layers
         return Hearing(share, self.heads + 1, config.dim)
 
     def token_bytes(self, contexts: int) -> int:
-        """Bytes of the times that tokens have of their own."""
+        """Bytes of the time vectors, of which each token has its own."""
         return _TIMED_BYTES
 
     @classmethod
     def placed(cls, x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
-        """The conditioning with the places of the subject and of the video so far, behind that of the latent x."""
+        """The conditioning with the grids of the subject and of the motion frames as context of the latent x."""
         if conditioning.subject is None and conditioning.so_far is None:
             return conditioning
         subject, so_far = (None if y is None else y.shape[-3:] for y in (conditioning.subject, conditioning.so_far))
@@ -166,10 +166,10 @@ class S2V(Variant):
         return conditioning.having(replace(conditioning.options, tail=tail))
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Check that the sizes are such that the subject and the video so far can be packed, and the sound divided.
+        """Check that subject and motion frames fit into whole tokens, and that the audio divides the video evenly.
 
         Raises:
-            ValueError: they are not, or there are frames behind the latent.
+            ValueError: a size or the length of the audio does not fit, or the conditioning has extra frames.
         """
         check_no_subjects(conditioning)
         frames, height, width = x.shape[-3:]
@@ -195,7 +195,7 @@ class S2V(Variant):
 def _segments_behind(
     video: Sequence[int], subject: Sequence[int] | None, so_far: Sequence[int] | None
 ) -> tuple[Segment, ...]:
-    """The subject's tokens, and those of the video so far; arguments are (frames, height, width) of latents."""
+    """The grids of the subject and of the motion frames; arguments are (frames, height, width) of latents."""
     segments = []
     if subject is not None:
         first = max(_SUBJECT_TIME, video[0] + _SUBJECT_DISTANCE)
@@ -206,7 +206,7 @@ def _segments_behind(
 
 
 def _packed(height: int, width: int) -> Iterator[Segment]:
-    """The last frame, and what lies farther back in fewer tokens, spread over the same rows and columns."""
+    """The grids of the motion frames, the last frame first; coarser grids span the same rows and columns."""
     first = 0
     for frames, (size, rows, columns) in zip(_PACKED_FRAMES, _PACKED.values(), strict=True):
         first -= frames
@@ -222,7 +222,7 @@ def _spread(length: int, count: int) -> float:
 
 
 class MotionEncoder(CausalEncoder):
-    """The sound's features to one token for each latent frame, and to several."""
+    """Encodes audio features as one token for each latent frame, and as several tokens for each latent frame."""
 
     def __init__(self, config: WanConfig):
         dim, sound = config.dim, config[S2V]
@@ -231,13 +231,13 @@ class MotionEncoder(CausalEncoder):
         self.final_linear = Linear(dim, dim)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [B, t, features] to [B, ceil(t/4), 1, dim] and [B, ceil(t/4), heads + 1, dim]."""
+        """Encode features [B, t, features] as [B, ceil(t/4), 1, dim] and as [B, ceil(t/4), heads + 1, dim]."""
         whole = self.final_linear(self.encode(features, self.conv1_global, 1))
         return whole, self.padded(self.encode(features, self.conv1_local, self.heads))
 
 
 class SoundEncoder(nn.Module):
-    """The outputs of all layers of a sound encoder to tokens."""
+    """Averages the outputs of all layers of an audio encoder by learned weights, and encodes the mean as tokens."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -245,26 +245,26 @@ class SoundEncoder(nn.Module):
         self.encoder = MotionEncoder(config)
 
     def forward(self, sound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sound [B, layers, features, t] in float32; see `MotionEncoder`."""
+        """Encode audio [B, layers, features, t] in float32; results as of `MotionEncoder`."""
         shares = F.silu(self.weights.float())
         mean = (sound * shares).sum(dim=1) / shares.sum()
         return self.encoder(mean.transpose(1, 2))
 
 
 class Adaptive(nn.Module):
-    """Shift and scale of a frame's tokens from the sound of that frame."""
+    """Computes shift and scale of a frame's tokens from the audio of that frame."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.linear = Linear(dim, 2 * dim)
 
     def forward(self, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """whole [B, frames, 1, dim] to two of the same shape."""
+        """Compute shift and scale, each in the shape of `whole` [B, frames, 1, dim]."""
         return self.linear(F.silu(whole)).chunk(2, dim=-1)
 
 
 class SoundInjector(nn.Module):
-    """What the video gets from the sound behind some blocks: cross-attention of a frame's tokens to its sound."""
+    """The cross-attention of a frame's tokens to the audio of the frame, behind some blocks."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -280,7 +280,14 @@ class SoundInjector(nn.Module):
         runs: list[Run],
         inputs: BlockInputs,
     ) -> None:
-        """Change x [B, n, dim] (float32) in place by the sound [B, frames, 1 and several, dim] of all frames."""
+        """Add to x [B, n, dim] (float32) in place the attention to the audio of all frames.
+
+        Args:
+            place: the injector's position in `_LAYERS`.
+            whole: the audio as one token for each frame, [B, frames, 1, dim].
+            tokens: the audio as several tokens for each frame, [B, frames, heads + 1, dim].
+            runs: the runs by frames of the tokens x.
+        """
         attention, dtype = cast(Attention, self.injector[place]), inputs.compute_dtype
         shift, scale = self.injector_adain_layers[place](whole)
         sound = replace(inputs, context=tokens.flatten(1, 2).to(dtype))
@@ -292,7 +299,7 @@ class SoundInjector(nn.Module):
 
 
 class Packing(nn.Module):
-    """A Conv3d (kernel = stride) of a stretch of the video so far."""
+    """A Conv3d (kernel = stride) that packs a stretch of motion frames into tokens."""
 
     def __init__(self, columns: int, rows: int, size: tuple[int, int, int]):
         super().__init__()
@@ -300,13 +307,13 @@ class Packing(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
 
     def forward(self, stretch: torch.Tensor) -> torch.Tensor:
-        """[B, C, T, H, W] to tokens [B, n, rows]."""
+        """Pack `stretch` [B, C, T, H, W] into tokens [B, n, rows]."""
         weight = self.weight.to(stretch.dtype)
         return F.conv3d(stretch, weight, self.bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
 
 
 class Kinds(nn.Module):
-    """Learned vectors that tell the video's tokens, the subject's, and those of the video so far apart."""
+    """Learned vectors that tell the tokens of the video, of the subject and of the motion frames apart."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -330,7 +337,7 @@ class S2VModel(WanModel):
         self.frame_packer = nn.ModuleDict(packings)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens, told to be the video's, with those of the control video."""
+        """Embed the tokens `video` of the video, with the control video and the learned vector of the video added."""
         x = super().embed_video(tokens, grid, video, conditioning) + self.trainable_cond_mask(_VIDEO)
         if conditioning.control is not None:
             control = patchify(pad_to_patch(conditioning.control.to(x.device, torch.float32)))
@@ -338,11 +345,11 @@ class S2VModel(WanModel):
         return x
 
     def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
-        """The tokens `places` of those behind the video: of the subject, and of the video so far."""
+        """Embed the context tokens `places`, which are those of the subject and then those of the motion frames."""
         return torch.cat(list(self._behind(conditioning, device)), dim=1)[:, places]
 
     def _behind(self, conditioning: Conditioning, device: torch.device) -> Iterator[torch.Tensor]:
-        """The embedded tokens behind the video, [B, n, dim] each."""
+        """The embedded tokens [B, n, dim] of the subject, then of each stretch of motion frames."""
         if conditioning.subject is not None:
             subject = patchify(conditioning.subject.to(device, torch.float32))
             yield self.patch_embedding(subject) + self.trainable_cond_mask(_SUBJECT)
@@ -357,15 +364,15 @@ class S2VModel(WanModel):
     def times(
         self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens behind the video have time 0.
+        """The times as in `WanModel.times`, with the time 0 for context tokens.
 
-        Where the number of a frame's tokens is odd, and there is a video so far, ComfyUI gives a few tokens at the end
-        of a frame the time of the next one; so do we.
+        Where a frame has an odd number of tokens and the conditioning has motion frames, ComfyUI gives a few tokens at
+        the end of a frame the time of the next frame, and so does this method.
         """
         if not grid.tail:
             return super().times(timestep, grid, part, conditioning)
         subjects = 0 if conditioning.subject is None else conditioning.subject.shape[2]
-        halves, packed = (1, 0) if conditioning.so_far is None else (2, 3)  # what is packed is as long as 1.5 frames
+        halves, packed = (1, 0) if conditioning.so_far is None else (2, 3)  # motion frames fill 1.5 frames
         length = -(-grid.tokens // ((grid.frames + subjects) * halves + packed))
         frame = torch.arange(grid.tokens, device=timestep.device)[part] // length // halves
         last = timestep.shape[1]
@@ -374,7 +381,7 @@ class S2VModel(WanModel):
     def side_streams(
         self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
     ) -> Sides:
-        """The sound of every frame, as one token and as several, and where this part's tokens lie in the frames."""
+        """The audio of every frame as one token and as several tokens, and the runs by frames of the tokens `part`."""
         sides = super().side_streams(x, grid, part, conditioning, carried)
         if conditioning.audio is None:
             return sides
@@ -388,7 +395,7 @@ class S2VModel(WanModel):
     def add_sides(
         self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
-        """Behind some blocks: add what the tokens hear of their frame's sound."""
+        """Add, behind some blocks, each token's attention to the audio of its frame."""
         super().add_sides(x, sides, block, inputs, conditioning)
         if "sound" in sides and block in _LAYERS:
             self.audio_injector(x, _LAYERS.index(block), *sides["sound"], inputs)

@@ -1,7 +1,7 @@
-"""SCAIL and SCAIL-2: an image-to-video model that is led by a pose video at half the size.
+"""SCAIL and SCAIL-2: an image-to-video model that follows a pose video at half the size.
 
-The pose's tokens lie behind those of the video, embedded by an embedding of their own; references are frames in front.
-SCAIL-2 tells persons apart by masks, which are added to the embeddings of the video and of the pose.
+The tokens of the pose are context tokens and have an embedding of their own; references are frames before the video.
+SCAIL-2 tells persons apart by masks, whose embeddings are added to those of the video and of the pose.
 
 Source: SCAIL as ComfyUI runs it (`comfy/ldm/wan/model.py`, SCAILWanModel and SCAIL2WanModel).
 """
@@ -30,7 +30,7 @@ _POSE, _MASK = "patch_embedding_pose", "patch_embedding_mask"
 
 @dataclass(frozen=True)
 class Scail(Variant):
-    """SCAIL, whose pose video has so many channels."""
+    """SCAIL; `pose_dim` is the number of channels of the pose video's latent."""
 
     pose_dim: int
 
@@ -52,7 +52,7 @@ class Scail(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> Scail | None:
-        """The pose's channels; None without an embedding of it, or with SCAIL-2's of masks."""
+        """The variant with the pose's channels; None without an embedding of poses, or with one of SCAIL-2's masks."""
         pose_dim = tensors.size(f"{_POSE}.weight", 1)
         return cls(pose_dim) if pose_dim and not tensors.size(f"{_MASK}.weight", 1) else None
 
@@ -65,11 +65,11 @@ class Scail(Variant):
         return ScailModel
 
     def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
-        """Those of the pose."""
+        """The number of channels of the pose."""
         return (self.pose_dim,)
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-        """The pose and its masks as the tail of the sequence, and where they and the references stand.
+        """The conditioning with the pose and its masks as context tokens, and with the positions of the references.
 
         To animate a reference image, its frame comes before the video's. To replace a person (`ref_mask_flag` is
         False), the reference begins with the video, below it. The pose begins with the video, to the right of it.
@@ -92,7 +92,7 @@ class Scail(Variant):
 
 @dataclass(frozen=True)
 class Scail2(Scail):
-    """SCAIL-2, whose masks have so many channels."""
+    """SCAIL-2; `mask_dim` is the number of channels of the masks."""
 
     mask_dim: int
 
@@ -128,14 +128,14 @@ class Scail2(Scail):
         return Scail2Model
 
     def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
-        """Those of the pose, and those of the pose with its masks."""
+        """The number of channels of the pose alone, and of the pose with its masks."""
         return (self.pose_dim, self.pose_dim + self.mask_dim)
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Check that there are masks for the references and for each frame of the video.
+        """Check that the masks cover the references and each frame of the video.
 
         Raises:
-            ValueError: there are more or less.
+            ValueError: the masks have more or fewer frames.
         """
         if conditioning.mask is None:
             return
@@ -149,7 +149,7 @@ class Scail2(Scail):
 
 
 class ScailModel(WanModel):
-    """A DiT whose tail is a pose video."""
+    """A DiT with a pose video as context tokens."""
 
     def __init__(self, config: WanConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
@@ -157,23 +157,23 @@ class ScailModel(WanModel):
         self.patch_embedding_pose = PatchEmbedding(pose_dim, config.dim)
 
     def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
-        """The tokens `places` of the pose."""
+        """Embed the context tokens `places`, which are those of the pose."""
         return self.embed_pose(conditioning.given["tail"][:, places].to(device).float())
 
     def embed_pose(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, n, C*4] of the pose to [B, n, dim], in float32."""
+        """Embed tokens [B, n, C*4] of the pose as [B, n, dim], in float32."""
         return self.patch_embedding_pose(tokens)
 
 
 class Scail2Model(ScailModel):
-    """A DiT whose tail is a pose video, and that is told by masks who is who."""
+    """A DiT with a pose video as context tokens, and with masks that tell persons apart."""
 
     def __init__(self, config: WanConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
         self.patch_embedding_mask = PatchEmbedding(config[Scail2].mask_dim, config.dim)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens with what their masks add to them."""
+        """Embed the tokens `video` of the video, with the embeddings of their masks added."""
         x = super().embed_video(tokens, grid, video, conditioning)
         if conditioning.mask is not None:
             window, own = frames_of(grid, video)
@@ -182,7 +182,7 @@ class Scail2Model(ScailModel):
         return x
 
     def embed_pose(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens of the pose, and perhaps of its masks, whose channels lie behind those of the pose."""
+        """Embed tokens of the pose; channels behind the pose's are those of its masks, whose embedding is added."""
         own = self.patch_embedding_pose.weight[0].numel()
         x = super().embed_pose(tokens[..., :own])
         return x + self.patch_embedding_mask(tokens[..., own:]) if tokens.shape[-1] > own else x

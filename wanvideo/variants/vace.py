@@ -29,11 +29,11 @@ _STREAM_BYTES = 4  # of a number of a control stream, float32
 
 @dataclass(frozen=True)
 class Vace(Variant):
-    """VACE.
+    """The dimensions of VACE's layers.
 
     Args:
-        blocks: how many blocks the control videos have, spread evenly over those of the video.
-        channels: of a control video with its masks.
+        blocks: number of blocks for the control videos, spread evenly over the blocks of the video.
+        channels: channels of a control video with its masks.
     """
 
     blocks: int
@@ -60,7 +60,7 @@ class Vace(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> Vace | None:
-        """The number of blocks, and the control video's channels; None without such blocks."""
+        """The variant with the number of VACE blocks and the control video's channels; None without VACE blocks."""
         blocks = tensors.blocks("vace_blocks")
         return cls(blocks, tensors.size("vace_patch_embedding.weight", 1)) if blocks else None
 
@@ -79,7 +79,7 @@ class Vace(Variant):
         return VaceModel
 
     def divides(self, config: WanConfig) -> bool:
-        """Whether the blocks can be spread evenly over those of the video."""
+        """Whether the VACE blocks can be spread evenly over the blocks of the video."""
         return config.num_layers % self.blocks == 0
 
     def stride(self, config: WanConfig) -> int:
@@ -92,12 +92,12 @@ class Vace(Variant):
         return range(*(-(-number // stride) for number in (blocks.start, blocks.stop)))
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
-        """The number of the VACE block; `before_proj` makes the control streams before any block runs."""
+        """The number of the VACE block of the tensor `name`; None for `before_proj`, which runs before any block."""
         match = _BLOCK.match(name)
         return None if match is None or match[2] else config.num_layers + int(match[1])
 
     def place_of(self, config: WanConfig, name: str) -> int | None:
-        """The block of the video that the VACE block runs behind."""
+        """The number of the block of the video behind which the VACE block of the tensor `name` runs."""
         match = _BLOCK.match(name)
         return int(match[1]) * self.stride(config) if match else None
 
@@ -106,22 +106,22 @@ class Vace(Variant):
         return contexts * _STREAM_BYTES
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-        """The conditioning with how strongly each control video acts."""
+        """The conditioning with the strength of each control video."""
         strengths = tuple(float(strength) for strength in given.get("vace_strength") or ())
         return conditioning.having(replace(conditioning.options, vace_strengths=strengths))
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Check that no frames lie behind the latent, which the control videos do not have.
+        """Check that the conditioning has no extra frames, as control videos have none.
 
         Raises:
-            ValueError: there are some.
+            ValueError: the conditioning has extra frames.
         """
         if conditioning.vace is not None:
             check_no_subjects(conditioning)
 
 
 class VaceBlock(Block):
-    """A block on the tokens of a control video; what it adds to the video's is `after_proj` of its output."""
+    """A block for the tokens of a control video; `after_proj` of its output is added to the tokens of the video."""
 
     def __init__(self, config: WanConfig, first: bool):
         super().__init__(config, image=False)
@@ -143,7 +143,7 @@ class VaceModel(WanModel):
     def side_streams(
         self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
     ) -> Sides:
-        """One stream for each control video; those that blocks on another stage have begun are `carried`."""
+        """One stream for each control video; a later pipeline stage takes over the `carried` streams."""
         sides = super().side_streams(x, grid, part, conditioning, carried)
         sides["vace"] = carried
         if conditioning.vace is None or self.span.start:
@@ -160,7 +160,7 @@ class VaceModel(WanModel):
     def add_sides(
         self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
-        """Behind every few blocks: run the next block on each stream, and add its output."""
+        """Run, behind every few blocks, the next VACE block on each stream, and add its output to x."""
         super().add_sides(x, sides, block, inputs, conditioning)
         if not sides["vace"] or block % self.vace_stride:
             return
@@ -170,7 +170,7 @@ class VaceModel(WanModel):
             x.add_(vace.after_proj(stream.to(inputs.compute_dtype)), alpha=strength)
 
     def carried(self, block: int, conditioning: Conditioning) -> int:
-        """As many streams as there are control videos, while a VACE block is to come."""
+        """The number of control videos while a VACE block is still to come; then 0."""
         to_come = self.config.side_blocks(range(block, self.config.num_layers))
         return len(conditioning.options.vace_strengths) if to_come and conditioning.vace is not None else 0
 
@@ -179,6 +179,6 @@ class VaceModel(WanModel):
         return sides["vace"]
 
     def self_attentions(self, conditioning: Conditioning, blocks: range) -> int:
-        """Those of the video's blocks, and one in each VACE block for each control video."""
+        """The number of self-attentions in the video's blocks and, for each control video, in the VACE blocks."""
         contexts = 0 if conditioning.vace is None else len(conditioning.options.vace_strengths)
         return super().self_attentions(conditioning, blocks) + contexts * len(self.config.side_blocks(blocks))

@@ -1,10 +1,10 @@
 """WanDancer: music is added to the tokens behind some of the blocks.
 
-Its attention to the music has one key for each stretch of tokens, so that it gives that key's value whatever the
-query is: a vector for each stretch, which each block's injector computes once.
+The attention to the music has one key for each stretch of tokens. So its result is the value of this key, whatever the
+query: a vector for each stretch, which the injector of each block computes once.
 
-The model makes a coarse video at less than 30 frames a second with an embedding, a head and positions of their own,
-and fills it in at 30 with the usual ones.
+The model makes a coarse video at less than 30 frames a second with an embedding, a head and positions that only coarse
+videos use. It fills the coarse video in at 30 frames a second with the usual embedding, head and positions.
 
 Source: Wan-Dancer as ComfyUI runs it (`comfy/ldm/wan/model_wandancer.py`).
 """
@@ -37,11 +37,11 @@ _LAYERS = (0, 4, 8, 12, 16, 20, 24, 27)  # blocks of the video behind which musi
 
 @dataclass(frozen=True)
 class WanDancer(Variant):
-    """WanDancer: a small transformer over the features of the music, and what adds it to the tokens.
+    """WanDancer: a small transformer over the features of the music, and injectors that add the music to the tokens.
 
     Args:
         features: numbers of one moment of music.
-        width, hidden, encoder_layers: of the transformer.
+        width, hidden, encoder_layers: width, feed-forward width and number of layers of the transformer.
         injectors: blocks of the video behind which the music is added.
         image_dim: width of the CLIP tokens of the reference image.
     """
@@ -80,7 +80,7 @@ class WanDancer(Variant):
 
     @classmethod
     def read(cls, tensors: TensorShapes) -> WanDancer | None:
-        """The dimensions that a file with an embedding for coarse videos tells."""
+        """The dimensions of a file with an embedding for coarse videos; None for a file without."""
         size = tensors.size
         if not size("patch_embedding_global.weight", 0):
             return None
@@ -116,12 +116,12 @@ class WanDancer(Variant):
         return DancerModel
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
-        """The block that an injector acts behind."""
+        """The number of the block behind which the injector with the tensor `name` acts; None for other tensors."""
         part = name.split(".")
         return _LAYERS[int(part[2])] if part[0] == "music_injector" else None
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-        """The conditioning with the rate of a coarse video, and with how strongly music is added."""
+        """The conditioning with the frame rate of a coarse video, and with the strength of the music."""
         fps, scale = (
             default if given.get(name) is None else float(given[name])
             for name, default in (("fps", FULL_RATE), ("audio_inject_scale", 1.0))
@@ -131,7 +131,7 @@ class WanDancer(Variant):
 
 
 class MusicAttention(nn.Module):
-    """Self-attention of the moments of music."""
+    """Self-attention between the moments of music."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -173,7 +173,7 @@ class MusicInjector(nn.Module):
 def encode_music(
     features: torch.Tensor, projection: Linear, layers: nn.ModuleList, grid: Grid, dim: int
 ) -> torch.Tensor:
-    """Music features [B, moments, features] to float32 [B, frames * PER_FRAME, dim] of a video's latent frames."""
+    """Encode music features [B, moments, features] as float32 [B, frames * PER_FRAME, dim] for latent frames."""
     x = projection(features.float())
     pairs = x.shape[-1] // HEADS // 2
     frequencies = THETA ** -(torch.arange(pairs, dtype=torch.float64, device=x.device) / pairs)
@@ -187,13 +187,13 @@ def encode_music(
 def add_music(
     x: torch.Tensor, music: torch.Tensor, places: torch.Tensor, injector: Attention, scale: float, dtype: torch.dtype
 ) -> None:
-    """Change tokens x [B, n, dim] in place by the music [B, moments, dim] of the moments `places` [n]."""
+    """Add to each token of x [B, n, dim] in place the music [B, moments, dim] of the token's moment, `places` [n]."""
     heard = injector.o(injector.v(music.to(dtype))).float()
     x += scale * heard[:, places]
 
 
 def moment_of(grid: Grid, part: Part, device: torch.device) -> torch.Tensor:
-    """The moment of music that each token of `part` hears."""
+    """The moment of music, int64 [n], that is added to each token of `part`."""
     return torch.arange(grid.tokens, device=device)[part] * (grid.frames * PER_FRAME) // grid.tokens
 
 
@@ -211,17 +211,17 @@ class DancerModel(WanModel):
         self.music_injector = MusicInjector(config)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
-        """The tokens by the embedding of a coarse video, or by the usual one."""
+        """Embed the tokens `video` by the embedding for coarse videos, or by the usual embedding."""
         if conditioning.options.fps:
             return self.patch_embedding_global(tokens.float())
         return super().embed_video(tokens, grid, video, conditioning)
 
     def head_for(self, conditioning: Conditioning) -> Head:
-        """The head of a coarse video, or the usual one."""
+        """The head for coarse videos, or the usual head."""
         return self.head_global if conditioning.options.fps else super().head_for(conditioning)
 
     def image_context(self, conditioning: Conditioning, text: torch.Tensor) -> torch.Tensor | None:
-        """The tokens of the reference image and of the start image; without any image there is none to attend to."""
+        """The tokens of the reference image, then those of the start image; no tokens without any image."""
         if not self.config.image_dim:
             return None
         given = ((self.img_emb_refimage, conditioning.image_ref), (self.img_emb, conditioning.image))
@@ -231,7 +231,7 @@ class DancerModel(WanModel):
     def side_streams(
         self, x: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning, carried: list[torch.Tensor]
     ) -> Sides:
-        """The music, and what each token hears of it."""
+        """The encoded music, and the moment of music of each token."""
         sides = super().side_streams(x, grid, part, conditioning, carried)
         if conditioning.audio is None:
             return sides
@@ -242,7 +242,7 @@ class DancerModel(WanModel):
     def add_sides(
         self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
-        """Behind some blocks: add the music."""
+        """Add the music to the tokens x behind some blocks."""
         super().add_sides(x, sides, block, inputs, conditioning)
         if "music" in sides and block in _LAYERS:
             injector = cast(Attention, self.music_injector.injector[_LAYERS.index(block)])

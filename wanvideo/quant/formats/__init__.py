@@ -1,5 +1,5 @@
-"""The formats of weights in files: each module defines the formats of one family, and importing this package imports
-all of them, so that a new format is one new module.
+"""The formats of weights in files. Each module defines the formats of one family, and importing this package imports
+every module, so that a new format is one new module.
 
 May import format.py and quantized.py of quant/, base/ and ops/. Open registry.py first.
 """

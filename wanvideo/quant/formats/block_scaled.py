@@ -1,8 +1,8 @@
 """Matrices with a scale for every few columns of a row, as ComfyUI's files have them: NVFP4 and MXFP8.
 
-MXFP8 (OCP Microscaling Formats, version 1.0): e4m3 numbers, and for every 32 of them a power of two (E8M0). NVFP4
-(NVIDIA, Blackwell): numbers of 4 bits (E2M1), for every 16 of them a scale in e4m3, and one in float32 for the matrix.
-Blackwell multiplies both as they are; here they are dequantised, which any GPU can.
+MXFP8 (OCP Microscaling Formats, version 1.0) has e4m3 numbers, and a power of two (E8M0) for every 32 numbers. NVFP4
+(NVIDIA, Blackwell) has numbers of 4 bits (E2M1), a scale in e4m3 for every 16 numbers, and a float32 scale of the whole
+matrix. Blackwell multiplies in both formats; this module dequantises them, which works on any GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SCALE_TYPES = ("U8", "F8_E4M3", "F8_E8M0")
 
 @dataclass(frozen=True)
 class BlockScaled(Format):
-    """NVFP4 or MXFP8 (`kind`), with the tensor of the groups' scales and, of NVFP4, that of the matrix's scale."""
+    """NVFP4 or MXFP8 (`kind`), with the tensor of the groups' scales and, for NVFP4, of the matrix's scale."""
 
     companions: ClassVar[tuple[str, ...]] = (*SCALES, *INPUT_SCALES, _WHOLE_SCALE, _SMOOTHING)
     kind: str
@@ -48,7 +48,7 @@ class BlockScaled(Format):
 
     @classmethod
     def recognise(cls, stored: StoredTensor) -> BlockScaled | None:
-        """NVFP4 and MXFP8 are recognised by the note that names them."""
+        """Recognise NVFP4 and MXFP8 by ComfyUI's note, which names the format."""
         noted = stored.noted_format
         if noted not in ("nvfp4", "mxfp8") or _SMOOTHING in stored.companions:  # inputs would have to be scaled first
             return None
@@ -72,7 +72,7 @@ class BlockScaled(Format):
         return self.kind.lower()
 
     def logical_shape(self, info: TensorInfo) -> tuple[int, ...]:
-        """Rows, and the numbers that lie in the bytes of a row."""
+        """The number of rows, and the number of numbers that the bytes of a row hold."""
         group, (rows, nbytes) = GROUPS[self.kind], info.shape
         return rows, nbytes // group.nbytes * group.numbers
 
@@ -82,7 +82,7 @@ class BlockScaled(Format):
         return BlockScaledWeight.of_file(self.kind, read(info), read(self.scales), whole)
 
     def storage_bytes(self, info: TensorInfo) -> int:
-        """The numbers, and a byte for the scale of each group."""
+        """The bytes of the numbers, and a byte for the scale of each group."""
         return info.nbytes + elements(info.shape) // GROUPS[self.kind].numbers
 
 
@@ -104,8 +104,13 @@ class BlockScaledWeight(QuantizedWeight):
     def of_file(
         cls, kind: str, data: torch.Tensor, scales: torch.Tensor, scale: torch.Tensor | None
     ) -> BlockScaledWeight:
-        """From the tensors of a file: `data` of any type of one byte [rows, bytes], `scales` likewise in the order of
-        the tensor cores, `scale` a number, or None for 1."""
+        """Make a weight of the tensors of a file.
+
+        Args:
+            data: numbers in any type of one byte, [rows, bytes].
+            scales: scales of the groups in any type of one byte, in the order of the tensor cores (see `in_rows`).
+            scale: the scale of the matrix as a single number; None for 1.
+        """
         data, whole = data.view(torch.uint8), torch.ones(1) if scale is None else scale.float()
         groups = data.shape[1] // GROUPS[kind].nbytes
         scales = in_rows(scales.view(torch.uint8), len(data), groups)
@@ -163,7 +168,7 @@ class BlockScaledWeight(QuantizedWeight):
         return to_eight_bits(weight)
 
     def _numbers(self) -> torch.Tensor:
-        """[rows, columns of whole groups]: e4m3, or float16 where 2**-14 stands for 1."""
+        """The unscaled numbers [rows, columns of whole groups]: e4m3, or float16 in which 2**-14 stands for 1."""
         if self.kind == "MXFP8":
             return self.data.view(torch.float8_e4m3fn)
         codes = torch.stack((self.data >> 4, self.data & 15), dim=-1).flatten(1).to(torch.int16)
@@ -171,20 +176,20 @@ class BlockScaledWeight(QuantizedWeight):
         return ((codes & 8) << 12 | (codes & 7) << 9).view(torch.float16)
 
     def _factors(self) -> torch.Tensor:
-        """What the numbers of each group are multiplied by, float32 [rows, groups]."""
+        """The factors of the numbers of each group, float32 [rows, groups]."""
         if self.kind == "MXFP8":
             return (self.scales.to(torch.int32) << 23).view(torch.float32)  # a float32's exponent; 2**-127 becomes 0
         return self.scales.view(torch.float8_e4m3fn).float() * (self.scale * 2**14)
 
 
 def in_rows(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """Scales in the order in which tensor cores read them, as [rows, groups].
+    """Reorder `scales`, which files have in the order in which tensor cores read them, to [rows, groups].
 
     The scales come in tiles of 128 rows and 4 groups, tile after tile along the rows, padded to whole tiles. In a tile,
     the scales of rows i, 32 + i, 64 + i and 96 + i are neighbours (cuBLAS, "1D Block Scaling Factors Layout").
 
     Raises:
-        ValueError: there are more or fewer scales.
+        ValueError: `scales` has more or fewer numbers.
     """
     if scales.numel() != scales_in_file(rows, groups):
         raise ValueError(f"{scales.numel()} scales for {rows} rows of {groups} groups")

@@ -15,14 +15,14 @@ _NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 @dataclass(frozen=True)
 class Float(Format):
-    """A float tensor. A layer that is noted to be scaled may have been left in one of these types."""
+    """A float tensor. Files may leave a layer in a float type even where a note says that the layer is scaled."""
 
     quantized: ClassVar[bool] = False
     dtype: str
 
     @classmethod
     def recognise(cls, stored: StoredTensor) -> Float | None:
-        """A float tensor is recognised by its type."""
+        """Recognise a float tensor by its type."""
         known = stored.info.dtype in FLOATS and stored.noted_format in SCALED_NOTES
         return cls(stored.info.dtype) if known else None
 

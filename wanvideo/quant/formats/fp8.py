@@ -26,7 +26,7 @@ _E4M3, _E5M2 = "F8_E4M3", "F8_E5M2"
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """Numbers in fp8 of the type `dtype`, and where they are scaled the tensor with their scale."""
+    """Numbers in fp8 of the type `dtype`, with the tensor of their scale; None where the numbers have no scale."""
 
     companions: ClassVar[tuple[str, ...]] = (*SCALES, *INPUT_SCALES)
     markers: ClassVar[tuple[str, ...]] = ("scaled_fp8",)
@@ -35,7 +35,7 @@ class Fp8(Format):
 
     @classmethod
     def recognise(cls, stored: StoredTensor) -> Fp8 | None:
-        """fp8 is recognised by its type, unless a note names a format with other scales, such as mxfp8."""
+        """Recognise fp8 by its type, unless a note names a format with other scales, such as mxfp8."""
         if stored.info.dtype not in (_E4M3, _E5M2) or stored.noted_format not in SCALED_NOTES:
             return None
         scale = scale_info(stored.companions)
@@ -50,11 +50,11 @@ class Fp8(Format):
 
     @property
     def fp8_products(self) -> bool:
-        """Products in fp8 take e4m3 alone."""
+        """Whether the numbers are e4m3, the only type that products in fp8 take."""
         return self.dtype == _E4M3
 
     def load(self, info: TensorInfo, read: Read) -> Weight:
-        """An `Fp8Weight`; a tensor that is no matrix has one row for each index of its first dimension."""
+        """Read an `Fp8Weight`; a tensor that is no matrix becomes one row for each index of its first dimension."""
         data = read(info)
         data = data.view(len(data), -1) if data.ndim > 1 else data.view(1, -1)
         return Fp8Weight(data, None if self.scale is None else scale_of(read(self.scale), len(data)))
@@ -81,7 +81,7 @@ class Fp8Weight(QuantizedWeight):
 
     @staticmethod
     def quantized_bytes(shape: Sequence[int]) -> int:
-        """Bytes of what `quantize` makes of a matrix of this shape: its numbers, and a float32 scale for each row."""
+        """Bytes of a matrix of this shape after `quantize`: the fp8 numbers, and a float32 scale for each row."""
         return math.prod(shape) + 4 * shape[0]
 
     @property
@@ -95,7 +95,7 @@ class Fp8Weight(QuantizedWeight):
         return _name(self.data.dtype == torch.float8_e4m3fn, self.scale is not None)
 
     def components(self) -> dict[str, torch.Tensor]:
-        """`data`, and `scale` where there is one."""
+        """The tensor `data`, and the tensor `scale` of a weight with a scale."""
         return {"data": self.data} if self.scale is None else {"data": self.data, "scale": self.scale}
 
     def replace(self, components: Mapping[str, torch.Tensor]) -> Fp8Weight:

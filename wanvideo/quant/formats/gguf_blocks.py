@@ -1,9 +1,9 @@
 """Matrices in the block formats of GGUF, dequantised on whatever device they are.
 
 A row is a sequence of blocks of 32 or 256 numbers, each with a scale or several. The formats are those of ggml's
-`ggml-common.h` (`block_q4_K` and so on); the arithmetic is float32 in the order of its reference functions, so that the
-results are bit for bit theirs. Where Triton can be used (see `pointwise.use_triton`), a matrix is read and written
-once; torch takes a dozen passes over memory.
+`ggml-common.h` (`block_q4_K` and so on). The arithmetic is float32 in the order of ggml's reference functions, so that
+the results equal ggml's bit for bit. Triton, where it can be used (see `pointwise.use_triton`), reads and writes a
+matrix once; torch takes a dozen passes over memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _CHUNK = 1 << 25
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How one block is laid out: it has `nbytes` for `numbers`; `dequantize` takes [n, nbytes] uint8 to
-    [n, numbers] float32."""
+    """The layout of one block of `numbers` numbers in `nbytes` bytes. `dequantize` converts n blocks, given as uint8
+    [n, nbytes], to float32 [n, numbers]."""
 
     numbers: int
     nbytes: int
@@ -113,7 +113,7 @@ def _nibbles(packed: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _shifted(packed: torch.Tensor, group: int, shifts: tuple[int, ...], mask: int) -> torch.Tensor:
-    """Bits of [n, bytes]: from each `group` of bytes those at the first shift, then those at the second, ..."""
+    """Bits of [n, bytes]: for each `group` of bytes, every byte's bits at the first shift, then at the second, ..."""
     parts = packed.unflatten(1, (-1, 1, group))
     amounts = torch.tensor(shifts, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1)
     return ((parts >> amounts) & mask).flatten(1)
@@ -223,7 +223,7 @@ class GgufBlocks(Format):
 
     @classmethod
     def recognise(cls, stored: StoredTensor) -> GgufBlocks | None:
-        """Blocks are recognised by their type."""
+        """Recognise blocks by their type, which GGUF's header names."""
         return cls(stored.info.dtype) if stored.info.dtype in BLOCKS else None
 
     @property
@@ -232,7 +232,7 @@ class GgufBlocks(Format):
         return _name(self.dtype)
 
     def load(self, info: TensorInfo, read: Read) -> Weight:
-        """A `GgufWeight`."""
+        """Read a `GgufWeight`."""
         block, columns = BLOCKS[self.dtype], info.shape[-1]
         return GgufWeight(self.dtype, read(info).view(-1, columns // block.numbers * block.nbytes), columns)
 

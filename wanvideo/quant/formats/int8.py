@@ -20,7 +20,7 @@ _DEFAULT_ROTATION = 256  # ComfyUI's, where a note gives none
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """Numbers in int8 with the tensor `scale`; `rotation` columns were rotated together, or 0 (see `Int8Weight`)."""
+    """Numbers in int8 with the tensor `scale`; groups of `rotation` columns were rotated, none for 0."""
 
     companions: ClassVar[tuple[str, ...]] = SCALES
     scale: TensorInfo
@@ -28,7 +28,7 @@ class Int8(Format):
 
     @classmethod
     def recognise(cls, stored: StoredTensor) -> Int8 | None:
-        """int8 is recognised by its type, with the note int8_tensorwise and a scale beside it."""
+        """Recognise int8 by its type, the note int8_tensorwise and a scale."""
         scale = scale_info(stored.companions)
         if stored.info.dtype != "I8" or stored.noted_format != "int8_tensorwise" or scale is None:
             return None
@@ -42,7 +42,7 @@ class Int8(Format):
         return _name(self.rotation)
 
     def load(self, info: TensorInfo, read: Read) -> Weight:
-        """An `Int8Weight`."""
+        """Read an `Int8Weight`."""
         data = read(info)
         return Int8Weight(data, scale_of(read(self.scale), len(data)), self.rotation)
 
@@ -111,7 +111,7 @@ class Int8Weight(QuantizedWeight):
 
 
 def _rotation(stored: StoredTensor) -> int:
-    """How many columns were rotated together, as the note says.
+    """The number of columns that were rotated together, read from the note.
 
     Raises:
         CheckpointError: columns in groups of this size cannot be rotated back.

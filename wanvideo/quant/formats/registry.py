@@ -1,4 +1,4 @@
-"""From what a file holds to the weights of the model: the registered formats are asked in turn (see format.py)."""
+"""Finds the format of every tensor in a file, by asking each registered format (see format.py)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NOTE = ".comfy_quant"
 """End of the name of a tensor with ComfyUI's note about a layer, in JSON."""
 _LARGEST_NOTE = 4096  # bytes
 _METADATA = "_quantization_metadata"
-"""Where newer files have the notes of all layers."""
+"""The key of the metadata under which newer files have the notes of all layers, in JSON."""
 
 
 def logical_tensors(path: str, contents: Contents, prefix: str = "") -> dict[str, LogicalTensor]:
     """The tensors of a file whose names begin with `prefix`, each with its format and the shape of the float tensor
-    that it stands for. Tensors that only describe others are left out: the others' formats have them.
+    that it stands for. Tensors that only describe other tensors are left out, as those tensors' formats hold them.
 
     Raises:
         CheckpointError: the file has weights in a format without code here, or is damaged.
@@ -43,7 +43,7 @@ def logical_tensors(path: str, contents: Contents, prefix: str = "") -> dict[str
 
 
 def format_name(tensors: Mapping[str, LogicalTensor]) -> str:
-    """What a user calls the format of most of the weights, such as scaled fp8 e4m3 or GGUF Q4_K."""
+    """The user's name for the format of most of the weights, such as scaled fp8 e4m3 or GGUF Q4_K."""
     sizes: dict[str, int] = {}
     for info in tensors.values():
         sizes[info.format.name] = sizes.get(info.format.name, 0) + elements(info.shape)
@@ -68,7 +68,7 @@ def _recognised(stored: StoredTensor) -> Format:
 
 
 def _notes(path: str, contents: Contents) -> dict[str, Mapping[str, object]]:
-    """What the file says about its quantised layers, by their names there."""
+    """ComfyUI's notes about quantised layers, by the names of the layers in the file."""
     notes: dict[str, Mapping[str, object]] = {}
     try:
         if _METADATA in contents.metadata:

@@ -1,4 +1,4 @@
-"""Scales of a whole matrix or of each of its rows: what files call them, and the numbers multiplied by them."""
+"""Scales of a whole matrix or of each row: their names in files, their checks, and products of numbers with scales."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCALES = (".weight_scale", ".scale_weight")
 INPUT_SCALES = (".scale_input", ".input_scale")
 """Ends of the names of scales of a layer's inputs, which are not rounded here."""
 SCALED_NOTES = (None, "float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
-"""ComfyUI's notes of layers whose numbers have at most one scale a row: the tensor's type says which these are."""
+"""ComfyUI's notes of layers with at most one scale a row; None is no note. The tensor's type shows the number type."""
 
 
 def scale_info(companions: Mapping[str, TensorInfo]) -> TensorInfo | None:
@@ -26,7 +26,7 @@ def check_scale(stored: StoredTensor, scale: TensorInfo) -> None:
     """Refuse a scale that is no float, or neither one number for its weight nor one for each row.
 
     Raises:
-        CheckpointError: it is such a scale.
+        CheckpointError: the scale is of such a kind.
     """
     info = stored.info
     rows = info.shape[0] if len(info.shape) > 1 else 1
@@ -41,7 +41,7 @@ def scale_of(scale: torch.Tensor, rows: int) -> torch.Tensor:
     """A scale as a file has it (a number, or one for each row) as float32 [1, 1] or [rows, 1].
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the scale has another number of numbers.
     """
     if scale.numel() not in (1, rows):
         raise ValueError(f"a scale of {scale.numel()} numbers for {rows} rows")
