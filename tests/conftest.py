@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,11 +21,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--repeat-faults", type=int, default=1, help="how often to run each test that kills or interrupts a process"
     )
+    parser.addoption(
+        "--full-support-matrix",
+        action="store_true",
+        help="run every variant in every format under every strategy, not each pair of them alone",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "repetition" in metafunc.fixturenames:
         metafunc.parametrize("repetition", range(metafunc.config.getoption("repeat_faults")))
+
+
+@pytest.fixture
+def ctrl_c_works() -> Iterator[None]:
+    """Programs of the test end at SIGINT, also where the tests were started without it (by nohup, by a shell's &)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ _SMALLEST = 1e-12  # scale of a vector of zeros
 def to_fp8(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> None:
     """Write x [n, d] as numbers (out [n, d], float8 e4m3) and their scales (float32 [n]): x = out * scale."""
     if _fused(x.device):
-        import_module(".fp8_triton", __package__).to_fp8(x, out, scales)
+        import_module(".fp8_codec_triton", __package__).to_fp8(x, out, scales)
         return
     values = x.float()
     torch.div(values.abs().amax(-1), FP8_MAX, out=scales).clamp_min_(_SMALLEST)
@@ -31,7 +31,7 @@ def to_fp8(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> None:
 def from_fp8(x: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Write numbers x [n, d] times their scales (float32 [n]) into out [n, d] of any float dtype."""
     if _fused(x.device):
-        import_module(".fp8_triton", __package__).from_fp8(x, scales, out)
+        import_module(".fp8_codec_triton", __package__).from_fp8(x, scales, out)
         return
     out.copy_(x.float() * scales.unsqueeze(-1))
 

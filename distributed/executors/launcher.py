@@ -7,14 +7,13 @@ it ends, in whatever way, the workers end with it.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
@@ -24,13 +23,13 @@ from ..protocol.messages import Cancel, Join, Message, PoolFailed, PoolReady, Re
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
 from ..shm.cancel import GateMemory
+from .worker_processes import Work, WorkerProcess, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0
 """After one worker's error in a collective request the others may still answer; one that does not waits for ever."""
 _JOIN_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Launcher:
         self.client_end = _end_of(start.client_pid)
         self.gate = GateMemory(len(start.locations))
         self.pending: dict[int, _Pending] = {}
-        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.processes: list[WorkerProcess] = []
         self.connections: list[Connection] = []
 
     def run(self) -> int:
@@ -87,19 +86,32 @@ class Launcher:
             self._stop()
 
     def _spawn(self) -> None:
-        context = multiprocessing.get_context("spawn")
         store = os.memfd_create("wan-parallel-store")  # no port, and no file that would be left over
         rendezvous = f"file:///proc/{os.getpid()}/fd/{store}"
+        work = []
         for rank in range(len(self.start.locations)):
-            ours, theirs = context.Pipe()
+            ours, theirs = multiprocessing.Pipe()
             join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.gate.path)
-            process = context.Process(
-                target=_worker, args=(encode(join), theirs), name=f"wan-parallel-rank-{rank}"
-            )
-            process.start()
-            theirs.close()
-            self.processes.append(process)
+            work.append(Work(encode(join), theirs))
             self.connections.append(ours)
+        if self.start.settings.device == "cpu" and can_fork():
+            self._fork(work)
+        else:
+            self.processes.extend(spawn(one) for one in work)
+        for one in work:
+            one.connection.close()
+
+    def _fork(self, work: Sequence[Work]) -> None:
+        """Let a zygote start the workers. The client may go meanwhile."""
+        zygote = Zygote(work)
+        self.processes = [zygote.process]
+        while zygote.pids not in (news := wait([self.client, *self.client_end, zygote.pids])):
+            self._hear_client(news)
+        zygote.process.join()
+        if zygote.process.exitcode != 0:
+            reason = _exit_reason("The process that starts the workers", zygote.process)
+            raise _PoolEnded(Failure.of(WorkerDied(reason)))
+        self.processes = [*zygote.workers()]
 
     def _wait_until_ready(self) -> None:
         ready: dict[int, Ready] = {}
@@ -134,10 +146,7 @@ class Launcher:
         deadline = min((p.deadline for p in self.pending.values()), default=float("inf"))
         timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + 0.01
         news = wait([self.client, *self.client_end, *self.connections, *sentinels], timeout)
-        if not set(self.client_end).isdisjoint(news):
-            raise EOFError
-        if self.client in news:
-            self._pass_on(self.client.recv_bytes())
+        self._hear_client(news)
         messages = []
         for rank, connection in enumerate(self.connections):
             if connection in news:
@@ -148,6 +157,17 @@ class Launcher:
         if not messages:
             self._check_alive()
         return messages
+
+    def _hear_client(self, news: Sequence[object]) -> None:
+        """Pass on what the client says, if `news` has it.
+
+        Raises:
+            EOFError: the client has gone.
+        """
+        if not set(self.client_end).isdisjoint(news):
+            raise EOFError
+        if self.client in news:
+            self._pass_on(self.client.recv_bytes())
 
     def _pass_on(self, data: bytes) -> None:
         message = decode(data)
@@ -165,7 +185,7 @@ class Launcher:
     def _check_alive(self) -> None:
         dead = [rank for rank, process in enumerate(self.processes) if process.exitcode is not None]
         if dead:
-            reasons = (_exit_reason(rank, self.processes[rank]) for rank in dead)
+            reasons = (_exit_reason(f"Worker rank {rank}", self.processes[rank]) for rank in dead)
             raise _PoolEnded(Failure.of(WorkerDied(" ".join(reasons))))
 
     def _tell_client(self, message: PoolFailed) -> None:
@@ -182,13 +202,13 @@ class Launcher:
             process.join(_JOIN_SECONDS)
 
 
-def _exit_reason(rank: int, process: multiprocessing.process.BaseProcess) -> str:
+def _exit_reason(title: str, process: WorkerProcess) -> str:
     code = process.exitcode
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system does that when host memory runs out)" if -code == signal.SIGKILL else ""
-        return f"Worker rank {rank} (pid {process.pid}) was ended by {name}{hint}."
-    return f"Worker rank {rank} (pid {process.pid}) ended with status {code}; its last words are in the console."
+        return f"{title} (pid {process.pid}) was ended by {name}{hint}."
+    return f"{title} (pid {process.pid}) ended with status {code}; its last words are in the console."
 
 
 def _end_of(pid: int) -> list[int]:
@@ -200,27 +220,6 @@ def _end_of(pid: int) -> list[int]:
         return [os.pidfd_open(pid)]
     except OSError:
         return []
-
-
-def _die_with_parent() -> None:
-    """End this process when the launcher has ended, however it ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None  # this process has been spawned
-
-    def watch() -> None:
-        wait([launcher.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def _worker(join: bytes, connection: Connection) -> None:
-    """Entry of a worker process. Imports torch there, so that the launcher does without."""
-    _die_with_parent()  # first: the import takes seconds
-    from ..worker.worker import main
-
-    main(join, connection)
 
 
 def main(descriptor: str) -> int:

@@ -9,7 +9,7 @@ import sys
 import memory
 import pytest
 from benchlib.simulation import CUBLAS_BYTES, Simulated, simulate
-from test_guide import rows
+from testkit.shared.guides import rows
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 

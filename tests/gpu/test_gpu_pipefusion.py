@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_divided import STEPS, STREAMED_SIZES, UNEVEN, step_inputs, streamed_in_one_process
 from testkit import tiny
+from testkit.shared.divided import STEPS, STREAMED_SIZES, UNEVEN, step_inputs, streamed_in_one_process
 from wan_parallel.distributed.client.pool import acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced

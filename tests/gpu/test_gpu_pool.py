@@ -241,7 +241,7 @@ def test_a_killed_worker_fails_the_prompt_and_the_next_one_starts_a_new_pool(sha
     started, killed = time.perf_counter(), []
 
     def poll():
-        if not killed and time.perf_counter() - started > 1.0:
+        if not killed and time.perf_counter() - started > 0.3:  # of 0.9 on two H200s
             killed.append(time.perf_counter())
             os.kill(pids[1], signal.SIGKILL)
 

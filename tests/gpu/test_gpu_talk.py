@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_gpu_variants import DTYPES, SIZE, on_gpu
 from testkit import infinitetalk_files, tiny
+from testkit.shared.on_gpu import DTYPES, SIZE, on_gpu
 from testkit.tiny import relative_error
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan

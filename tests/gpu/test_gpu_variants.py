@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import pytest
 import torch
 from testkit import tiny
+from testkit.shared.on_gpu import DTYPES, SIZE, on_gpu
 from testkit.tiny import relative_error
 from wan_parallel.distributed.client.pool import acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.model.model import model_class
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZE = (5, 16, 16)
 
 
 @pytest.fixture(scope="module", params=[{}, {"pipeline_parallel": 2}, {"tensor_parallel": 2}], ids=str)
@@ -26,11 +21,6 @@ def pool(request):
     pool = acquire(PoolSettings(ParallelPlan(2, **request.param), device="cuda"))
     yield pool
     pool.close()
-
-
-def on_gpu(conditioning: Conditioning) -> Conditioning:
-    moved = {f.name: getattr(conditioning, f.name) for f in fields(conditioning) if f.name != "options"}
-    return replace(conditioning, **{name: tensor.cuda() for name, tensor in moved.items() if tensor is not None})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,8 @@ import re
 from dataclasses import fields
 
 import pytest
-import testkit
 import torch
+from testkit.shared.guides import GUIDE, PATCHES, ROOT, rows, section
 from wan_parallel.distributed.approximate.displaced_memory import gib, patch_memory
 from wan_parallel.distributed.approximate.patch_layout import split_grid, token_pixels
 from wan_parallel.distributed.parallel.partition import held_parameters
@@ -19,20 +19,7 @@ from wan_parallel.wanvideo.base.grid import Grid
 from wan_parallel.wanvideo.checkpoint.weight_source import total_storage_bytes
 from wan_parallel.wanvideo.quant.formats.gguf_blocks import BLOCKS
 
-ROOT = testkit.ROOT
-GUIDE = (ROOT / "XDIT_USP_README.md").read_text(encoding="utf-8")
-PATCHES = (ROOT / "OFFICIAL_DISTRIFUSION_README.md").read_text(encoding="utf-8")
 SPELLED = {True: "on", False: "off"}
-
-
-def section(title: str, guide: str) -> str:
-    return guide.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def rows(title: str, guide: str = GUIDE) -> list[list[str]]:
-    """The cells of the tables of a section, without the line under the heads."""
-    lines = [line for line in section(title, guide).splitlines() if re.match(r"\|(?!---)", line)]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_the_files_and_folders_that_the_architecture_names_are_there() -> None:

@@ -12,30 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from testkit.comfyui.comfy_server import ComfyServer, QueueRefused
+from testkit.comfyui.distrifusion import LOADER, patch_model
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stage, video
 from testkit.processes import wait_until_gone
 from testkit.tiny import relative_error
 
 SEEDS = itertools.count(5000)
 STEPS = 8
-LOADER = {
-    "model": "tiny.safetensors",
-    "precision": "fp32",
-    "quantization": "disabled",
-    "num_gpus": 2,
-    "patch_size": 32,
-    "patch_overlap": 0,
-    "split_mode": "spatial",
-    "world_size": 2,
-    "rank": 0,
-}
 OPTIONAL = ["attention_mode", "warmup_steps", "kv_buffers", "split_cfg", "manager", "gpu_memory_fraction", "device"]
 SAMPLER = {"steps": STEPS, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "sync_frequency": 10}
-
-
-def patch_model(name: str = "model", **widgets: object) -> dict:
-    inputs = {**LOADER, "device": "cpu", "warmup_steps": 2, **widgets}
-    return {name: node("OfficialDistriFusionModelLoader", **inputs)}
 
 
 def patch_sampler(model: str = "model", cfg: float = 1.0, seed: int = 7, **widgets: object) -> dict:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_comfyui_refusals import error_text
-from test_comfyui_results import EXACT, assert_same, plain, sampled
 from testkit.comfyui import loras
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stage, stock_model, video
+from testkit.comfyui.refusals import error_text
+from testkit.comfyui.results import EXACT, assert_same, plain, sampled
 from testkit.tiny import relative_error
 
 STOCK_FILES = [*loras.STOCK_NAMES, *loras.ADAPTERS, "distilled"]

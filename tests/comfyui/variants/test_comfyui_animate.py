@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from test_comfyui_results import EXACT, Loader
 from testkit import tiny
 from testkit.comfyui import loras
 from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
+from testkit.comfyui.results import EXACT, Loader
 from wan_parallel.wanvideo.variants.animate import Animate
 
 CONFIG = tiny.ANIMATE.having(Animate(), num_layers=5, text_dim=4096, image_dim=1280)

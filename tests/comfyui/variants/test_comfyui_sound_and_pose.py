@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_comfyui_results import EXACT, assert_same, sampled
-from test_comfyui_variants import IMAGES, SIZE, conditioned, sampler
 from testkit import tiny
 from testkit.comfyui.graphs import conditions, ksampler, link, node, pool_model, stock_model
+from testkit.comfyui.results import EXACT, assert_same, sampled
+from testkit.comfyui.variants import IMAGES, SIZE, conditioned, sampler
 from testkit.tiny import relative_error
 from wan_parallel.wanvideo.variants.humo import Humo
 

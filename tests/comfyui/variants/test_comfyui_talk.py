@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from test_comfyui_distrifusion import patch_model
-from test_comfyui_results import EXACT, Loader
 from testkit import infinitetalk_files, tiny
 from testkit.comfyui import loras
 from testkit.comfyui.comfy_server import ComfyServer
+from testkit.comfyui.distrifusion import patch_model
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model
+from testkit.comfyui.results import EXACT, Loader
 from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
 CONFIG = tiny.TALK.having(InfiniteTalk(width=16), text_dim=4096, freq_dim=256, image_dim=1280)

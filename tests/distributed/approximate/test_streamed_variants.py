@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_divided import KeptInOneProcess
 from testkit import tiny, worker_group
+from testkit.shared.divided import KeptInOneProcess
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.approximate.strategies.pipefusion import cut
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-import torch
 from testkit import tiny, worker_group
 from testkit.format_files import write_gguf, written
+from testkit.shared.divided import STEPS, STREAMED_SIZES, UNEVEN, Case, step_inputs, streamed_in_one_process
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.approximate.strategies.pipefusion import cut
 from wan_parallel.distributed.parallel.partition import held_parameters
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.wanvideo.attention.kernels import AttentionKernel
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
-from wan_parallel.wanvideo.base.grid import Grid, grid_of, pad_to_patch, patchify, unpatchify
-from wan_parallel.wanvideo.checkpoint.weight_source import DTYPES
+from wan_parallel.wanvideo.base.grid import Grid
 from wan_parallel.wanvideo.model.model import WanModel
-
-# 4 heads for 4 ranks, hidden columns and blocks that do not divide
-UNEVEN = WanConfig(dim=512, ffn_dim=515, num_heads=4, num_layers=5, text_dim=32)
 
 # Every pair of kinds, and each size alone, on 4 ranks.
 PLANS = [
@@ -37,36 +31,6 @@ PLANS = [
     ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
     ParallelPlan(4, pipeline_parallel=2, tensor_parallel=2),
 ]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One forward."""
-
-    plan: ParallelPlan
-    size: tuple[int, int, int] = (3, 6, 10)
-    batch: int = 1
-    by_frame: bool = False
-    slice_tokens: int = 0
-    max_batch: int = 1
-    compute: str = "fp32"
-    overlap: bool = True
-
-    def __str__(self) -> str:
-        overlap = "" if self.overlap else ", one after the other"
-        return f"{self.plan.describe(4)}, size {self.size}, batch {self.batch}, {self.compute}{overlap}"
-
-    def inputs(self) -> tiny.Inputs:
-        given = tiny.inputs(UNEVEN, self.size, self.batch)
-        frames = torch.linspace(0, 900, self.batch * self.size[0]).view(self.batch, -1)
-        return given._replace(timestep=frames) if self.by_frame else given
-
-    def job(self, path: str) -> worker_group.Job:
-        spec = ModelSpec(path, "fp32", self.compute, slice_tokens=self.slice_tokens, max_batch=self.max_batch)
-        return worker_group.Job(self.plan, spec, self.inputs(), overlap=self.overlap)
-
-    def alone(self, path: str, compute: str) -> torch.Tensor:
-        return WanModel.from_checkpoint(path, compute_dtype=DTYPES[compute])(*self.inputs())
 
 
 def cases(plans: list[ParallelPlan]) -> list[Case]:
@@ -169,13 +133,6 @@ STREAMED = [
     ParallelPlan(4, pipeline_parallel=2, ring_degree=2),
     ParallelPlan(4, pipeline_parallel=2, data_parallel=2),
 ]
-STREAMED_SIZES = [(9, 8, 6), (2, 14, 6)]  # patches of whole frames for two stages, and of rows of tokens
-STEPS = (FILL, STALE, STALE)
-
-
-def step_inputs(size: tuple[int, int, int], step: int) -> tiny.Inputs:
-    given = tiny.inputs(UNEVEN, size, batch=2)
-    return given._replace(x=given.x * (1 + 0.1 * step), timestep=given.timestep - 20 * step)
 
 
 def streamed_jobs(path: str) -> list[worker_group.Job]:
@@ -187,42 +144,6 @@ def streamed_jobs(path: str) -> list[worker_group.Job]:
             part_in_run = Displaced(kind, run, lanes, PatchSplit(), strategy="pipefusion")
             jobs.append(worker_group.Job(plan, ModelSpec(path, "fp32", "fp32"), given, part_in_run, "pipefusion"))
     return jobs
-
-
-class KeptInOneProcess:
-    """Attention to the keys and values that each block saw last of every token."""
-
-    def __init__(self, kernel: AttentionKernel, tokens: int):
-        self.kernel, self.tokens, self.kept = kernel, tokens, {}
-
-    def of(self, part: slice) -> Callable[..., torch.Tensor]:
-        blocks = itertools.count()
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            block = next(blocks)
-            for name, new in (("keys", k), ("values", v)):
-                whole = self.kept.get((name, block), new.new_empty(len(new), self.tokens, *new.shape[2:])).clone()
-                whole[:, part] = new
-                self.kept[name, block] = whole
-            return self.kernel(q, self.kept["keys", block], self.kept["values", block])
-
-        return attend
-
-
-def streamed_in_one_process(path: str, plan: ParallelPlan, size: tuple[int, int, int]) -> list[torch.Tensor]:
-    """The steps of a run as they should be: patch after patch through all blocks."""
-    model, latents = WanModel.from_checkpoint(path), []
-    grid = grid_of(step_inputs(size, 0).x)
-    kept = KeptInOneProcess(model.kernel, grid.tokens)
-    for step, kind in enumerate(STEPS):
-        x, timestep, context = step_inputs(size, step)
-        parts = cut(grid, plan.pipeline_parallel) if kind == STALE else [(0, grid.tokens)]
-        tokens = patchify(pad_to_patch(x))
-        done = []
-        for part in (slice(*edges) for edges in parts):
-            done.append(model.transform(tokens[:, part], grid, part, timestep, context, kept.of(part)))
-        latents.append(unpatchify(torch.cat(done, dim=1), grid, size))
-    return latents
 
 
 @pytest.mark.parametrize("number", range(len(STREAMED) * len(STREAMED_SIZES)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import resource
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from testkit import tiny
+from testkit.shared.lora_changes import normal, patch_set, some_lora, uuids
 from wan_parallel.distributed.client.errors import PoolError
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.distributed.weights.lora_transfer import PatchSet
@@ -25,10 +25,6 @@ from wan_parallel.wanvideo.model.model import WanModel
 @pytest.fixture
 def weight() -> torch.Tensor:
     return torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-
-
-def normal(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_low_rank_change_is_added_with_its_scale(weight):
@@ -124,32 +120,6 @@ def test_a_change_of_another_shape_does_not_fit_a_part_either(patch):
 # Through a pool.
 
 GIVEN = tiny.inputs()
-uuids = (f"uuid-{i}" for i in itertools.count())
-
-
-def some_lora(strength: float) -> dict[str, list]:
-    """A change of each kind, on matrices, a bias, a norm and a modulation."""
-    d, f = tiny.TINY.dim, tiny.TINY.ffn_dim
-    return {
-        "blocks.0.self_attn.q.weight": [LowRank(normal(d, 4) * 0.2, normal(4, d) * 0.2, strength)],
-        "blocks.1.ffn.0.weight": [
-            LowRank(normal(f, 4) * 0.2, normal(4, d) * 0.2, strength),
-            Difference(normal(f, d) * 0.02, strength, base_scale=0.9),
-        ],
-        "blocks.0.ffn.2.bias": [Difference(normal(d) * 0.3, strength)],
-        "blocks.1.self_attn.norm_q.weight": [Replacement(1 + normal(d) * 0.3)],
-        "blocks.1.modulation": [Difference(normal(1, 6, d) * 0.3, strength)],
-        "blocks.0.ffn.2.weight": [LowRank(normal(d, 4) * 0.2, normal(4, f) * 0.1, strength)],
-        "blocks.1.cross_attn.o.weight": [Difference(normal(d, d) * 0.02, strength)],
-        "time_projection.1.bias": [Difference(normal(6 * d) * 0.1, strength)],
-        "text_embedding.2.weight": [Replacement(normal(d, d) / d**0.5)],
-        "patch_embedding.weight": [LowRank(normal(d, 2) * 0.2, normal(2, 64) * 0.2, strength)],
-        "head.head.weight": [Difference(normal(64, d) * 0.01, strength)],
-    }
-
-
-def patch_set(changes: dict[str, list]) -> PatchSet:
-    return PatchSet(next(uuids), lambda: changes)
 
 
 def merged_in_this_process(changes: dict[str, list]) -> torch.Tensor:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lora import patch_set, some_lora
 from testkit import tiny
 from testkit.format_files import plain_fp8
 from testkit.patch_runs import sample, through
 from testkit.processes import private_bytes
+from testkit.shared.lora_changes import patch_set, some_lora
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import Pool

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_divided import UNEVEN, Case
 from testkit import tiny, worker_group
+from testkit.shared.divided import UNEVEN, Case
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
@@ -14,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 Results = dict[str, torch.Tensor]
 SECONDS = 120
+PRELOADED = ["pytest", "testkit.worker_group"]
+"""What the server that forks the processes has imported: torch, the pack and these helpers among it."""
 
 
 def run(world_size: int, function: Callable[..., Results], folder: Path, *arguments: object) -> list[Results]:
     """Call `function(rank, world_size, *arguments)` on each process; their results by rank."""
-    context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_main, args=(rank, world_size, function, folder, arguments), daemon=True)
+        _context().Process(target=_main, args=(rank, world_size, function, folder, arguments), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -34,6 +37,23 @@ def run(world_size: int, function: Callable[..., Results], folder: Path, *argume
         for process in processes:
             process.kill()
     return [load_file(folder / f"{rank}.safetensors") for rank in range(world_size)]
+
+
+def _context() -> ForkServerContext:
+    """Starts processes from one server, which all groups of a test run share."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    before = os.environ.get("PYTHONPATH")
+    path = [str(Path(__file__).resolve().parents[1]), *([before] if before else [])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # before Python 3.13 the server does not hear of sys.path
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _main(rank: int, world_size: int, function: Callable[..., Results], folder: Path, arguments: tuple) -> None:

@@ -1,5 +1,7 @@
 """What test_support.py runs, and the README's support table says: every variant, in every format, under every strategy.
 
+Each pair of the three is run by default, and all combinations of the three with `--full-support-matrix`.
+
 A variant that is added to `tiny.VARIANTS` is run and listed by itself; what a strategy refuses for it goes into
 `REFUSED`. Then `python3 tools/support_table.py` writes the table anew.
 """
@@ -125,6 +127,14 @@ def formats_of(variant: str) -> list[str]:
 def runs(variant: str) -> list[str]:
     """The strategies under which a variant runs, in every format of `formats_of`."""
     return [name for name in STRATEGIES if (variant, name) not in REFUSED]
+
+
+def formats_by_pairs(variant: str, strategy: str) -> list[str]:
+    """The formats for one cell of a run by pairs: over all cells, each variant meets each of its formats, and each
+    strategy meets each format."""
+    formats = formats_of(variant)
+    alike = [name for name in VARIANTS if formats_of(name) == formats]
+    return [formats[(alike.index(variant) + list(STRATEGIES).index(strategy)) % len(formats)]]
 
 
 def cells() -> Iterator[tuple[str, str]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_base_weights import Rank
 from testkit import tiny
+from testkit.shared.one_rank import Rank
 from wan_parallel.distributed.protocol.requests import StepOut
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.config import WanConfig
