@@ -1,9 +1,9 @@
-"""What displaced patches need of each GPU's memory, computed before anything is allocated.
+"""How much of each GPU's memory displaced patches need, computed before anything is allocated.
 
 The price of the method is the keys and values of all layers for the whole video: 25 GiB for the 14B at 480p and 81
-frames, 58 GiB at 720p, and twice that with both branches of cfg. The exchange through host memory keeps them there,
-once for all GPUs that share a video, and few layers of them on each. With gathers every GPU keeps them all, however
-many GPUs there are.
+frames, 58 GiB at 720p, and twice that with both branches of cfg. The exchange through host memory keeps all keys and
+values in host memory, once for all GPUs that share a video, and those of a few layers on each GPU. With gathers every
+GPU keeps all keys and values, however many GPUs there are.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from ..plan.degrees import PlanError
 from .patch_layout import PatchLayout
 
 _HOST_SHARE = 0.9
-"""Of the host's memory that may be pinned; the rest is for the system and ComfyUI."""
+"""The share of the host's memory that may be pinned; the rest is for the system and ComfyUI."""
 _LAYER_COPIES = 3
 """Full keys and values of one layer that exist at once: the assembled sequence, what arrived, a padded copy."""
 _ATTENTION_TENSORS = 8
-"""Of a rank's tokens around self-attention, in the compute dtype: input, q, k, v, the two to be sent, two outputs."""
+"""Tensors of a rank's tokens around self-attention, in the compute dtype: input, q, k, v, keys and values to be sent,
+two outputs."""
 
 
 class TooLarge(PlanError):
@@ -34,8 +35,10 @@ class TooLarge(PlanError):
 
 @dataclass(frozen=True)
 class PatchMemory:
-    """Bytes on each GPU: the model's weights, the buffers of stale keys and values, and what a forward works with.
-    `host` are those of the buffers in host memory, for all GPUs together."""
+    """Bytes on each GPU: the model's weights, the buffers of stale keys and values, and the tensors of a forward.
+
+    `host` is the bytes of the buffers in host memory, for all GPUs together.
+    """
 
     weights: int
     buffers: int
@@ -56,7 +59,8 @@ class PatchMemory:
 
 
 def weight_bytes(config: WanConfig, weight_dtype: str, header: Header | None = None) -> int:
-    """Bytes of the weights in a worker, of which a file's `header` tells what is quantised (see `storage_bytes`)."""
+    """Bytes of a model's weights in a worker. A file's `header` says which weights are quantised (see
+    `storage_bytes`)."""
     return sum(storage_bytes(config, header, WEIGHT_DTYPES[weight_dtype]).values())
 
 
@@ -72,8 +76,9 @@ def layer_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, fp8:
 def working_bytes(config: WanConfig, layout: PatchLayout, compute_dtype: str, slice_tokens: int = 0) -> int:
     """Bytes that the forward of one batch item takes beside weights and buffers; an estimate.
 
-    One layer's keys and values of the whole video up to three times, and of the rank's tokens the float32 residual
-    stream with two temporaries, and the larger of what self-attention and feed-forward hold.
+    Counted are one layer's keys and values of the whole video up to three times and, for the rank's tokens, the float32
+    residual stream with two temporaries, and the tensors of self-attention or of the feed-forward, whichever are
+    larger.
     """
     itemsize, tokens = DTYPES[compute_dtype].itemsize, max(layout.counts)
     layer = 2 * layout.grid.tokens * config.dim * itemsize
@@ -96,21 +101,21 @@ def patch_memory(
     groups: int = 1,
     header: Header | None = None,
 ) -> PatchMemory:
-    """What a sampling run needs on each GPU.
+    """How much memory a sampling run needs on each GPU.
 
     Args:
         items: batch items whose buffers a GPU keeps: the branches of cfg times the videos, over the groups of GPUs.
-        at_once: of these, how many a forward takes together.
+        at_once: how many of these batch items a forward takes together.
         slice_tokens: see `ModelSpec`.
         manager: who exchanges (see `kv_buffers.manager_name`); "host" keeps the buffers in host memory.
         groups: groups of GPUs, which keep buffers of their own.
-        header: of the model's file.
+        header: the header of the model's file.
     """
     layer = items * layer_bytes(config, layout, compute_dtype, fp8_buffers)
     on_host = manager == "host"
     held = FETCHED_AHEAD if on_host else config.num_layers
     if manager.startswith(("official", "distrifuser")):
-        held *= 2  # its gathers into lists keep a flat copy until they are waited for: measured with NCCL
+        held *= 2  # a gather into a list keeps a flat copy until it is waited for: measured with NCCL
     return PatchMemory(
         weights=weight_bytes(config, weight_dtype, header),
         buffers=layer * held,
@@ -120,7 +125,8 @@ def patch_memory(
 
 
 def capacity(device: str, num_gpus: int, fraction: float) -> int:
-    """Bytes that each worker may take: `fraction` of the smallest GPU, or on the CPU of its part of the host."""
+    """Bytes that each worker may take: `fraction` of the smallest GPU or, on the CPU, of an equal part of the host's
+    memory."""
     if device == "cuda":
         return int(fraction * min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus)))
     return int(fraction * host_memory() / num_gpus)

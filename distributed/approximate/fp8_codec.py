@@ -1,7 +1,7 @@
 """Vectors in eight bits: float8 e4m3 numbers with a float32 scale for each vector.
 
-On CUDA one pass over memory by Triton's kernels, where those are in use and the GPU knows the format; plain torch
-elsewhere. Both compute in float32.
+On CUDA Triton's kernels convert in one pass over memory, where they are in use and the GPU knows the format; elsewhere
+plain torch converts. Both compute in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def to_fp8(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> None:
 
 
 def from_fp8(x: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """The way back, into out [n, d] of any float dtype."""
+    """Write numbers x [n, d] times their scales (float32 [n]) into out [n, d] of any float dtype."""
     if _fused(x.device):
         import_module(".fp8_codec_triton", __package__).from_fp8(x, scales, out)
         return
@@ -38,5 +38,5 @@ def from_fp8(x: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
 
 @functools.cache
 def _fused(device: torch.device) -> bool:
-    """Triton converts to e4m3 from compute capability 8.9 on."""
+    """Whether Triton's kernels convert on this device: Triton converts to e4m3 from compute capability 8.9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9) and pointwise.triton_in_use()

@@ -1,7 +1,7 @@
-"""Where displaced patches keep each other's keys and values, and who exchanges them.
+"""Where ranks keep the keys and values of other ranks' displaced patches, and which manager exchanges them.
 
-`PatchParallelismCommManager` of MIT's distrifuser where that is wanted, `BufferManager` here, which behaves like
-it, or copies through host memory (host_kv.py).
+The managers are `PatchParallelismCommManager` of MIT's distrifuser, `BufferManager` of this module, which behaves like
+it, and copies through host memory (host_kv.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .fp8_codec import FP8, from_fp8, to_fp8
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 MANAGERS = ("auto", "host", "native", "official")
-"""Who exchanges: copies through host memory, or gathers with our buffers or distrifuser's."""
+"""What a user may ask for: copies through host memory, or gathers with this module's or distrifuser's buffers."""
 
 INSTALL_LINE = "pip install --no-deps git+https://github.com/mit-han-lab/distrifuser.git"
 
@@ -29,8 +29,8 @@ INSTALL_LINE = "pip install --no-deps git+https://github.com/mit-han-lab/distrif
 class Manager(Protocol):
     """Buffers of one shape on every rank, and their exchange while computation goes on.
 
-    Every rank makes the same calls in the same order: `enqueue` in each step, and in the next one either `arrive`
-    or `forget` before it.
+    Every rank makes the same calls in the same order: `enqueue` in each step, and in the next step either `arrive`
+    or `forget` before the next `enqueue`.
     """
 
     @property
@@ -38,29 +38,29 @@ class Manager(Protocol):
         """Bytes of the buffers on this rank's device."""
 
     def get_buffer_list(self, idx: int) -> list[torch.Tensor]:
-        """The tensors of all ranks that have arrived as `idx`, by rank. This rank's own may be missing."""
+        """The tensors of all ranks that have arrived as `idx`, by rank. The tensor of this rank may be missing."""
 
     def enqueue(self, idx: int, tensor: torch.Tensor) -> None:
-        """Start to send this rank's tensor to the others."""
+        """Start to send this rank's tensor to the other ranks, as `idx`."""
 
     def arrive(self, idx: int) -> None:
-        """Make the device wait for what was enqueued last as `idx`."""
+        """Make the device wait for the tensors that were enqueued last as `idx`."""
 
     def forget(self, idx: int) -> None:
         """Do without what was enqueued last as `idx`."""
 
     def settle(self, everything: bool = False) -> None:
-        """End a step. With `everything`, what it enqueued needs no more help of this rank."""
+        """End a step. With `everything`, the tensors that the step enqueued need no more help of this rank."""
 
     def clear(self) -> None:
-        """Wait for what is on its way, and drop the rest."""
+        """Wait for the tensors that are on their way, and drop all others."""
 
 
 class GatherManager:
     """The exchange by asynchronous gathers, with the buffers of distrifuser's manager or of `BufferManager`.
 
     Args:
-        buffers: their tensors are registered and their buffers created.
+        buffers: a manager whose tensors are registered, and whose buffers are created.
     """
 
     def __init__(self, buffers: BufferManager):
@@ -80,7 +80,7 @@ class GatherManager:
 
     def forget(self, idx: int) -> None:
         """Do without what was enqueued last as `idx`."""
-        self.arrive(idx)  # else it could write over what is enqueued next
+        self.arrive(idx)  # else the gather could write over the tensors that are enqueued next
 
     def settle(self, everything: bool = False) -> None:
         """Nothing to do: a gather goes on by itself."""
@@ -148,13 +148,13 @@ def official_version() -> str:
 
 
 def manager_name(wanted: str, device: torch.device) -> str:
-    """Who does the exchange, for one of `MANAGERS`; the official one with its version.
+    """The name of the manager that does the exchange, for one of `MANAGERS`; distrifuser's with its version.
 
     Host memory is the choice on GPUs: on 4 H200s a step takes less with it than with gathers, on NVLink and without,
     and GPUs hold next to nothing (benchmarks/LOG.md).
 
     Raises:
-        MissingPackage: the official one was asked for and is not installed.
+        MissingPackage: distrifuser's manager was asked for, and distrifuser is not installed.
     """
     version = official_version()
     if wanted == "official" and not version:
@@ -169,9 +169,10 @@ def manager_name(wanted: str, device: torch.device) -> str:
 
 
 def make_buffers(name: str, rank: int, place: int, ranks: int, device: torch.device, group: object) -> BufferManager:
-    """Empty buffers: ours, or distrifuser's on a configuration made by hand.
+    """A manager without buffers: `BufferManager`, or distrifuser's with a configuration made by hand.
 
-    Its own DistriConfig would start another process group on NCCL and, where one exists, fall back to one rank.
+    Distrifuser's own DistriConfig would start another process group on NCCL and, where one exists, fall back to one
+    rank.
     """
     fields = {
         "rank": rank,
@@ -179,7 +180,7 @@ def make_buffers(name: str, rank: int, place: int, ranks: int, device: torch.dev
         "n_device_per_batch": ranks,
         "split_idx": lambda: place,
         "batch_group": group,
-        "comm_checkpoint": 1,  # one layer an exchange: those of a video are large
+        "comm_checkpoint": 1,  # one layer in each exchange, as the layers of a video are large
         "verbose": False,
     }
     if name == "native":
@@ -193,7 +194,8 @@ def make_buffers(name: str, rank: int, place: int, ranks: int, device: torch.dev
 class Codec:
     """How keys and values [2, B, n, heads, d] of a patch lie in a buffer: patches padded to `length` tokens.
 
-    Plain, they keep their dtype. In fp8 they are bytes, and behind all of them a scale for each token and head.
+    Plain keys and values keep their dtype. In fp8 the buffer has bytes: all numbers, and behind them a float32 scale
+    for each token and head.
     """
 
     def __init__(self, batch: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, fp8: bool):

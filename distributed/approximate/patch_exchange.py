@@ -22,7 +22,8 @@ class Strips:
         self._received = [layout.strip(owner, place) for owner in ranks]
 
     def exchange(self, own: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-        """Send the strips of own [2, B, n, heads, d]; returns those of the other ranks, flat, by owner."""
+        """Send the strips of this rank's patch `own` [2, B, n, heads, d]; returns the other ranks' strips, flat, by
+        owner."""
         outgoing = [self._box(own, self.place, strip).flatten() for strip in self._sent if strip]
         token = own.numel() // own.shape[2]
         sent, received = (
@@ -34,7 +35,7 @@ class Strips:
         return list(arrived.split(received))
 
     def insert(self, parts: list[torch.Tensor], arrived: list[torch.Tensor]) -> None:
-        """Put what arrived into the patches [2, B, n, heads, d] of all ranks."""
+        """Write the strips that arrived into the patches [2, B, n, heads, d] of all ranks."""
         for owner, (strip, fresh) in enumerate(zip(self._received, arrived, strict=True)):
             if strip:
                 box = self._box(parts[owner], owner, strip)
@@ -49,7 +50,7 @@ class Strips:
 
 
 class PatchesOfShards:
-    """From the shards of the sequence, as the exact path has them, to the patches."""
+    """Turns the shards of the sequence, which ranks have on the exact path, into the patches of the ranks."""
 
     def __init__(self, layout: PatchLayout, group: SequenceGroup, device: torch.device):
         place, ranks = group.index, range(len(layout.patches))
@@ -76,5 +77,5 @@ class PatchesOfShards:
 
 
 def _within(index: torch.Tensor, shard: tuple[int, int]) -> torch.Tensor:
-    """Places in a shard of those of its tokens that are in `index`."""
+    """Positions within a shard of the tokens that are both in the shard and in `index`."""
     return index[(index >= shard[0]) & (index < shard[1])] - shard[0]

@@ -46,7 +46,7 @@ class PatchLayout:
         return [patch.tokens(self.grid) for patch in self.patches]
 
     def index(self, rank: int) -> torch.Tensor:
-        """Places of a rank's tokens in the grid, ascending; int64."""
+        """Positions of a rank's tokens in the grid, ascending; int64."""
         return self._select(self.patches[rank])
 
     def strip(self, owner: int, reader: int) -> Patch | None:
@@ -72,7 +72,10 @@ class PatchLayout:
 
 
 def _overlap(owner: tuple[int, int], reader: tuple[int, int], border: int) -> tuple[int, int] | None:
-    """Where a run meets another one that is `border` wider on both sides, counted from its own start."""
+    """The part of the run `owner` that lies within the run `reader` widened by `border` on both sides.
+
+    Counted from the start of `owner`; None where no part of it does.
+    """
     start, stop = max(owner[0], reader[0] - border), min(owner[1], reader[1] + border)
     return (start - owner[0], stop - owner[0]) if start < stop else None
 

@@ -1,7 +1,7 @@
-"""What PipeFusion needs of each GPU's memory, computed before anything is allocated.
+"""How much of each GPU's memory PipeFusion needs, computed before anything is allocated.
 
 A stage keeps the keys and values of all tokens for its own blocks, for each batch item of a sampling run. Weights can
-make room for them by stepping out to host memory, so that only those count that must be on the GPU.
+be offloaded to host memory to make room for keys and values, so only weights that must be on the GPU count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ refusal must not count on more than is used."""
 
 @dataclass(frozen=True)
 class StreamMemory:
-    """Bytes on the GPU that needs most: weights that must be there, keys and values, and what a forward works with."""
+    """Bytes on the GPU that needs most: weights that must be on the GPU, keys and values, and the tensors of a
+    forward."""
 
     weights: int
     kept: int
@@ -43,7 +44,7 @@ def kept_bytes(
     """Bytes of the keys and values that the fullest rank keeps of `batch` items that one forward takes together.
 
     Args:
-        contexts: of VACE.
+        contexts: control videos of VACE.
     """
     plan = settings.plan
     degrees = plan.sequence_degrees(config.num_heads, plan.group_ranks(batch))
@@ -57,10 +58,10 @@ def kept_bytes(
 def stream_memory(
     config: WanConfig, settings: PoolSettings, spec: ModelSpec, tokens: int, kept: int, header: Header | None = None
 ) -> StreamMemory:
-    """What a sampling run needs that keeps `kept` bytes of keys and values.
+    """How much memory a sampling run needs that keeps `kept` bytes of keys and values.
 
     Args:
-        header: of the model's file; random weights have none.
+        header: the header of the model's file; None for random weights.
     """
     plan, itemsize = settings.plan, DTYPES[spec.compute_dtype].itemsize
     sizes = storage_bytes(config, header, WEIGHT_DTYPES[spec.weight_dtype])

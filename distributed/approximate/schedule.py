@@ -17,7 +17,8 @@ from ..plan.degrees import PatchSplit
 from ..protocol.requests import Displaced
 
 EXACT, FILL, STALE = "exact", "fill", "stale"
-"""A forward on the exact path; one that leaves its keys and values behind for the next; one that uses them."""
+"""The kinds of forwards: on the exact path; exact and keeping keys and values for the next forward; using those of the
+forward before."""
 
 JUMP = 0.5
 """Relative change of the latent between two calls that makes the second one a new beginning.
@@ -51,14 +52,14 @@ class PatchSettings:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """The forward that was planned last: its place in its run, counted from 0, and its kind."""
+    """The forward that was planned last: its index in its run, counted from 0, and its kind."""
 
     index: int
     kind: str
 
     @property
     def synchronous(self) -> bool:
-        """Whether the forward used nothing of the step before."""
+        """Whether the forward used no keys and values of the step before."""
         return self.kind != STALE
 
 
@@ -72,7 +73,7 @@ class _Last:
 
 
 class Schedule:
-    """The place of one MODEL in its sampling runs. A branch is the batch items that one forward takes together."""
+    """How far one MODEL is in its sampling runs. A branch is the batch items that one forward takes together."""
 
     def __init__(self) -> None:
         self.last: StepInfo | None = None
@@ -92,7 +93,7 @@ class Schedule:
         x: torch.Tensor,
         timestep: torch.Tensor,
     ) -> Displaced:
-        """Decide about the next forward.
+        """Decide how the next forward of a branch takes part in a run.
 
         Args:
             state: equal as long as the model, its patches and its workers are the same.
@@ -127,7 +128,7 @@ def _synchronous(settings: PatchSettings, index: int) -> bool:
 
 
 def _follows(timestep: float, x: torch.Tensor, before: _Last) -> bool:
-    """Whether this is the forward after `before`, and no other run. The same once more is a run begun again."""
+    """Whether a forward is the next one after `before` in the same run. An equal forward begins a new run."""
     moved = _distance(x, before.x)
     return timestep <= before.timestep and moved < JUMP and (moved > 0 or timestep < before.timestep)
 

@@ -1,4 +1,4 @@
-"""What strategies have in common whose self-attention uses keys and values of the step before."""
+"""The common base of strategies whose self-attention uses keys and values of the step before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .schedule import EXACT
 
 
 class StaleError(UserError, RuntimeError):
-    """A stale step was asked for where there is nothing stale."""
+    """A stale step was asked for, and no keys and values of a step before are kept."""
 
     @classmethod
     def nothing_kept(cls) -> StaleError:
@@ -24,8 +24,9 @@ class StaleError(UserError, RuntimeError):
 class StaleStrategy(Strategy):
     """A strategy that keeps keys and values of one step for the next one of the same sampling run.
 
-    Keys and values are kept of all blocks or none, so a forward that leaves blocks out is exact. So is one whose blocks
-    ask the other ranks something: that concerns all tokens of a block together.
+    Keys and values are kept of all blocks or of none, so a forward that leaves blocks out is exact. A forward is exact
+    too if its blocks compute more than self-attention over the tokens of all ranks (`WanModel.asks_other_ranks`): all
+    tokens must then be in a block at the same time.
     """
 
     def __init__(self, membership: Membership):
@@ -33,7 +34,7 @@ class StaleStrategy(Strategy):
         self._run = ""
 
     def begin(self, inputs: StepInputs) -> Step:
-        """Begin a forward, and drop what an earlier run has left. Without a part in a run the forward is exact."""
+        """Begin a forward, and drop keys and values of an earlier run. A forward that has no part in a run is exact."""
         step, options = inputs.asked, inputs.conditioning.options
         layers = range(inputs.model.config.num_layers)
         whole = not set(options.skip_blocks) & set(layers) and not inputs.model.asks_other_ranks(inputs.conditioning)
@@ -50,4 +51,4 @@ class StaleStrategy(Strategy):
 
     @abstractmethod
     def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
-        """A forward that fills in for a stale one, or is stale."""
+        """A forward that keeps keys and values for a stale forward, or is stale itself."""

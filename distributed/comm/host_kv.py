@@ -1,12 +1,12 @@
 """Exchange of patches' keys and values through host memory, by the copy engines of the GPUs.
 
 A gather by NCCL runs on the multiprocessors that attention needs, and on GPUs without peer access it goes through
-host memory anyway. Here each rank copies its tensors into memory that all ranks have pinned, and fetches those of
-the others shortly before it needs them. So computation goes on undisturbed, and no GPU holds the other patches'
-keys and values of all layers, which host memory does once for all.
+host memory anyway. Here each rank copies its tensors into memory that all ranks have pinned, and fetches the tensors
+of the other ranks shortly before it needs them. So computation goes on undisturbed, and no GPU holds the keys and
+values of the other patches for all layers: host memory holds them, once for all ranks.
 
-Ranks tell each other in that memory how far they are: a tensor is fetched once its owner has stored it, and stored
-again once every other rank has fetched what it replaces.
+Each rank writes into the shared memory how far it is. A tensor is fetched once its owner has stored the tensor, and
+replaced by a newer one once every other rank has fetched the older one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from ..shm.pinned import Segment
 
 FETCHED_AHEAD = 3
-"""Tensors of all ranks on the GPU at a time: one being read, and the next ones on their way."""
+"""How many tensors, each with the parts of all ranks, are on the GPU at a time: one is being read, the next ones are on
+their way."""
 
 _SPIN_SECONDS = 20e-6
 _STORED, _FETCHED = 0, 1  # words of the header: how many tensors this rank has stored, and fetched or passed over
@@ -31,7 +32,7 @@ _STORED, _FETCHED = 0, 1  # words of the header: how many tensors this rank has 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """The tensor of a number that is to be stored, from `ready` on (on a CPU, from the beginning)."""
+    """A tensor that is to be stored in host memory, and may be from the event `ready` on (on a CPU, at once)."""
 
     number: int
     idx: int
@@ -41,16 +42,16 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class _Storing:
-    """A tensor on its way to host memory, where it lies from `done` on (on a CPU, from the beginning)."""
+    """A tensor on its way to host memory, which has arrived there at the event `done` (on a CPU, at once)."""
 
     number: int
-    tensor: torch.Tensor  # kept until then
+    tensor: torch.Tensor  # kept until `done`
     done: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What all buffers of a manager are."""
+    """The shape and dtype that all buffers of a manager have."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -62,7 +63,7 @@ class _Kind:
 
 @dataclass
 class _Progress:
-    """What was stored, fetched and read, counted in tensors; all ranks count the same ones."""
+    """How many tensors were stored, fetched and read; all ranks count the same tensors in the same order."""
 
     order: list[int] = field(default_factory=list)  # idx of each tensor ever enqueued
     fetches_started: int = 0
@@ -70,7 +71,7 @@ class _Progress:
 
 
 class _CopyStream:
-    """Copies that run beside the computation, on a stream of their own; on a CPU, at once."""
+    """Makes copies beside the computation, on a stream of its own; on a CPU, at once."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -97,7 +98,7 @@ class _CopyStream:
 
 
 class HostManager:
-    """Buffers as `kv_buffers.BufferManager` has them, through a `Segment`. See the module.
+    """The buffers of `kv_buffers.BufferManager`, exchanged through a `Segment` of host memory (see the module).
 
     Args:
         place: this rank's position among the `ranks` that share the buffers.
@@ -150,9 +151,9 @@ class HostManager:
         return self._staging.nbytes
 
     def enqueue(self, idx: int, tensor: torch.Tensor) -> None:
-        """Start to send this rank's tensor to the others. They have it after `arrive(idx)`."""
+        """Start to send this rank's tensor to the other ranks, which have the tensor after `arrive(idx)`."""
         tensor = tensor.contiguous()
-        self._read[self._progress.arrived - 1] = _recorded_event(self.device)  # what arrived last has been read by now
+        self._read[self._progress.arrived - 1] = _recorded_event(self.device)  # read by now
         self._waiting.append(_Waiting(len(self._progress.order), idx, tensor, _recorded_event(self.device)))
         self._progress.order.append(idx)
         self._serve()
@@ -186,10 +187,10 @@ class HostManager:
         return [part.view(kind.dtype).view(kind.shape) for part in staging.unbind()]
 
     def settle(self, everything: bool = False) -> None:
-        """End a step: see to it that the other ranks can get what was enqueued in earlier ones without this rank.
+        """End a step: store the tensors of earlier steps, so that other ranks can fetch them without help of this rank.
 
-        They may still need it when this rank has left the step, at its end or because it was cancelled. What this
-        step enqueued goes on by the way in the next one, unless `everything` is to be there now.
+        Other ranks may still need the tensors when this rank has left the step, at its end or because the step was
+        cancelled. Tensors that this step enqueued are stored during the next step or, with `everything`, now.
         """
         old, self._settled = self._settled, len(self._progress.order)
         if everything:
@@ -202,21 +203,21 @@ class HostManager:
         self._serve_until(settled)
 
     def clear(self) -> None:
-        """Wait for what is on its way, and drop the rest."""
+        """Wait for the copies that are on their way, and drop all other tensors."""
         self._up.synchronize()
         self._down.synchronize()
         self._waiting.clear()
         self._storing.clear()
 
     def _serve_until(self, reached: Callable[[], bool]) -> None:
-        """Serve the others meanwhile: each may be waiting for what this rank has not told it yet."""
+        """Wait until `reached` says yes, and serve the other ranks meanwhile, as each may be waiting for this rank."""
         self._serve()
         while not reached():
             time.sleep(_SPIN_SECONDS)
             self._serve()
 
     def _serve(self) -> None:
-        """Tell the others how far this rank is, and start what can be started."""
+        """Tell the other ranks how far this rank is, and start all copies that can start."""
         own = self.segment.words[self.place]
         while self._storing and _done(self._storing[0].done):
             self._storing.popleft()
@@ -230,7 +231,7 @@ class HostManager:
             self._fetch()
 
     def _others(self, word: int) -> int:
-        """How far the slowest other rank is."""
+        """How many tensors the slowest other rank has stored or fetched, by `word`."""
         return min(words[word] for rank, words in enumerate(self.segment.words) if rank != self.place)
 
     def _may_store(self, idx: int) -> bool:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from ..shm.pinned import Segment
 
 CHANNELS = 32
-"""Flags from each rank to each other one."""
+"""How many flags each rank has for each other rank."""
 
 Word = tuple[int, int]
-"""Which flag, and its value."""
+"""The index of a flag, and the value of the flag."""
 
 REMEDY = "Use fewer frames or a smaller size, or switch overlap_p2p_comm off."
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
@@ -63,7 +63,7 @@ class Mailbox(ABC):
     Attributes:
         members: the ranks of the group.
         processors: multiprocessors of each member's GPU; 0 without a GPU.
-        hops: how often a letter is copied on its way.
+        hops: how often a letter is copied on its way to the receiver.
     """
 
     hops = 1
@@ -89,17 +89,21 @@ class Mailbox(ABC):
         self.nbytes, self._layout = nbytes, None
         self._sent = [[0] * CHANNELS for _ in range(self.ranks)]
         self._awaited = [[0] * CHANNELS for _ in range(self.ranks)]
-        dist.barrier(self.group)  # all flags are down
+        dist.barrier(self.group)  # all flags are 0
 
     def arrange(self, layout: Hashable, nbytes: int) -> None:
-        """As `reserve`. If `layout` is a new one, also waits for all ranks, which may be reading what lay there."""
+        """Have at least `nbytes` on every rank, as `reserve` does, for letters that lie as `layout` says.
+
+        Where `layout` is not the one of the call before, all ranks are waited for: they may still read letters that
+        lie as the layout before said.
+        """
         self.reserve(nbytes)
         if layout != self._layout:
             self._layout = layout
-            dist.barrier(self.group)  # all have read what lay there
+            dist.barrier(self.group)  # all have read the letters of the layout before
 
     def close(self) -> None:
-        """Give the memory back, on all ranks. Letters are counted anew afterwards, as after a run that was given up."""
+        """Give the memory back, on all ranks. Letters are counted anew afterwards, as after an aborted run."""
         if self.nbytes:
             self.nbytes = 0
             self._drop()
@@ -118,7 +122,7 @@ class Mailbox(ABC):
     def wait(self, letters: Sequence[Letter]) -> None:
         """Let the device go on once these letters, the next ones of their senders on their channels, have arrived.
 
-        Best in the order in which the letters come.
+        It is best to wait for letters in the order in which they arrive.
         """
         words = []
         for letter in letters:
@@ -128,17 +132,17 @@ class Mailbox(ABC):
             self._await(letters, words)
 
     def _count(self, letter: Letter) -> int:
-        """Count a letter; returns the number of letters to its receiver on its channel by now."""
+        """Count a letter; returns how many letters have gone to its receiver on its channel by now."""
         self._sent[letter.rank][letter.channel] += 1
         return self._sent[letter.rank][letter.channel]
 
     def _flag(self, letter: Letter) -> int:
-        """The index of the receiver's flag that is raised for a letter."""
+        """The index of the receiver's flag that tells of the arrival of a letter."""
         return self.place * CHANNELS + letter.channel
 
     @abstractmethod
     def hold(self, tensor: torch.Tensor) -> None:
-        """Keep the memory of `tensor` from being used anew before the letters that were sent of it have left."""
+        """Keep the memory of `tensor` from being used anew before the letters with parts of `tensor` have left."""
 
     @abstractmethod
     def _make(self, nbytes: int) -> None: ...
@@ -154,7 +158,11 @@ class Mailbox(ABC):
 
     @abstractmethod
     def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
-        """Have these letters in this rank's memory; the flag of each, by index, has the value beside it then."""
+        """Let the device go on once these letters are in this rank's memory: once the flag of each letter has its
+        value.
+
+        `words` has the index of each letter's flag, and the value.
+        """
 
 
 class HostMailbox(Mailbox):

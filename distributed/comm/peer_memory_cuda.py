@@ -1,16 +1,16 @@
-"""Mailboxes between GPUs, and which kind of mailbox the ranks of a group can have.
+"""Mailboxes between GPUs, and which of two kinds of mailbox the ranks of a group can have.
 
 A collective call is a kernel, and a kernel takes multiprocessors from the computation beside it. Here the copy engines
-carry the letters, and the front ends of the GPUs raise and await the flags, so that neither the multiprocessors nor
-the processes have anything to do with an exchange.
+carry the letters, and the front ends of the GPUs write and await the flags, so that neither the multiprocessors nor the
+processes have anything to do with an exchange.
 
 Where GPUs reach each other's memory, the sender's GPU writes straight into the receiver's memory. Where they do not, as
 most GeForce cards on PCIe, the sender's GPU writes into host memory that all ranks have page-locked, and the receiver's
-own copy engine fetches the letter from there once the flag is up.
+own copy engine fetches the letter from there once the flag is there.
 
 Streams may share a queue of the hardware, where a stream that waits holds up another one. No stream is held up for ever
-as long as all ranks launch the sending of a letter before they wait for it: each wait is then for a letter that was
-sent earlier everywhere.
+as long as every rank launches the sending of its letters before it waits for the matching letters of the other ranks:
+each wait is then for a letter that its sender launched earlier.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GpuMailbox(Mailbox):
         super().__init__(group, device)
         self.processors = tuple(torch.cuda.get_device_properties(rank).multi_processor_count for rank in self.members)
         self._computed = torch.cuda.Event()
-        # apart, as copies within a GPU are kernels, which wait until the computation leaves them room
+        # two streams: copies within a GPU are kernels, which wait until the computation leaves them room
         self._out, self._to_itself = torch.cuda.Stream(device), torch.cuda.Stream(device)
         try:
             self._driver = StreamMemory()
@@ -140,7 +140,7 @@ class PeerMailbox(GpuMailbox):
     def _make(self, nbytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
-        torch.cuda.empty_cache()  # what torch keeps for later is not its to give
+        torch.cuda.empty_cache()  # symmetric memory takes nothing from torch's cache
         self._memory = symmetric.empty(_FLAG_BYTES + nbytes, dtype=torch.uint8, device=self.device)
         self._memory[:_FLAG_BYTES].zero_()
         self._peers = symmetric.rendezvous(self._memory, self.group.group_name)
@@ -192,11 +192,12 @@ class StagedMailbox(GpuMailbox):
         self._own_flags.zero_()
 
     def _lock(self, nbytes: int) -> None:
-        """Have `nbytes` of host memory. They outlive those of the GPU: locking takes a second for each GiB."""
+        """Have `nbytes` of page-locked host memory, kept when the GPU's memory is freed: locking takes a second a
+        GiB."""
         if self._segment is not None:
             self._segment.close()
             self._segment = None
-            del self._own_flags  # which would keep the memory
+            del self._own_flags  # a view that would keep the memory
         self._segment = Segment(
             nbytes, self.place, self.ranks, self.device, self.group, "what the GPUs send each other", REMEDY
         )

@@ -19,9 +19,9 @@ _PRODUCTS = 4  # in a row, so that a start of work weighs less
 
 
 def survey(device: torch.device, world_size: int) -> Machine:
-    """Time an exchange among all ranks, copies and products (a collective call)."""
+    """The rates of this rank's machine: times an exchange among all ranks, copies and products (a collective call)."""
     on_gpu = device.type == "cuda"
-    products = _products(device)  # whose tensors are gone before those of the copies come: little may be free
+    products = _products(device)  # first, and its tensors freed before those of the copies are made: little may be free
     nbytes = 2**27 if on_gpu else 2**20
     data = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     other = torch.empty_like(data)
@@ -68,7 +68,7 @@ def _exchange(
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median time of `work`, after once for connecting, choosing kernels and waking up the clocks."""
+    """Median seconds of `work`, which runs once before for connecting, choosing kernels and waking up the clocks."""
     times = []
     for _ in range(_REPEATS + 1):
         _synchronize(device)

@@ -1,7 +1,7 @@
 """Words in memory that streams write and wait for, without a kernel: CUDA's driver, "Stream Memory Operations".
 
-torch has no call for the waiting half, and its copies take ten times as long to launch as the driver's: with four GPUs
-a block sends eighteen times, and waits for as many.
+torch has no call to let a stream wait for a word, and its copies take ten times as long to launch as the driver's. With
+four GPUs each rank sends eighteen transfers in a block, and waits for as many.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class _Copy(ctypes.Structure):
 
 
 class _Bytes:
-    """Bytes on a device, as torch takes them from other libraries; given back with the last tensor that shows them."""
+    """Bytes on a device in the form in which torch takes memory from other libraries (`__cuda_array_interface__`).
+
+    The bytes are given back with the last tensor that views them.
+    """
 
     def __init__(self, address: int, nbytes: int):
         self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 2}
@@ -74,10 +77,10 @@ class StreamMemory:
         self._mapped.argtypes = (ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p, ctypes.c_uint)
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        """Bytes [nbytes] on the current device, which torch's allocator has no part in.
+        """Bytes [nbytes] on the current device, allocated by the driver and not by torch's allocator.
 
         Raises:
-            torch.OutOfMemoryError: the device has not as many.
+            torch.OutOfMemoryError: the device has too few bytes.
         """
         address = ctypes.c_uint64()
         code = self._allocate(ctypes.byref(address), nbytes)
@@ -111,7 +114,10 @@ class StreamMemory:
         self._do(stream, _WAIT, _GREATER_OR_EQUAL, words)
 
     def _do(self, stream: int, operation: int, flags: int, words: Sequence[Word]) -> None:
-        """One call of the driver for all words. CUstreamBatchMemOpParams is a union of six 64-bit words."""
+        """Give `stream` one operation for each word, by one call of the driver.
+
+        CUstreamBatchMemOpParams is a union of six 64-bit words.
+        """
         numbers = [n for address, value in words for n in (operation, address, value, flags, 0, 0)]
         self._check(self._batch(stream, len(words), (ctypes.c_uint64 * len(numbers))(*numbers), 0))
 

@@ -1,9 +1,9 @@
 """Where the time of a forward went: computing, exchanging with other ranks, waiting for them.
 
-A rank's device stands still where it needs what others have: an all-to-all, a block of a ring, a sum, the residual
+A rank's device stands still where it needs data from elsewhere: an all-to-all, a block of a ring, a sum, the residual
 stream of the stage before, weights that are gathered or copied from host memory, latents that come in and go out.
-Strategies put `standing` around these places. On CUDA `standing` records a pair of events in the stream that computes,
-and reads them once the forward is over: nothing is synchronised in between, and an exchange that is hidden behind
+Strategies put `standing` around these places. On CUDA it records a pair of events in the stream that computes, and the
+events are read once the forward is over: nothing is synchronised in between, and an exchange that is hidden behind
 computation is not counted. On a CPU `standing` reads the clock.
 
 While a rank stands still, the tensors that it needs may be on their way, or not even sent. No rank gets them before all
@@ -19,7 +19,7 @@ The rest of the forward is **compute**: kernels, and the launching of them.
 
 The three add up to the seconds of the forward on every rank. The border between exchange and waiting is sharp where all
 ranks take part in a transfer. Where ranks write into each other's memory (peer_memory.py), the last rank may find there
-all that it needs, and the transfer from the last rank to the others counts as waiting for the last rank.
+all transfers that it needs; the transfer from the last rank to the other ranks then counts as waiting.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums
 LATER_SLICES = "all-to-all of later slices"
 """The all-to-all of a rank's later slices of heads (ulysses_overlap.py): not every rank has as many slices."""
 USP = "USP"
-"""xfuser's attention less the kernel in it: its exchanges, with the copies around them."""
+"""xfuser's attention without the attention kernel: the exchanges, and the copies around them."""
 LATENTS = "latents"
 """Copies of the inputs from the client's memory, and of the result back."""
 GATE = "gate"
-"""A rank holds back until its leader has come to a block (cancel.py): nothing but waiting."""
+"""The time for which a rank holds back until its leader has come to a block (cancel.py): nothing is exchanged."""
 
 _Key = tuple[str, tuple[int, ...]]
 """The kind of an exchange, and the ranks that take part; no ranks where a rank needs no other one."""
 
 
 class Spans:
-    """Stretches of time on a device, without making the host wait. Use on the stream that stands still."""
+    """Measures stretches of time on a device without making the host wait. To be used on the stream that stands
+    still."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -84,7 +85,7 @@ class Watch:
     """The stretches that `standing` notes down during one forward of this rank.
 
     Attributes:
-        open: the stretches to which the one belongs that is being measured now; None outside `standing`.
+        open: the stretches of the kind that is being measured now; None outside `standing`.
     """
 
     def __init__(self, device: torch.device):
@@ -94,7 +95,7 @@ class Watch:
         self.open: Spans | None = None
 
     def spans(self, kind: str, ranks: tuple[int, ...]) -> Spans:
-        """The stretches of one kind of exchange among `ranks`, to which more can be added."""
+        """The stretches of one kind of exchange among `ranks`; the caller adds new ones by `start` and `stop`."""
         key = (kind, ranks)
         if key not in self._own:
             self._own[key] = self.add(kind, ranks, Spans(self._device))
@@ -119,12 +120,12 @@ class Watch:
 
 
 _current: Watch | None = None
-"""The notes on the forward that runs: a process has one device and does one request at a time."""
+"""The measurement of the forward that runs; one, as a process has one device and does one request at a time."""
 
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[Watch]:
-    """Let `standing` take notes, which are returned, until the end of the `with` block: one forward."""
+    """Let `standing` measure until the end of the `with` block, which is one forward; yields the measurement."""
     global _current
     _current = Watch(device)
     try:
@@ -140,8 +141,9 @@ def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) 
     Does nothing outside a forward, for a rank alone, and inside another `standing`, which counts the whole.
 
     Args:
-        kind: of the exchange.
-        among: the ranks that take part. All of them come by the same such places in the same order.
+        kind: what is exchanged, or waited for.
+        among: the ranks that take part, or their group. All of them make the same calls of `standing` in the same
+            order.
     """
     watch = _current
     if watch is None or watch.open is not None or (ranks := _ranks(among)) is None:
@@ -158,7 +160,7 @@ def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Leave what is computed until the end of the `with` block out of the `standing` around it."""
+    """Leave the time until the end of the `with` block, which is computation, out of the `standing` around it."""
     watch = _current
     if watch is None or watch.open is None:
         yield

@@ -1,8 +1,7 @@
-"""What a rank belongs to under the plan at hand: its part of the matrices and of the blocks, and the groups of ranks
-that share a sequence.
+"""The groups of ranks to which a rank belongs under the present plan, and the rank's part of the model.
 
-Groups are made when a model first needs them, and those of a sequence are kept for when an earlier plan returns. All
-ranks make and leave them together.
+A group is made when a model first needs the group. Groups that share a sequence are kept when the plan changes, because
+an earlier plan may return. All ranks make and leave groups together.
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ from .tensor import TensorShard
 class Membership:
     """The groups of one rank. Methods that make or leave groups are collective calls.
 
-    This object owns what a plan makes of the rank: whoever depends on it asks here at each request.
+    Whatever the plan decides about the rank is owned by this object. The plan may change between two requests, so other
+    objects ask this one at each request, and keep nothing of the answers.
 
     Attributes:
-        settings: of the pool, with the plan at hand.
+        settings: of the pool, with the present plan.
         coords: the rank's coordinates under the plan.
         shard, stage: the rank's part of the matrices and of the blocks, with their process groups.
-        groups: for sequences, by their degrees; those of the models that have been joined.
+        groups: the groups that share a sequence, by their degrees, of all models for which `join` was called.
         mailboxes: through which the ranks of an Ulysses group write into each other's memory, by the same degrees.
         xfuser_groups: xfuser's own groups, by the same degrees, where it is the backend.
     """
@@ -51,7 +51,7 @@ class Membership:
 
     @property
     def plan(self) -> ParallelPlan:
-        """The degrees of parallelism at hand."""
+        """The present degrees of parallelism."""
         return self.settings.plan
 
     def join(self, num_heads: int) -> None:
@@ -71,21 +71,23 @@ class Membership:
                     self.mailboxes[degrees] = mailbox
 
     def follow(self, settings: PoolSettings) -> None:
-        """Take another plan. The groups of models must be joined again; `rejoin` where it divides models otherwise."""
+        """Take another plan. Call `join` for each model again, and before that `rejoin` if the new plan divides models
+        into other parts."""
         self.settings, self.coords = settings, settings.plan.mesh.coords(self.rank)
         self.close_mailboxes()
         self.groups.clear()
         self.mailboxes.clear()
 
     def rejoin(self, further: Iterable[dist.ProcessGroup]) -> None:
-        """Leave all process groups, and `further` ones that others made, and take this rank's part under the plan."""
+        """Leave all process groups, and the `further` groups that other objects made, and take this rank's part of
+        models under the present plan."""
         leave_groups([*self._process_groups(), *further])
         self._joined.clear()
         self._further.clear()
         self.shard, self.stage = self._join_divided()
 
     def close_mailboxes(self) -> None:
-        """Give their memory back; they can be used again."""
+        """Give the memory of all mailboxes back; the mailboxes can be used again."""
         for mailbox in self.mailboxes.values():
             mailbox.close()
 
@@ -99,8 +101,12 @@ class Membership:
         self._joined = {key: (group, None if box is mailbox else box) for key, (group, box) in self._joined.items()}
 
     def further_group(self, ranks: int, purpose: str) -> dist.ProcessGroup:
-        """A process group of the `ranks` ranks that share a sequence, 2 at least, for one purpose alone: what goes
-        through it waits for nothing else. Made at first use under a plan; a collective call of all ranks."""
+        """A process group, for one purpose alone, of this rank and the others of the `ranks` ranks that share a
+        sequence.
+
+        An exchange through the group waits for no exchange of another purpose. `ranks` is 2 at least. The group is made
+        at its first use under a plan. A collective call of all ranks.
+        """
         members = self.plan.sequence_groups(ranks)
         key = (purpose, *members)
         if key not in self._further:
@@ -110,7 +116,7 @@ class Membership:
         return group
 
     def over_sequence(self, group: SequenceGroup) -> OverSequence | None:
-        """Sums and maxima over the ranks of a group; None where there is one."""
+        """Computes sums and maxima over the ranks of a group; None where the group has one rank."""
         joined = self.xfuser_groups.get(group.degrees) or group
         return over_sequence(joined.ulysses, joined.ring) if group.degrees.ranks > 1 else None
 
@@ -130,7 +136,8 @@ class Membership:
     def _join_sequence(
         self, degrees: SequenceDegrees, members: Sequence[tuple[int, ...]]
     ) -> tuple[SequenceGroup, Mailbox | None]:
-        """The process groups of `degrees` for these ranks; those of an earlier plan are kept for when it returns."""
+        """The process groups of `degrees` for these ranks; process groups of earlier plans are kept, and found
+        again."""
         key = (degrees, *members)
         if key not in self._joined:
             group, mailbox = join_group(degrees, self.rank, members), None

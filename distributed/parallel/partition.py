@@ -1,4 +1,4 @@
-"""What a plan makes of a model: whether it can be divided like this, and how much of it the largest rank holds."""
+"""How a plan divides a model: whether the plan can divide it at all, and how many bytes the fullest rank then holds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .tensor import TensorShard
 
 
 def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> None:
-    """Check that a model can be run like this.
+    """Check that a model can be run as its spec and the pool's settings ask.
 
     Raises:
-        PlanError: it cannot. The text says why and what can.
+        PlanError: the model cannot be run so. The text says why, and which settings can run it.
     """
     plan = settings.plan
     plan.check_model(config.num_heads, config.num_layers)
@@ -31,12 +31,12 @@ def check_plan(config: WanConfig, spec: ModelSpec, settings: PoolSettings) -> No
 
 
 def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
-    """Parameters on the rank that has most of them."""
+    """How many of a model's parameters the rank with the most parameters holds."""
     return _of_largest_part(config, plan, {name: math.prod(shape) for name, shape in config.shapes().items()})
 
 
 def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
-    """Bytes of weights on the rank that has most of them."""
+    """How many bytes of a model's weights the rank with the most bytes holds."""
     return _of_largest_part(config, plan, storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module))
 
 
@@ -45,7 +45,10 @@ def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, 
 
 
 def parts_of(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """What is held of `sizes` of the whole tensors, by the rank of each stage that has the largest part."""
+    """For each pipeline stage, the size of each tensor on the rank that holds the largest part, by name.
+
+    `sizes` has the sizes of the whole tensors by name, in bytes or in elements.
+    """
     shard, shapes = TensorShard(plan.tensor_parallel), config.shapes()
     stages = [Stage.of(i, plan.pipeline_parallel) for i in range(plan.pipeline_parallel)]
     parts = {

@@ -5,12 +5,12 @@ unconditional branch) is in a stage, the next one is in the stage before. Self-a
 before the next can begin, so a single item is in one stage at a time: stages then save memory, and no time.
 
 A side block (one of VACE) is with the block of the video that it runs behind, and the side streams go from stage to
-stage with the residual stream while a side block is to come: (1 + streams) x tokens x width x 4 bytes for each item at
-each border, for 14B at 480p with one stream 1.34 GB, which is twice what it is without.
+stage with the residual stream while a side block is to come. (1 + streams) x tokens x width x 4 bytes then cross each
+border between stages for each item: 1.34 GB for 14B at 480p with one side stream, twice as much as without any.
 
-Time runs in slots. In slot s, stage p works on item s - p; between two slots every stage passes on what it has.
-All stages agree block by block, in idle slots too, on whether the request is cancelled (see cancel.py), led by the
-foremost stage that works; so they leave together, with nothing half sent.
+Time runs in slots. In slot s, stage p works on item s - p. Between two slots every stage sends its result to the next
+stage. All stages agree block by block, in idle slots too, on whether the request is cancelled (see cancel.py); the
+foremost stage that has work decides. So all stages leave a request together, and no stage waits for a lost result.
 """
 
 from __future__ import annotations
@@ -68,19 +68,21 @@ class Stage:
 
 
 class Flow(Generic[Batch]):
-    """Passes the batches of one request through the stages. To iterate over it is to work on what comes.
+    """Passes the batches of one request through the stages. Iterate over a flow to work on the batches that come:
 
         for batch, stream in flow:      # stream: the residual stream of the stage before, None in the first
             flow.pass_on(the work of this stage's blocks, with flow.before_block before each)
 
     Args:
         stage: this rank's stage.
-        batches: what goes through one after the other, such as slices of batch items.
-        blocks: how many the longest stage has.
-        shape: of what a batch arrives as on this rank, such as [items, tokens, dim].
+        batches: whatever goes through the stages one after the other, such as slices of batch items.
+        blocks: how many blocks the longest stage has.
+        shape: gives the shape of the residual stream in which a batch arrives on this rank, such as [items, tokens,
+            dim].
         check: called with the stage that decides, and with the block that comes next (None where this stage has none);
             raises to leave.
-        idle: further batches that only others have, which share this stage's weights: its blocks come up without work.
+        idle: how many more batches other ranks have that share this stage's weights. This stage then goes through its
+            blocks without work.
         span: the blocks of this stage, in the order in which they run.
     """
 
@@ -114,26 +116,27 @@ class Flow(Generic[Batch]):
                 for block in self.span:
                     self.before_block(block)
             with timing.standing(timing.PIPELINE, self.stage.ranks):
-                while self._checked < self.blocks:  # of stages that are longer, or while this one is idle
+                while self._checked < self.blocks:  # blocks of longer stages, or this stage is idle
                     self.before_block(None)
                 stream = self._exchange()
 
     def before_block(self, block: int | None) -> None:
-        """Go on, or leave the request with all other stages."""
+        """Go on to a block, or leave the request together with all other stages."""
         self._checked += 1
         self._check(min(self._slot, len(self.stage.ranks) - 1), block)
 
     def pass_on(self, result: torch.Tensor) -> None:
-        """Give the residual stream behind this stage's blocks; the last stage keeps its own."""
+        """Take the residual stream behind this stage's blocks, for the next stage. The last stage's stream is sent
+        nowhere."""
         self._result = None if self.stage.is_last else result
 
     def _batch(self, slot: int) -> Batch | None:
-        """What this stage works on in a slot."""
+        """The batch that this stage works on in a slot; None where the stage is idle."""
         place = slot - self.stage.index
         return self.batches[place] if 0 <= place < len(self.batches) else None
 
     def _exchange(self) -> torch.Tensor | None:
-        """Send what this stage has done to the next, and get what the one before did in the same slot."""
+        """Send this stage's result of a slot to the next stage, and receive the result of the stage before."""
         operations, arrived = [], None
         if self._result is not None and self._result.numel():
             to = self.stage.ranks[self.stage.index + 1]

@@ -1,12 +1,13 @@
 """Exact self-attention over a token sequence that several ranks share: Ulysses x ring, any lengths and heads.
 
-Each rank holds a run of tokens with all heads. Within an Ulysses group one exchange turns that into all tokens
-of the group with a share of the heads; around a ring the keys and values of the other groups pass by, and the
-blocks are merged with float32 log-sum-exps. Nothing is padded: token counts and head counts may be uneven.
+Each rank holds a run of tokens with all heads. Within an Ulysses group one exchange gives each rank all tokens of the
+group with a share of the heads instead. Around a ring the keys and values of the other groups pass by, and the outputs
+of the blocks of keys are merged with float32 log-sum-exps. Nothing is padded: ranks may have uneven numbers of tokens
+and of heads.
 
-The ring's point-to-point exchange is yunchang's. Its process groups are not used, because they are runs of
-consecutive ranks, which the ranks of a sequence are not where tensor-parallel ranks lie between them; nor are its
-attention wrappers, because their log-sum-exp is zero or rounded for several kernels (see
+The ring's point-to-point exchange is yunchang's. Yunchang's process groups are not used: they are runs of consecutive
+ranks, and where tensor-parallel ranks lie between the ranks of a sequence, these are not consecutive. Yunchang's
+attention wrappers are not used: their log-sum-exp is zero or rounded for several kernels (see
 tests/distributed/parallel/test_sequence.py).
 """
 
@@ -44,7 +45,8 @@ class SequenceGroup:
     Attributes:
         index: which shard this rank has.
         ulysses, ring: the process groups of this rank; None where the degree is 1.
-        speeds: of its ranks, after which they share tokens and heads; empty where all are alike.
+        speeds: the speed of each rank of the group, in proportion to which ranks share tokens and heads; empty where
+            all ranks are alike.
     """
 
     degrees: SequenceDegrees
@@ -80,7 +82,7 @@ class SequenceGroup:
 
 
 def group_of(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, ...]]) -> SequenceGroup:
-    """The one of `groups` that has `rank`, without process groups."""
+    """The group among `groups` that has `rank`, without process groups."""
     ranks = next(group for group in groups if rank in group)
     return SequenceGroup(degrees, ranks, ranks.index(rank))
 
@@ -100,7 +102,7 @@ def join_group(degrees: SequenceDegrees, rank: int, groups: Sequence[tuple[int, 
 
 
 def own_process_group(groups: Iterable[Sequence[int]], rank: int) -> dist.ProcessGroup | None:
-    """Make a process group of each of `groups` and return the one that has `rank`; None where that is alone.
+    """Make a process group of each of `groups`, and return the process group of `rank`; None where `rank` is alone.
 
     A collective call: torch wants every rank to make all groups, and in the same order.
     """
@@ -133,8 +135,9 @@ def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
 
 
 class SequenceAttention(ABC):
-    """Self-attention of this rank's tokens over the shards of `group`, on torch.distributed: an Ulysses group exchanges
-    heads for tokens around what `attend` does.
+    """Self-attention of this rank's tokens over the shards of `group`, on torch.distributed.
+
+    Before `attend` the ranks of an Ulysses group exchange heads for tokens, and after it tokens for heads.
 
     Args:
         tokens: length of the whole sequence.
@@ -183,7 +186,8 @@ class SequenceAttention(ABC):
         return [packed[:, :, i].transpose(0, 1) for i in range(3)]
 
     def _heads_for_tokens(self, out: torch.Tensor) -> torch.Tensor:
-        """The way back: [B, tokens of the group, share of heads, d] to [B, n, heads, d]."""
+        """The inverse of `_tokens_for_heads`: [B, tokens of the Ulysses group, share of the heads, d] to [B, n, heads,
+        d]."""
         batch, _, mine, d = out.shape
         n = self._ulysses_lengths(self.group.ring_index)[self.group.ulysses_index]
         lengths = self._ulysses_lengths(self.group.ring_index)
@@ -204,10 +208,10 @@ class SequenceAttention(ABC):
     def passing(
         self, k: torch.Tensor, v: torch.Tensor, overlap: bool
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """The keys and values of every place in the ring, this one's first, as they pass by.
+        """Yields the index in the ring, the keys and the values of every rank of the ring, this rank's first.
 
         Args:
-            overlap: the next ones travel while the caller works with those that it was given.
+            overlap: the next rank's keys and values travel while the caller works with those that were yielded.
         """
         steps = self.group.degrees.ring
         comm = _import_yunchang("ring.utils").RingComm(self.group.ring)
@@ -234,7 +238,7 @@ class NativeAttention(SequenceAttention):
     """Exact self-attention over the shards of `group`. Further arguments as those of `SequenceAttention`.
 
     Args:
-        overlap: start each ring exchange before the block at hand is computed.
+        overlap: start each ring exchange before the block of keys that has arrived is computed.
     """
 
     def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, overlap: bool = True):

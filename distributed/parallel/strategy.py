@@ -83,10 +83,11 @@ class Step(ABC):
 
     @abstractmethod
     def work(self, items: slice) -> list[WorkItem]:
-        """What this rank does for one of the batches, in the order in which it goes through the blocks."""
+        """The passes of this rank through its blocks for the batch items `items`, in their order."""
 
     def report(self) -> Exchange | None:
-        """What the forward exchanged beside the exact path, told once all work is finished; None where nothing."""
+        """What the forward exchanged beside the exchanges of the exact path, once all work is finished; None if
+        nothing."""
         return None
 
 
@@ -116,8 +117,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def begin(self, inputs: StepInputs) -> Step:
-        """Begin a forward. What the strategy cannot share in its own way it gives to the exact path, by an
-        `ExactStep`."""
+        """Begin a forward. For a forward that the strategy cannot share in its own way, return an `ExactStep`."""
 
     @property
     def nbytes(self) -> int:

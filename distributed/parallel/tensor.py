@@ -1,17 +1,17 @@
 """Tensor parallelism on one page: each rank has some heads and some hidden columns (Megatron-LM, arXiv 1909.08053).
 
-q, k, v and the first matrix of a feed-forward are cut by rows, o and the second by columns: a rank goes from its
-heads or hidden columns to a partial sum over the full width without asking anybody, and one all-reduce completes it.
-So are the attentions beside those of every Wan model: to speech, to a face, to sound, to music.
-The norms of q and k go over the full width, of which a rank has a part: the sums of squares are reduced, one number a
-token. The residual stream is the same on all ranks of a group.
+The matrices of q, k and v and the first matrix of a feed-forward are cut by rows, the matrix of o and the second matrix
+by columns. So a rank computes, from its heads or hidden columns and without any exchange, a partial sum over the full
+width, and one all-reduce completes the sum. The attentions that only some Wan models have (to speech, to a face, to
+sound, to music) are cut in the same way. The norms of q and k go over the full width, of which a rank has a part, so
+the ranks add up their sums of squares, one number a token. The residual stream is the same on all ranks of a group.
 
-The sums travel in the compute dtype. In float32 that is exact to its rounding. In 16 bit each rank rounds its part of a
-sum, which the residual stream then takes in float32: on a random model the error against float32 becomes 1.09, 1.16
-and 1.32 times that of one process on 2, 4 and 8 ranks (bf16, gloo). Sums in float32 would keep it, at twice the bytes
-of what is by far the largest exchange of all strategies: three sums of the full width in each block. Those of
-cross-attention and feed-forward can travel while another slice of tokens is computed (`overlapped`), over a
-communicator of their own, as the norms' small reduces would queue behind them.
+The sums travel in the compute dtype. In float32 the result is exact but for rounding. In 16 bit each rank rounds its
+part of a sum before the residual stream adds up the parts in float32: on a random model the error against float32 is
+1.09, 1.16 and 1.32 times the error of one process on 2, 4 and 8 ranks (bf16, gloo). Sums in float32 would not add to
+the error, but take twice the bytes, and these sums, three of the full width in each block, are by far the largest
+exchange of all strategies. The sums of cross-attention and feed-forward can travel while another slice of tokens is
+computed (`overlapped`). They have a communicator of their own, as the norms' small reduces would queue behind them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SPLITS: Splits = (
     (r"(ffn|text_embedding)\.2\.bias", ONCE),
     (r"time_projection\.1\.(weight|bias)", GATHERED),
 )
-"""How tensors are divided that every model has; each variant says it of its own."""
+"""How the tensors that every model has are divided; a variant says how its own tensors are."""
 
 _USED_LATER = re.compile(r"(^|\.)(cross_attn\.o|ffn\.2)$")  # outputs that a block asks to have `arrived`
 
@@ -76,7 +76,7 @@ class TensorShard:
         return (*shape[:dim], sum(length for _, length in runs), *shape[dim + 1 :])
 
     def take(self, name: str, weight: Weight) -> Weight:
-        """This rank's part of a tensor; of one mapped from a file, no other part is read."""
+        """This rank's part of a tensor. Where the tensor is mapped from a file, no other part is read."""
         if split_of(name) == ONCE and self.index > 0 and isinstance(weight, torch.Tensor):  # no bias is quantised
             return torch.zeros_like(weight)
         dim, runs = self._cut(name, tuple(weight.shape))
@@ -85,7 +85,7 @@ class TensorShard:
         return rows_together([weight.narrow(dim, *run) for run in runs])
 
     def take_patches(self, name: str, shape: tuple[int, ...], patches: Sequence[WeightPatch]) -> Sequence[WeightPatch]:
-        """What `patches` of a whole tensor of that shape change in this rank's part.
+        """The part of `patches` of a whole tensor, which has `shape`, that changes this rank's part of the tensor.
 
         Raises:
             PatchError: a patch does not have the shape of the whole.
@@ -98,7 +98,7 @@ class TensorShard:
         return [narrow_patch(patch, shape, dim, runs) for patch in patches]
 
     def apply(self, model: WanModel) -> None:
-        """Let a model that holds this rank's parts give what the whole one gives."""
+        """Let a model that holds this rank's parts compute the same outputs as the whole model."""
         if self.size == 1:
             return
         for name, module in model.named_modules():
@@ -147,7 +147,7 @@ class TensorShard:
             self._travelling[id(output)] = dist.all_reduce(output, group=self.overlapped, async_op=True)
 
     def _arrived(self, output: torch.Tensor) -> torch.Tensor:
-        """Make the device wait for the sum of what `_start_sum` has seen."""
+        """Make the device wait for the sum of an `output` whose sum `_start_sum` began."""
         work = self._travelling.pop(id(output), None)
         if work is not None:
             with timing.standing(timing.SUMS, self.overlapped):

@@ -1,7 +1,9 @@
-"""How Ulysses' exchange is cut into transfers: into which slices a rank's heads go, what of queries, keys, values and
-output lies where in whose memory, and in which order it travels. ulysses_overlap.py sends it.
+"""How Ulysses' exchange is cut into transfers, which ulysses_overlap.py sends.
 
-The heads of a rank are columns of a matrix of tokens, which copy engines take out and put in as fast as one run of
+Decided here are the slices into which a rank's heads are cut, where in each rank's memory the queries, keys, values and
+output lie, and the order in which they travel.
+
+The heads of a rank are columns of a matrix of tokens, which copy engines read and write as fast as one run of
 bytes (266 to 390 GB/s over NVLink from 256 bytes a row on): nothing is packed.
 """
 
@@ -24,13 +26,13 @@ _ALIGN = 256
 _TILE = 128
 """Queries of one head that a block of an attention kernel works on at a time."""
 _HOP = 0.1
-"""What a copy of a head's queries through host memory takes, of its attention: 0.12 for 2 H200s on PCIe 5 and 32,760
-tokens, less for slower GPUs and more tokens."""
+"""The time of a copy of a head's queries to or from host memory, as a part of the time of the head's attention: 0.12
+for 2 H200s on PCIe 5 and 32,760 tokens, less for slower GPUs and more tokens."""
 
 
 @lru_cache(maxsize=64)
 def cut(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
-    """Heads of each slice of a rank, where they travel fast: two, as more make attention kernels smaller.
+    """Heads of each slice of a rank, where tensors travel fast: two slices, as more make attention kernels smaller.
 
     The blocks of an attention kernel take turns on the multiprocessors, and the last turn is seldom a full one. Of all
     ways to cut this is the one with the fewest turns (10 heads of 75,600 queries take 46 on an H200 as 5 and 5, and 45
@@ -49,12 +51,13 @@ def cut(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...
 
 @lru_cache(maxsize=64)
 def cut_for_two_hops(heads: int, queries: int, batch: int, processors: int) -> tuple[int, ...]:
-    """Heads of each slice of a rank, where they travel through host memory: a short slice, which is there soon, a long
-    one, and a short one, whose output is soon away.
+    """Heads of each slice of a rank, where tensors travel through host memory.
 
-    Of all ways to cut this is the one that is expected to take least, counted in the attention of a head: turns, the
-    ways of the first slice's queries and of the last one's output, and what of the others is not hidden behind the
-    slice before. Arguments as those of `cut`.
+    A short slice, which arrives soon, a long slice, and a short slice, whose output has left soon.
+
+    Of all ways to cut, the one with the least expected time is chosen. The time is the sum of the turns, the transfers
+    of the first slice's queries and of the last slice's output, and of the other transfers that part which lasts longer
+    than the slice before; it is counted in the time of one head's attention. Arguments as those of `cut`.
     """
     if heads < MOST_SLICES:
         return (1,) * heads
@@ -77,7 +80,7 @@ def _turns(way: Sequence[int], tiles: int, processors: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies where in a mailbox: keys, values, queries, output, each [B, tokens, heads, head_dim].
+    """Where keys, values, queries and output, each [B, tokens, heads, head_dim], lie in a mailbox.
 
     Args:
         lengths: tokens of each rank.
@@ -131,8 +134,8 @@ class Layout:
         return max(self.output_offset(rank) + size for rank, size in enumerate(own))
 
     def transfers(self, kind: str, sender: int, receiver: int) -> list[Letter]:
-        """What `receiver` gets of the queries, keys or values [B, n, heads, head_dim] of `sender`, one transfer for
-        each run of its heads."""
+        """The part of the queries, keys or values [B, n, heads, head_dim] of `sender` that goes to `receiver`, one
+        transfer for each run of the receiver's heads."""
         before, n = sum(self.lengths[:sender]), self.lengths[sender]
         vector, row = self.nbytes_of(1), self.nbytes_of(sum(self.heads))
         transfers = []
@@ -153,7 +156,8 @@ class Layout:
         return transfers
 
     def output_transfers(self, sender: int, receiver: int) -> list[Letter]:
-        """What `receiver` gets of the output [B, tokens of all, heads of a slice, head_dim] of `sender`, by slices."""
+        """The part of the output [B, tokens of all, heads of a slice, head_dim] of `sender` that goes to `receiver`,
+        one transfer for each slice of the sender's heads."""
         n, vector, row = self.lengths[receiver], self.nbytes_of(1), self.nbytes_of(sum(self.heads))
         transfers = []
         for part, (first, count) in enumerate(self.slices(sender)):
@@ -173,23 +177,22 @@ class Layout:
         return transfers
 
     def _all_heads(self, rank: int) -> int:
-        """Bytes of the keys, values or queries."""
+        """Bytes of the keys, values or queries of all tokens for the heads of `rank`."""
         size = self.nbytes_of(self.batch * self.tokens * self.heads[rank])
         return -(-size // _ALIGN) * _ALIGN
 
 
 @dataclass(frozen=True)
 class TransferSchedule:
-    """What one rank sends for each block, and what it waits for, in the order in which it travels.
+    """The transfers that one rank sends for each block, and those that it waits for, in the order in which they travel.
 
     Values set out whole, then the keys and the queries of the first slice, and then what the later slices need.
 
     Args:
-        sent: what is sent, part by part, once the queries, keys or values are there: of which of them ("q", "k", "v"),
-            and the transfers.
-        sent_output: the transfers once the output of each slice of its heads is there.
-        awaited: what the rank waits for before each slice of its heads.
-        awaited_output: what it waits for at the end.
+        sent: by kind ("q", "k", "v"), what is sent once this kind is computed: pairs of a kind and its transfers.
+        sent_output: what is sent once the output of each slice of the rank's heads is computed.
+        awaited: what is waited for before each slice of the rank's heads.
+        awaited_output: what is waited for at the end.
     """
 
     sent: dict[str, list[tuple[str, list[Letter]]]]
@@ -225,7 +228,7 @@ class TransferSchedule:
 
 
 def _from(rank: int, transfers: Iterable[Letter]) -> list[Letter]:
-    """The transfers from `rank` as their receiver waits for them."""
+    """Transfers as their receiver waits for them: `rank`, the sender, takes the place of the receiver."""
     return [replace(transfer, rank=rank) for transfer in transfers]
 
 

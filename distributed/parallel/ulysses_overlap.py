@@ -1,13 +1,15 @@
 """Ulysses' exchange hidden behind computation: exact self-attention over the ranks of one Ulysses group.
 
-The exchange of sequence.py waits twice in each block: for queries, keys and values, and for the way back. Here each of
-the three sets out as soon as it is computed, while the products of the next one run, and attention goes in slices of
-heads: while one slice is computed, what the next one needs arrives and the output of the one before leaves. Only the
-last output and what of the first queries is slower than a product is waited for. The bytes are the same.
+The exchange of sequence.py waits twice in each block: for queries, keys and values, and for the output. Here queries,
+keys and values each set out as soon as they are computed, while the product of the next one runs. Attention is computed
+in slices of heads: while one slice is computed, the inputs of the next slice arrive, and the output of the slice before
+leaves. A rank waits only for the last output, and for the first queries where they travel for longer than a product
+takes. The bytes that travel are the same.
 
-Every rank writes into the others' memory (see peer_memory.py). No acknowledgement is needed: what a rank sends for a
-block it computes from that block's predecessor, for which it needed the output of every other rank, which has therefore
-read all that it had been sent; and the output goes to a rank that has sent its queries, so is done with the one before.
+Every rank writes into the other ranks' memory (see peer_memory.py). Receivers need not acknowledge that they have read
+a transfer before the next block's transfer replaces it. Queries, keys and values: a rank computes them from the output
+of the block before, for which it needed the output of every other rank; so every other rank had read its inputs by
+then. Output: it goes to a rank that has sent the queries of this block, and so has read the output of the block before.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .ulysses_layout import Layout, TransferSchedule, cut, cut_for_two_hops
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Where in this rank's mailbox lies what all ranks send it.
+    """The parts of this rank's mailbox into which all ranks send.
 
     Args:
         slices: queries, keys and values [B, tokens of all, heads, head_dim] of each slice of the own heads.
@@ -48,16 +50,16 @@ class OverlappedAttention:
         self.kernel, self.mailbox, self.index = kernel, mailbox, group.ulysses_index
         self.lengths = tuple(group.lengths(tokens))
         self.heads = tuple(group.heads(heads))
-        ranks = len(self.lengths)  # an order of its own for each, so that not all send to one at a time; itself last
+        ranks = len(self.lengths)  # each rank has an order of its own, itself last: not all send to one rank at a time
         self.order = [(self.index + i) % ranks for i in range(1, ranks + 1)]
-        self._given: tuple[int, int, torch.dtype] | None = None  # of what the layout depends on, what can change
+        self._given: tuple[int, int, torch.dtype] | None = None  # what can change of what the layout depends on
         self._announced: dict[str, torch.Tensor] = {}
 
     def reserve(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Have memory for queries, keys and values [batch, n, heads, head_dim] that are to come; a collective call.
+        """Have memory for the exchange of queries, keys and values [batch, n, heads, head_dim]; a collective call.
 
         Raises:
-            HostMemoryError: on every rank. The host has no room for what is set down there.
+            HostMemoryError: on every rank. The host has no room for transfers that go through its memory.
         """
         self.mailbox.reserve(self._layout_of(batch, head_dim, dtype).nbytes)
 
@@ -69,9 +71,9 @@ class OverlappedAttention:
             self.mailbox.send(transfers, self._announced[sent])
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output, same shape.
+        """Attention of q, k, v [B, n, heads, head_dim], those of this rank's tokens; returns the output, same shape.
 
-        It lies where the next block's will.
+        The output lies in peer memory, where the next block's output will replace it.
         """
         for kind, x in (("v", v), ("k", k), ("q", q)):
             if kind not in self._announced:
@@ -83,7 +85,7 @@ class OverlappedAttention:
             self._send_output(part, self.kernel(*inputs).contiguous())
         with standing(ALL_TO_ALL, among):
             self.mailbox.wait(schedule.awaited_output)
-        # who has sent its output has had all of this rank's queries, keys and values
+        # a rank that has sent its output has received all of this rank's queries, keys and values
         self._announced.clear()
         return arrivals.output
 

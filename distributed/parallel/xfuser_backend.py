@@ -1,7 +1,7 @@
 """The xfuser path: self-attention over a shared sequence by xDiT's process groups and its USP attention.
 
 Follows xfuser 0.7.0, `core/distributed/parallel_state.py` and `model_executor/layers/usp.py`. The attention
-kernel inside is ours: xfuser finds fewer packages, and ours has a proven log-sum-exp.
+kernel inside is this pack's: xfuser finds fewer packages, and this pack's kernels have a tested log-sum-exp.
 
 xfuser is imported when its groups are made, in a GPU worker, and nowhere else: it loads about 3,000 modules,
 needs triton, fails without an accelerator, starts CUDA and logs at DEBUG to stdout.
@@ -40,7 +40,7 @@ class BackendError(UserError, RuntimeError):
 
 
 def installed() -> bool:
-    """Whether xfuser is there; imports nothing."""
+    """Whether xfuser is installed; imports nothing."""
     return importlib.util.find_spec("xfuser") is not None
 
 
@@ -91,7 +91,7 @@ class XfuserGroup:
         return range(self.first_rank, self.first_rank + self.degrees.ranks)
 
     def put_in_place(self) -> None:
-        """Make these the groups that xfuser's functions use from now on."""
+        """Let xfuser's functions use the groups of this object from now on."""
         xfuser = _modules()
         vars(xfuser.parallel_state).update(self.coordinators)
         xfuser.process_group.ULYSSES_PG, xfuser.process_group.RING_PG = self.ulysses, self.ring
@@ -205,8 +205,9 @@ def _make_group(degrees: SequenceDegrees, device: torch.device) -> XfuserGroup:
 def _unbound_default_group() -> Iterator[None]:
     """Let torch forget the default group's device while xfuser makes its groups.
 
-    With it, torch would connect every group at once by splitting the default one. xfuser makes about twenty, of
-    which two or three are used, and says of its own that they break like that (parallel_state.py).
+    If torch knows the device, it connects every new group at once by splitting the default group. xfuser makes about
+    twenty groups, of which two or three are used, and says that its own groups break when they are made so
+    (parallel_state.py).
     """
     default = dist.group.WORLD
     assert default is not None
@@ -218,8 +219,10 @@ def _unbound_default_group() -> Iterator[None]:
 
 
 def _make_runtime(xfuser: _Modules, degrees: SequenceDegrees, data_parallel: int) -> object:
-    """The state that USP asks for. xfuser makes one for its own pipelines only, and its state for programs
-    outside them knows no degree but 1; so its base class is filled by hand.
+    """The state object that USP reads the degrees from.
+
+    xfuser makes a full state for its own pipelines only, and its state for other programs knows no degree but 1; so
+    the base class of both is filled by hand.
     """
     arguments = xfuser.arguments(
         ulysses_degree=degrees.ulysses,
@@ -234,7 +237,7 @@ def _make_runtime(xfuser: _Modules, degrees: SequenceDegrees, data_parallel: int
 
 
 def _check_read_back(xfuser: _Modules, group: XfuserGroup) -> None:
-    """xfuser falls back to degree 1 without a word where it believes its attention to be missing."""
+    """Check that xfuser has the degrees asked for: where it finds its attention missing, it silently takes degree 1."""
     state = xfuser.parallel_state
     got = SequenceDegrees(state.get_ulysses_parallel_world_size(), state.get_ring_parallel_world_size())
     ranks = list(state.get_sp_group().ranks)
@@ -247,7 +250,7 @@ def _check_read_back(xfuser: _Modules, group: XfuserGroup) -> None:
 
 
 def _empty_place(xfuser: _Modules) -> None:
-    """xfuser refuses to make groups while it holds some."""
+    """Let xfuser forget the groups that it holds, as it refuses to make further ones beside them."""
     vars(xfuser.parallel_state).update(dict.fromkeys(_GROUP_NAMES))
     xfuser.runtime_state._RUNTIME = None
 
@@ -273,7 +276,7 @@ def _register(kernel: AttentionKernel) -> str:
 
 @dataclass(frozen=True)
 class _Modules:
-    """The parts of xfuser and yunchang that this file uses."""
+    """The modules and functions of xfuser and yunchang that this module uses."""
 
     parallel_state: Any  # a module whose globals are set
     runtime_state: Any
@@ -317,7 +320,7 @@ def _import() -> _Modules:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep xfuser off stdout: at import it logs everything there, and gives its loggers no way up."""
+    """Keep xfuser off stdout: at its import it logs everything to stdout, and to no handler of the root logger."""
     level = os.environ.get("LOG_LEVEL")
     os.environ["LOG_LEVEL"] = "error"  # xfuser reads this name, and makes its handlers of it
     try:

@@ -19,7 +19,8 @@ from ...wanvideo.base.errors import UserError
 from .ranks import RankMesh
 
 RING_COST = 0.2
-"""What a ring adds to self-attention, whatever its length, as a share of it: smaller blocks and their merge.
+"""The time that a ring adds to self-attention, as a share of the time of self-attention, for rings of any length: the
+ring computes in smaller blocks, and merges their outputs.
 
 Measured on 4 H200s, 14B at 480p: Ulysses 4 takes 0.710 s, Ulysses 2 x ring 2 0.792 s, ring 4 0.785 s; on 3, Ulysses 3
 with uneven heads takes 0.916 s and ring 3 0.965 s (benchmarks/results/h200.jsonl).
@@ -32,7 +33,10 @@ class PlanError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class SequenceDegrees:
-    """The ranks that share one token sequence: `ulysses` ranks a head exchange, `ring` exchanges in a ring."""
+    """How the ranks that share one token sequence are arranged: `ring` groups of `ulysses` ranks each.
+
+    The ranks of a group exchange heads for tokens; keys and values go round from group to group.
+    """
 
     ulysses: int
     ring: int
@@ -43,7 +47,8 @@ class SequenceDegrees:
         return self.ulysses * self.ring
 
     def ulysses_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
-        """The Ulysses groups among the `ranks` of a sequence: runs of them, in the order of their shards."""
+        """The Ulysses groups among the `ranks` of a sequence: each is a run of `ranks`, which are in the order of
+        shards."""
         return [tuple(ranks[start : start + self.ulysses]) for start in range(0, len(ranks), self.ulysses)]
 
     def ring_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
@@ -56,10 +61,11 @@ class SequenceDegrees:
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """What the user asked for; a degree of 0 is chosen once the model is known.
+    """The degrees of parallelism as the user asked for them; a degree of 0 is chosen once the model is known.
 
     Attributes:
-        speeds: of the GPUs by rank, in any unit, after which they share a sequence; empty where all are alike.
+        speeds: the speed of each GPU, by rank, in any unit. GPUs share a sequence in proportion to their speeds. Empty
+            where all GPUs are alike.
     """
 
     num_gpus: int = 2
@@ -88,8 +94,11 @@ class ParallelPlan:
         return self.mesh.groups("data", "sequence") if ranks > self.sequence_ranks else self.mesh.groups("sequence")
 
     def sequence_speeds(self, members: Sequence[int]) -> tuple[int, ...]:
-        """How fast the ranks of a sequence group are, with those that have the same tokens as each of them in other
-        stages or for other parts of the matrices: the slowest counts. Empty where all GPUs are alike."""
+        """The speed at which each rank of a sequence group gets through its tokens; empty where all GPUs are alike.
+
+        Ranks of other stages, and ranks with other parts of the matrices, work on the same tokens as a rank of the
+        group, so the slowest of them sets the speed.
+        """
         if not self.speeds:
             return ()
         groups = self.mesh.groups("stage", "tensor")
@@ -144,7 +153,7 @@ class ParallelPlan:
         return all((mine.stage, mine.tensor) == (its.stage, its.tensor) for mine, its in coords)
 
     def completions(self) -> list[ParallelPlan]:
-        """All plans that keep the sizes which are set here; those left at 1 (degrees: 0) are free.
+        """All plans that keep the sizes which are set in this plan; sizes left at 1, and degrees left at 0, are free.
 
         Raises:
             PlanError: there is none.
@@ -167,7 +176,7 @@ class ParallelPlan:
         return {name: getattr(self, name) for name in ("data_parallel", "pipeline_parallel", "tensor_parallel")}
 
     def check_model(self, num_heads: int, num_layers: int) -> None:
-        """Check that a model of so many attention heads and blocks can be divided like this.
+        """Check that a model of `num_heads` attention heads and `num_layers` blocks can be divided by this plan.
 
         Raises:
             PlanError: the tensor size does not divide the heads, or a pipeline stage would have no block, or
@@ -203,11 +212,12 @@ class ParallelPlan:
                 )
 
     def sequence_degrees(self, num_heads: int, ranks: int | None = None) -> SequenceDegrees:
-        """Choose Ulysses x ring for a model of `num_heads` heads over `ranks` (all of a group by default).
+        """Choose the Ulysses and the ring degree for a model of `num_heads` heads over `ranks` ranks of a sequence.
 
-        Tensor-parallel ranks have a part of the heads each, and share out that part. Heads are shared unevenly where
-        they do not divide, or where GPUs are unlike: the rank that needs longest for its own sets the pace, so the
-        choice weighs that against the cost of a ring. Among equals the shortest ring is taken.
+        `ranks` is `sequence_ranks` by default. Tensor-parallel ranks share out their part of the heads alone. Heads are
+        shared unevenly where the ranks do not divide their number, or where GPUs are unlike. The rank that needs
+        longest for its heads then sets the pace, so the choice weighs uneven heads against the cost of a ring. Among
+        equally fast choices the one with the shortest ring is taken.
 
         Raises:
             PlanError: more Ulysses ranks than heads.
@@ -230,15 +240,15 @@ class ParallelPlan:
     def attention_cost(self, degrees: SequenceDegrees, num_heads: int) -> float:
         """Expected time of one self-attention, relative to a perfect split among GPUs like the slowest, without a ring.
 
-        `num_heads` is that of one tensor-parallel part.
+        `num_heads` is the number of heads of one tensor-parallel part.
         """
         groups = (self._relative_speeds(members) for members in self.sequence_groups(degrees.ranks))
         imbalance = max(_slowest_heads(degrees, num_heads, speeds) for speeds in groups)
         return imbalance * (1 + (RING_COST if degrees.ring > 1 else 0))
 
     def token_cost(self, tokens: int, ranks: int) -> float:
-        """Expected time of what is done with `tokens` tokens each by itself, relative to an even split over `ranks`
-        GPUs like the slowest."""
+        """Expected time of all work that treats each of `tokens` tokens by itself, relative to an even split of the
+        tokens over `ranks` GPUs as fast as the slowest one."""
         if not self.speeds:
             return 1.0
         groups = (self._relative_speeds(members) for members in self.sequence_groups(ranks))
@@ -246,11 +256,13 @@ class ParallelPlan:
         return max(n / speed for n, speed in pairs) / math.ceil(tokens / ranks)
 
     def _relative_speeds(self, members: Sequence[int]) -> tuple[float, ...]:
-        """Of a sequence group, as multiples of that of the slowest GPU of all; empty where all are alike."""
+        """The speeds of the ranks of a sequence group, as multiples of the speed of the slowest GPU of the pool; empty
+        where all GPUs are alike."""
         return tuple(speed / min(self.speeds) for speed in self.sequence_speeds(members))
 
     def group_ranks(self, batch: int) -> int:
-        """Ranks that share one token sequence for a batch: all of them where it has too few items to split."""
+        """How many ranks share one token sequence: all ranks of all data-parallel groups where the batch has fewer
+        items than there are groups."""
         return self.sequence_ranks if batch >= self.data_parallel else self.sequence_ranks * self.data_parallel
 
     def describe(self, num_heads: int) -> str:
@@ -283,16 +295,16 @@ class PatchSplit:
 
 
 def shares(total: int, parts: int, speeds: Sequence[float] = ()) -> list[int]:
-    """`total` in `parts` whole numbers such that the last one is done as early as can be, at these speeds.
+    """Split `total` units of work into `parts` whole shares, so that the last share is done as early as can be.
 
-    Where these are equal, or none are given, they differ by 1 at most, the larger ones first. None is 0 unless `total`
-    is less than `parts`.
+    `speeds` has the speed at which each share is worked on. Where all speeds are equal, or none are given, shares
+    differ by 1 at most, and the larger shares come first. No share is 0 unless `total` is less than `parts`.
     """
     small, larger = divmod(total, parts)
     if len(set(speeds)) < 2 or small == 0:
         return [small + (i < larger) for i in range(parts)]
     split = [max(1, int(total * speed / sum(speeds))) for speed in speeds]
-    while sum(split) > total:  # very slow ones took from the others
+    while sum(split) > total:  # shares of very slow parts were raised to 1
         split[max(range(parts), key=lambda i: (split[i] > 1, split[i] / speeds[i]))] -= 1
     while sum(split) < total:
         split[min(range(parts), key=lambda i: (split[i] + 1) / speeds[i])] += 1
@@ -300,12 +312,13 @@ def shares(total: int, parts: int, speeds: Sequence[float] = ()) -> list[int]:
 
 
 def head_speeds(degrees: SequenceDegrees, speeds: Sequence[float]) -> tuple[float, ...]:
-    """Speeds after which an Ulysses group shares out heads, which are the same all around a ring."""
+    """The speeds in proportion to which an Ulysses group shares out heads; the ranks of a ring have the same heads."""
     return tuple(sum(speeds[place :: degrees.ulysses]) for place in range(degrees.ulysses)) if speeds else ()
 
 
 def _slowest_heads(degrees: SequenceDegrees, num_heads: int, speeds: Sequence[float]) -> float:
-    """How long the busiest rank attends with its heads, relative to a perfect split among ranks of speed 1."""
+    """How long the busiest rank computes attention for its heads, relative to a perfect split among ranks of speed
+    1."""
     heads = shares(num_heads, degrees.ulysses, head_speeds(degrees, speeds))
     if not speeds:
         return max(heads) * degrees.ulysses / num_heads

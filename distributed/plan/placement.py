@@ -20,9 +20,11 @@ SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""
 
 SEGMENT = 2**21
-"""Bytes that torch's GPU allocator rounds a large allocation up to: a block, or a share of one, is one of these."""
+"""Torch's GPU allocator rounds a large allocation up to a multiple of so many bytes. A block, or a share of a block, is
+one large allocation."""
 ALIGN = 256
-"""Bytes at which a weight starts in a block: as in torch's GPU allocator, so that the same kernels are chosen."""
+"""Each weight starts at a multiple of so many bytes in its block, as an allocation of its own would in torch's GPU
+allocator: the same kernels are then chosen."""
 
 Item = TypeVar("Item")
 
@@ -43,7 +45,7 @@ class PlacementError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Demand:
-    """What a model asks of one GPU, in bytes."""
+    """The bytes that a model takes of one GPU, by what they are for."""
 
     fixed: int  # embeddings, encoders and head, on every GPU
     block: int  # the largest block, whole
@@ -71,7 +73,7 @@ class Demand:
         return self.growing(share)[count]
 
     def growing(self, share: int) -> list[int]:
-        """Bytes as `parts` gives them for 0, 1, 2 ... blocks."""
+        """A list of `parts(share, count)` for a `count` of 0, 1, 2 ... blocks."""
         staying = reversed(leaving_order(self._sizes))
         return list(accumulate((self._part(size, share) for size in staying), initial=0))
 
@@ -86,7 +88,8 @@ class Demand:
 def leaving_order(blocks: Sequence[Item]) -> list[Item]:
     """The blocks of a model in the order in which they leave a GPU that is too small.
 
-    Every start of it is spread evenly over them (van der Corput's), so that each copy from host memory has time.
+    However many blocks leave, they are spread evenly over the model (van der Corput's sequence), so that each copy from
+    host memory has the time of several blocks.
     """
     size = max(1, (len(blocks) - 1).bit_length())
     order = (int(format(i, f"0{size}b")[::-1], 2) for i in range(2**size))
@@ -97,8 +100,8 @@ def demand_of(sizes: Mapping[str, int], config: WanConfig, activations: int, uni
     """What a model, or a part of it, asks of a GPU.
 
     Args:
-        sizes: bytes of each of its weights as they are held.
-        unit: what blocks are rounded up to.
+        sizes: bytes of each weight in the form in which it is held, by name.
+        unit: bytes to a multiple of which a block is rounded up.
     """
     fixed, blocks = 0, dict[int, int]()
     for name, nbytes in sizes.items():
@@ -139,7 +142,7 @@ def activation_bytes(
     Args:
         itemsize: bytes of the compute dtype.
         slice_tokens: as in `WanModel`; 0 takes all tokens through the feed-forward at once.
-        contexts: of a VACE model.
+        contexts: control videos of a VACE model.
     """
     stream = tokens * config.dim * (_FLOAT32_BYTES + config.token_bytes(contexts) + _COMPUTE_VALUES * itemsize)
     hidden = min(tokens, slice_tokens or tokens) * config.ffn_dim * 2 * itemsize
@@ -147,7 +150,10 @@ def activation_bytes(
 
 
 def room_beside(room: Sequence[int], activations: Sequence[int]) -> list[int]:
-    """Bytes that each GPU would have if all took as many for activations as the one that takes most does."""
+    """The room of each GPU in bytes, larger by as much as its activations stay below the largest of `activations`.
+
+    So the rooms can be compared with a demand that counts the largest activations for every GPU.
+    """
     return [there + max(activations) - own for there, own in zip(room, activations, strict=True)]
 
 
@@ -180,7 +186,7 @@ def place_weights(
     Args:
         demand: of the model on each rank.
         room: bytes that each GPU has for it.
-        ranks: how many of them hold the same weights.
+        ranks: how many GPUs hold the same weights.
         shard, offload: "auto", "on" or "off" (see `ModelSpec`).
         host_room: bytes of host memory that all ranks together may take.
         gpus: what a refusal calls the GPUs; 0, 1 ... without.
@@ -227,7 +233,7 @@ def _in_host_memory(
 
 
 def _where(demand: Demand, share: int, hosted: int, why: str) -> str:
-    """Where the weights lie, in words; `why` is left out where nothing had to be done."""
+    """Where the weights lie, in words. `why` is left out where every GPU has all weights."""
     if share == 1 and not hosted:
         return f"whole on each GPU, {_gib(demand.whole)}"
     shared = f"1/{share} of each block on each of {share} GPUs" if share > 1 else "whole blocks"

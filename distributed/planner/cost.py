@@ -1,9 +1,9 @@
 """How long a forward is expected to take under a plan: arithmetic, bytes over the links, waiting. Numbers only.
 
-What counts is the ratio between plans, which have the same arithmetic: they differ in how evenly they share it out, in
-what they send, and in the weights that are not there when their turn comes. The constants are of 4 H200s, where the
-expectation is within 10 % of what was measured (see tests/distributed/planner/test_cost.py); the rates of a machine
-are measured when its workers start (see probe.py).
+The expectation serves to compare plans. All plans do the same arithmetic; they differ in how evenly ranks share the
+arithmetic, in the bytes that ranks send each other, and in the weights that have not arrived when a block needs them.
+The constants were measured on 4 H200s, where the expected time is within 10 % of the measured time (see
+tests/distributed/planner/test_cost.py). The rates of a machine are measured when its workers start (see probe.py).
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from ..protocol.machine import Machine
 
 TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
-"""Of a start image, where a model has no positions for more."""
+"""Tokens of a start image, where a model has no positions for more."""
 _FRAME_TOKENS = 30 * 52
-"""Of a latent frame at 480p: a forward's tokens do not tell its frames, on which little depends."""
+"""Tokens of a latent frame at 480p. The number of frames, on which little depends, is estimated from the tokens."""
 _MEMORY_BYTES = 70
-"""Through memory for each token, channel and block outside products and attention (benchmarks/LOG.md, 4)."""
+"""Bytes that go through memory for each token, channel and block outside products and attention (benchmarks/LOG.md,
+4)."""
 _HEARD_BYTES = 20
-"""Likewise, where tokens hear something: its norm, a copy of what is heard, and the sum."""
+"""Bytes that go through memory for each token and channel of a block whose tokens attend to audio: the norm, a copy of
+the attention's output, and the sum."""
 _HOP_SECONDS = 6e-3
-"""From ComfyUI to the workers and back."""
+"""Seconds of the way from ComfyUI to the workers and back."""
 _SUMS, _HIDDEN_SUMS = 3, 1
-"""Of tensor-parallel ranks in a block, and what of them travels during computation: half of two (see tensor.py). That
-behind an attention to something else is one more."""
+"""Sums over tensor-parallel ranks in a block, and how many of the sums are hidden: of two sums, half travels while
+other tokens are computed (see tensor.py). An attention beside those of every Wan model needs one sum more."""
 _EXPOSED_HEADS = 0.3
-"""What Ulysses' exchange costs though it runs beside the computation (see ulysses_overlap.py), as a share of its time:
-14B at 480p on 2 H200s through host memory takes 1.364 s with it and 1.760 s without (benchmarks/LOG.md, 12)."""
+"""The part of the time of Ulysses' exchange that a forward takes longer although the exchange runs beside computation
+(see ulysses_overlap.py): 14B at 480p on 2 H200s through host memory takes 1.364 s with the overlap and 1.760 s without
+it (benchmarks/LOG.md, 12)."""
 _GATHER_COST = 0.5
-"""What a gather of weights costs though it is hidden, as a share of its time: NCCL's kernels take multiprocessors from
-the computation beside it (benchmarks/LOG.md, 5)."""
+"""The part of the time of a gather of weights that a forward takes longer although the gather runs beside computation:
+NCCL's kernels take multiprocessors from the computation (benchmarks/LOG.md, 5)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One forward.
+    """One forward, as the expectation needs it.
 
     Args:
-        tokens: of one item.
+        tokens: tokens of one batch item.
         items: branches of cfg times videos.
         itemsize: bytes of the compute dtype.
         max_batch: items that go through the model at once.
@@ -58,7 +61,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a rank's blocks lie: each has `nbytes`, of which it keeps 1/share; `hosted` blocks in host memory."""
+    """Where a rank's blocks lie: the rank keeps 1/share of the `nbytes` of each block, `hosted` of them in host
+    memory."""
 
     nbytes: int = 0
     share: int = 1
@@ -67,7 +71,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Expected:
-    """Seconds of a forward, by what they go into; `idle` is that of stages without work."""
+    """Seconds of a forward, by what they are spent on. In `idle` seconds a pipeline stage has no work."""
 
     compute: float
     exchange: float
@@ -112,10 +116,11 @@ def expect(
 
 
 def block_flops(config: WanConfig, tokens: int, ranks: int = 1, tensor: int = 1) -> tuple[float, float]:
-    """Floating-point operations of one block for one item on a rank: of products, and of attention.
+    """Floating-point operations of one block for one batch item on a rank: those of products, and those of attention.
 
-    Every rank computes keys and values of the text, the image and what is heard itself. What only some blocks have
-    counts by its mean. One speaker is counted; how InfiniteTalk tells two apart takes 2 % more at 480p.
+    Every rank computes all keys and values of the text, the image and the audio. A part that only some blocks have is
+    counted by its mean over all blocks. One speaker is counted; telling two speakers apart takes 2 % more at 480p
+    (InfiniteTalk).
     """
     d, own, heard = config.dim, math.ceil(tokens / ranks), config.hearing
     context = TEXT_TOKENS + ((config.image_positions or IMAGE_TOKENS) if config.image_dim else 0)
@@ -130,7 +135,8 @@ def block_flops(config: WanConfig, tokens: int, ranks: int = 1, tensor: int = 1)
 def _block_compute(
     config: WanConfig, plan: ParallelPlan, degrees: SequenceDegrees, work: Work, machine: Machine
 ) -> float:
-    """Seconds of one item in one block; a ring's smaller pieces, uneven heads and unlike GPUs included."""
+    """Seconds that one item takes to compute in one block; smaller pieces of a ring, uneven heads and unlike GPUs
+    included."""
     tensor, pace = plan.tensor_parallel, plan.token_cost(work.tokens, degrees.ranks)
     products, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
     products *= pace
@@ -145,7 +151,7 @@ def _block_compute(
 def _block_exchange(
     config: WanConfig, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
 ) -> float:
-    """Seconds in which one item's bytes of one block travel and nothing is computed."""
+    """Seconds of one item in one block in which bytes travel between ranks and nothing is computed."""
     own = math.ceil(work.tokens / degrees.ranks) * config.dim * work.itemsize
     ulysses, ring = degrees.ulysses, degrees.ring
     heads = 4 * own / tensor * (ulysses - 1) / ulysses / machine.link
@@ -166,7 +172,8 @@ def _exchanges(config: WanConfig, degrees: SequenceDegrees, tensor: int) -> floa
 
 
 def _waiting_for_weights(blocks: Blocks, layers: int, seconds: float, machine: Machine) -> float:
-    """Seconds of a pass of `seconds` through `layers` blocks in which their weights have not arrived, or cost it."""
+    """Seconds that weights add to a pass through `layers` blocks which takes `seconds` by itself: the time for which
+    blocks wait for their weights, and the time that gathers take from computation."""
     gathers = layers * (blocks.nbytes * (blocks.share - 1) / blocks.share / machine.link)
     gathers += layers * machine.latency if blocks.share > 1 else 0.0
     copies = blocks.hosted * blocks.nbytes / blocks.share / machine.host

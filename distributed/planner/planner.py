@@ -21,7 +21,8 @@ _SPEED_STEP = 5  # percent
 
 @dataclass(frozen=True)
 class Kind:
-    """What a plan is chosen for; `tokens` 0 is 81 frames at 480p."""
+    """A kind of forward for which a plan is chosen: model, tokens of an item (0: 81 frames at 480p), and batch
+    items."""
 
     spec: ModelSpec
     tokens: int
@@ -29,7 +30,7 @@ class Kind:
 
 
 class Planner:
-    """What is known of a pool's machine, and the plans that were chosen on it.
+    """Chooses the plans of one pool, and remembers which plan was chosen for which kind of forward.
 
     Args:
         settings: of the pool. Its plan is what the user asked for.
@@ -52,7 +53,7 @@ class Planner:
         return asked.completions()[0] if self.settings.auto else asked
 
     def check(self, config: WanConfig, kind: Kind) -> None:
-        """Check that the model can be run by what was asked for, memory aside.
+        """Check that the model can be run with the sizes that the user asked for, memory aside.
 
         Raises:
             PlanError: it cannot. The text says why, and which sizes are nearest.
@@ -63,9 +64,9 @@ class Planner:
             possible(self._question(config, kind))
 
     def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
-        """The plan for forwards of this kind, if that is known and no weights move for it.
+        """The plan for forwards of this kind, if a plan was chosen before and changing to it moves no weights.
 
-        Kinds that take turns, such as steps with more items than others, so have a plan each.
+        So kinds of forwards that alternate, such as steps with more and with fewer items, have a plan each.
         """
         if not self._speeds_known:
             return None
@@ -133,7 +134,8 @@ def resolved(settings: PoolSettings) -> PoolSettings:
 def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:
     """How fast the workers' GPUs are, in percent of the fastest; empty where all are of one kind, or as fast.
 
-    Those of one kind count as alike, whatever was measured; steps of 5 % keep shares the same from start to start.
+    GPUs of one kind count as equally fast, whatever was measured. Speeds are rounded to steps of 5 %, so that the
+    shares are the same after each start of the workers.
     """
     measured: dict[str, list[float]] = {}
     for worker in surveyed:
@@ -145,7 +147,7 @@ def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:
 
 
 def slowest(surveyed: Sequence[Surveyed]) -> Machine:
-    """The rates of the slowest worker in each respect, for which all others wait."""
+    """The slowest rate of any worker, for each rate: all other workers wait for the slowest one."""
     machines = [worker.machine for worker in surveyed]
     return Machine(
         products=min(machine.products for machine in machines),
@@ -157,6 +159,6 @@ def slowest(surveyed: Sequence[Surveyed]) -> Machine:
 
 
 def room_of(surveyed: Sequence[Surveyed]) -> Room:
-    """Bytes for a model, if all others make way."""
+    """Bytes that a model may take if all other models leave: on each worker's device, and in host memory."""
     host = min(worker.host_room for worker in surveyed) + sum(worker.hosted for worker in surveyed)
     return Room(tuple(worker.room for worker in surveyed), host)

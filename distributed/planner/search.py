@@ -1,6 +1,6 @@
-"""Which plan to run: of those that fit into the memory that there is, the one that is expected to be fastest.
+"""Which plan to run: of the plans that fit into memory, the one that is expected to be fastest.
 
-Approximate ways to run are never chosen: what is free are the sizes of exact parallelism.
+Only the sizes of exact parallelism are chosen here, and never an approximate strategy.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from ..protocol.specs import ModelSpec, PoolSettings
 from .cost import Blocks, Expected, Work, expect
 
 _ALIKE = 0.02
-"""Plans whose expected times differ by less are taken for equally fast, and the one that divides less is chosen."""
+"""Plans whose expected times differ by a smaller share are taken for equally fast; the plan that divides the model into
+fewer parts is then chosen."""
 _CLEAR_GAIN = 0.1
-"""A plan that runs is given up for one that takes less time by this share of its own."""
+"""The workers change to another plan if it takes less time than the present plan by this share of the present time."""
 _FORWARDS_AHEAD = 40
-"""A plan for which the weights must be read again has to make up for that within so many forwards (20 steps)."""
+"""A plan for which the weights must be read again has to save the time of reading within so many forwards (20
+steps)."""
 _READ_RATE, _READ_START = 2e9, 2.0
-"""Bytes/s at which a worker reads its weights from the page cache, and seconds beside that."""
+"""Bytes/s at which a worker reads its weights from the page cache, and the seconds that every load takes besides."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Question:
-    """For what a plan is to be chosen.
+    """The plan that is wanted: for forwards of one kind, of one model, in a pool with these settings.
 
     Args:
-        asked: sizes that the user has set; those left at 1 (degrees: 0) are free where `settings.auto` is on.
-        settings: of the pool; the plan in it does not count.
+        asked: sizes that the user has set. Sizes left at 1, and degrees left at 0, are free where `settings.auto` is
+            on.
+        settings: of the pool; `settings.plan` does not count.
     """
 
     asked: ParallelPlan
@@ -95,7 +98,7 @@ class Question:
 
 
 def possible(question: Question) -> list[ParallelPlan]:
-    """The plans that the model can be divided by, memory aside.
+    """The plans by which the model can be divided, memory aside.
 
     Raises:
         PlanError: there is none. The text says why, and which sizes are nearest.
@@ -130,7 +133,7 @@ def choose(question: Question, machine: Machine, room: Room) -> list[Choice]:
 
 
 def nearest_text(question: Question, machine: Machine, room: Room) -> str:
-    """A sentence that names the plan nearest to what was asked for that fits; nothing where there is none."""
+    """A sentence that names the fitting plan nearest to the sizes asked for; "" where no plan fits."""
     fitting, _ = _fitting(question, _possible_sizes(question), machine, room)
     return _naming_nearest(question, [choice.plan for choice in fitting])
 
@@ -170,7 +173,7 @@ def reason(choices: Sequence[Choice], taken: Choice, question: Question, machine
 
 
 def _compared(taken: Choice, best: Choice, heads: int) -> str:
-    """How the best of the other plans compares."""
+    """How the best of the other plans compares with the plan taken, in words."""
     other = f"{_short(best.plan, heads)} {best.seconds:.3g} s"
     if best.seconds >= (1 - _ALIKE) * taken.seconds:
         return f", next {other}"
@@ -178,7 +181,9 @@ def _compared(taken: Choice, best: Choice, heads: int) -> str:
 
 
 def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, Placement]:
-    """What a plan asks of the GPUs that have most in host memory, or else most of the model; as `Models.load` will do.
+    """The demand and the placement of the ranks that would have most bytes in host memory, or else most of the model.
+
+    `Models.load` will place the weights in the same way.
 
     Raises:
         PlacementError: it does not fit.
@@ -220,7 +225,7 @@ def _fitting(
 
 
 def _possible_sizes(question: Question) -> list[ParallelPlan]:
-    """The plans that run this model if no size is set; none where it runs on no plan."""
+    """The plans that run this model if the user sets no size; empty where no plan runs the model."""
     try:
         return possible(replace(question.free(), settings=replace(question.settings, auto=True)))
     except PlanError:

@@ -33,8 +33,8 @@ class Arena:
     """The owner's side: allocate, write, read.
 
     Args:
-        pinned: let GPUs copy from and to it at full speed, here and in the workers. Pinning takes a second for each
-            GiB, so it is for arenas that are used again and again.
+        pinned: page-lock the memory, so that GPUs copy from and to the arena at full speed, here and in the workers.
+            Page-locking takes a second for each GiB, so it is for arenas that are used again and again.
     """
 
     def __init__(self, nbytes: int, pinned: bool = False):
@@ -48,7 +48,7 @@ class Arena:
 
     @property
     def ref(self) -> ArenaRef:
-        """How other processes of this user open it while this process lives."""
+        """How other processes of this user open the arena while this process lives."""
         return ArenaRef(f"/proc/{os.getpid()}/fd/{self._fd}", self.nbytes, self._serial, self.pinned)
 
     @property
@@ -79,7 +79,7 @@ class Arena:
         return ref
 
     def view(self, ref: TensorRef) -> torch.Tensor:
-        """The tensor in the arena's memory, not a copy."""
+        """The tensor `ref` as a view into the arena's memory, not a copy."""
         return _view(self._map, ref)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class ArenaReader:
         self._opened: _OpenedArena | None = None  # None before the first
 
     def view(self, arena: ArenaRef, tensor: TensorRef) -> torch.Tensor:
-        """The tensor of another process, readable and writable."""
+        """A tensor of another process as a view into the memory of its arena, readable and writable."""
         opened = self._opened
         if opened is None or opened.ref != arena:
             opened = self._opened = self._open(arena)
@@ -150,7 +150,7 @@ class ArenaReader:
 
 @dataclass(frozen=True)
 class _OpenedArena:
-    """An arena of another process, mapped here; `pin` where its memory is page-locked."""
+    """An arena of another process, mapped here. `pin` keeps the memory page-locked; None where it is not."""
 
     ref: ArenaRef
     memory: mmap.mmap
@@ -175,13 +175,16 @@ class _Pin:
 
 
 def _copy_bytes(tensor: torch.Tensor, memory: mmap.mmap, offset: int) -> None:
-    """Without torch's threads: where others keep the processors busy, they take ten times as long for a LoRA's many
-    small tensors as one does."""
+    """Copy the bytes of a tensor into an arena on one thread.
+
+    Torch's threads take ten times as long as one thread for a LoRA's many small tensors where other processes keep the
+    processors busy.
+    """
     memory[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def needed(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of an arena that holds `tensors`."""
+    """The bytes that an arena needs to hold `tensors`."""
     return sum(_aligned(t.nbytes) for t in tensors)
 
 

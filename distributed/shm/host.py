@@ -16,7 +16,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def host_room() -> int:
-    """Bytes of host memory that may be taken for long: what is available less a reserve for everybody else."""
+    """Bytes of host memory that may be taken for long: the available bytes less a reserve for other processes."""
     available, total = host_memory()
     return available - total // 20
 
@@ -24,8 +24,8 @@ def host_room() -> int:
 class HostShare:
     """What one of several ranks may take of the host's memory while all of them take some at the same time.
 
-    A rank that looked at the free memory alone would find the bytes that the others are about to take. So each may take
-    an equal part of what is free when it first asks.
+    A rank that looked at the free memory alone would count the bytes that other ranks are about to take. So each rank
+    may take an equal part of the memory that is free when it first asks.
 
     Args:
         ranks: how many ranks of the host take memory at the same time.
@@ -36,11 +36,12 @@ class HostShare:
 
     @cached_property
     def _room(self) -> int:
-        """Bytes of the equal part, measured once: what the ranks take afterwards must not count a second time."""
+        """Bytes of this rank's equal part, measured once: bytes that ranks take afterwards must not count a second
+        time."""
         return host_room() // self._ranks
 
     def take(self, nbytes: int) -> None:
-        """Count `nbytes` of weights that are about to be allocated in host memory; none where negative.
+        """Count `nbytes` of weights that are about to be allocated in host memory; a negative number counts as none.
 
         Raises:
             PlacementError: this rank's part has no room for them.

@@ -1,4 +1,4 @@
-"""Host memory that the ranks of a group have in common, page-locked beside GPUs, so that copy engines reach it."""
+"""Host memory that the ranks of a group share; on GPUs it is page-locked, so that copy engines reach it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Segment:
     """Host memory of each rank of a group, mapped and pinned by all of them. Making one is a collective call.
 
     Args:
-        nbytes: of each rank.
+        nbytes: bytes of each rank, beside the words.
+        place: this rank's position in the group.
+        ranks: how many ranks the group has.
         purpose: what the memory is for, in words.
         remedy: what to do where there is too little memory, a sentence.
 
@@ -48,7 +50,7 @@ class Segment:
         remedy: str,
     ):
         self.nbytes, self.ranks, self.device = nbytes, ranks, device
-        groups = dist.get_world_size() // ranks  # of which each makes such a segment at the same time
+        groups = dist.get_world_size() // ranks  # each group makes such a segment at the same time
         room, pinned_bytes = host_room(), ranks * (_HEADER + nbytes)
         needed = groups * pinned_bytes
         fd = os.memfd_create("wan-parallel") if needed <= room else -1
@@ -62,8 +64,8 @@ class Segment:
             )
         os.ftruncate(fd, _HEADER + nbytes)
         own = mmap.mmap(fd, _HEADER + nbytes)
-        torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank brings its own pages in: side by side
-        dist.barrier(group)  # all are as long as they will be
+        torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank its own pages, side by side
+        dist.barrier(group)  # all ranks' memory has its full length
         self._maps = [
             own if rank == place else _open(pid, number, own) for rank, (pid, number, _) in enumerate(names)
         ]
@@ -82,7 +84,7 @@ class Segment:
             )
 
     def close(self) -> None:
-        """Give the memory back. Nothing may be on its way."""
+        """Give the memory back. No copy from or to the memory may be under way."""
         self._give_back()
 
 
@@ -100,7 +102,7 @@ def _close(fd: int) -> None:
 def _all_gathered(
     numbers: Sequence[int], ranks: int, device: torch.device, group: dist.ProcessGroup
 ) -> list[tuple[int, ...]]:
-    """The numbers of every rank."""
+    """Every rank's `numbers`, by rank; a collective call of the group."""
     mine = torch.tensor(numbers, device=device)
     every = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(every, mine, group=group)
@@ -108,7 +110,7 @@ def _all_gathered(
 
 
 def _open(pid: int, fd: int, own: mmap.mmap) -> mmap.mmap:
-    """Map another rank's memory, which is as long as ours."""
+    """Map another rank's memory, which is as long as `own`."""
     opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
     try:
         return mmap.mmap(opened, len(own))

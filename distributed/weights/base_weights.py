@@ -1,8 +1,8 @@
-"""The base weights behind a LoRA: what a changed weight was, kept on the device while nobody else wants the room.
+"""The base weights behind a LoRA: weights as they were before a LoRA changed them, kept while the device has room.
 
-A LoRA is merged into the numbers of the file, so that nothing of the one before remains. The base
-weights are still on the device when the first LoRA comes. Kept there, they make the next LoRA, another strength, or no
-LoRA a matter of the device alone; without them each rank reads its part of the file again, 27 GB for the 14B in 16 bit.
+A LoRA is merged into the weights of the file, so that nothing of an earlier LoRA remains. The base weights are still on
+the device when the first LoRA comes. While they are kept there, the next LoRA, another strength, or no LoRA needs the
+device alone. Without them each rank reads its part of the file again, 27 GB for the 14B in 16 bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class BaseWeights:
-    """Weights of one model on this rank as its file has them, of those that a LoRA has changed.
+    """Base weights of one model on this rank: the weights of the file in place of which the model has merged weights.
 
     Args:
         room: gives the bytes of the device that base weights, or changed weights beside them, may still take.
@@ -35,8 +35,10 @@ class BaseWeights:
         return sum(weight.nbytes for weight in self._weights.values())
 
     def look_for_room(self) -> None:
-        """Measure how many bytes `keep` may take; once before a LoRA, as asking for every weight takes longer than the
-        change itself."""
+        """Measure how many bytes `keep` may take.
+
+        To be called once before a LoRA is merged: to measure for every weight takes longer than to change the weight.
+        """
         self._left = self._room()
 
     def get(self, name: str) -> Weight | None:

@@ -23,7 +23,10 @@ NO_SLOT = -1
 
 @dataclass(slots=True)
 class LooseBlock:
-    """A whole block whose weights are tensors of their own or a mapped file's: on a CPU, until the block is moved."""
+    """A whole block whose weights are tensors of their own, or views into a mapped file.
+
+    On a CPU every block is so until it is moved.
+    """
 
     weights: dict[str, Weight]
     size: int
@@ -129,7 +132,8 @@ class BlockMover:
             block.flat.write(share, start, name, weight)
 
     def to_host(self, block: DeviceBlock) -> HostBlock:
-        """The block in host memory: copied there, unless its copy there is up to date. Forget `block` afterwards."""
+        """Move a block to host memory; it is copied unless `block.copy` is up to date. `block` must not be used
+        again."""
         if isinstance(block, LooseBlock):
             flat = FlatBlock.of({name: on_meta(weight) for name, weight in block.weights.items()}, shares=1)
             buffer = self._host_buffer(flat.nbytes)
@@ -146,7 +150,7 @@ class BlockMover:
         return HostBlock(flat, buffer, segment_bytes(len(buffer.bytes), self.device))
 
     def to_device(self, block: HostBlock) -> WholeBlock | SharedBlock:
-        """Start to copy a block to the device. The block in host memory remains as the copy of the new one."""
+        """Start to copy a block to the device. The bytes in host memory remain as the `copy` of the returned block."""
         data = allocate_segment(len(block.buffer.bytes), self.device)
         data.copy_(block.buffer.bytes, non_blocking=True)
         self.moved_in += len(block.buffer.bytes)
@@ -163,7 +167,7 @@ class BlockMover:
 
 
 def loose_block(weights: dict[str, Weight]) -> LooseBlock:
-    """A block of weights that stay the tensors that they are."""
+    """A block made of `weights`, which are not copied."""
     return LooseBlock(weights, sum(nbytes_of(weight) for weight in weights.values()))
 
 

@@ -1,7 +1,7 @@
 """The blocks of one model on one rank: read from the file, kept in one of their states, and changed by LoRAs.
 
-Which blocks go to host memory, and when, is decided in offload.py; prefetch.py has the others whole on the device when
-their turn comes. Nothing here is a collective call.
+offload.py decides which blocks go to host memory, and when. prefetch.py lets every block be whole on the device when it
+computes. Nothing here is a collective call.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class BlockStore:
         return self._number_of(name) is not None
 
     def resident_weight(self, name: str) -> tuple[Weight | None, bool]:
-        """A block's weight, if the whole weight is on the device and stays there, else None.
+        """A weight of a block, if the whole weight is on the device and stays there, else None.
 
-        Also whether a later weight of this name will be written into its very memory.
+        The second value says whether `update` will write the next weight of this name into the same memory.
         """
         number = self._number_of(name)
         match None if number is None else self.states.get(number):
@@ -156,14 +156,14 @@ class BlockStore:
         """Set weights anew, in blocks or not.
 
         A weight of another kind than before (a quantised one that a LoRA has changed) gives its block a new layout,
-        and then `weight_of` is asked for every weight of the block.
+        and `weight_of` is then called for every weight of the block.
 
         Args:
             weight_of: gives each weight in the form in which it is to be held.
             host: what this rank may take of host memory where a block there grows.
 
         Raises:
-            PlacementError: a block that lies in host memory has grown beyond that.
+            PlacementError: a block in host memory has grown beyond the bytes that `host` allows.
         """
         of_block: dict[int, list[str]] = {}
         for name in names:
@@ -199,7 +199,10 @@ class BlockStore:
         self._put(number, block)
 
     def _let_go(self, number: int) -> tuple[bool, int]:
-        """Free a block's bytes before its new ones come; whether they lay in host memory, and how many lay there."""
+        """Free a block's bytes before new bytes are allocated.
+
+        Returns whether the freed bytes lay in host memory, and how many bytes of host memory were freed.
+        """
         block = self.states.pop(number)
         self.streamed.pop(number, None)
         if not isinstance(block, LooseBlock):

@@ -14,8 +14,8 @@ from ..shm.host import host_memory
 def release_cache(device: torch.device) -> None:
     """Give the memory that torch's allocator keeps for later back to the device.
 
-    To be called before something is allocated that stays: a long-lived allocation could else be cut from a segment
-    that activations have left, and that then has no room for them.
+    To be called before a long-lived allocation: it could else be cut from a segment that activations have left, and
+    that would then have no room for activations.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -52,7 +52,10 @@ class Allocated:
 
 
 def allocated_on(device: torch.device) -> Allocated:
-    """The figures of torch's allocator for one GPU, by one call: torch's function for each of them sorts 160 others."""
+    """The figures of torch's allocator for one GPU, by one call.
+
+    Torch's own function for a single figure sorts 160 figures each time.
+    """
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     if not stats:  # CUDA has not been used yet
         return Allocated(0, 0, 0, 0)
@@ -61,7 +64,7 @@ def allocated_on(device: torch.device) -> Allocated:
 
 
 class MemoryMeter:
-    """Reads torch's allocator around a forward. On a CPU, which has none, weights, caches and the host are told."""
+    """Reads torch's allocator around a forward. On a CPU, which has no such allocator, activations count as 0."""
 
     def __init__(self, device: torch.device):
         self._device, self._cuda = device, device.type == "cuda"

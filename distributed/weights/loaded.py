@@ -1,4 +1,4 @@
-"""The models in one rank's memory, and the room of its device: what is free, and which model leaves for another."""
+"""The models in one rank's memory: how much room they leave on its device, and which model leaves for another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .prefetch import BlockPrefetcher, PrefetchBuffers
 from .weight_reader import WeightReader
 
 GPU_MARGIN = 2**26
-"""Bytes of a GPU that placements leave alone, for what is not torch's: NCCL's buffers and fragments."""
+"""Bytes of a GPU that placements leave free, for allocations outside of torch (NCCL's buffers) and for fragments."""
 
 
 @dataclass
@@ -28,12 +28,12 @@ class LoadedModel:
     """A model in one rank's memory.
 
     Args:
-        resident: blocks that belong on the device, as they fitted last.
+        resident: how many blocks belong on the device: as many as fitted last.
         reserve: bytes that activations took beyond their estimate, learned by running out of memory.
-        coming: bytes beside weights that the last forward was expected to take.
+        coming: bytes that the last forward was expected to take beside weights.
         keep_texts: whether keys and values of texts may be kept.
         patched: names of the weights that LoRAs have changed.
-        uuid: of these LoRAs; "" for none.
+        uuid: the uuid of the LoRAs that are merged; "" where none is.
     """
 
     reader: WeightReader
@@ -63,24 +63,24 @@ class LoadedModel:
 
     @property
     def spared_bytes(self) -> int:
-        """Bytes of what only saves time: base weights behind a LoRA, and keys and values of texts."""
+        """Bytes that are kept only to save time: base weights behind a LoRA, and keys and values of texts."""
         return self.base_weights.nbytes + self.text_bytes
 
     def drop_spared(self) -> int:
-        """Free what only saves time; returns its bytes."""
+        """Free all bytes that are kept only to save time; returns how many were freed."""
         freed = self.spared_bytes
         self.base_weights.drop()
         self.forget_texts()
         return freed
 
     def forget_texts(self) -> None:
-        """Free the keys and values of texts, as must be where the weights change."""
+        """Free the keys and values of texts, which are wrong once the weights change."""
         if self.model.text_keys is not None:
             self.model.text_keys.clear()
 
     @property
     def fixed(self) -> int:
-        """Bytes of what belongs to no block: embeddings, encoders, head."""
+        """Bytes of the weights that belong to no block: embeddings, encoders, head."""
         return self.demand.fixed
 
     @property
@@ -90,19 +90,19 @@ class LoadedModel:
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of the model's weights on the device once all that belongs there is back."""
+        """Bytes of the model's weights on the device once all blocks that belong on the device are back."""
         return max(self.device_bytes, self.fixed + self.offloader.bytes_of_staying(self.resident))
 
 
 class ModelMemory:
-    """The models in one rank's memory, the one used last at the end, and the room that they leave on its device.
+    """The models in one rank's memory, in the order of their last use, and the room that they leave on its device.
 
     Args:
         memory_fraction: share of the GPU that this worker may take.
 
     Attributes:
         models: by spec.
-        buffers: through which blocks pass that are not whole on the device.
+        buffers: the prefetch buffers, through which blocks pass that are not whole on the device.
     """
 
     def __init__(self, device: torch.device, memory_fraction: float):
@@ -127,8 +127,8 @@ class ModelMemory:
     def rooms(self) -> tuple[int, int, int]:
         """Three figures in bytes, for a survey.
 
-        What a model may take of this rank's device if the others leave it, what is free in host memory, and what loaded
-        models take there.
+        The bytes of this rank's device that a model may take if the other models leave, the bytes of host memory that
+        are free, and the bytes of host memory that loaded models take.
         """
         loaded = self.models.values()
         here, host = sum(m.device_bytes for m in loaded), sum(m.blocks.host_bytes for m in loaded)
@@ -144,7 +144,7 @@ class ModelMemory:
         return most - GPU_MARGIN + self.buffers.nbytes
 
     def room(self) -> int:
-        """Bytes that this rank's tensors may take on its device beside the weights that are there."""
+        """Bytes that this rank's tensors may take on its device beside the weights on the device."""
         return self.free() + sum(loaded.spared_bytes for loaded in self.models.values())
 
     def spare(self, spec: ModelSpec) -> int:
@@ -153,9 +153,9 @@ class ModelMemory:
         return self.free() - max(loaded.demand.activations, loaded.coming) - loaded.reserve
 
     def room_for_texts(self, spec: ModelSpec) -> int:
-        """Bytes that keys and values of texts may take: half of what is to spare.
+        """Bytes that keys and values of texts may take: half of the bytes that are to spare.
 
-        They lie among activations, which then find holes in place of one piece.
+        Keys and values of texts lie among activations, which then find several holes in place of one large piece.
         """
         return self.spare(spec) // 2 if self.models[spec].keep_texts else 0
 
@@ -169,7 +169,7 @@ class ModelMemory:
         return sum(loaded.base_weights.drop() for loaded in self.models.values())
 
     def drop_spared(self) -> int:
-        """Free what only saves time, of all models; returns its bytes."""
+        """Free the bytes of all models that are kept only to save time; returns how many were freed."""
         return sum(loaded.drop_spared() for loaded in self.models.values())
 
     def release(self) -> None:
@@ -183,11 +183,11 @@ class ModelMemory:
         """Offload other models until the device has `nbytes` more room, the one used longest ago first. Not collective.
 
         Args:
-            spec: of the model that stays, which is from now on the one used last; None where all may leave.
+            spec: the model that stays, and counts as used last from now on; None where all models may leave.
             host: what this rank may take of host memory.
 
         Raises:
-            PlacementError: host memory has no room for them. Nothing has moved then.
+            PlacementError: host memory has no room for the models that would leave. Nothing has moved then.
         """
         if nbytes > self.free():
             self.drop_spared()
@@ -204,7 +204,7 @@ class ModelMemory:
         return sum(loaded.offloader.host_bytes_for(leaving) for loaded, leaving in evicted)
 
     def _evicted_for(self, spec: ModelSpec | None, nbytes: int) -> list[tuple[LoadedModel, int]]:
-        """Models to offload, with the bytes of the device that each is asked for."""
+        """The models to offload, and for each the bytes of the device that it is to free."""
         evicted, missing = [], nbytes - self.room()
         for other, loaded in self.models.items():
             if other != spec and missing > 0 and loaded.blocks.device_bytes:

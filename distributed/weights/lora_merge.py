@@ -1,4 +1,4 @@
-"""LoRAs are merged into a model's weights, from the numbers of the file, so that nothing of an earlier LoRA remains."""
+"""Merges LoRAs into a model's weights: always into the weights of the file, so that no earlier LoRA leaves a trace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class LoraMerge:
         self._shapes = loaded.source.config.shapes()
 
     def run(self, host: HostShare) -> None:
-        """Set every weight that the LoRAs of before or of now change. Afterwards the model has those of now.
+        """Set every weight that the LoRAs merged before, or the LoRAs of this request, change.
+
+        Afterwards the LoRAs of this request are merged, and no others.
 
         Args:
             host: what this rank may take of host memory, where changed blocks lie there.
@@ -69,7 +71,8 @@ class LoraMerge:
         return self._loaded.reader.as_held(name, weight)
 
     def _base(self, name: str) -> Weight:
-        """This rank's part of a weight with the numbers of the file: from the device if they are there."""
+        """This rank's part of a weight as it is in the file: from the device if the device has it, else from the
+        file."""
         loaded = self._loaded
         kept = loaded.base_weights.get(name)
         if kept is not None:

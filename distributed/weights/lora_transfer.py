@@ -1,4 +1,4 @@
-"""What LoRAs change, on its way to the workers: written into an arena by the client, read there by every worker."""
+"""How LoRAs reach the workers: the client writes their tensors into an arena, and every worker reads them there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PatchSet:
     """The changes that LoRAs make to a model's weights.
 
     Args:
-        uuid: another one for every other set; the workers merge when it changes. "" means none.
+        uuid: different for different sets; the workers merge when the uuid changes. "" is the set without LoRAs.
         build: gives the patches by weight name; only called when the workers need them.
     """
 
@@ -34,12 +34,12 @@ def room_for(weights: Mapping[str, Sequence[WeightPatch]]) -> int:
 
 
 def write_patches(arena: Arena, weights: Mapping[str, Sequence[WeightPatch]]) -> dict[str, tuple[PatchRef, ...]]:
-    """Copy the tensors of all patches into an arena; where each patch then lies, by weight name."""
+    """Copy the tensors of all patches into an arena; returns where each patch lies, by weight name."""
     return {name: tuple(_write(arena, change) for change in changes) for name, changes in weights.items()}
 
 
 def read_patch(reader: ArenaReader, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
-    """The patch that was written, its tensors in the client's memory."""
+    """The patch at `ref`, whose tensors are views into the client's arena."""
     first, *others = (reader.view(arena, tensor) for tensor in ref.tensors)
     match ref.kind:
         case "LowRank":

@@ -1,4 +1,4 @@
-"""What a model asks of every rank of a pool, and where its weights go. Arithmetic only, the same on every rank."""
+"""How many bytes a model needs on every rank of a pool, and where its weights go; all ranks compute the same."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def place_model(
     host_room: int,
     device: torch.device,
 ) -> dict[tuple[int, ...], tuple[Demand, Placement]]:
-    """What each part of a model asks for, and where it goes, by the ranks that hold the part.
+    """The demand and the placement of each part of a model, by the ranks that hold the part.
 
-    Every rank does the arithmetic for all parts: so all refuse alike, and know whether somebody shares.
+    Every rank computes the placement of all parts, so that all ranks refuse alike, and know which ranks share blocks.
 
     Args:
         tokens: of the whole video; 0 is 81 frames at 480p.
         rooms: bytes that each rank's device has for the model, by rank.
         host_room: bytes of host memory that all ranks together may take.
-        device: of one of the ranks.
+        device: the device of one rank, for the kind of device.
 
     Raises:
         PlacementError: a part does not fit.

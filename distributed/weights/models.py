@@ -1,6 +1,6 @@
-"""The models of one worker: this rank's part of each is loaded, patched, and kept where it fits.
+"""The models of one worker: this rank's part of each model is loaded, changed by LoRAs, and kept where it fits.
 
-Where a model's weights go is decided in model_placement.py, which model leaves for another in loaded.py; offload.py and
+model_placement.py decides where a model's weights go, and loaded.py which model leaves for another one; offload.py and
 prefetch.py move the blocks. Methods that all ranks must call together are said to be collective.
 """
 
@@ -50,8 +50,8 @@ class Models:
         shard, stage: the rank's part of the matrices and of the blocks.
 
     Attributes:
-        memory: of this rank's device, and what is in it.
-        loaded: the models by spec, the one used last at the end.
+        memory: this rank's memory, with the loaded models in it.
+        loaded: the models by spec, in the order of their last use.
         share_groups: this rank's groups for sharing blocks, by the number of shares.
         peak_private: the most bytes of host memory of its own that this process had while it loaded weights.
     """
@@ -65,15 +65,16 @@ class Models:
         self.peak_private = 0
 
     def load(self, spec: ModelSpec, tokens: int, join: Callable[[int], None]) -> None:
-        """Read this rank's part of a model to where its weights fit, unless all ranks have theirs. Collective.
+        """Load this rank's part of a model to where its weights fit, unless all ranks have loaded the model.
+        Collective.
 
         Args:
-            tokens: of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
+            tokens: length of the first video, beside which the weights must fit; 0 is 81 frames at 480p.
             join: makes the process groups for a number of heads; a collective call.
 
         Raises:
             CheckpointError, AttentionError, PlanError: the model cannot run like this.
-            PlacementError: the model does not fit, or what it displaces does not fit into host memory.
+            PlacementError: the model does not fit, or the models that leave for it do not fit into host memory.
         """
         rooms, host = self._agree_on_rooms(spec)
         if not rooms:
@@ -98,7 +99,7 @@ class Models:
             log.info("Weights of %s: %s.", spec.name, placement.reason)
 
     def patch(self, request: Patch, arena: ArenaReader) -> None:
-        """Merge LoRAs into a loaded model, in place of those that it has.
+        """Merge LoRAs into a loaded model, in place of the LoRAs merged before.
 
         Args:
             arena: where the LoRAs' tensors lie.
@@ -128,22 +129,22 @@ class Models:
         loaded = self.loaded.get(request.spec)
         if loaded is None or self.rank not in request.ranks:
             return
-        self.memory.forget_texts()  # which count as activations
+        self.memory.forget_texts()  # their keys and values, which count as activations
         self._offload(loaded, request.nbytes - self.memory.drop_base_weights(), HostShare(len(request.ranks)))
         self.memory.release()
 
     def settle(
         self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0, keep_texts: bool = True
     ) -> None:
-        """Before a forward of `tokens` tokens on this rank: weights in host memory come back as far as they fit.
+        """Bring weights back from host memory as far as they fit beside a forward of `tokens` tokens on this rank.
 
         Args:
             more: bytes that the forward takes beside its activations.
-            contexts: of VACE.
-            keep_texts: whether keys and values of texts may take what is left where all weights have come.
+            contexts: control videos of VACE.
+            keep_texts: whether keys and values of texts may take the room that is left once all weights are back.
 
         Raises:
-            PlacementError: what must leave the device for them does not fit into host memory.
+            PlacementError: the models that must leave for the forward do not fit into host memory.
         """
         loaded = self.loaded[spec]
         itemsize = DTYPES[spec.compute_dtype].itemsize
@@ -165,7 +166,7 @@ class Models:
         loaded.keep_texts = keep_texts and loaded.resident == demand.blocks
 
     def learn(self, spec: ModelSpec) -> None:
-        """After a forward that ran out of memory: the next one leaves more of it to the activations."""
+        """Let later forwards of a model leave more memory to activations, after a forward that ran out of memory."""
         self.memory.drop_spared()
         if spec in self.loaded:
             self.loaded[spec].reserve += max(2**28, self.loaded[spec].demand.activations // 2)
@@ -185,9 +186,10 @@ class Models:
     # Loading.
 
     def _agree_on_rooms(self, spec: ModelSpec) -> tuple[list[int], int]:
-        """Bytes that each rank's device has for this model, and their host. Collective. No rooms where all have it.
+        """Bytes that each rank's device has for this model, and bytes that the host has for all ranks. Collective.
 
-        A rank whose load or patch failed has lost the model alone: then all read it again.
+        The list of the devices is empty where all ranks have loaded the model. A rank whose load or change by a LoRA
+        failed has lost the model while other ranks have it: then all ranks load it again.
         """
         others = sum(m.blocks.device_bytes for key, m in self.loaded.items() if key != spec)
         mine = self.loaded[spec].device_bytes if spec in self.loaded else 0
@@ -199,7 +201,7 @@ class Models:
         return list(rooms), min(host_rooms)
 
     def _empty_model(self, spec: ModelSpec) -> tuple[WeightSource, WanModel]:
-        """The model without its weights, as it runs on this rank's device, and where they are."""
+        """The source of the weights, and the model without weights as it runs on this rank's device."""
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
         source = open_weights(spec.path, self.device, spec.module)
@@ -212,7 +214,8 @@ class Models:
     def _place(
         self, source: WeightSource, spec: ModelSpec, tokens: int, rooms: Sequence[int], host: int
     ) -> tuple[Demand, Placement]:
-        """What this rank's part of a model asks for, and where it goes. Collective: it makes the groups that share."""
+        """Demand and placement of this rank's part of a model. Collective: makes the groups of ranks that share
+        blocks."""
         plan = self.settings.plan
         placed = place_model(source, spec, plan, tokens, rooms, host, self.device)
         most = max(placement.share for _, placement in placed.values())
@@ -223,11 +226,12 @@ class Models:
         return replace(demand, activations=activations), placement
 
     def _make_room(self, spec: ModelSpec, demand: Demand, placement: Placement, resident: int, host: int) -> None:
-        """Let other models leave for this one. Collective: all ranks' moves fit into host memory, or all refuse.
+        """Let other models leave for this model. Collective: if host memory lacks room for any rank, all ranks refuse.
 
         Args:
-            resident: blocks of the new model on the device; the others are to lie in host memory too.
-            host: bytes that are free there.
+            resident: how many blocks of this model will be on the device; host memory needs room for its other blocks
+                too.
+            host: bytes of host memory that are free.
         """
         share = self.share_groups[placement.share].ranks
         needed = needed_bytes(demand, share, resident)
@@ -241,7 +245,7 @@ class Models:
     def _read(
         self, source: WeightSource, spec: ModelSpec, model: WanModel, placement: Placement, resident: int
     ) -> tuple[BlockStore, WeightReader]:
-        """Read this rank's part of all weights, `resident` of the blocks to the device."""
+        """Read this rank's part of all weights; `resident` blocks go to the device, the others to host memory."""
         reader = WeightReader(source, spec.weight_dtype, self.shard, self.device)
         names = sizes_on_rank(source, spec, self.settings.plan, self.rank)
         config = source.config
@@ -262,7 +266,7 @@ class Models:
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """What one rank fails with in here ends the request on all of them, which else would wait for it. Collective.
+        """Let all ranks fail if any rank fails within the `with` block: the others would wait for it. Collective.
 
         Raises:
             AnotherRankRefused: another rank has failed, and this one has not.
@@ -270,7 +274,7 @@ class Models:
         error: Exception | None = None
         try:
             yield
-        except Exception as failed:  # told below, once all know
+        except Exception as failed:  # raised below, once all ranks know
             error = failed
         failures = self._gather([int(error is not None)])
         if error is not None:
@@ -283,7 +287,7 @@ class Models:
         return gather_rows(row, self.device, self.settings.plan.num_gpus)
 
     def _host_share(self) -> HostShare:
-        """What this rank may take of host memory while every rank may be taking some."""
+        """The part of host memory that this rank may take while every rank may take some at the same time."""
         return HostShare(self.settings.plan.num_gpus)
 
     def _offload(self, loaded: LoadedModel, nbytes: float, host: HostShare) -> None:

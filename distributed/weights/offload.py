@@ -20,7 +20,8 @@ class BlockOffloader:
     def offload(self, nbytes: float) -> int:
         """Move blocks to host memory until `nbytes` have left the device, or all; returns the bytes that left.
 
-        A block that was there before, and has not changed since, needs no copy: host memory keeps its bytes.
+        A block that was in host memory before, and has not changed since, is not copied again: host memory has kept its
+        bytes.
         """
         leaving = self._leaving(nbytes)
         for number in leaving:
@@ -53,7 +54,7 @@ class BlockOffloader:
         return self._bytes_of(order[max(0, len(order) - count) :])
 
     def host_bytes_for(self, nbytes: float) -> int:
-        """Bytes of host memory that `offload(nbytes)` would take anew."""
+        """Bytes of host memory that `offload(nbytes)` would allocate."""
         return self._bytes_of([number for number in self._leaving(nbytes) if not self._has_copy(number)])
 
     def _has_copy(self, number: int) -> bool:

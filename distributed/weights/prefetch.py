@@ -2,12 +2,12 @@
 
 Blocks that are whole on the device stay where they are. The others pass through two buffers: while one block computes,
 the next is gathered from the ranks that share it (as ZeRO-3 and FSDP do, arXiv 1910.02054 and 2304.11277) or copied
-from host memory, on a stream and in a process group of their own. Parameters are views into those buffers, so the
-model runs as it is, and its result is bit for bit that of whole weights.
+from host memory, on a stream and in a process group of their own. Parameters are views into the two buffers,
+so the model runs unchanged, and its result is bit for bit the result with whole weights.
 
 Order of collectives: a rank starts its gathers in the order of the blocks, from `await_block` alone, which the ranks of
-a group call alike (cancel.py lets all of them leave before it at the same block). Leaving `prefetching` waits for what
-is under way, so a cancelled forward leaves no gather unmatched.
+a group call alike (cancel.py lets all of them leave before it at the same block). The end of `prefetching` waits for
+the gathers under way, so a cancelled forward leaves no gather unmatched.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PrefetchBuffers:
     """The two buffers on the device that blocks of all models of a worker pass through, one model at a time.
 
     Attributes:
-        stream: on which blocks arrive; None without a GPU.
-        serial: changes whenever the buffers are other ones.
+        stream: the CUDA stream on which blocks arrive; None without a GPU.
+        serial: a number that changes whenever new buffers are allocated.
     """
 
     def __init__(self, device: torch.device):
@@ -59,7 +59,7 @@ class PrefetchBuffers:
 
 
 class BlockPrefetcher:
-    """Has the blocks of one model whole on the device one after the other, and the next one under way."""
+    """Makes the blocks of one model whole on the device one after the other, each while the block before computes."""
 
     def __init__(self, store: BlockStore, buffers: PrefetchBuffers):
         self._store, self._buffers = store, buffers
@@ -74,7 +74,7 @@ class BlockPrefetcher:
     def prefetching(self, count: int) -> Iterator[None]:
         """A forward that runs the blocks `count` times, each with `await_block` ahead of it, in their order.
 
-        Leaving it, also by an exception, waits for what is under way.
+        The end of the `with` block, also by an exception, waits for copies and gathers under way.
         """
         try:
             self._begin(count)
@@ -97,7 +97,7 @@ class BlockPrefetcher:
                 buffer = self._buffers.get(block.flat.nbytes)[slot]
                 parameters.views[slot] = block.flat.views(buffer[: block.flat.nbytes])
             parameters.point_into(slot)
-        # what came before has been launched, so its buffer is free once that has run
+        # the block before has been launched, so its buffer is free once the block has run
         self._start_until(turn + SLOTS)
         self._reached = turn + 1
 
@@ -126,7 +126,7 @@ class BlockPrefetcher:
             self._await(turn)
         if self._buffers.stream is not None:
             self._buffers.stream.synchronize()
-        self._streamed, self._parameters = [], {}  # which would keep blocks on the device that leave later
+        self._streamed, self._parameters = [], {}  # references that would keep blocks on the device which leave later
 
     def _start_until(self, turn: int) -> None:
         while self._started < min(turn, self._total):
@@ -136,7 +136,7 @@ class BlockPrefetcher:
             self._started += 1
 
     def _start(self, block: StreamedBlock, whole: torch.Tensor) -> torch.cuda.Event | dist.Work | None:
-        """Begin to fill `whole`; what to wait for."""
+        """Begin to fill the buffer `whole` with a block; returns the event or gather to wait for."""
         if self._buffers.stream is None:
             return self._fill(block, whole, waits=False)
         free = torch.cuda.current_stream(self._device).record_event()

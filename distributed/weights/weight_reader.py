@@ -42,13 +42,14 @@ class WeightReader:
         if isinstance(weight, QuantizedWeight):
             return weight
         if self._device.type == "cuda" and weight.untyped_storage().nbytes() > weight.nbytes:
-            return weight.clone()  # rows of a random weight, which would keep the whole in memory
-        return weight.contiguous()  # columns of a mapped file, which would be read with every use
+            return weight.clone()  # a view of rows would keep the whole random weight in memory
+        return weight.contiguous()  # a view of columns would be read from the mapped file with every use
 
     def unconverted(self, name: str) -> tuple[Weight, torch.dtype | None]:
-        """This rank's part of a weight, and the dtype to which whoever stores it is to convert it.
+        """This rank's part of a weight, and the dtype to which the caller must convert the weight when storing it.
 
-        The dtype is None where the weight is held as it is. What is quantised at load is quantised already.
+        The dtype is None where the weight is stored as returned. Weights that are quantised at load are returned
+        quantised.
         """
         whole = self.source.tensor(name)
         weight = self._shard.take(name, whole)

@@ -1,12 +1,13 @@
 """Displaced patch parallelism for the Wan DiT (DistriFusion, Li et al., CVPR 2024, arXiv 2402.19481).
 
-Each rank computes its own patch of the video. In self-attention its own keys and values are fresh, those of the
-other patches are one step old: their exchange starts when a layer has computed them and must be there when the
-same layer runs in the next step, so that it hides behind everything in between. Strips along the borders can be
-exchanged fresh in every step. Wan has norms over single tokens only, so self-attention is all there is to share.
+Each rank computes its own patch of the video. In self-attention the keys and values of its own patch are fresh, and
+the keys and values of the other patches are one step old. Their exchange starts when a layer has computed them, and has
+until the same layer runs in the next step, so that it hides behind all computation in between. Strips along the
+borders can be exchanged fresh in every step. Wan's norms go over single tokens, so only self-attention needs other
+patches.
 
-Synchronous forwards are the exact sequence parallelism of sequence.py, unchanged. The last one before a stale one
-sends its keys and values to every rank on the side ("fill").
+Synchronous forwards are the exact sequence parallelism of sequence.py, unchanged. The last synchronous forward before a
+stale one also sends its keys and values to every rank ("fill").
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ _PURPOSE, _REMEDY = "the patches' keys and values", "Use fewer frames, kv_buffer
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups of the ranks that share a video, beside those of the exact path: each has a communicator of
-    its own, so that what is exchanged fresh does not queue behind what has a whole step's time."""
+    """Process groups of the ranks that share a video, beside the groups of the exact path.
+
+    Each group has a communicator of its own, so that strips, which are exchanged fresh, do not queue behind gathers,
+    which have a whole step's time.
+    """
 
     gather: dist.ProcessGroup
     fresh: dist.ProcessGroup
@@ -49,18 +53,18 @@ class Groups:
 
 @dataclass
 class Branch:
-    """What one branch of a run keeps between its steps on this rank."""
+    """The buffers that this rank keeps between the steps of a run for one branch."""
 
     layout: PatchLayout
     codec: Codec
     manager: Manager
     manager_name: str
     layers: int
-    layer_seconds: float  # that one layer's exchange takes, nothing else running
-    complete: bool = False  # every layer's buffers are of one forward: none was given up in between
+    layer_seconds: float  # of one layer's exchange with nothing else running
+    complete: bool = False  # all layers' buffers are of one forward, which was not given up
 
     def finish(self, layers: int) -> None:
-        """Leave a forward after so many layers: all of them, or fewer where it was given up."""
+        """Leave a forward after `layers` layers: all layers, or fewer where the forward was given up."""
         self.manager.settle()
         self.complete = layers == self.layers
 
@@ -84,7 +88,8 @@ class StaleAttention:
         return self.kernel(q, keys, values)
 
     def finish(self) -> None:
-        """Leave the step, after the last layer or in the middle. What was sent has until the next step."""
+        """Leave the step, after the last layer or in the middle. Tensors that were sent have until the next step to
+        arrive."""
         with timing.standing(timing.PATCHES, self.groups.fresh):
             self.branch.finish(self._layer)
 
@@ -140,7 +145,7 @@ class FillAttention:
 
 
 class DisplacedStep(Step):
-    """A forward that leaves its keys and values for the next one, or that uses those of the one before."""
+    """A forward that keeps its keys and values for the next forward, or that uses those of the forward before."""
 
     def __init__(self, patches: DisplacedPatches, inputs: StepInputs, step: Displaced):
         self.patches, self.inputs, self.step = patches, inputs, step
@@ -150,8 +155,8 @@ class DisplacedStep(Step):
         """This rank's patch of the video if the step is stale, else its shard of the sequence; in one pass.
 
         Raises:
-            StaleError: there is nothing from the step before.
-            MissingPackage: the official manager was asked for and is not installed.
+            StaleError: no keys and values of the step before are kept.
+            MissingPackage: distrifuser's manager was asked for, and distrifuser is not installed.
         """
         if self.step.kind == STALE:
             stale = self.patches.stale(self.step, items, self.inputs)
@@ -177,7 +182,8 @@ class DisplacedStep(Step):
 class DisplacedPatches(StaleStrategy, name="displaced"):
     """The displaced patches of one worker, over the models, runs and branches that it is asked for.
 
-    Nothing else may take the memory beside a forward: the client has promised it to the buffers (displaced_memory.py).
+    Nothing else may take the device memory that is free beside a forward: the client has counted on it for the buffers
+    (displaced_memory.py).
     """
 
     keeps_texts = False
@@ -189,14 +195,14 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         self._segments: list[Segment] = []
 
     def suits(self, inputs: StepInputs) -> bool:
-        """Whether several ranks share the video, and there is nothing else: VACE's streams and what lies behind the
-        video are in no patch."""
+        """Whether several ranks share the video, and all tokens are the video's: the tokens of VACE's streams, and
+        tokens behind the video, are in no patch."""
         layers = range(inputs.model.config.num_layers)
         alone = inputs.model.self_attentions(inputs.conditioning, layers) <= len(layers)
         return inputs.group.degrees.ranks > 1 and not inputs.grid.tail and alone
 
     def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
-        """A forward that fills the buffers, or one that uses them."""
+        """A forward that fills the buffers, or a forward that uses them."""
         return DisplacedStep(self, inputs, step)
 
     @property
@@ -217,7 +223,7 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
             self._segments.pop().close()
 
     def stale(self, step: Displaced, items: slice, inputs: StepInputs) -> StaleAttention:
-        """Self-attention of this rank's patch of some batch items, to what the step before has left."""
+        """Self-attention of this rank's patch of some batch items, with the keys and values of the step before."""
         branch, group = self._begun(step.lanes[items]), inputs.group
         if branch is None:
             raise StaleError.nothing_kept()
@@ -225,7 +231,8 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         return StaleAttention(branch, group.index, inputs.model.self_kernel, groups, self.device)
 
     def fill(self, step: Displaced, items: slice, inputs: StepInputs) -> FillAttention:
-        """Exact self-attention of this rank's shard of some batch items, which leaves keys and values behind."""
+        """Exact self-attention of this rank's shard of some batch items, which keeps keys and values for the next
+        step."""
         lanes, group = step.lanes[items], inputs.group
         exact = exact_attention(self.membership, group, inputs.model, inputs.grid, len(lanes))
         branch = self._begun(lanes)
@@ -235,7 +242,10 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         return FillAttention(branch, exact, group, groups, self.device)
 
     def _begun(self, lanes: Hashable) -> Branch | None:
-        """The buffers of some batch items, if the last forward left all of them; complete again once finished."""
+        """The buffers of some batch items, if the last forward filled all of them, else None.
+
+        The buffers count as incomplete until the forward that begins now has finished.
+        """
         branch = self._branches.get(lanes)
         if branch is not None and not branch.complete:
             self._branches.pop(lanes).manager.clear()
@@ -264,7 +274,10 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         return Branch(layout, codec, manager, name, layers, self._time_exchange(manager, codec))
 
     def _host_manager(self, codec: Codec, layers: int, place: int, groups: Groups) -> HostManager:
-        """Pinning takes a second for each GiB, so a segment is kept for later runs."""
+        """A manager that exchanges through host memory.
+
+        Its segment is kept for later runs, as pinning takes a second for each GiB.
+        """
         ranks = groups.gather.size()
         manager = HostManager(place, ranks, self.device)
         for _ in range(layers):

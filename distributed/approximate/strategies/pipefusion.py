@@ -1,15 +1,17 @@
 """PipeFusion: the patches of a video streamed through pipeline stages, approximately (Fang et al., arXiv 2405.14430).
 
-Whole items leave all but one of the stages idle while there is one item (see pipeline.py). Runs of tokens, called
-patches here as there, fill them: patch after patch passes through all blocks. A stage keeps the keys and values of all
-tokens for its own blocks. To a patch they are fresh where an earlier patch or itself has passed in this step, and of
-the step before where a later one will. That is an approximation, good while two successive steps look alike, so the
-first steps of a run, and some later ones, are exact and leave their keys and values behind.
+While there is one batch item, it leaves all but one of the stages idle (see pipeline.py). Runs of tokens, called
+patches as in the paper, keep all stages busy: patch after patch passes through all blocks. A stage keeps the keys and
+values of all tokens for its own blocks. When a patch passes, the kept keys and values of the patches that passed before
+it in this step are fresh, as its own are; those of the patches that will pass after it are of the step before. That is
+an approximation, good while two successive steps look alike, so the first steps of a run, and some later ones, are
+exact and leave their keys and values for the next step.
 
-With VACE a patch goes through the stages with its part of the control streams, whose self-attention in VACE's blocks
-has kept keys and values like that of the video.
+With VACE a patch goes through the stages with its part of the control streams. Self-attention in VACE's blocks keeps
+keys and values as self-attention of the video does.
 
-Patches are whole frames where there are enough, and rows of tokens else: width splits are known to tear.
+Patches are whole frames where there are enough frames, and rows of tokens elsewhere. Patches that split the width are
+known to tear the video.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ from ..schedule import STALE
 from ..stale import StaleError, StaleStrategy
 
 PATCHES_PER_STAGE = 4
-"""So n stages work 4n / (5n - 1) of the time on one item: 8/9 for 2 stages, 16/19 for 4."""
+"""With four patches for each stage, n stages are busy for 4n / (5n - 1) of the time on one item: 8/9 for 2 stages,
+16/19 for 4."""
 
 
 def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
-    """Start and stop of each patch in the order in which they go, in tokens; fewer than wanted where a video has fewer
-    rows.
+    """Start and stop of each patch in tokens, in the order in which patches pass through the stages.
 
-    What lies behind the video goes first, in runs no longer than the video's patches, so that these see it fresh.
+    There are fewer than `PATCHES_PER_STAGE` patches for each stage where a video has too few rows. Tokens behind the
+    video go first, in runs no longer than the video's patches, so that the video's patches see them fresh.
     """
     wanted, unit = PATCHES_PER_STAGE * stages, grid.rows * grid.columns
     if grid.frames < wanted:
@@ -52,7 +55,7 @@ def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
 
 
 class KeptKeys:
-    """Self-attention to the keys and values of all tokens, of which each call brings some up to date.
+    """Self-attention to the kept keys and values of all tokens; each call brings those of some tokens up to date.
 
     Called block by block with tokens [start, start + n): q, k, v [B, n, heads, head_dim].
     """
@@ -76,8 +79,8 @@ class KeptKeys:
 class GatheredAttention(SequenceAttention):
     """Self-attention of a patch that several ranks share, to the keys and values that each of them keeps.
 
-    In a ring every rank keeps the keys and values of all tokens: those of the patch pass by and are written down, and
-    each rank has the others already.
+    In a ring every rank keeps the keys and values of all tokens: the keys and values of the patch pass by, and each
+    rank writes them to those that it keeps already.
     """
 
     def __init__(self, group: SequenceGroup, kept: KeptKeys, tokens: int, heads: int):
@@ -93,13 +96,14 @@ class GatheredAttention(SequenceAttention):
 
 
 class StreamedStep(Step):
-    """A forward whose keys and values are kept: exact, or in patches that see those of the step before.
+    """A forward whose keys and values are kept: exact, or stale, in patches that see keys and values of the step
+    before.
 
     Args:
         kept: keys and values by the names of batch items, one tensor [2, B, tokens, heads, head_dim] for each
             self-attention of this stage. An item's tokens go through self-attention once in a block, and in one of VACE
             once for each context.
-        heads: of this rank's part of the model, over the whole sequence group.
+        heads: how many heads this rank's part of the model has, over the whole sequence group.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class StreamedStep(Step):
         """How some batch items go through this stage: patch after patch in a stale step, else whole.
 
         Raises:
-            StaleError: there is nothing from the step before.
+            StaleError: no keys and values of the step before are kept.
         """
         grid, group, kernel = self.inputs.grid, self.inputs.group, self.inputs.model.self_kernel
         lanes, stale = self.step.lanes[items], self.step.kind == STALE
@@ -160,14 +164,14 @@ class StreamedStep(Step):
 
 
 class PipeFusion(StaleStrategy, name="pipefusion"):
-    """What one worker keeps of the streamed runs that it is asked for."""
+    """PipeFusion on one worker, with the keys and values that the worker keeps of a streamed run."""
 
     def __init__(self, membership: Membership):
         super().__init__(membership)
         self._kept: dict[Hashable, list[torch.Tensor]] = {}
 
     def suits(self, inputs: StepInputs) -> bool:
-        """Whether there are stages to be filled."""
+        """Whether there are several pipeline stages, which patches can keep busy."""
         return self.membership.plan.pipeline_parallel > 1
 
     def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
