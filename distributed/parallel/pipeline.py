@@ -54,12 +54,12 @@ class Stage:
     def most_blocks(self, config: WanConfig) -> int:
         """Blocks of the stage that has most of them, side blocks included."""
         stages = (Stage.of(index, len(self.ranks)) for index in range(len(self.ranks)))
-        return max(len(config.in_turn(stage.span(config.num_layers))) for stage in stages)
+        return max(len(config.run_order(stage.span(config.num_layers))) for stage in stages)
 
     def holds(self, name: str, config: WanConfig) -> bool:
         """Whether this stage needs the tensor of that name: conditioning is computed by every stage itself."""
         part = name.partition(".")[0]
-        if (block := config.place_of(name)) is not None:
+        if (block := config.video_block_number(name)) is not None:
             return block in self.span(config.num_layers)
         if part == "patch_embedding" or any(part in variant.first_stage for variant in config.variants):
             return self.index == 0

@@ -109,8 +109,8 @@ def demand_of(sizes: Mapping[str, int], config: WanConfig, activations: int, uni
             blocks[number] = blocks.get(number, 0) + -(-nbytes // ALIGN) * ALIGN
         else:
             fixed += nbytes
-    in_turn = tuple(blocks[number] for number in config.in_turn(range(config.num_layers)) if number in blocks)
-    return Demand(fixed, max(in_turn, default=0), len(in_turn), activations, unit, in_turn)
+    in_order = tuple(blocks[number] for number in config.run_order(range(config.num_layers)) if number in blocks)
+    return Demand(fixed, max(in_order, default=0), len(in_order), activations, unit, in_order)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _FRAME_TOKENS = 30 * 52
 _MEMORY_BYTES = 70
 """Bytes that go through memory for each token, channel and block outside products and attention (benchmarks/LOG.md,
 4)."""
-_HEARD_BYTES = 20
+_SIDE_ATTENTION_BYTES = 20
 """Bytes that go through memory for each token and channel of a block whose tokens attend to audio: the norm, a copy of
 the attention's output, and the sum."""
 _HOP_SECONDS = 6e-3
@@ -97,7 +97,7 @@ def expect(
     items = math.ceil(work.items / groups)
     slices = math.ceil(items / min(work.max_batch, math.ceil(items / stages)))
     spans = (range(*bounds(config.num_layers, stages, stage)) for stage in range(stages))
-    layers = max(len(config.in_turn(span)) for span in spans)  # VACE with one context
+    layers = max(len(config.run_order(span)) for span in spans)  # VACE with one context
     compute = layers * _block_compute(config, plan, degrees, work, machine)
     exchange = layers * _block_exchange(config, degrees, plan.tensor_parallel, work, machine)
     waits = layers * _exchanges(config, degrees, plan.tensor_parallel) * machine.latency  # for each slice
@@ -122,13 +122,13 @@ def block_flops(config: WanConfig, tokens: int, ranks: int = 1, tensor: int = 1)
     counted by its mean over all blocks. One speaker is counted; telling two speakers apart takes 2 % more at 480p
     (InfiniteTalk).
     """
-    d, own, heard = config.dim, math.ceil(tokens / ranks), config.hearing
+    d, own, side = config.dim, math.ceil(tokens / ranks), config.side_attention
     context = TEXT_TOKENS + ((config.image_positions or IMAGE_TOKENS) if config.image_dim else 0)
     products: float = 2 * own * (6 * d * d + 2 * d * config.ffn_dim) + 2 * context * 2 * d * d
     attention = 4 * tokens * tokens * d / ranks + 4 * own * context * d
-    keys = math.ceil(tokens / _FRAME_TOKENS) * heard.tokens
-    products += heard.share * (2 * own * 2 * d * d + 2 * keys * heard.width * 2 * d)
-    attention += heard.share * 4 * own * heard.tokens * d
+    keys = math.ceil(tokens / _FRAME_TOKENS) * side.tokens
+    products += side.share * (2 * own * 2 * d * d + 2 * keys * side.width * 2 * d)
+    attention += side.share * 4 * own * side.tokens * d
     return products / tensor, attention / tensor
 
 
@@ -141,7 +141,7 @@ def _block_compute(
     products, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
     products *= pace
     attention *= plan.attention_cost(degrees, config.num_heads // tensor)
-    moved = _MEMORY_BYTES + _HEARD_BYTES * config.hearing.share
+    moved = _MEMORY_BYTES + _SIDE_ATTENTION_BYTES * config.side_attention.share
     moved *= math.ceil(work.tokens / degrees.ranks) * config.dim * pace
     moved *= (1 + 1 / tensor) / 2  # the residual stream is whole on each tensor-parallel rank
     scale = work.itemsize / 2  # of float32 products, which are several times slower than 16 bit ones on most GPUs
@@ -161,13 +161,13 @@ def _block_exchange(
     if work.overlap:
         _, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
         around = max(0.0, around - attention / machine.attention * (ring - 1) / ring)
-    sums = _SUMS - (_HIDDEN_SUMS if work.overlap else 0) + config.hearing.share
+    sums = _SUMS - (_HIDDEN_SUMS if work.overlap else 0) + config.side_attention.share
     return heads + around + sums * own * 2 * (tensor - 1) / tensor / machine.link
 
 
 def _exchanges(config: WanConfig, degrees: SequenceDegrees, tensor: int) -> float:
     """How often a block waits for other ranks: around attention, in a ring, for sums and for the norms' means."""
-    sums = 6 + config.hearing.share if tensor > 1 else 0
+    sums = 6 + config.side_attention.share if tensor > 1 else 0
     return 2 * (degrees.ulysses > 1) + (degrees.ring - 1) + sums
 
 

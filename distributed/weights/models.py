@@ -256,7 +256,7 @@ class Models:
             self.device,
             self.share_groups[placement.share],
             number_of=config.block_number,
-            order=config.in_turn(model.span),
+            order=config.run_order(model.span),
         )
         for name in names:
             if not blocks.owns(name):

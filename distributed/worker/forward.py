@@ -180,7 +180,7 @@ class ForwardRunner:
             self.device,
             self._before_block(loaded.prefetcher, batch, together),
             missing * len(work) // len(inputs.batches),
-            model.config.in_turn(model.span),
+            model.config.run_order(model.span),
         )
 
     def _before_block(
@@ -228,7 +228,7 @@ class ForwardRunner:
 def _write(out: torch.Tensor, items: slice, part: Part, result: torch.Tensor) -> None:
     """Put result [b, n, c] of some items and tokens into out [B, tokens of the video, c] on the CPU."""
     if isinstance(part, slice):
-        video = out[items, part]  # without the tail of a sequence
+        video = out[items, part]  # without context tokens
         video.copy_(result[:, : video.shape[1]])
     else:
         out[items].index_copy_(1, part.cpu(), result.to(out.device))

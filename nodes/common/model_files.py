@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import folder_paths
 
-from ...wanvideo.checkpoint.files import is_gguf, is_index, is_shard
+from ...wanvideo.checkpoint.file_header import is_gguf, is_index, is_shard
 
 MODEL_FOLDER, PATCH_FOLDER = "diffusion_models", "model_patches"
 

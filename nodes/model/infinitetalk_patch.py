@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from ...wanvideo.base.conditioning import Conditioning
 from ...wanvideo.base.tensor_info import CheckpointError
-from ...wanvideo.checkpoint.files import read_contents
+from ...wanvideo.checkpoint.file_header import read_file_header
 from ...wanvideo.checkpoint.weight_source import file_stamp
 from ..common import refusals
 
@@ -32,7 +32,7 @@ _files: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.We
 
 
 @dataclass(frozen=True)
-class Talk:
+class InfiniteTalkInputs:
     """The inputs of InfiniteTalk that a MODEL's options carry.
 
     Args:
@@ -56,7 +56,7 @@ class Talk:
         return conditioning.having(options, audio=audio, speakers=masks)
 
 
-def talk_in(options: Mapping[str, Any]) -> Talk | None:
+def infinitetalk_inputs(options: Mapping[str, Any]) -> InfiniteTalkInputs | None:
     """The inputs of InfiniteTalk in the transformer options of a forward; None where the options have none.
 
     Raises:
@@ -71,18 +71,18 @@ def talk_in(options: Mapping[str, Any]) -> Talk | None:
             "Connect each of them to the model loader (or to the last LoRA loader) and not to one another.",
         )
     masks = places[0].ref_target_masks if places else None
-    return Talk(layers[0].model_patch, float(layers[0].audio_scale), options["audio_embeds"], masks)
+    return InfiniteTalkInputs(layers[0].model_patch, float(layers[0].audio_scale), options["audio_embeds"], masks)
 
 
-def without_talk(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The transformer options without the patches that `talk_in` reads."""
+def without_infinitetalk(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transformer options without the patches that `infinitetalk_inputs` reads."""
     kinds = (_LAYERS, _PLACES)
     patches = options.get("patches", {})
     rest = {name: [p for p in found if type(p).__name__ not in kinds] for name, found in patches.items()}
     return {**options, "patches": rest}
 
 
-def has_places(options: Mapping[str, Any]) -> bool:
+def has_two_speakers(options: Mapping[str, Any]) -> bool:
     """Whether the transformer options have masks of two speakers."""
     return bool(_of(options, _PLACES))
 
@@ -123,7 +123,7 @@ def _of(options: Mapping[str, Any], kind: str) -> list[Any]:
 def _holds(path: str, weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether a file has exactly these weights. Small weights are compared first, as they soon tell files apart."""
     try:
-        tensors = read_contents(path).tensors
+        tensors = read_file_header(path).tensors
     except CheckpointError:
         return False
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}

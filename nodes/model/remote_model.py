@@ -173,10 +173,11 @@ class RemoteWan(torch.nn.Module):
         **inputs: Any,
     ) -> torch.Tensor:
         given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **inputs}
-        infinitetalk = infinitetalk_patch.talk_in(transformer_options)
+        infinitetalk = infinitetalk_patch.infinitetalk_inputs(transformer_options)
         if infinitetalk is not None:
             self._take_in(infinitetalk_patch.file_of(infinitetalk.model_patch, patch_files()))
-        conditioning = from_comfyui(self.header.config, infinitetalk_patch.without_talk(transformer_options), given)
+        options = infinitetalk_patch.without_infinitetalk(transformer_options)
+        conditioning = from_comfyui(self.header.config, options, given)
         if infinitetalk is not None:
             conditioning = infinitetalk.joined(conditioning, len(x))
         return self._on_workers(transformer_options, conditioning, x, timestep, context)
@@ -237,7 +238,7 @@ class RemoteWan(torch.nn.Module):
             options,
             len(whole),
             vace_contexts=len(rest.options.vace_strengths),
-            context_tokens=rest.options.tail_tokens,
+            context_tokens=rest.options.context_tokens,
         )
         if self.runs is not None:
             self.runs.check(tuple(whole.shape), forward)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...distributed.client.sampling_runs import SampledForward
-from .infinitetalk_patch import has_places
+from .infinitetalk_patch import has_two_speakers
 
 SYNC_FREQUENCY = "wan_parallel_sync_frequency"
 """The transformer option in which OfficialDistriFusionSampler leaves its `sync_frequency`."""
@@ -23,7 +23,7 @@ def sampled_forward(
         steps=None if sigmas is None else len(sigmas) - 1,
         in_context_window=options.get("context_window") is not None,
         skips_blocks=bool(options.get("patches_replace", {}).get("dit")),
-        two_speakers=has_places(options),
+        two_speakers=has_two_speakers(options),
         sync_frequency=options.get(SYNC_FREQUENCY),
         vace_contexts=vace_contexts,
         context_tokens=context_tokens,

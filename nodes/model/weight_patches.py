@@ -55,7 +55,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
     for key, entries in patches.items():
         comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while
         name = key.removeprefix(PREFIX)
-        if not reaches(name):
+        if not is_patchable(name):
             left_out.append(name)
             continue
         shape = checkpoint.header.tensors[name].shape
@@ -77,7 +77,7 @@ def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec
     return [_computed(entries, weight, key, dtype)]
 
 
-def reaches(name: str) -> bool:
+def is_patchable(name: str) -> bool:
     """Whether ComfyUI applies patches to the weight `name`.
 
     ComfyUI passes over the parameters of modules that hold other modules: the modulation of the blocks and of the head,

@@ -101,10 +101,10 @@ def _is_input(name: str) -> bool:
 NOTHING = Conditioning()
 
 
-def placed(x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
+def with_context_grids(x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
     """The conditioning with the grids of all context tokens that its inputs add to a latent x [B, in_dim, T, H, W]."""
     for variant in registered():
-        conditioning = variant.placed(x, conditioning)
+        conditioning = variant.with_context_grids(x, conditioning)
     return conditioning
 
 
@@ -117,7 +117,7 @@ def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor,
     Returns:
         The longer latent, and the conditioning without the joined inputs but with the grids of its context tokens.
     """
-    conditioning = placed(x, conditioning)
+    conditioning = with_context_grids(x, conditioning)
     frames, reference = [x], conditioning.reference
     if reference is not None:
         reference = reference if reference.ndim == 5 else reference.unsqueeze(2)
@@ -164,11 +164,11 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
                 f"The conditioning's {name} has shape {tuple(tensor.shape)}, but a latent of shape {tuple(x.shape)} "
                 f"needs [{wanted}]. Give the conditioning node and the latent the same width, height and length."
             )
-    tail = conditioning.tail
-    if tail is not None and tail.shape[2] not in {4 * channels for channels in config.tail_channels}:
+    context_videos, channels = conditioning.context_videos, config.context_channels
+    if context_videos is not None and context_videos.shape[2] not in {4 * count for count in channels}:
         raise ValueError(
-            f"The conditioning's further videos have {tail.shape[2] // 4} channels, but this "
-            f"{config.variant} model takes {' or '.join(map(str, config.tail_channels))}. Encode them with the model's "
+            f"The conditioning's further videos have {context_videos.shape[2] // 4} channels, but this "
+            f"{config.variant} model takes {' or '.join(map(str, channels))}. Encode them with the model's "
             "own VAE."
         )
     for variant in config.variants:

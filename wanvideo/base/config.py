@@ -10,7 +10,7 @@ from typing import Any
 
 from .shapes import Shapes, block, image_embedding, linear, patch_embedding
 from .tensor_info import elements
-from .variant import EXTRA_FRAMES, IMAGE, TAIL, Hearing, Input, V, Variant, by_channels
+from .variant import CONTEXT_VIDEOS, EXTRA_FRAMES, IMAGE, Input, SideAttention, V, Variant, by_channels
 
 BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
 """The beginning of the name of each tensor in a block of the video."""
@@ -95,20 +95,20 @@ class WanConfig:
         shared = [EXTRA_FRAMES]
         if self.image_dim:
             shared.append(IMAGE)
-        if self.tail_channels:
-            shared.append(TAIL)
+        if self.context_channels:
+            shared.append(CONTEXT_VIDEOS)
         return [(self.kind, given) for given in shared] + [(v, given) for v in self.variants for given in v.inputs]
 
     @property
-    def tail_channels(self) -> tuple[int, ...]:
+    def context_channels(self) -> tuple[int, ...]:
         """The numbers of channels that context videos may have, masks beside them included."""
-        return tuple(channels for variant in self.variants for channels in variant.tail_channels(self))
+        return tuple(channels for variant in self.variants for channels in variant.context_channels(self))
 
     @property
-    def hearing(self) -> Hearing:
+    def side_attention(self) -> SideAttention:
         """The model's attention to a few further tokens of each frame, such as its speech, its audio or a face."""
-        found = (variant.hearing(self) for variant in self.variants)
-        return next((hearing for hearing in found if hearing.tokens), Hearing())
+        found = (variant.side_attention(self) for variant in self.variants)
+        return next((side_attention for side_attention in found if side_attention.tokens), SideAttention())
 
     @property
     def carried(self) -> int:
@@ -136,29 +136,29 @@ class WanConfig:
         found = (variant.side_blocks(self, blocks) for variant in self.variants)
         return next(filter(None, found), range(0))
 
-    def in_turn(self, blocks: range) -> list[int]:
+    def run_order(self, blocks: range) -> list[int]:
         """The numbers of `blocks` of the video and of the side blocks behind them, in the order in which these run.
 
         The number of a side block is `num_layers` plus its number in `side_blocks`.
         """
-        turns: list[int] = []
+        order: list[int] = []
         for number in blocks:
-            turns += [number, *(self.num_layers + i for i in self.side_blocks(range(number, number + 1)))]
-        return turns
+            order += [number, *(self.num_layers + i for i in self.side_blocks(range(number, number + 1)))]
+        return order
 
     def block_number(self, name: str) -> int | None:
-        """The number, counted as in `in_turn`, of the block that the tensor `name` belongs to, or of the block directly
-        behind which the tensor acts; None for a tensor that acts at no block."""
+        """The number, counted as in `run_order`, of the block that the tensor `name` belongs to, or of the block
+        directly behind which the tensor acts; None for a tensor that acts at no block."""
         if match := BLOCK_NAME.match(name):
             return int(match[1])
         return _first(variant.block_number(self, name) for variant in self.variants)
 
-    def place_of(self, name: str) -> int | None:
+    def video_block_number(self, name: str) -> int | None:
         """The number of the one block of the video that the tensor `name` belongs to or acts at; None for a tensor that
         acts at no block."""
         if match := BLOCK_NAME.match(name):
             return int(match[1])
-        return _first(variant.place_of(self, name) for variant in self.variants)
+        return _first(variant.video_block_number(self, name) for variant in self.variants)
 
     # The tensors of the model.
 

@@ -20,12 +20,12 @@ class Grid:
     frames: int
     rows: int
     columns: int
-    tail: int = 0
+    context_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """The number of tokens of the whole sequence."""
-        return self.video_tokens + self.tail
+        return self.video_tokens + self.context_tokens
 
     @property
     def video_tokens(self) -> int:
@@ -55,7 +55,7 @@ def grid_of(x: torch.Tensor) -> Grid:
 
 def sequence_of(x: torch.Tensor, options: Options) -> Grid:
     """The grid of a latent [B, C, T, H, W] with the context tokens that `options` describe."""
-    return replace(grid_of(x), tail=options.tail_tokens)
+    return replace(grid_of(x), context_tokens=options.context_tokens)
 
 
 def video_part(grid: Grid, part: Part) -> Part:

@@ -21,14 +21,14 @@ PLAIN_ROPE = RopeOptions()
 
 
 @dataclass(frozen=True)
-class Segment:
+class ContextGrid:
     """A grid of context tokens, which follow the tokens of the video in the sequence.
 
     Args:
         rope: positions of the tokens.
         stretched: whether the rows and columns span the video's, each token in the middle of the area that it covers.
-        turn: phase that sets these tokens apart from the video's, whose phase is 0: the rotary embedding rotates each
-            pair by this number times the pair's frequency more.
+        rope_phase: phase that sets these tokens apart from the video's, whose phase is 0: the rotary embedding rotates
+            each pair by this number times the pair's frequency more.
     """
 
     frames: int
@@ -36,7 +36,7 @@ class Segment:
     columns: int
     rope: RopeOptions = PLAIN_ROPE
     stretched: bool = False
-    turn: int = 0
+    rope_phase: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,7 +59,7 @@ class Options:
         skip_blocks: indices of transformer blocks to leave out.
         rope: positions of the tokens.
         reference_rope: positions of the reference frames; None where they are the first frames of the video.
-        tail: the grids of the context tokens, in the order of `Conditioning.tail`.
+        context_grids: the grids of the context tokens, in the order of `Conditioning.context_videos`.
         fps: frames a second of WanDancer's coarse video; 0 for any other video.
         audio_scale: how strongly the music of WanDancer, or the speech of InfiniteTalk, is added.
     """
@@ -69,14 +69,14 @@ class Options:
     skip_blocks: tuple[int, ...] = ()
     rope: RopeOptions = PLAIN_ROPE
     reference_rope: RopeOptions | None = None
-    tail: tuple[Segment, ...] = ()
+    context_grids: tuple[ContextGrid, ...] = ()
     fps: float = 0.0
     audio_scale: float = 1.0
 
     @property
-    def tail_tokens(self) -> int:
+    def context_tokens(self) -> int:
         """The number of context tokens, which follow the tokens of the video in the sequence."""
-        return sum(segment.tokens for segment in self.tail)
+        return sum(grid.tokens for grid in self.context_grids)
 
 
 PLAIN = Options()

@@ -47,7 +47,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Contents:
+class FileHeader:
     """The headers of a model's files: the tensors by their names in the files, and the metadata."""
 
     tensors: Mapping[str, TensorInfo]

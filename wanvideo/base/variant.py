@@ -114,13 +114,13 @@ EXTRA_FRAMES = Input(
     lambda _, asked: (asked.batch, asked.config.in_dim, None, asked.height, asked.width),
     Key("time_dim_concat"),
 )
-TAIL = Input("tail", lambda _, asked: (asked.batch, asked.given.options.tail_tokens, None))
-SHARED_INPUTS = (IMAGE, EXTRA_FRAMES, TAIL)
+CONTEXT_VIDEOS = Input("context_videos", lambda _, asked: (asked.batch, asked.given.options.context_tokens, None))
+SHARED_INPUTS = (IMAGE, EXTRA_FRAMES, CONTEXT_VIDEOS)
 """Inputs that models of several variants take (see `WanConfig.inputs`)."""
 
 
 @dataclass(frozen=True)
-class Hearing:
+class SideAttention:
     """A variant's attention of each video token to a few further tokens of its frame, such as speech or a face.
 
     Args:
@@ -257,11 +257,11 @@ class Variant:
     # Where its tensors act, and what they cost.
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
-        """The number (see `WanConfig.in_turn`) of the block that the variant's tensor `name` belongs to, or of the
+        """The number (see `WanConfig.run_order`) of the block that the variant's tensor `name` belongs to, or of the
         block directly behind which the tensor acts; None for a tensor at no block, or of another variant."""
         return None
 
-    def place_of(self, config: WanConfig, name: str) -> int | None:
+    def video_block_number(self, config: WanConfig, name: str) -> int | None:
         """The number of the one block of the video that the variant's tensor `name` belongs to or acts at; None for a
         tensor at no block, or of another variant."""
         return self.block_number(config, name)
@@ -270,9 +270,9 @@ class Variant:
         """The numbers, counted from 0, of the variant's own blocks that run behind `blocks` of the video."""
         return range(0)
 
-    def hearing(self, config: WanConfig) -> Hearing:
+    def side_attention(self, config: WanConfig) -> SideAttention:
         """The attention to further tokens of each frame that the variant adds to a model of this size."""
-        return Hearing()
+        return SideAttention()
 
     def token_bytes(self, contexts: int) -> int:
         """Bytes of activations for each token and channel that this variant adds to a forward with `contexts` control
@@ -290,7 +290,7 @@ class Variant:
         """The node whose latent and conditioning a model of this variant takes."""
         return self.node
 
-    def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
+    def context_channels(self, config: WanConfig) -> tuple[int, ...]:
         """The numbers of channels that the variant's context videos may have, masks beside them included."""
         return ()
 
@@ -300,7 +300,7 @@ class Variant:
         return conditioning
 
     @classmethod
-    def placed(cls, x: Any, conditioning: Conditioning) -> Conditioning:
+    def with_context_grids(cls, x: Any, conditioning: Conditioning) -> Conditioning:
         """The conditioning with the grids of the context tokens that the variant adds; x is [B, in_dim, T, H, W]."""
         return conditioning
 

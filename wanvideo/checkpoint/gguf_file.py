@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from ..base.tensor_info import CheckpointError, Contents, TensorInfo, unreadable
+from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, unreadable
 from ..quant.formats.registry import is_gguf_type
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Start of the metadata in which ComfyUI-GGUF's converter notes the shapes of tensors that it had to reshape."""
 
 
-def read_gguf(path: str) -> Contents:
+def read_gguf(path: str) -> FileHeader:
     """The tensors of a GGUF file, with their logical shapes (a GGUF header has them in reverse).
 
     Raises:
@@ -41,7 +41,7 @@ def read_gguf(path: str) -> Contents:
         if field is not None:
             shape = tuple(int(field.parts[place][0]) for place in field.data)
         tensors[tensor.name] = TensorInfo(dtype, shape, path, tensor.name, int(tensor.data_offset), int(tensor.n_bytes))
-    return Contents(tensors)
+    return FileHeader(tensors)
 
 
 def map_file(path: str) -> torch.Tensor:

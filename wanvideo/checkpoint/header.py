@@ -18,7 +18,7 @@ from ..base.variant import TensorShapes, read_variants, registered
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, original_name
-from .files import read_contents
+from .file_header import read_file_header
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -63,17 +63,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             or format that is not there yet.
     """
     path = os.fspath(path)
-    contents = read_contents(path)
-    prefix = _find_prefix(path, contents.tensors)
-    renamed = has_diffusers_names(contents.tensors, prefix)
+    file_header = read_file_header(path)
+    prefix = _find_prefix(path, file_header.tensors)
+    renamed = has_diffusers_names(file_header.tensors, prefix)
     tensors = {
         original_name(name.removeprefix(prefix)) if renamed else name.removeprefix(prefix): info
-        for name, info in logical_tensors(path, contents, prefix).items()
+        for name, info in logical_tensors(path, file_header, prefix).items()
     }
-    _refuse_other_kinds(path, contents.metadata)
+    _refuse_other_kinds(path, file_header.metadata)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
-    header = Header(path, prefix, config, tensors, contents.metadata)
+    header = Header(path, prefix, config, tensors, file_header.metadata)
     if header.is_flow_rvs and config.variant != "text-to-video":
         raise CheckpointError(
             f"{Path(path).name} is noted to be FlowRVS, but has the tensors of a Wan {config.variant} model. {_LATER}"

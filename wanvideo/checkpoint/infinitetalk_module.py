@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.tensor_info import CheckpointError, Contents, listed
+from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
-from .files import read_contents
+from .file_header import read_file_header
 from .header import Header
 
 MARKERS = ("audio_proj.proj1.weight", "blocks.0.audio_cross_attn.proj.weight")
@@ -22,12 +22,12 @@ _BLOCKS = "blocks."
 _VARIANTS = ("text-to-video", "image-to-video")
 
 
-def is_talk(contents: Contents) -> bool:
+def is_infinitetalk(file_header: FileHeader) -> bool:
     """Whether a file holds the layers of InfiniteTalk or MultiTalk."""
-    return all(marker in contents.tensors for marker in MARKERS)
+    return all(marker in file_header.tensors for marker in MARKERS)
 
 
-def with_talk(base: Header, path: str) -> Header:
+def with_infinitetalk(base: Header, path: str) -> Header:
     """Join the model `base` and the model patch in the file `path` to one model.
 
     The released patches have layers for 40 blocks; a model with fewer blocks takes the layers of its own blocks.
@@ -48,11 +48,11 @@ def with_talk(base: Header, path: str) -> Header:
             f"{name} (InfiniteTalk) is made for a model of width {width}, but {base_name} has width {config.dim}. "
             "Use the 14B image-to-video model, which has width 5120."
         )
-    (talk,) = read_variants(TensorShapes(name, module), module=True)
-    config, expected = config.having(talk), talk.shapes(config)
+    (infinitetalk,) = read_variants(TensorShapes(name, module), module=True)
+    config, expected = config.having(infinitetalk), infinitetalk.shapes(config)
     wrong = [key for key, shape in expected.items() if key not in module or module[key].shape != shape]
     wrong += [key for key in module if key not in expected]
-    if wrong or not talk.divides(config):
+    if wrong or not infinitetalk.divides(config):
         raise CheckpointError(
             f"{name} (InfiniteTalk) does not fit {base_name}: {len(wrong)} tensors are missing, unknown or of another "
             f"shape: {listed(wrong)}. Download it again, or use the patch made for this model."
@@ -62,6 +62,6 @@ def with_talk(base: Header, path: str) -> Header:
 
 def _blocks(path: str, layers: int) -> Mapping[str, LogicalTensor]:
     """The tensors of the first `layers` blocks."""
-    tensors = logical_tensors(path, read_contents(path))
+    tensors = logical_tensors(path, read_file_header(path))
     blocks = {f"{_BLOCKS}{i}." for i in range(layers)}
     return {key: info for key, info in tensors.items() if key[: key.find(".", len(_BLOCKS)) + 1] in blocks}

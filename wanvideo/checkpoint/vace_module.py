@@ -16,9 +16,9 @@ from ..base.tensor_info import CheckpointError, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
-from .files import read_contents
+from .file_header import read_file_header
 from .header import PREFIXES, Header, read_header
-from .infinitetalk_module import is_talk, with_talk
+from .infinitetalk_module import is_infinitetalk, with_infinitetalk
 
 _MARKER = "vace_blocks.0.after_proj.weight"
 _PARTS = ("vace_blocks.", "vace_patch_embedding.")
@@ -28,11 +28,11 @@ def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
     """Read the header of the model at `path`, joined with `module`, the file of a VACE module or InfiniteTalk's layers.
 
     Raises:
-        CheckpointError: see `read_header`, `read_module`, `with_module` and `with_talk`.
+        CheckpointError: see `read_header`, `read_module`, `with_module` and `with_infinitetalk`.
     """
     header = read_header(path)
-    if module and is_talk(read_contents(module)):
-        return with_talk(header, module)
+    if module and is_infinitetalk(read_file_header(module)):
+        return with_infinitetalk(header, module)
     return with_module(header, module, read_module(module)) if module else header
 
 
@@ -42,8 +42,8 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or no VACE module.
     """
-    contents = read_contents(path)
-    name, raw = Path(path).name, contents.tensors
+    file_header = read_file_header(path)
+    name, raw = Path(path).name, file_header.tensors
     prefix = next((p for p in PREFIXES if p + _MARKER in raw), None)
     if prefix is None:
         raise CheckpointError(
@@ -54,7 +54,7 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
         raise CheckpointError(
             f"{name} is a whole VACE model, not a module. Choose it as model, and disconnect vace_model."
         )
-    return {key.removeprefix(prefix): info for key, info in logical_tensors(path, contents, prefix).items()}
+    return {key.removeprefix(prefix): info for key, info in logical_tensors(path, file_header, prefix).items()}
 
 
 def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) -> Header:

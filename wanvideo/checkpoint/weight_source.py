@@ -19,7 +19,7 @@ from ..base.variant import is_rounded
 from ..quant.formats.fp8 import FLOAT8, Fp8Weight
 from ..quant.formats.registry import format_name
 from ..quant.quantized import QuantizedWeight, Weight, as_tensor
-from .files import is_gguf, model_files
+from .file_header import is_gguf, model_files
 from .gguf_file import gguf_tensor, map_file
 from .header import Header
 from .vace_module import read_model

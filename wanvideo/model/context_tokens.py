@@ -2,7 +2,7 @@
 those of the denoised video in the sequence and are left out of the result.
 
 Bernini's context is a source video, reference videos and images, each of its own size. The patch embedding of the
-denoised video embeds context tokens too, unless a variant overrides `WanModel.embed_behind`.
+denoised video embeds context tokens too, unless a variant overrides `WanModel.embed_context`.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import torch
 
 from ..base.conditioning import Conditioning
 from ..base.grid import grid_of, pad_to_patch, patchify
-from ..base.options import PLAIN_ROPE, RopeOptions, Segment
+from ..base.options import PLAIN_ROPE, ContextGrid, RopeOptions
 from ..base.variant import Key
 
 CONTEXT_LATENTS = Key("context_latents", "source or reference videos", "BerniniConditioning")
 
 
-def tail_of(
-    videos: Iterable[torch.Tensor], rope: RopeOptions = PLAIN_ROPE, stretched: bool = False, turned: bool = False
-) -> tuple[torch.Tensor, tuple[Segment, ...]]:
+def context_tokens_of(
+    videos: Iterable[torch.Tensor], rope: RopeOptions = PLAIN_ROPE, stretched: bool = False, own_phases: bool = False
+) -> tuple[torch.Tensor, tuple[ContextGrid, ...]]:
     """Cut latents of videos, each [B, C, T, H, W], into context tokens.
 
     Args:
-        rope, stretched: see `Segment`.
-        turned: whether the first video has the phase 1, the second video the phase 2, and so on; else all have 0.
+        rope, stretched: see `ContextGrid`.
+        own_phases: whether the first video has the phase 1, the second video the phase 2, and so on; else all have 0.
 
     Returns:
         The tokens [B, n, C*4] of all videos, one video after the other, and the grid of each video.
     """
-    tokens, segments = [], []
+    tokens, grids = [], []
     for number, video in enumerate(videos, 1):
         grid = grid_of(video)
         tokens.append(patchify(pad_to_patch(video)))
-        segments.append(Segment(*grid.shape, rope=rope, stretched=stretched, turn=number if turned else 0))
-    return torch.cat(tokens, dim=1), tuple(segments)
+        grids.append(ContextGrid(*grid.shape, rope=rope, stretched=stretched, rope_phase=number if own_phases else 0))
+    return torch.cat(tokens, dim=1), tuple(grids)
 
 
 def with_context_videos(conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
@@ -47,5 +47,5 @@ def with_context_videos(conditioning: Conditioning, given: Mapping[str, Any]) ->
     latents = given.get(CONTEXT_LATENTS.name)
     if not latents:
         return conditioning
-    tail, segments = tail_of(latents, conditioning.options.rope, turned=True)
-    return conditioning.having(replace(conditioning.options, tail=segments), tail=tail)
+    context_videos, grids = context_tokens_of(latents, conditioning.options.rope, own_phases=True)
+    return conditioning.having(replace(conditioning.options, context_grids=grids), context_videos=context_videos)

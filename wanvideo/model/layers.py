@@ -226,7 +226,7 @@ class FeedForward(nn.Sequential):
         return super().forward(x)
 
 
-def to_nobody(_kind: str, _x: torch.Tensor) -> None:
+def no_announcement(_kind: str, _x: torch.Tensor) -> None:
     """An `Announce` that ignores the tensors."""
 
 
@@ -292,7 +292,7 @@ class Block(nn.Module):
             yield
             pointwise.add_(part, self.arrived(y), rows(gate_ffn, s))
 
-        in_turn((work(s) for s in self._slices(x.shape[1], inputs)), self.at_once)
+        take_turns((work(s) for s in self._slices(x.shape[1], inputs)), self.at_once)
         return x
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
@@ -319,7 +319,7 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def in_turn(works: Iterator[Iterator[None]], at_once: int) -> None:
+def take_turns(works: Iterator[Iterator[None]], at_once: int) -> None:
     """Run all generators of `works` to their ends; up to `at_once` of them take turns, from one `yield` to the next."""
     active = deque(islice(works, at_once))
     while active:
@@ -361,7 +361,7 @@ class BlockInputs:
     kernel: AttentionKernel
     compute_dtype: torch.dtype
     slice_tokens: int
-    heard: Any = None  # further context of a variant's blocks (see `WanModel.heard`)
+    audio_context: Any = None  # further context of a variant's blocks (see `WanModel.audio_context`)
     kept: dict[nn.Module, Keys] | None = None  # by cross-attention, where they are kept (see text_keys.py)
 
     def keys_of(self, attention: Attention) -> Keys:

@@ -30,9 +30,9 @@ from .layers import (
     OverSequence,
     PatchEmbedding,
     SelfAttention,
+    no_announcement,
     sinusoid,
     time_vectors,
-    to_nobody,
 )
 from .text_keys import TextKeys
 
@@ -175,7 +175,7 @@ class WanModel(nn.Module):
                 the result of the blocks before, which is changed in place.
             attend: self-attention over the whole grid for the queries of this part; None, for a part that is the whole
                 grid, takes the model's own kernel.
-            before_block: called with the number of each block (see `WanConfig.in_turn`) before the block runs.
+            before_block: called with the number of each block (see `WanConfig.run_order`) before the block runs.
             conditioning: the conditioning that `extended` returned, for all tokens of the grid.
 
         Returns:
@@ -217,7 +217,7 @@ class WanModel(nn.Module):
         embedding = self.time_embedding(sinusoid(times, self.config.freq_dim))
         text = self.text_embedding(context.to(self.compute_dtype))
         image = self.image_context(conditioning, text)
-        blocks = len(self.config.in_turn(self.span))
+        blocks = len(self.config.run_order(self.span))
         inputs = BlockInputs(
             time=time_vectors(self.time_projection(embedding)),
             row_of_token=row_of_token,
@@ -225,11 +225,11 @@ class WanModel(nn.Module):
             image=image,
             rope=sequence_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options)[part],
             attend=attend or self.self_kernel,
-            announce=getattr(attend, "announce", to_nobody),
+            announce=getattr(attend, "announce", no_announcement),
             kernel=self.kernel,
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
-            heard=self.heard(grid, part, conditioning, tokens.device),
+            audio_context=self.audio_context(grid, part, conditioning, tokens.device),
             kept=self.text_keys.of(text, image, blocks) if self.text_keys is not None else None,
         )
         return inputs, embedding
@@ -238,19 +238,19 @@ class WanModel(nn.Module):
 
     def embed(self, tokens: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning) -> torch.Tensor:
         """Embed the tokens of `part`, the video's `tokens` [B, n, in_dim*4] and context, as float32 [B, all, dim]."""
-        if not grid.tail or not isinstance(part, slice):  # indices are of the video alone
+        if not grid.context_tokens or not isinstance(part, slice):  # indices are of the video alone
             return self.embed_video(tokens, grid, part, conditioning)
         x = self.embed_video(tokens, grid, video_part(grid, part), conditioning)
         first, last = (max(place - grid.video_tokens, 0) for place in (part.start, part.stop))
-        return torch.cat([x, self.embed_behind(conditioning, slice(first, last), x.device)], dim=1)
+        return torch.cat([x, self.embed_context(conditioning, slice(first, last), x.device)], dim=1)
 
     def embed_video(self, tokens: torch.Tensor, grid: Grid, video: Part, conditioning: Conditioning) -> torch.Tensor:
         """Embed the tokens [B, n, in_dim*4] of the video, which has them at `video`, in float32 [B, n, dim]."""
         return self.patch_embedding(tokens.float())
 
-    def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
+    def embed_context(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
         """Embed the context tokens `places`, counted from the first context token, in float32 [B, n, dim]."""
-        return self.patch_embedding(conditioning.given["tail"][:, places].to(device).float())
+        return self.patch_embedding(conditioning.given["context_videos"][:, places].to(device).float())
 
     def times(
         self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
@@ -269,7 +269,7 @@ class WanModel(nn.Module):
         """The head that computes the result of a forward with this conditioning."""
         return self.head
 
-    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Any:
+    def audio_context(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Any:
         """The audio that the blocks attend to for the tokens `part`, in the variant's own form; None without audio."""
         return None
 

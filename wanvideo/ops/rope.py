@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..base.options import PLAIN, PLAIN_ROPE, Options, RopeOptions, Segment
+from ..base.options import PLAIN, PLAIN_ROPE, ContextGrid, Options, RopeOptions
 
 THETA = 10000.0
 FULL_RATE = 30.0  # frames a second that WanDancer counts in
@@ -62,7 +62,7 @@ def sequence_table(
         grid: (frames, rows, columns) of the reference frames and the video together.
 
     Returns:
-        complex64 [frames * rows * columns + options.tail_tokens, head_dim // 2].
+        complex64 [frames * rows * columns + options.context_tokens, head_dim // 2].
     """
     frames, rows, columns = grid
     reference_rope = options.reference_rope
@@ -70,25 +70,25 @@ def sequence_table(
     tables = [rope_table((frames - front, rows, columns), head_dim, device, options.rope, options.fps)]
     if front and reference_rope is not None:
         tables.insert(0, rope_table((front, rows, columns), head_dim, device, reference_rope))
-    tables += [_segment_table(segment, grid, head_dim, device) for segment in options.tail]
+    tables += [_context_table(context, grid, head_dim, device) for context in options.context_grids]
     return torch.cat(tables) if len(tables) > 1 else tables[0]
 
 
-def _segment_table(
-    segment: Segment, grid: tuple[int, int, int], head_dim: int, device: torch.device | str
+def _context_table(
+    context: ContextGrid, grid: tuple[int, int, int], head_dim: int, device: torch.device | str
 ) -> torch.Tensor:
     """Rotations of the tokens of one context grid. The phases are Bernini's, the stretched grids are those of SCAIL's
     pose, both as ComfyUI runs these models."""
-    rope = segment.rope
-    if segment.stretched:
-        y, x = grid[1] / segment.rows, grid[2] / segment.columns
+    rope = context.rope
+    if context.stretched:
+        y, x = grid[1] / context.rows, grid[2] / context.columns
         shift_y, shift_x = rope.shift_y + (y - 1) / 2, rope.shift_x + (x - 1) / 2
         rope = replace(rope, scale_y=y, scale_x=x, shift_y=shift_y, shift_x=shift_x)
-    table = rope_table(segment.shape, head_dim, device, rope)
-    if not segment.turn:
+    table = rope_table(context.shape, head_dim, device, rope)
+    if not context.rope_phase:
         return table
     pairs = head_dim // 2
-    angles = segment.turn * THETA ** -(torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+    angles = context.rope_phase * THETA ** -(torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
     return (table * torch.polar(torch.ones_like(angles), angles)).to(torch.complex64)
 
 

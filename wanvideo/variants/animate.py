@@ -25,9 +25,9 @@ from ..base.config import WanConfig
 from ..base.grid import Grid, Part, pad_to_patch, patchify
 from ..base.shapes import Shapes, linear, patch_embedding
 from ..base.variant import (
-    Hearing,
     Input,
     Key,
+    SideAttention,
     TensorShapes,
     Variant,
     paired_attention_splits,
@@ -169,9 +169,9 @@ class Animate(Variant):
         part = name.split(".")
         return int(part[2]) * _STRIDE if part[0] == "face_adapter" else None
 
-    def hearing(self, config: WanConfig) -> Hearing:
+    def side_attention(self, config: WanConfig) -> SideAttention:
         """The attention to the tokens of a frame's face, behind every fifth block."""
-        return Hearing(len(range(0, config.num_layers, _STRIDE)) / config.num_layers, self.heads + 1, config.dim)
+        return SideAttention(len(range(0, config.num_layers, _STRIDE)) / config.num_layers, self.heads + 1, config.dim)
 
 
 class Blur(nn.Module):
@@ -337,8 +337,8 @@ class AnimateModel(WanModel):
         if conditioning.pose is not None:
             pose = patchify(pad_to_patch(conditioning.pose.to(x.device, torch.float32)))
             places = torch.arange(grid.tokens, device=x.device)[video] - grid.frame_tokens
-            led = (places >= 0) & (places < pose.shape[1])
-            x[:, led] += self.pose_patch_embedding(pose[:, places[led]])
+            posed = (places >= 0) & (places < pose.shape[1])
+            x[:, posed] += self.pose_patch_embedding(pose[:, places[posed]])
         return x
 
     def side_streams(

@@ -38,7 +38,7 @@ class FunControl(Variant):
         """Whether the input has the channels of a control video and of an image beside the latent's."""
         return in_dim >= 3 * out_dim and in_dim != out_dim
 
-    def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
+    def context_channels(self, config: WanConfig) -> tuple[int, ...]:
         """The number of channels of Bernini's videos, which is that of the model's input."""
         return (config.in_dim,)
 

@@ -17,7 +17,7 @@ from ..base.conditioning import Conditioning
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part
 from ..base.shapes import Shapes, attention, linear, norm
-from ..base.variant import Asked, Hearing, Input, Key, Shape, TensorShapes, Variant, attention_splits
+from ..base.variant import Asked, Input, Key, Shape, SideAttention, TensorShapes, Variant, attention_splits
 from ..model.layers import Attention, Block, BlockInputs, LayerNorm, Linear
 from ..model.model import WanModel
 
@@ -83,9 +83,9 @@ class Humo(Variant):
         """`HumoModel`."""
         return HumoModel
 
-    def hearing(self, config: WanConfig) -> Hearing:
+    def side_attention(self, config: WanConfig) -> SideAttention:
         """The attention to the tokens of a frame's audio, in every block."""
-        return Hearing(1.0, self.tokens, self.width)
+        return SideAttention(1.0, self.tokens, self.width)
 
     def arrange(self, conditioning: Conditioning, given: Mapping[str, Any]) -> Conditioning:
         """The conditioning with the reference image as a frame behind the video, and with silence for this frame."""
@@ -111,7 +111,7 @@ class Humo(Variant):
 
 
 @dataclass(frozen=True)
-class Heard:
+class AudioContext:
     """The audio to which the video tokens of one rank attend.
 
     Args:
@@ -166,16 +166,16 @@ class AudioAttention(Attention):
         super().__init__(config)
         self.k, self.v = Linear(width, config.dim), Linear(width, config.dim)
 
-    def forward(self, x: torch.Tensor, heard: Heard, inputs: BlockInputs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, audio_context: AudioContext, inputs: BlockInputs) -> torch.Tensor:
         """Attend from the normed tokens x [B, n, dim] to the audio; x begins with the tokens of the first run."""
-        first, last = heard.runs[0][2], heard.runs[-1][2]
-        audio = heard.audio[:, first : last + 1]
+        first, last = audio_context.runs[0][2], audio_context.runs[-1][2]
+        audio = audio_context.audio[:, first : last + 1]
         q, k = self.q(x), self.k(audio.flatten(1, 2))
         squares_q, squares_k = self.mean_squares(q, k)
         q = self.by_head(self.norm_q(q, None, squares_q))
         k = self.by_head(self.norm_k(k, None, squares_k)).unflatten(1, audio.shape[1:3])
         v = self.by_head(self.v(audio))
-        out = [inputs.kernel(q[:, a:b], k[:, m - first], v[:, m - first]) for a, b, m in heard.runs]
+        out = [inputs.kernel(q[:, a:b], k[:, m - first], v[:, m - first]) for a, b, m in audio_context.runs]
         return self.o(torch.cat(out, dim=1).flatten(2))
 
 
@@ -201,13 +201,13 @@ class HumoBlock(Block):
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
         """Add the attention to audio to x, the slice `s` of this rank's tokens, in place."""
-        if inputs.heard is None or not x.shape[1]:
+        if inputs.audio_context is None or not x.shape[1]:
             return
         wrapper = self.audio_cross_attn_wrapper
-        cut = ((max(a, s.start) - s.start, min(b, s.stop) - s.start, m) for a, b, m in inputs.heard.runs)
+        cut = ((max(a, s.start) - s.start, min(b, s.stop) - s.start, m) for a, b, m in inputs.audio_context.runs)
         runs = tuple(run for run in cut if run[0] < run[1])
         y = wrapper.norm1_audio(x, inputs.compute_dtype)
-        x += wrapper.audio_cross_attn(y, Heard(inputs.heard.audio, runs), inputs)
+        x += wrapper.audio_cross_attn(y, AudioContext(inputs.audio_context.audio, runs), inputs)
 
 
 class HumoModel(WanModel):
@@ -219,11 +219,11 @@ class HumoModel(WanModel):
         super().__init__(config, *args, **options)
         self.audio_proj = AudioProjection(config[Humo])
 
-    def heard(
+    def audio_context(
         self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device
-    ) -> Heard | None:
+    ) -> AudioContext | None:
         """The audio tokens of all frames, and the runs of the video tokens `part` by frame; None without audio."""
         if conditioning.audio is None:
             return None
         audio = self.audio_proj(conditioning.audio.to(device), self.compute_dtype)
-        return Heard(audio, moments(grid, part, audio.shape[1]))
+        return AudioContext(audio, moments(grid, part, audio.shape[1]))

@@ -25,7 +25,7 @@ from ..base.conditioning import Conditioning
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part
 from ..base.shapes import Shapes, linear, norm
-from ..base.variant import Hearing, Input, TensorShapes, Variant, paired_attention_splits
+from ..base.variant import Input, SideAttention, TensorShapes, Variant, paired_attention_splits
 from ..model.frames import Run, few_keys, runs_of
 from ..model.layers import Block, BlockInputs, LayerNorm, Linear, OverSequence
 from ..model.model import WanModel
@@ -35,8 +35,8 @@ _CLOSE = 1e-8  # keeps quotients of equal numbers finite
 _BASE = 10000.0
 # The line of positions: each speaker's part has the length _SPAN and one of these starts; the last is of no speaker.
 _SPAN = 4.0
-_BEGINS = (0.0, 20.0)
-_NOBODY = 12.0
+_SPEAKER_STARTS = (0.0, 20.0)
+_NO_SPEAKER = 12.0
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ class InfiniteTalk(Variant):
             shapes |= linear(f"blocks.{i}.audio_cross_attn.proj", config.dim, config.dim)
         return shapes
 
-    def layers(self) -> type[TalkModel]:
-        """`TalkModel`."""
-        return TalkModel
+    def layers(self) -> type[InfiniteTalkModel]:
+        """`InfiniteTalkModel`."""
+        return InfiniteTalkModel
 
     def divides(self, config: WanConfig) -> bool:
         """Whether the model's width divides into heads of an even size."""
         return config.dim % (2 * self.heads) == 0
 
-    def hearing(self, config: WanConfig) -> Hearing:
+    def side_attention(self, config: WanConfig) -> SideAttention:
         """The attention to the tokens of a frame's speech, in every block."""
-        return Hearing(1.0, self.TOKENS, self.width)
+        return SideAttention(1.0, self.TOKENS, self.width)
 
     def own_heads(self) -> tuple[int, str]:
         """The number of heads of the attention to speech, and the name of the layers in a refusal."""
@@ -107,7 +107,7 @@ class InfiniteTalk(Variant):
         """
         if conditioning.audio is None:
             return
-        if conditioning.extra_frames is not None or conditioning.tail is not None:
+        if conditioning.extra_frames is not None or conditioning.context_videos is not None:
             raise ValueError(
                 "InfiniteTalk cannot be joined with subject images or further videos (WanPhantomSubjectToVideo, "
                 "BerniniConditioning). Remove one of them."
@@ -164,14 +164,14 @@ class Speech:
 
 
 @dataclass
-class Heard:
+class SpeechKeys:
     """The keys and values [B, frames, tokens, heads, head_dim] of a `Speech` in one block, and the positions [B, n] of
     this rank's video tokens on the line of the speakers."""
 
     speech: Speech
     k: torch.Tensor
     v: torch.Tensor
-    places: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 class SpeechAttention(nn.Module):
@@ -184,26 +184,27 @@ class SpeechAttention(nn.Module):
         self.kv_linear = Linear(audio.width, 2 * dim)
         self.proj = Linear(dim, dim)
 
-    def heard(self, speech: Speech) -> Heard:
+    def speech_keys(self, speech: Speech) -> SpeechKeys:
         """The keys and values of a speech in this block; the keys of two speakers are rotated by their positions."""
         k, v = self.kv_linear(speech.audio).unflatten(-1, (2, -1, self.head_dim)).unbind(3)
         if speech.speakers is not None:
             tokens = torch.arange(k.shape[2], device=k.device)
             second = (tokens >= k.shape[2] // 2).long()
-            middles = torch.tensor(_BEGINS, device=k.device) + _SPAN / 2
+            middles = torch.tensor(_SPEAKER_STARTS, device=k.device) + _SPAN / 2
             k = rotate(k, middles[second])
-        return Heard(speech, k, v)
+        return SpeechKeys(speech, k, v)
 
-    def forward(self, x: torch.Tensor, heard: Heard, s: slice) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, speech_keys: SpeechKeys, s: slice) -> torch.Tensor:
         """Attend from the normed tokens x [B, n, dim], the slice `s` of this rank's tokens, to the speech."""
         q = self.q_linear(x).unflatten(-1, (-1, self.head_dim))
-        if heard.places is not None:
-            q = rotate(q, heard.places[:, s])
-        out = [run.back(few_keys(run.of(q), run.own(heard.k), run.own(heard.v))) for run in heard.speech.runs(s)]
+        if speech_keys.positions is not None:
+            q = rotate(q, speech_keys.positions[:, s])
+        k, v, runs = speech_keys.k, speech_keys.v, speech_keys.speech.runs(s)
+        out = [run.back(few_keys(run.of(q), run.own(k), run.own(v))) for run in runs]
         return self.proj(torch.cat(out, dim=1).flatten(2))
 
 
-class TalkBlock(Block):
+class InfiniteTalkBlock(Block):
     """A block with an attention to speech between cross-attention and feed-forward."""
 
     def __init__(self, config: WanConfig, image: bool = False):
@@ -214,17 +215,17 @@ class TalkBlock(Block):
 
     def forward(self, x: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
         """Run `Block.forward`; with two speakers, the queries and keys of self-attention also position the tokens."""
-        if inputs.heard is None:
+        if inputs.audio_context is None:
             return super().forward(x, inputs)
-        heard, masks = self.audio_cross_attn.heard(inputs.heard), inputs.heard.speakers
+        speech_keys, masks = self.audio_cross_attn.speech_keys(inputs.audio_context), inputs.audio_context.speakers
         if masks is None:
-            return super().forward(x, replace(inputs, heard=heard))
+            return super().forward(x, replace(inputs, audio_context=speech_keys))
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            heard.places = self.places(q, k, masks, heard.speech)
+            speech_keys.positions = self.positions(q, k, masks, speech_keys.speech)
             return inputs.attend(q, k, v)
 
-        return super().forward(x, replace(inputs, heard=heard, attend=attend))
+        return super().forward(x, replace(inputs, audio_context=speech_keys, attend=attend))
 
     def used_by_slices(self) -> list[nn.Module]:
         """The modules that each slice of tokens goes through, those of the attention to speech included."""
@@ -232,32 +233,32 @@ class TalkBlock(Block):
 
     def between(self, x: torch.Tensor, s: slice, inputs: BlockInputs) -> None:
         """Add the attention to speech to x, the slice `s` of this rank's tokens, in place."""
-        if inputs.heard is not None and x.shape[1]:
-            y = self.audio_cross_attn(self.norm_x(x, inputs.compute_dtype), inputs.heard, s)
-            x.add_(y, alpha=inputs.heard.speech.scale)
+        if inputs.audio_context is not None and x.shape[1]:
+            y = self.audio_cross_attn(self.norm_x(x, inputs.compute_dtype), inputs.audio_context, s)
+            x.add_(y, alpha=inputs.audio_context.speech.scale)
 
-    def places(self, q: torch.Tensor, k: torch.Tensor, masks: torch.Tensor, speech: Speech) -> torch.Tensor:
+    def positions(self, q: torch.Tensor, k: torch.Tensor, masks: torch.Tensor, speech: Speech) -> torch.Tensor:
         """The position [B, n] of each token on the line of the speakers, from the queries and keys [B, n, heads, d] of
         self-attention and the speakers' masks. All ranks that share the sequence or the heads call this together."""
         shown = q.new_zeros(q.shape[0], masks.shape[-1], *q.shape[2:])  # as values, for the weight of each mask
         shown[..., : masks.shape[1]] = masks.transpose(1, 2).unsqueeze(2)
         looks = few_keys(q, speech.first_keys(k), shown)[..., : masks.shape[1]].float().sum(dim=2)
         looks = self.over_heads(looks.contiguous()) / (self.num_heads * masks.float().sum(-1).unsqueeze(1) + _CLOSE)
-        return on_the_line(looks, speech.over)
+        return speaker_positions(looks, speech.over)
 
 
-def on_the_line(looks: torch.Tensor, over: OverSequence | None) -> torch.Tensor:
+def speaker_positions(looks: torch.Tensor, over: OverSequence | None) -> torch.Tensor:
     """Positions [B, n] on the line of the speakers, from each token's attention `looks` [B, n, masks] to the masks.
 
     A token belongs to the mask to which it attends most. Its position moves along this speaker's part of the line with
     its attention to the speaker, relative to the least and largest attention of all tokens of the video.
     """
     most, least = _extremes(looks[..., :2], over)
-    begins = torch.tensor(_BEGINS, device=looks.device)
-    along = (looks[..., :2] - least) / (most - least + _CLOSE) * _SPAN + begins
-    nobody = torch.full_like(along[..., :1], _NOBODY)
+    starts = torch.tensor(_SPEAKER_STARTS, device=looks.device)
+    along = (looks[..., :2] - least) / (most - least + _CLOSE) * _SPAN + starts
+    no_speaker = torch.full_like(along[..., :1], _NO_SPEAKER)
     choice = looks.argmax(dim=-1, keepdim=True)
-    return torch.cat([along, nobody], dim=-1).gather(-1, choice).squeeze(-1)
+    return torch.cat([along, no_speaker], dim=-1).gather(-1, choice).squeeze(-1)
 
 
 def _extremes(x: torch.Tensor, over: OverSequence | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,26 +270,26 @@ def _extremes(x: torch.Tensor, over: OverSequence | None) -> tuple[torch.Tensor,
     return largest[0].unsqueeze(1), -largest[1].unsqueeze(1)
 
 
-def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring pairs of the last dimension of x [..., tokens, heads, d] by angles proportional to `places`
-    [..., tokens]; the result is in the dtype of x."""
+def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of the last dimension of x [..., tokens, heads, d] by angles proportional to
+    `positions` [..., tokens]; the result is in the dtype of x."""
     pairs = torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1]
-    angles = places.float().unsqueeze(-1) / _BASE**pairs
+    angles = positions.float().unsqueeze(-1) / _BASE**pairs
     turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-class TalkModel(WanModel):
+class InfiniteTalkModel(WanModel):
     """A DiT whose tokens attend to speech."""
 
-    block = TalkBlock
+    block = InfiniteTalkBlock
 
     def asks_other_ranks(self, conditioning: Conditioning) -> bool:
         """Whether the conditioning has two speakers, between whom each block decides for all tokens together."""
         return conditioning.speakers is not None or super().asks_other_ranks(conditioning)
 
-    def heard(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Speech | None:
+    def audio_context(self, grid: Grid, part: Part, conditioning: Conditioning, device: torch.device) -> Speech | None:
         """The speech of all frames, for the video tokens `part`; None without speech."""
         if conditioning.audio is None:
             return None

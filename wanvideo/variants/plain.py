@@ -35,7 +35,7 @@ class TextToVideo(Variant):
         """The node that makes the latent, which has other channels and another size for the 5B model."""
         return "Wan22ImageToVideoLatent" if config.out_dim == _CHANNELS_5B else "EmptyHunyuanLatentVideo"
 
-    def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
+    def context_channels(self, config: WanConfig) -> tuple[int, ...]:
         """The number of channels of Bernini's videos, which is that of the latent."""
         return (config.in_dim,)
 
@@ -60,7 +60,7 @@ class ImageToVideo(Variant):
         """Whether the input has channels beside the latent's, but fewer than two further videos would have."""
         return in_dim != out_dim and in_dim < 3 * out_dim
 
-    def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
+    def context_channels(self, config: WanConfig) -> tuple[int, ...]:
         """The number of channels of Bernini's videos, which is that of the model's input."""
         return (config.in_dim,)
 

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..base.conditioning import Conditioning, check_no_subjects, placed
+from ..base.conditioning import Conditioning, check_no_subjects, with_context_grids
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part, pad_to_patch, patchify
-from ..base.options import RopeOptions, Segment
+from ..base.options import ContextGrid, RopeOptions
 from ..base.shapes import Shapes, attention, convolution, linear, patch_embedding
-from ..base.variant import GATHERED, Hearing, Input, Key, TensorShapes, Variant, attention_splits
+from ..base.variant import GATHERED, Input, Key, SideAttention, TensorShapes, Variant, attention_splits
 from ..model.frames import (
     CausalConvolution,
     CausalEncoder,
@@ -39,7 +39,7 @@ from ..model.model import Sides, WanModel
 from ..ops import pointwise
 from ..quant.quantized import as_tensor
 
-_VIDEO, _SUBJECT, _SO_FAR = range(3)  # rows of the learned vectors that tell kinds of tokens apart
+_VIDEO, _SUBJECT, _MOTION = range(3)  # rows of the learned vectors that tell kinds of tokens apart
 _ADAPTIVE_EPS = 1e-5
 _TIMED_BYTES = 8  # two float32 vectors a token, where tokens have times of their own and Triton does not work
 
@@ -92,7 +92,7 @@ class S2V(Variant):
             Key("reference_latent"),
         ),
         Input(
-            "so_far",
+            "motion_frames",
             lambda _, asked: (asked.batch, asked.config.in_dim, None, asked.height, asked.width),
             Key("reference_motion", "the video so far", "WanSoundImageToVideo"),
         ),
@@ -147,23 +147,24 @@ class S2V(Variant):
         part = name.split(".")
         return _LAYERS[int(part[2])] if part[0] == "audio_injector" else None
 
-    def hearing(self, config: WanConfig) -> Hearing:
+    def side_attention(self, config: WanConfig) -> SideAttention:
         """The attention to the tokens of a frame's audio, behind some blocks."""
         share = sum(place < config.num_layers for place in _LAYERS) / config.num_layers
-        return Hearing(share, self.heads + 1, config.dim)
+        return SideAttention(share, self.heads + 1, config.dim)
 
     def token_bytes(self, contexts: int) -> int:
         """Bytes of the time vectors, of which each token has its own."""
         return _TIMED_BYTES
 
     @classmethod
-    def placed(cls, x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
+    def with_context_grids(cls, x: torch.Tensor, conditioning: Conditioning) -> Conditioning:
         """The conditioning with the grids of the subject and of the motion frames as context of the latent x."""
-        if conditioning.subject is None and conditioning.so_far is None:
+        if conditioning.subject is None and conditioning.motion_frames is None:
             return conditioning
-        subject, so_far = (None if y is None else y.shape[-3:] for y in (conditioning.subject, conditioning.so_far))
-        tail = _segments_behind(x.shape[-3:], subject, so_far)
-        return conditioning.having(replace(conditioning.options, tail=tail))
+        given = conditioning.subject, conditioning.motion_frames
+        subject, motion_frames = (None if latent is None else latent.shape[-3:] for latent in given)
+        grids = _context_grids(x.shape[-3:], subject, motion_frames)
+        return conditioning.having(replace(conditioning.options, context_grids=grids))
 
     def check(self, config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> None:
         """Check that subject and motion frames fit into whole tokens, and that the audio divides the video evenly.
@@ -173,39 +174,39 @@ class S2V(Variant):
         """
         check_no_subjects(conditioning)
         frames, height, width = x.shape[-3:]
-        if placed(x, conditioning).options.tail and (height % 2 or width % 2):
+        if with_context_grids(x, conditioning).options.context_grids and (height % 2 or width % 2):
             raise ValueError(
                 f"The latent is {width} x {height}, but beside a reference S2V takes even sizes alone. "
                 "Use a width and a height that are multiples of 16 pixels."
             )
-        if conditioning.so_far is not None and min(height, width) < 8:
+        if conditioning.motion_frames is not None and min(height, width) < 8:
             raise ValueError(
                 f"The latent is {width} x {height}, but to go on with a video S2V needs 8 x 8 at least. "
                 "Use a width and a height of at least 64 pixels."
             )
         if conditioning.audio is not None:
-            heard = -(-min(4 * frames, conditioning.audio.shape[-1]) // 4)
-            if not heard or frames * -(-height // 2) * -(-width // 2) % heard:
+            audio_frames = -(-min(4 * frames, conditioning.audio.shape[-1]) // 4)
+            if not audio_frames or frames * -(-height // 2) * -(-width // 2) % audio_frames:
                 raise ValueError(
-                    f"The sound lasts for {heard} of {frames} latent frames, which do not divide the video evenly. "
-                    "Use a shorter length, or a longer sound."
+                    f"The sound lasts for {audio_frames} of {frames} latent frames, which do not divide the video "
+                    "evenly. Use a shorter length, or a longer sound."
                 )
 
 
-def _segments_behind(
-    video: Sequence[int], subject: Sequence[int] | None, so_far: Sequence[int] | None
-) -> tuple[Segment, ...]:
+def _context_grids(
+    video: Sequence[int], subject: Sequence[int] | None, motion_frames: Sequence[int] | None
+) -> tuple[ContextGrid, ...]:
     """The grids of the subject and of the motion frames; arguments are (frames, height, width) of latents."""
-    segments = []
+    grids = []
     if subject is not None:
         first = max(_SUBJECT_TIME, video[0] + _SUBJECT_DISTANCE)
-        segments.append(Segment(subject[0], subject[1] // 2, subject[2] // 2, RopeOptions(shift_t=float(first))))
-    if so_far is not None:
-        segments += _packed(so_far[1], so_far[2])
-    return tuple(segments)
+        grids.append(ContextGrid(subject[0], subject[1] // 2, subject[2] // 2, RopeOptions(shift_t=float(first))))
+    if motion_frames is not None:
+        grids += _packed(motion_frames[1], motion_frames[2])
+    return tuple(grids)
 
 
-def _packed(height: int, width: int) -> Iterator[Segment]:
+def _packed(height: int, width: int) -> Iterator[ContextGrid]:
     """The grids of the motion frames, the last frame first; coarser grids span the same rows and columns."""
     first = 0
     for frames, (size, rows, columns) in zip(_PACKED_FRAMES, _PACKED.values(), strict=True):
@@ -213,7 +214,7 @@ def _packed(height: int, width: int) -> Iterator[Segment]:
         own = height // rows, width // columns
         scale_y, scale_x = (_spread(length // 2, count) for length, count in zip((height, width), own, strict=True))
         rope = RopeOptions(shift_t=float(first), scale_y=scale_y, scale_x=scale_x)
-        yield Segment(frames // size, *own, rope)
+        yield ContextGrid(frames // size, *own, rope)
 
 
 def _spread(length: int, count: int) -> float:
@@ -225,9 +226,9 @@ class MotionEncoder(CausalEncoder):
     """Encodes audio features as one token for each latent frame, and as several tokens for each latent frame."""
 
     def __init__(self, config: WanConfig):
-        dim, sound = config.dim, config[S2V]
-        super().__init__(sound.features, (dim // 4, dim // 2, dim), sound.heads, dim)
-        self.conv1_global = CausalConvolution(sound.features, dim // 4)
+        dim, s2v = config.dim, config[S2V]
+        super().__init__(s2v.features, (dim // 4, dim // 2, dim), s2v.heads, dim)
+        self.conv1_global = CausalConvolution(s2v.features, dim // 4)
         self.final_linear = Linear(dim, dim)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +237,7 @@ class MotionEncoder(CausalEncoder):
         return whole, self.padded(self.encode(features, self.conv1_local, self.heads))
 
 
-class SoundEncoder(nn.Module):
+class AudioEncoder(nn.Module):
     """Averages the outputs of all layers of an audio encoder by learned weights, and encodes the mean as tokens."""
 
     def __init__(self, config: WanConfig):
@@ -244,10 +245,10 @@ class SoundEncoder(nn.Module):
         self.weights = nn.Parameter(torch.empty(1, config[S2V].encoder_layers, 1, 1), requires_grad=False)
         self.encoder = MotionEncoder(config)
 
-    def forward(self, sound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode audio [B, layers, features, t] in float32; results as of `MotionEncoder`."""
         shares = F.silu(self.weights.float())
-        mean = (sound * shares).sum(dim=1) / shares.sum()
+        mean = (audio * shares).sum(dim=1) / shares.sum()
         return self.encoder(mean.transpose(1, 2))
 
 
@@ -263,7 +264,7 @@ class Adaptive(nn.Module):
         return self.linear(F.silu(whole)).chunk(2, dim=-1)
 
 
-class SoundInjector(nn.Module):
+class AudioInjector(nn.Module):
     """The cross-attention of a frame's tokens to the audio of the frame, behind some blocks."""
 
     def __init__(self, config: WanConfig):
@@ -290,8 +291,8 @@ class SoundInjector(nn.Module):
         """
         attention, dtype = cast(Attention, self.injector[place]), inputs.compute_dtype
         shift, scale = self.injector_adain_layers[place](whole)
-        sound = replace(inputs, context=tokens.flatten(1, 2).to(dtype))
-        k, v = (y.unflatten(1, tokens.shape[1:3]) for y in attention.context_keys(sound)[0])
+        audio_inputs = replace(inputs, context=tokens.flatten(1, 2).to(dtype))
+        k, v = (y.unflatten(1, tokens.shape[1:3]) for y in attention.context_keys(audio_inputs)[0])
         for run in runs:
             y = pointwise.norm(run.of(x), 1 + run.own(scale), run.own(shift), _ADAPTIVE_EPS, dtype)
             y = attention.cross_attention(y, [(run.own(k), run.own(v))], few_keys)
@@ -330,9 +331,9 @@ class S2VModel(WanModel):
     def __init__(self, config: WanConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
         self.trainable_cond_mask = Kinds(config.dim)
-        self.casual_audio_encoder = SoundEncoder(config)
+        self.casual_audio_encoder = AudioEncoder(config)
         self.cond_encoder = PatchEmbedding(config[S2V].control_dim, config.dim)
-        self.audio_injector = SoundInjector(config)
+        self.audio_injector = AudioInjector(config)
         packings = {name: Packing(config.in_dim, config.dim, size) for name, size in _PACKED.items()}
         self.frame_packer = nn.ModuleDict(packings)
 
@@ -344,22 +345,22 @@ class S2VModel(WanModel):
             x += self.cond_encoder(control[:, video])
         return x
 
-    def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
+    def embed_context(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
         """Embed the context tokens `places`, which are those of the subject and then those of the motion frames."""
-        return torch.cat(list(self._behind(conditioning, device)), dim=1)[:, places]
+        return torch.cat(list(self._embedded_context(conditioning, device)), dim=1)[:, places]
 
-    def _behind(self, conditioning: Conditioning, device: torch.device) -> Iterator[torch.Tensor]:
+    def _embedded_context(self, conditioning: Conditioning, device: torch.device) -> Iterator[torch.Tensor]:
         """The embedded tokens [B, n, dim] of the subject, then of each stretch of motion frames."""
         if conditioning.subject is not None:
             subject = patchify(conditioning.subject.to(device, torch.float32))
             yield self.patch_embedding(subject) + self.trainable_cond_mask(_SUBJECT)
-        if conditioning.so_far is not None:
+        if conditioning.motion_frames is not None:
             frames = sum(_PACKED_FRAMES)
-            video = conditioning.so_far[:, :, -frames:].to(device, torch.float32)
+            video = conditioning.motion_frames[:, :, -frames:].to(device, torch.float32)
             video = F.pad(video, (0, 0, 0, 0, frames - video.shape[2], 0))
             stretches = video.split(_PACKED_FRAMES[::-1], dim=2)[::-1]
             for packing, stretch in zip(self.frame_packer.values(), stretches, strict=True):
-                yield packing(stretch) + self.trainable_cond_mask(_SO_FAR)
+                yield packing(stretch) + self.trainable_cond_mask(_MOTION)
 
     def times(
         self, timestep: torch.Tensor, grid: Grid, part: Part, conditioning: Conditioning
@@ -369,10 +370,10 @@ class S2VModel(WanModel):
         Where a frame has an odd number of tokens and the conditioning has motion frames, ComfyUI gives a few tokens at
         the end of a frame the time of the next frame, and so does this method.
         """
-        if not grid.tail:
+        if not grid.context_tokens:
             return super().times(timestep, grid, part, conditioning)
         subjects = 0 if conditioning.subject is None else conditioning.subject.shape[2]
-        halves, packed = (1, 0) if conditioning.so_far is None else (2, 3)  # motion frames fill 1.5 frames
+        halves, packed = (1, 0) if conditioning.motion_frames is None else (2, 3)  # motion frames fill 1.5 frames
         length = -(-grid.tokens // ((grid.frames + subjects) * halves + packed))
         frame = torch.arange(grid.tokens, device=timestep.device)[part] // length // halves
         last = timestep.shape[1]
@@ -385,17 +386,17 @@ class S2VModel(WanModel):
         sides = super().side_streams(x, grid, part, conditioning, carried)
         if conditioning.audio is None:
             return sides
-        sound = conditioning.audio[..., : 4 * grid.frames]
+        audio = conditioning.audio[..., : 4 * grid.frames]
         whole, tokens = conditioning.once(
-            "sound", lambda: self.casual_audio_encoder(sound.to(x.device, torch.float32))
+            "audio", lambda: self.casual_audio_encoder(audio.to(x.device, torch.float32))
         )
         frames = tokens.shape[1]
-        return sides | {"sound": (whole, tokens, runs_of(part, grid.video_tokens // frames, frames))}
+        return sides | {"audio": (whole, tokens, runs_of(part, grid.video_tokens // frames, frames))}
 
     def add_sides(
         self, x: torch.Tensor, sides: Sides, block: int, inputs: BlockInputs, conditioning: Conditioning
     ) -> None:
         """Add, behind some blocks, each token's attention to the audio of its frame."""
         super().add_sides(x, sides, block, inputs, conditioning)
-        if "sound" in sides and block in _LAYERS:
-            self.audio_injector(x, _LAYERS.index(block), *sides["sound"], inputs)
+        if "audio" in sides and block in _LAYERS:
+            self.audio_injector(x, _LAYERS.index(block), *sides["audio"], inputs)

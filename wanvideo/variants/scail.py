@@ -20,7 +20,7 @@ from ..base.grid import Grid, Part, frames_of, pad_to_patch, patchify
 from ..base.options import RopeOptions
 from ..base.shapes import Shapes, patch_embedding
 from ..base.variant import Input, Key, TensorShapes, Variant
-from ..model.context_tokens import tail_of
+from ..model.context_tokens import context_tokens_of
 from ..model.layers import PatchEmbedding
 from ..model.model import WanModel
 
@@ -64,7 +64,7 @@ class Scail(Variant):
         """`ScailModel`."""
         return ScailModel
 
-    def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
+    def context_channels(self, config: WanConfig) -> tuple[int, ...]:
         """The number of channels of the pose."""
         return (self.pose_dim,)
 
@@ -81,13 +81,13 @@ class Scail(Variant):
             first = max(first - 1, 0.0)
             video = replace(options.rope, shift_t=options.rope.shift_t + first)
             options = replace(options, rope=video, reference_rope=RopeOptions(shift_y=_APART))
-        tail = None
+        context_videos = None
         if pose is not None:
             streams = pose if masks is None else torch.cat([pose, masks.to(pose)], dim=1)
             places = RopeOptions(shift_t=first, shift_x=_APART)
-            tail, segments = tail_of([streams], places, stretched=True)
-            options = replace(options, tail=segments)
-        return conditioning.having(options, tail=tail)
+            context_videos, grids = context_tokens_of([streams], places, stretched=True)
+            options = replace(options, context_grids=grids)
+        return conditioning.having(options, context_videos=context_videos)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Scail2(Scail):
         """`Scail2Model`."""
         return Scail2Model
 
-    def tail_channels(self, config: WanConfig) -> tuple[int, ...]:
+    def context_channels(self, config: WanConfig) -> tuple[int, ...]:
         """The number of channels of the pose alone, and of the pose with its masks."""
         return (self.pose_dim, self.pose_dim + self.mask_dim)
 
@@ -156,9 +156,9 @@ class ScailModel(WanModel):
         pose_dim = (config.get(Scail2) or config[Scail]).pose_dim
         self.patch_embedding_pose = PatchEmbedding(pose_dim, config.dim)
 
-    def embed_behind(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
+    def embed_context(self, conditioning: Conditioning, places: slice, device: torch.device) -> torch.Tensor:
         """Embed the context tokens `places`, which are those of the pose."""
-        return self.embed_pose(conditioning.given["tail"][:, places].to(device).float())
+        return self.embed_pose(conditioning.given["context_videos"][:, places].to(device).float())
 
     def embed_pose(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embed tokens [B, n, C*4] of the pose as [B, n, dim], in float32."""

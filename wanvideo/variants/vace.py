@@ -96,7 +96,7 @@ class Vace(Variant):
         match = _BLOCK.match(name)
         return None if match is None or match[2] else config.num_layers + int(match[1])
 
-    def place_of(self, config: WanConfig, name: str) -> int | None:
+    def video_block_number(self, config: WanConfig, name: str) -> int | None:
         """The number of the block of the video behind which the VACE block of the tensor `name` runs."""
         match = _BLOCK.match(name)
         return int(match[1]) * self.stride(config) if match else None

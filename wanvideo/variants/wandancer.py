@@ -111,9 +111,9 @@ class WanDancer(Variant):
             shapes |= attention(f"music_injector.injector.{i}", dim, dim)
         return shapes | image_embedding("img_emb_refimage", self.image_dim, dim)
 
-    def layers(self) -> type[DancerModel]:
-        """`DancerModel`."""
-        return DancerModel
+    def layers(self) -> type[WanDancerModel]:
+        """`WanDancerModel`."""
+        return WanDancerModel
 
     def block_number(self, config: WanConfig, name: str) -> int | None:
         """The number of the block behind which the injector with the tensor `name` acts; None for other tensors."""
@@ -188,8 +188,8 @@ def add_music(
     x: torch.Tensor, music: torch.Tensor, places: torch.Tensor, injector: Attention, scale: float, dtype: torch.dtype
 ) -> None:
     """Add to each token of x [B, n, dim] in place the music [B, moments, dim] of the token's moment, `places` [n]."""
-    heard = injector.o(injector.v(music.to(dtype))).float()
-    x += scale * heard[:, places]
+    added = injector.o(injector.v(music.to(dtype))).float()
+    x += scale * added[:, places]
 
 
 def moment_of(grid: Grid, part: Part, device: torch.device) -> torch.Tensor:
@@ -197,7 +197,7 @@ def moment_of(grid: Grid, part: Part, device: torch.device) -> torch.Tensor:
     return torch.arange(grid.tokens, device=device)[part] * (grid.frames * PER_FRAME) // grid.tokens
 
 
-class DancerModel(WanModel):
+class WanDancerModel(WanModel):
     """The DiT of WanDancer."""
 
     def __init__(self, config: WanConfig, *args: Any, **options: Any):

@@ -199,7 +199,7 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         tokens behind the video, are in no patch."""
         layers = range(inputs.model.config.num_layers)
         alone = inputs.model.self_attentions(inputs.conditioning, layers) <= len(layers)
-        return inputs.group.degrees.ranks > 1 and not inputs.grid.tail and alone
+        return inputs.group.degrees.ranks > 1 and not inputs.grid.context_tokens and alone
 
     def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
         """A forward that fills the buffers, or a forward that uses them."""

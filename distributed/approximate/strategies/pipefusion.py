@@ -49,8 +49,8 @@ def cut(grid: Grid, stages: int) -> list[tuple[int, int]]:
     units = grid.video_tokens // unit
     edges = [bounds(units, min(wanted, units), i) for i in range(min(wanted, units))]
     video = [(start * unit, stop * unit) for start, stop in edges]
-    runs = math.ceil(grid.tail / (video[0][1] - video[0][0]))
-    behind = (bounds(grid.tail, runs, i) for i in range(runs))
+    runs = math.ceil(grid.context_tokens / (video[0][1] - video[0][0]))
+    behind = (bounds(grid.context_tokens, runs, i) for i in range(runs))
     return [*((grid.video_tokens + start, grid.video_tokens + stop) for start, stop in behind), *video]
 
 

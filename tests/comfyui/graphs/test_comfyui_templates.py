@@ -21,7 +21,7 @@ from testkit.tiny import relative_error
 from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
 EXACT = 1e-5
-_TALK = tiny.TALK.having(InfiniteTalk(width=16))
+_INFINITETALK = tiny.INFINITETALK.having(InfiniteTalk(width=16))
 PATIENCE = 300.0  # seconds: the face encoder of Animate is slow on a CPU
 
 
@@ -65,7 +65,7 @@ def templates(start_comfyui) -> Iterator[ComfyServer]:
             tiny.write_checkpoint(folder / file, config_of(file), seed=seed)
             written[config_of(file)] = folder / file
     for file in {f for t in TEMPLATES for f in t.files("ModelPatchLoader")}:
-        infinitetalk_files.write_patch(server.base / "models" / "model_patches" / file, _TALK)
+        infinitetalk_files.write_patch(server.base / "models" / "model_patches" / file, _INFINITETALK)
     for template in TEMPLATES:
         models = template.files("UNETLoader")
         for lora in template.files("LoraLoaderModelOnly", "LoraLoader"):

@@ -17,7 +17,7 @@ from wan_parallel.wanvideo.base.conditioning import Conditioning, extended
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.grid import patchify, sequence_of, unpatchify
 from wan_parallel.wanvideo.base.options import Options
-from wan_parallel.wanvideo.model.context_tokens import tail_of
+from wan_parallel.wanvideo.model.context_tokens import context_tokens_of
 from wan_parallel.wanvideo.model.model import model_class
 
 SIZE = (9, 8, 6)
@@ -43,8 +43,9 @@ class Run:
         """The inputs as the workers get them."""
         given = tiny.inputs(self.config, SIZE, batch=2)
         if self.config == BERNINI:
-            tail, segments = tail_of([torch.ones(2, 16, 3, 6, 8), torch.ones(2, 16, 1, 5, 4)], turned=True)
-            conditioning = Conditioning(tail=tail, options=Options(tail=segments))
+            videos = [torch.ones(2, 16, 3, 6, 8), torch.ones(2, 16, 1, 5, 4)]
+            context_videos, grids = context_tokens_of(videos, own_phases=True)
+            conditioning = Conditioning(context_videos=context_videos, options=Options(context_grids=grids))
         else:
             conditioning = tiny.conditioning(self.config, given.x, contexts=2)
         x, conditioning = extended(given.x * (1 + 0.1 * number), conditioning)
@@ -58,7 +59,7 @@ RUNS = [
     Run(replace(tiny.ANIMATE, num_layers=5), ULYSSES),
     Run(tiny.HUMO_17B, TENSOR),
     Run(tiny.SCAIL_2, RING),
-    Run(replace(tiny.DANCER, num_layers=5), ULYSSES),
+    Run(replace(tiny.WANDANCER, num_layers=5), ULYSSES),
     Run(tiny.FUN_CAMERA, TENSOR),
 ]
 

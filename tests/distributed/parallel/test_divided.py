@@ -189,7 +189,7 @@ def test_patches_are_runs_of_whole_frames_or_of_whole_rows(frames, stages, patch
 
 
 def test_what_lies_behind_a_video_goes_first():
-    grid = Grid(9, 2, 3, tail=20)
+    grid = Grid(9, 2, 3, context_tokens=20)
     assert cut(grid, 2) == [(54, 64), (64, 74), (0, 12), *((6 * i, 6 * i + 6) for i in range(2, 9))]
 
 

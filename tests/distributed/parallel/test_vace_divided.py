@@ -146,11 +146,11 @@ def test_a_stage_holds_the_vace_blocks_behind_its_own():
 
 
 def test_blocks_are_counted_and_run_in_turn():
-    assert VACE.in_turn(range(8)) == [0, 8, 1, 2, 3, 4, 9, 5, 6, 7]
-    assert VACE.in_turn(range(1, 5)) == [1, 2, 3, 4, 9]
+    assert VACE.run_order(range(8)) == [0, 8, 1, 2, 3, 4, 9, 5, 6, 7]
+    assert VACE.run_order(range(1, 5)) == [1, 2, 3, 4, 9]
     assert VACE.block_number("vace_blocks.1.ffn.0.weight") == 9 and VACE.block_number("head.head.bias") is None
     assert Stage.of(0, 3).most_blocks(VACE) == 4  # 0, its VACE block, 1 and 2
-    assert PRESETS["14b"].in_turn(range(3)) == [0, 1, 2]
+    assert PRESETS["14b"].run_order(range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("stages", [2, 4])

@@ -171,7 +171,7 @@ def test_layers_that_hear_take_arithmetic_and_exchanges(name):
         both = (getattr(expect(each, plan, work, NVLINK), part) for each in (config, deaf))
         return next(both) - next(both)
 
-    share = config.hearing.share
+    share = config.side_attention.share
     products = config.num_layers * share * 4 * P480 * config.dim**2 / NVLINK.products
     assert products < more(ParallelPlan(1), "compute") / 2 < 1.5 * products  # for one item
     assert more(T4, "compute") == pytest.approx(more(ParallelPlan(1), "compute") / 4, rel=0.4)

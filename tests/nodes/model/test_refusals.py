@@ -92,14 +92,14 @@ def test_every_variant_takes_its_own_inputs(name, config):
         "pose_latents": own.pose,
         "face_pixel_values": own.face,
         "control_video": own.control,
-        "reference_motion": own.so_far,
+        "reference_motion": own.motion_frames,
         "audio_embed": own.audio,
         "clip_fea_ref": own.image_ref,
         "ref_mask_latents": own.mask,
     }
     taken = from_comfyui(config, {}, inputs)
-    assert all(taken.tensors()[key] is tensor for key, tensor in own.tensors().items() if key != "tail")
-    assert taken.reference is own.reference and taken.options == replace(own.options, tail=())
+    assert all(taken.tensors()[key] is tensor for key, tensor in own.tensors().items() if key != "context_videos")
+    assert taken.reference is own.reference and taken.options == replace(own.options, context_grids=())
 
 
 def test_a_pose_video_becomes_the_tail_of_the_sequence():
@@ -108,10 +108,10 @@ def test_a_pose_video_becomes_the_tail_of_the_sequence():
     reference, pose, masks = (torch.randn(shape) for shape in shapes)
     inputs = {"reference_latent": reference, "pose_latents": pose, "sam_latents": masks, "ref_mask_flag": True}
     animated = from_comfyui(tiny.SCAIL_2, {}, inputs)
-    assert animated.tail.shape == (1, 18, 4 * 48) and animated.options.tail_tokens == 18
-    assert animated.options.tail[0].rope == RopeOptions(shift_t=2.0, shift_x=120.0)
+    assert animated.context_videos.shape == (1, 18, 4 * 48) and animated.options.context_tokens == 18
+    assert animated.options.context_grids[0].rope == RopeOptions(shift_t=2.0, shift_x=120.0)
     replaced = from_comfyui(tiny.SCAIL_2, {}, {**inputs, "ref_mask_flag": False})
-    assert replaced.options.tail[0].rope == RopeOptions(shift_t=1.0, shift_x=120.0)
+    assert replaced.options.context_grids[0].rope == RopeOptions(shift_t=1.0, shift_x=120.0)
     assert replaced.options.reference_rope == RopeOptions(shift_y=120.0)
     assert replaced.options.rope == RopeOptions(shift_t=1.0)
 
@@ -119,8 +119,8 @@ def test_a_pose_video_becomes_the_tail_of_the_sequence():
 def test_videos_in_the_context_are_turned_by_their_number():
     latents = [torch.randn(1, 16, 3, 6, 8), torch.randn(1, 16, 1, 5, 4)]
     taken = from_comfyui(tiny.TINY, {}, {"context_latents": latents})
-    assert [(s.shape, s.turn) for s in taken.options.tail] == [((3, 3, 4), 1), ((1, 3, 2), 2)]
-    assert taken.tail.shape == (1, 36 + 6, 64)
+    assert [(s.shape, s.rope_phase) for s in taken.options.context_grids] == [((3, 3, 4), 1), ((1, 3, 2), 2)]
+    assert taken.context_videos.shape == (1, 36 + 6, 64)
 
 
 def test_the_subject_of_humo_is_a_silent_frame_behind_the_video():
@@ -132,7 +132,7 @@ def test_the_subject_of_humo_is_a_silent_frame_behind_the_video():
 
 @pytest.mark.parametrize("fps, coarse", [(None, 0.0), (30.0, 0.0), (29.6, 0.0), (6.0, 6.0)])
 def test_the_rate_of_a_dance_tells_whether_it_is_coarse(fps, coarse):
-    assert from_comfyui(tiny.DANCER, {}, {"fps": fps}).options.fps == coarse
+    assert from_comfyui(tiny.WANDANCER, {}, {"fps": fps}).options.fps == coarse
 
 
 def test_clip_tokens_are_left_out_where_wan_22_has_no_use_for_them():
@@ -152,7 +152,7 @@ def test_clip_tokens_are_left_out_where_wan_22_has_no_use_for_them():
         (tiny.S2V, "WanSoundImageToVideo"),
         (tiny.SCAIL_2, "WanSCAILToVideo"),
         (tiny.HUMO, "WanHuMoImageToVideo"),
-        (tiny.DANCER, "WanDancerVideo"),
+        (tiny.WANDANCER, "WanDancerVideo"),
     ],
 )
 def test_the_node_of_a_variant_is_named(config, node):

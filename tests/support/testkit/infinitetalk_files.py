@@ -22,7 +22,7 @@ MARKER = {"audio_proj.proj1.weight": torch.zeros(8, 64)}
 """What tells such a file from others, beside the layers."""
 
 
-def is_talk(name: str) -> bool:
+def is_infinitetalk(name: str) -> bool:
     """Whether a tensor is in the file of the layers."""
     return ".audio_cross_attn." in name or ".norm_x." in name
 
@@ -31,13 +31,13 @@ def write_patch(
     path: Path, config: WanConfig, seed: int = 0, dtype: torch.dtype = torch.float16, blocks: int = BLOCKS
 ) -> str:
     """A file for a model of `config`: random numbers for its blocks, and zeros for those that it lacks."""
-    weights = {name: weight for name, weight in tiny.random_weights(config, seed).items() if is_talk(name)}
-    talk = config[InfiniteTalk]
-    shapes = talk.shapes(replace(config, num_layers=blocks))
+    weights = {name: weight for name, weight in tiny.random_weights(config, seed).items() if is_infinitetalk(name)}
+    infinitetalk = config[InfiniteTalk]
+    shapes = infinitetalk.shapes(replace(config, num_layers=blocks))
     tensors = {name: weights[name] if name in weights else torch.zeros(shape) for name, shape in shapes.items()}
     projection = linear("proj1", 5 * _WINDOW, _HIDDEN) | linear("proj1_vf", 8 * _WINDOW, _HIDDEN)
-    projection |= linear("proj2", _HIDDEN, _HIDDEN) | linear("proj3", _HIDDEN, _TOKENS * talk.width)
-    projection |= norm("norm", talk.width)
+    projection |= linear("proj2", _HIDDEN, _HIDDEN) | linear("proj3", _HIDDEN, _TOKENS * infinitetalk.width)
+    projection |= norm("norm", infinitetalk.width)
     generator = torch.Generator().manual_seed(seed)
     for name, shape in projection.items():
         noise = torch.randn(shape, generator=generator)

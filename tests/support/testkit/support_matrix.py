@@ -22,13 +22,13 @@ Tensors = dict[str, torch.Tensor]
 Written = tuple[str, Tensors]
 """A file, and the float32 weights that it stands for."""
 
-MODULE, TALK = "vace module", "infinitetalk"
+MODULE, INFINITETALK = "vace module", "infinitetalk"
 VARIANTS: dict[str, WanConfig] = {
     "t2v": tiny.TINY,
     "5b": replace(tiny.TINY, in_dim=48, out_dim=48),
     **tiny.VARIANTS,
     MODULE: tiny.VACE,
-    TALK: tiny.TALK,
+    INFINITETALK: tiny.INFINITETALK,
 }
 TITLES = {
     "t2v": "text-to-video 2.1, each expert of 2.2",
@@ -49,7 +49,7 @@ TITLES = {
     "scail": "SCAIL",
     "scail-2": "SCAIL-2",
     MODULE: "VACE, model and module",
-    TALK: "InfiniteTalk, model and layers (bf16)",
+    INFINITETALK: "InfiniteTalk, model and layers (bf16)",
 }
 """How the table calls a variant; others go by their name."""
 
@@ -119,7 +119,7 @@ DIFFUSERS = ("t2v", "5b", "i2v-2.2", "i2v-2.1", "flf2v", "vace")
 
 def formats_of(variant: str) -> list[str]:
     """The formats in which a variant is published, or could be."""
-    if variant == TALK:  # wide, so that it takes long
+    if variant == INFINITETALK:  # wide, so that it takes long
         return ["bf16", "scaled fp8", "GGUF Q8_0"]
     return [name for name in FORMATS if name != "diffusers" or variant in DIFFUSERS]
 
@@ -147,8 +147,8 @@ def write(folder: Path, variant: str, kind: str) -> tuple[ModelSpec, ModelSpec]:
     weights, make = tiny.random_weights(VARIANTS[variant]), FORMATS[kind]
     folder.mkdir(parents=True)
     module = module_meant = ""
-    if variant == TALK:
-        layers = {name: weights.pop(name) for name in list(weights) if infinitetalk_files.is_talk(name)}
+    if variant == INFINITETALK:
+        layers = {name: weights.pop(name) for name in list(weights) if infinitetalk_files.is_infinitetalk(name)}
         module, meant_layers = _plain(folder / "layers", layers | infinitetalk_files.MARKER)
         module_meant = tiny.write_weights(folder / "meant-layers.safetensors", meant_layers)
     if variant == MODULE:

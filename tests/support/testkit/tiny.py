@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from wan_parallel.wanvideo.base.conditioning import Conditioning
 from wan_parallel.wanvideo.base.config import WanConfig
-from wan_parallel.wanvideo.base.options import Options, RopeOptions, Segment
+from wan_parallel.wanvideo.base.options import ContextGrid, Options, RopeOptions
 from wan_parallel.wanvideo.variants.animate import Animate
 from wan_parallel.wanvideo.variants.fun_camera import FunCamera
 from wan_parallel.wanvideo.variants.fun_control import Reference
 from wan_parallel.wanvideo.variants.humo import Humo
 from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
-from wan_parallel.wanvideo.variants.s2v import S2V as Sound
+from wan_parallel.wanvideo.variants.s2v import S2V as S2VLayers
 from wan_parallel.wanvideo.variants.scail import Scail, Scail2
 from wan_parallel.wanvideo.variants.vace import Vace
 from wan_parallel.wanvideo.variants.wandancer import WanDancer
@@ -42,15 +42,15 @@ FUN_CAMERA_22 = TINY.having(FunCamera(24), in_dim=36)
 VACE = TINY.having(Vace(blocks=2, channels=96), num_layers=4)
 FACE = Animate(channels=(4, 8, 6), style=12, directions=5, motion=10, hidden=16, heads=2)  # of 16 x 16 pixels
 ANIMATE = I2V_CLIP.having(FACE, num_layers=10)
-S2V = TINY.having(Sound(features=24, encoder_layers=3, heads=2), num_layers=5)
+S2V = TINY.having(S2VLayers(features=24, encoder_layers=3, heads=2), num_layers=5)
 MUSIC = WanDancer(features=35, width=256, hidden=1024, encoder_layers=2, injectors=8, image_dim=1280)
-DANCER = I2V_CLIP.having(replace(MUSIC, image_dim=96, hidden=64, injectors=2))
+WANDANCER = I2V_CLIP.having(replace(MUSIC, image_dim=96, hidden=64, injectors=2))
 HUMO = TINY.having(Humo(features=8 * 5 * 12, hidden=16, width=48, tokens=4))
 HUMO_17B = replace(HUMO, in_dim=36)
 SCAIL = I2V_CLIP.having(Scail(20), in_dim=20)
 SCAIL_2 = I2V_CLIP.having(Scail2(20, mask_dim=28), in_dim=20)
 # InfiniteTalk has 40 heads whatever the width, and tensor-parallel ranks want an even number of the model's own.
-TALK = I2V_CLIP.having(InfiniteTalk(width=48), dim=1280, num_heads=10, ffn_dim=128, freq_dim=64)
+INFINITETALK = I2V_CLIP.having(InfiniteTalk(width=48), dim=1280, num_heads=10, ffn_dim=128, freq_dim=64)
 VARIANTS = {
     "i2v-2.2": I2V,
     "i2v-2.1": I2V_CLIP,
@@ -64,7 +64,7 @@ VARIANTS = {
     "s2v": S2V,
     "humo": HUMO,
     "humo-17b": HUMO_17B,
-    "dancer": DANCER,
+    "dancer": WANDANCER,
     "scail": SCAIL,
     "scail-2": SCAIL_2,
 }
@@ -105,37 +105,38 @@ def conditioning(
         return torch.randn(len(x), *shape, generator=generator) if there else None
 
     frames, height, width = x.shape[-3:]
-    camera, face, humo, music, reference, scail, scail2, sound, talk, vace = (
+    camera, face, humo, wandancer, reference, scail, scail2, s2v, infinitetalk, vace = (
         config.get(variant)
-        for variant in (FunCamera, Animate, Humo, WanDancer, Reference, Scail, Scail2, Sound, InfiniteTalk, Vace)
+        for variant in (FunCamera, Animate, Humo, WanDancer, Reference, Scail, Scail2, S2VLayers, InfiniteTalk, Vace)
     )
     strengths = (strength,) * contexts if vace else ()
-    segment = Segment(frames, math.ceil(height / 4), math.ceil(width / 4), RopeOptions(shift_x=120.0), stretched=True)
+    beside = RopeOptions(shift_x=120.0)
+    context_grid = ContextGrid(frames, math.ceil(height / 4), math.ceil(width / 4), beside, stretched=True)
     pixels, mask_dim = face.pixels if face else 0, scail2.mask_dim if scail2 else 0
     pose_dim = (scail or scail2).pose_dim if scail or scail2 else 0
-    if sound:
-        audio = sound.encoder_layers, sound.features, 4 * frames + 3
-    elif talk:
-        audio = frames, 6, talk.width
+    if s2v:
+        audio = s2v.encoder_layers, s2v.features, 4 * frames + 3
+    elif infinitetalk:
+        audio = frames, 6, infinitetalk.width
     else:
-        audio = (frames, humo.features) if humo else (20, music.features if music else 0)
+        audio = (frames, humo.features) if humo else (20, wandancer.features if wandancer else 0)
     camera_dim, reference_dim = (dims.channels if dims else 0 for dims in (camera, reference))
     return Conditioning(
-        tail=normal(pose_dim, segment.tokens, 4 * (pose_dim + mask_dim)),
+        context_videos=normal(pose_dim, context_grid.tokens, 4 * (pose_dim + mask_dim)),
         mask=normal(mask_dim, mask_dim, frames, height, width),
-        audio=normal(humo or music or talk or sound, *audio),
-        speakers=_speakers(config, x, generator) if talk else None,
-        image_ref=normal(music, image_tokens, config.image_dim),
+        audio=normal(humo or wandancer or infinitetalk or s2v, *audio),
+        speakers=_speakers(config, x, generator) if infinitetalk else None,
+        image_ref=normal(wandancer, image_tokens, config.image_dim),
         image=normal(config.image_dim, config.image_positions or image_tokens, config.image_dim),
         camera=normal(camera_dim, camera_dim, frames, 8 * height, 8 * width),
         vace=normal(vace, contexts, vace.channels if vace else 0, frames, height, width),
         reference=normal(reference_dim, reference_dim, height, width),
         pose=normal(frames > 1 and face, face.pose_dim if face else 0, frames - 1, height, width),
         face=normal(face, 3, 4 * frames - 7 if frames > 1 else 1, pixels, pixels),
-        control=normal(sound, sound.control_dim if sound else 0, frames, height, width),
-        subject=normal(sound, config.in_dim, 1, height, width),
-        so_far=normal(sound and min(height, width) >= 8, config.in_dim, 6, height, width),
-        options=Options(vace_strengths=strengths, tail=(segment,) if pose_dim else ()),
+        control=normal(s2v, s2v.control_dim if s2v else 0, frames, height, width),
+        subject=normal(s2v, config.in_dim, 1, height, width),
+        motion_frames=normal(s2v and min(height, width) >= 8, config.in_dim, 6, height, width),
+        options=Options(vace_strengths=strengths, context_grids=(context_grid,) if pose_dim else ()),
     )
 
 

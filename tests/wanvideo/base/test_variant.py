@@ -24,9 +24,9 @@ from wan_parallel.wanvideo.base.shapes import Shapes, linear, patch_embedding
 from wan_parallel.wanvideo.base.variant import (
     COLUMNS,
     ROWS,
-    Hearing,
     Input,
     Key,
+    SideAttention,
     TensorShapes,
     Variant,
     keys,
@@ -136,8 +136,8 @@ def depth_class(monkeypatch: pytest.MonkeyPatch) -> type[Variant]:
             part = name.split(".")
             return 2 * int(part[1]) + 1 if part[0] == "depth_again" else None
 
-        def hearing(self, config: WanConfig) -> Hearing:
-            return Hearing(0.5, 1, config.dim)
+        def side_attention(self, config: WanConfig) -> SideAttention:
+            return SideAttention(0.5, 1, config.dim)
 
         def token_bytes(self, contexts: int) -> int:
             return 4
@@ -188,7 +188,7 @@ def test_its_tensors_are_divided_and_counted_as_it_says(config):
     assert more == 10 * config.dim * 4
     fp8 = (is_quantized_at_load(f"{name}.weight", 2, torch.float8_e4m3fn) for name in ("depth_again.0", "depth_b"))
     assert tuple(fp8) == (True, False)
-    assert config.hearing == Hearing(0.5, 1, config.dim) and config.why_exact == "a depth video is not cut"
+    assert config.side_attention == SideAttention(0.5, 1, config.dim) and config.why_exact == "a depth video is not cut"
 
 
 @pytest.mark.parametrize("beside", [(), (FunCamera(24),), (Vace(2, 96),)], ids=["alone", "with a camera", "with VACE"])

@@ -10,8 +10,8 @@ from testkit import tiny
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.conditioning import Conditioning, check
 from wan_parallel.wanvideo.base.grid import Grid
-from wan_parallel.wanvideo.base.options import Options, RopeOptions, Segment
-from wan_parallel.wanvideo.model.context_tokens import tail_of
+from wan_parallel.wanvideo.base.options import ContextGrid, Options, RopeOptions
+from wan_parallel.wanvideo.model.context_tokens import context_tokens_of
 from wan_parallel.wanvideo.model.model import WanModel
 from wan_parallel.wanvideo.ops.rope import rope_table, sequence_table
 from wan_parallel.wanvideo.variants.humo import moments
@@ -30,9 +30,9 @@ def variant(tmp_path_factory):
     return get
 
 
-def with_tail(videos, **options) -> Conditioning:
-    tail, segments = tail_of(videos, **options)
-    return Conditioning(tail=tail, options=Options(tail=segments))
+def in_context(videos, **options) -> Conditioning:
+    context_videos, grids = context_tokens_of(videos, **options)
+    return Conditioning(context_videos=context_videos, options=Options(context_grids=grids))
 
 
 def test_a_tail_in_the_place_of_further_frames_is_those_frames(variant):
@@ -40,15 +40,15 @@ def test_a_tail_in_the_place_of_further_frames_is_those_frames(variant):
     x, timestep, context = tiny.inputs(size=SIZE)
     frames = torch.randn(1, 16, 2, *SIZE[1:])
     expected = model(x, timestep, context, Conditioning(extra_frames=frames))
-    tail = with_tail([frames], rope=RopeOptions(shift_t=float(SIZE[0])))
-    assert tiny.relative_error(model(x, timestep, context, tail), expected) <= 1e-6
+    context_videos = in_context([frames], rope=RopeOptions(shift_t=float(SIZE[0])))
+    assert tiny.relative_error(model(x, timestep, context, context_videos), expected) <= 1e-6
 
 
 def test_the_streams_of_a_context_are_told_apart_by_their_number(variant):
     model = variant(tiny.TINY)
     x, timestep, context = tiny.inputs(size=SIZE)
     streams = [torch.randn(1, 16, 1, 6, 8), torch.randn(1, 16, 1, 6, 8)]
-    first, second = (model(x, timestep, context, with_tail(s, turned=True)) for s in (streams, streams[::-1]))
+    first, second = (model(x, timestep, context, in_context(s, own_phases=True)) for s in (streams, streams[::-1]))
     assert tiny.relative_error(second, first) > 1e-3
 
 
@@ -56,14 +56,15 @@ def test_the_streams_of_a_context_are_told_apart_by_their_number(variant):
 def test_streams_of_any_sizes_are_shared_by_workers(pool_of, tmp_path, workers):
     path = tiny.write_checkpoint(tmp_path / "model.safetensors")
     inputs = tiny.inputs(batch=2, size=SIZE)
-    tail = with_tail([torch.randn(2, 16, 3, 6, 8), torch.randn(2, 16, 1, 5, 4)], turned=True)
-    out = pool_of(workers).forward(ModelSpec(path, "fp32", "fp32"), *inputs, conditioning=tail)
-    assert tiny.relative_error(out, WanModel.from_checkpoint(path)(*inputs, tail)) <= 2e-6
+    context_videos = in_context([torch.randn(2, 16, 3, 6, 8), torch.randn(2, 16, 1, 5, 4)], own_phases=True)
+    out = pool_of(workers).forward(ModelSpec(path, "fp32", "fp32"), *inputs, conditioning=context_videos)
+    assert tiny.relative_error(out, WanModel.from_checkpoint(path)(*inputs, context_videos)) <= 2e-6
 
 
 def test_a_turn_is_a_rotation_of_every_pair_by_its_frequency():
     plain, turned = (
-        sequence_table((1, 2, 2), 128, options=Options(tail=(Segment(1, 2, 2, turn=turn),)))[4:] for turn in (0, 3)
+        sequence_table((1, 2, 2), 128, options=Options(context_grids=(ContextGrid(1, 2, 2, rope_phase=phase),)))[4:]
+        for phase in (0, 3)
     )
     angles = (turned / plain).angle()
     frequencies = 10000.0 ** -(torch.arange(64, dtype=torch.float64) / 64)
@@ -71,8 +72,8 @@ def test_a_turn_is_a_rotation_of_every_pair_by_its_frequency():
 
 
 def test_a_pose_of_half_the_size_stands_between_the_tokens_that_it_covers():
-    segment = Segment(1, 2, 3, RopeOptions(shift_x=120.0), stretched=True)
-    table = sequence_table((1, 4, 6), 128, options=Options(tail=(segment,)))[24:]
+    context_grid = ContextGrid(1, 2, 3, RopeOptions(shift_x=120.0), stretched=True)
+    table = sequence_table((1, 4, 6), 128, options=Options(context_grids=(context_grid,)))[24:]
     expected = rope_table((1, 2, 3), 128, options=RopeOptions(scale_y=2, scale_x=2, shift_y=0.5, shift_x=120.5))
     assert torch.equal(table, expected)
 
@@ -99,7 +100,7 @@ def test_every_token_hears_the_moment_of_its_frame():
     assert moments(grid, slice(12, 12), 3) == ()
 
 
-@pytest.mark.parametrize("config, name", [(tiny.HUMO, "audio"), (tiny.DANCER, "audio"), (tiny.SCAIL_2, "mask")])
+@pytest.mark.parametrize("config, name", [(tiny.HUMO, "audio"), (tiny.WANDANCER, "audio"), (tiny.SCAIL_2, "mask")])
 def test_what_is_heard_or_masked_shows_in_the_result(variant, config, name):
     model = variant(config)
     x, timestep, context = tiny.inputs(config, SIZE)
@@ -109,9 +110,9 @@ def test_what_is_heard_or_masked_shows_in_the_result(variant, config, name):
 
 
 def test_music_of_no_strength_is_silence(variant):
-    model = variant(tiny.DANCER)
-    x, timestep, context = tiny.inputs(tiny.DANCER, SIZE)
-    conditioning = tiny.conditioning(tiny.DANCER, x)
+    model = variant(tiny.WANDANCER)
+    x, timestep, context = tiny.inputs(tiny.WANDANCER, SIZE)
+    conditioning = tiny.conditioning(tiny.WANDANCER, x)
     quiet = replace(conditioning, options=replace(conditioning.options, audio_scale=0.0))
     silent = replace(conditioning, audio=None)
     assert torch.equal(model(x, timestep, context, quiet), model(x, timestep, context, silent))
@@ -123,11 +124,11 @@ def test_music_of_no_strength_is_silence(variant):
         (tiny.SCAIL_2, {"mask": torch.zeros(1, 28, 4, 6, 8)}, "has 4 latent frames"),
         (tiny.SCAIL_2, {"reference": torch.zeros(1, 16, 1, 6, 8)}, "needs [1, 20, any, 6, 8]"),
         (tiny.HUMO, {"audio": torch.zeros(1, 3, 8, 5, 11)}, "has 440 numbers"),
-        (tiny.DANCER, {"audio": torch.zeros(1, 20, 34)}, "needs [1, any, 35]"),
+        (tiny.WANDANCER, {"audio": torch.zeros(1, 20, 34)}, "needs [1, any, 35]"),
         (tiny.TINY, {"mask": torch.zeros(1, 28, 3, 6, 8)}, "does not take"),
         (tiny.TINY, {"audio": torch.zeros(1, 3, 8)}, "does not take"),
-        (tiny.VACE, with_tail([torch.zeros(1, 16, 1, 6, 8)]), "does not take"),
-        (tiny.TINY, with_tail([torch.zeros(1, 20, 1, 6, 8)]), "have 20 channels"),
+        (tiny.VACE, in_context([torch.zeros(1, 16, 1, 6, 8)]), "does not take"),
+        (tiny.TINY, in_context([torch.zeros(1, 20, 1, 6, 8)]), "have 20 channels"),
     ],
 )
 def test_a_conditioning_that_does_not_fit_is_refused(config, change, text):

@@ -9,7 +9,7 @@ import torch
 from testkit import tiny
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.grid import grid_of, pad_to_patch, patchify, unpatchify
-from wan_parallel.wanvideo.model.layers import in_turn, slices
+from wan_parallel.wanvideo.model.layers import slices, take_turns
 from wan_parallel.wanvideo.model.model import WanModel
 from wan_parallel.wanvideo.ops.rope import apply_rope, rope_table
 
@@ -195,7 +195,7 @@ def test_slices_are_worked_on_in_turn(at_once, expected):
             yield
         done.append(f"{number}c")
 
-    in_turn((work(number) for number in range(3)), at_once)
+    take_turns((work(number) for number in range(3)), at_once)
     assert " ".join(done) == expected
 
 

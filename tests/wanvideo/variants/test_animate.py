@@ -87,11 +87,11 @@ def test_the_pose_is_one_frame_late(model):
     part = slice(0, grid.tokens)
     plain = model.embed(patchify(x), grid, part, replace(conditioning, pose=None))
     short = replace(conditioning, pose=conditioning.pose[:, :, :1])
-    led = model.embed(patchify(x), grid, part, short) - plain
+    posed = model.embed(patchify(x), grid, part, short) - plain
     expected = model.pose_patch_embedding(patchify(short.pose))
     tokens = grid.frame_tokens
-    assert tiny.relative_error(led[:, tokens : 2 * tokens], expected) <= 1e-5
-    assert not led[:, :tokens].any() and not led[:, 2 * tokens :].any()
+    assert tiny.relative_error(posed[:, tokens : 2 * tokens], expected) <= 1e-5
+    assert not posed[:, :tokens].any() and not posed[:, 2 * tokens :].any()
 
 
 def test_a_face_is_encoded_once_for_all_steps(model):

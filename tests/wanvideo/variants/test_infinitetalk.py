@@ -20,7 +20,13 @@ from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.weights.lora_transfer import PatchSet
 from wan_parallel.nodes.common.refusals import NotOnWorkers, refuse_transformer_options
-from wan_parallel.nodes.model.infinitetalk_patch import file_of, has_places, loaded_elsewhere, talk_in, without_talk
+from wan_parallel.nodes.model.infinitetalk_patch import (
+    file_of,
+    has_two_speakers,
+    infinitetalk_inputs,
+    loaded_elsewhere,
+    without_infinitetalk,
+)
 from wan_parallel.wanvideo.base.conditioning import NOTHING, check
 from wan_parallel.wanvideo.base.config import PRESETS
 from wan_parallel.wanvideo.base.grid import Grid
@@ -30,9 +36,9 @@ from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.vace_module import read_model
 from wan_parallel.wanvideo.model.layers import OverSequence
 from wan_parallel.wanvideo.model.model import WanModel
-from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk, Speech, on_the_line
+from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk, Speech, speaker_positions
 
-CONFIG = tiny.TALK
+CONFIG = tiny.INFINITETALK
 BASE = replace(CONFIG, additions=())
 
 
@@ -40,7 +46,7 @@ BASE = replace(CONFIG, additions=())
 def files(tmp_path_factory) -> tuple[str, str]:
     """An image-to-video model, and the layers for it, with a block more than it has."""
     folder, weights = tmp_path_factory.mktemp("talk"), tiny.random_weights(CONFIG)
-    base = {name: weight for name, weight in weights.items() if not infinitetalk_files.is_talk(name)}
+    base = {name: weight for name, weight in weights.items() if not infinitetalk_files.is_infinitetalk(name)}
     module = infinitetalk_files.write_patch(folder / "talk.safetensors", CONFIG, dtype=torch.float32, blocks=3)
     return tiny.write_weights(folder / "i2v.safetensors", base), module
 
@@ -207,7 +213,7 @@ def test_by_displaced_patches(pool_of, files, model, mode, speakers):
 
 def test_a_token_has_a_place_on_the_part_of_the_speaker_it_looks_at():
     looks = torch.tensor([[[0.1, 0.3, 0.2], [0.5, 0.2, 0.1], [0.2, 0.1, 0.4], [0.3, 0.2, 0.1]]])
-    places = on_the_line(looks, None)
+    places = speaker_positions(looks, None)
     assert tiny.relative_error(places, torch.tensor([[24.0, 4.0, 12.0, 2.0]])) <= 1e-6
 
 
@@ -215,8 +221,8 @@ def test_ranks_that_see_a_part_of_the_tokens_agree_on_the_places():
     looks = torch.rand(2, 9, 2, generator=torch.Generator().manual_seed(0))
     both = torch.stack([looks, -looks]).amax(dim=2)
     over = OverSequence(add=lambda x: x, largest=lambda x: torch.maximum(x, both))
-    parts = [on_the_line(looks[:, part], over) for part in (slice(0, 4), slice(4, 9), slice(9, 9))]
-    assert torch.equal(torch.cat(parts, dim=1), on_the_line(looks, None))
+    parts = [speaker_positions(looks[:, part], over) for part in (slice(0, 4), slice(4, 9), slice(9, 9))]
+    assert torch.equal(torch.cat(parts, dim=1), speaker_positions(looks, None))
 
 
 def test_the_keys_of_the_first_frame_come_from_the_ranks_that_have_them():
@@ -282,25 +288,25 @@ def options(layers: int = 1, places: int = 1) -> dict:
 
 
 def test_what_the_node_left_is_read():
-    heard = talk_in(options())
-    joined = heard.joined(NOTHING, 2)
+    speech = infinitetalk_inputs(options())
+    joined = speech.joined(NOTHING, 2)
     assert joined.audio.shape == (2, 3, 64, 48) and joined.options.audio_scale == 0.5
     assert torch.equal(joined.speakers[1], torch.eye(2))
-    assert talk_in(options(places=0)).joined(NOTHING, 1).speakers is None
-    assert talk_in({}) is None and has_places(options()) and not has_places(options(places=0))
+    assert infinitetalk_inputs(options(places=0)).joined(NOTHING, 1).speakers is None
+    assert infinitetalk_inputs({}) is None and has_two_speakers(options()) and not has_two_speakers(options(places=0))
 
 
 def test_what_is_left_of_the_options_may_be_refused():
-    refuse_transformer_options(without_talk(options()))
+    refuse_transformer_options(without_infinitetalk(options()))
     more = options()
     more["patches"]["attn2_patch"].append(object())
     with pytest.raises(NotOnWorkers, match="attn2_patch"):
-        refuse_transformer_options(without_talk(more))
+        refuse_transformer_options(without_infinitetalk(more))
 
 
 def test_two_nodes_behind_one_another_are_refused():
     with pytest.raises(NotOnWorkers, match="Several WanInfiniteTalkToVideo") as error:
-        talk_in(options(layers=2))
+        infinitetalk_inputs(options(layers=2))
     assert tiny.sentences(str(error.value)) == 2
 
 

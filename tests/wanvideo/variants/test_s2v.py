@@ -8,13 +8,13 @@ import pytest
 import torch
 from testkit import tiny
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.wanvideo.base.conditioning import check, placed
+from wan_parallel.wanvideo.base.conditioning import check, with_context_grids
 from wan_parallel.wanvideo.base.grid import Grid, patchify, sequence_of
 from wan_parallel.wanvideo.variants.s2v import S2VModel
 
 SIZE = (3, 16, 24)
 BEHIND = 96 + 96 + 24 + 24  # the subject, and of the video so far the last frame, two more and 16 more
-WHOLE = ("audio", "control", "subject", "so_far")
+WHOLE = ("audio", "control", "subject", "motion_frames")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def model(path) -> S2VModel:
 def given(batch: int = 1, size: tuple[int, int, int] = SIZE, without: tuple[str, ...] = (), **more) -> tuple:
     inputs = tiny.inputs(tiny.S2V, size, batch)
     conditioning = tiny.conditioning(tiny.S2V, inputs.x, **more)
-    return (*inputs, placed(inputs.x, replace(conditioning, **dict.fromkeys(without))))
+    return (*inputs, with_context_grids(inputs.x, replace(conditioning, **dict.fromkeys(without))))
 
 
 # Numbers of ComfyUI 0.3.64's class for the same weights and inputs: every 3027th of the result.
@@ -39,7 +39,7 @@ COMFYUI = {
         8.5e-05, -1.610314, 0.218448, 2.461389, -0.109878, 0.933268,
         2.340384, 0.40486, 1.301272, 1.298643, -1.872861, 2.442551,
     ],
-    ("so_far",): [
+    ("motion_frames",): [
         -0.042695, -1.662168, 0.306762, 2.477092, -0.185221, 0.867919,
         2.348396, 0.351774, 1.316203, 1.286905, -1.851016, 2.441945,
     ],
@@ -89,7 +89,7 @@ def test_a_sound_that_lasts_for_some_frames_is_spread_over_all(model):
     x, timestep, context, conditioning = given(size=(4, 8, 8))
     short = replace(conditioning, audio=conditioning.audio[..., :8])
     check(tiny.S2V, x, short)
-    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short, [])["sound"][-1]
+    runs = model.side_streams(x, sequence_of(x, short.options), slice(0, 64), short, [])["audio"][-1]
     assert [(run.tokens, run.frames) for run in runs] == [(slice(0, 64), slice(0, 2))]
     assert model(x, timestep, context, short).shape == x.shape
 
@@ -121,7 +121,7 @@ def test_a_sound_is_encoded_once_for_all_steps(model):
 @pytest.mark.parametrize(
     "size, change, text",
     [
-        ((3, 6, 8), {"so_far": torch.zeros(1, 16, 5, 6, 8)}, "at least 64 pixels"),
+        ((3, 6, 8), {"motion_frames": torch.zeros(1, 16, 5, 6, 8)}, "at least 64 pixels"),
         ((3, 9, 8), {"subject": torch.zeros(1, 16, 1, 9, 8)}, "multiples of 16 pixels"),
         ((3, 6, 8), {"subject": torch.zeros(1, 16, 1, 6, 6)}, "needs [1, 16, any, 6, 8]"),
         ((3, 6, 6), {"audio": torch.zeros(1, 3, 24, 8)}, "longer sound"),

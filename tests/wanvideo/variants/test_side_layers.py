@@ -35,11 +35,11 @@ SIDES = {
     "dancer": ("music_injector.",),
 }
 CONFIGS = {
-    "talk": tiny.TALK,
+    "talk": tiny.INFINITETALK,
     "humo": tiny.HUMO,
     "animate": tiny.ANIMATE,
     "s2v": tiny.S2V,
-    "dancer": replace(tiny.DANCER, num_layers=5),
+    "dancer": replace(tiny.WANDANCER, num_layers=5),
 }
 WAYS = {
     "whole": (ParallelPlan(2), "off", "off"),
@@ -79,7 +79,8 @@ class Case:
 
     @property
     def conditioning(self) -> Conditioning:
-        return replace(tiny.conditioning(self.config, self.given.x), subject=None, so_far=None)  # no tail
+        conditioning = tiny.conditioning(self.config, self.given.x)
+        return replace(conditioning, subject=None, motion_frames=None)  # no context tokens
 
     def sizes(self, sides: bool) -> dict[str, int]:
         """Bytes of the tensors that run, of side layers or of all others."""
@@ -89,7 +90,7 @@ class Case:
 
 def runs(name: str, config: WanConfig) -> bool:
     """Whether a tensor does not act behind a block that the tiny model lacks."""
-    place = config.place_of(name)
+    place = config.video_block_number(name)
     return place is None or place < config.num_layers
 
 
@@ -110,7 +111,7 @@ def files(tmp_path_factory) -> dict[str, tuple[str, str]]:
         if name == "talk":
             path = folder / "layers.safetensors"
             module = infinitetalk_files.write_patch(path, config, dtype=torch.float32, blocks=2)
-            weights = {key: weight for key, weight in weights.items() if not infinitetalk_files.is_talk(key)}
+            weights = {key: weight for key, weight in weights.items() if not infinitetalk_files.is_infinitetalk(key)}
         paths[name] = tiny.write_weights(folder / f"{name}.safetensors", weights), module
     return paths
 
@@ -172,7 +173,7 @@ def test_a_plan_counts_them_where_they_lie(outcome, name):
 def test_what_stays_on_a_device_is_what_is_counted():
     config, device = CONFIGS["s2v"], torch.device("cpu")
     weights, model = {k: w for k, w in tiny.random_weights(config).items() if runs(k, config)}, {}
-    order, number_of = config.in_turn(range(config.num_layers)), config.block_number
+    order, number_of = config.run_order(range(config.num_layers)), config.block_number
     store = BlockStore(
         weights,
         lambda name: (weights[name], None),
@@ -213,10 +214,10 @@ def test_adapters_take_loras_and_step_out_as_the_blocks_do(pool_of, files):
 
 # Divided by tensor parallelism, on heads and blocks that fit in few bytes.
 
-SMALL_TALK = tiny.TALK.having(InfiniteTalk(48, heads=8), dim=256, num_heads=4)
+SMALL_INFINITETALK = tiny.INFINITETALK.having(InfiniteTalk(48, heads=8), dim=256, num_heads=4)
 SMALL = {
-    "one speaker": SMALL_TALK,
-    "two speakers": SMALL_TALK,
+    "one speaker": SMALL_INFINITETALK,
+    "two speakers": SMALL_INFINITETALK,
     "animate": replace(tiny.ANIMATE, dim=512, num_heads=4, num_layers=5),
     **{name: replace(CONFIGS[name], num_heads=4, num_layers=2) for name in ("humo", "s2v", "dancer")},
 }
@@ -284,7 +285,7 @@ def test_ranks_with_some_heads_each_give_what_one_process_gives(divided, number)
 
 
 def test_heads_of_speech_that_do_not_divide_are_refused():
-    config = replace(tiny.TALK, num_heads=15)
+    config = replace(tiny.INFINITETALK, num_heads=15)
     spec, settings = ModelSpec("a", "fp32", "fp32"), PoolSettings(ParallelPlan(3, tensor_parallel=3), device="cpu")
     with pytest.raises(PlanError, match=r"does not divide the 40 heads of InfiniteTalk's layers\. Use one of 1, 5\."):
         check_plan(config, spec, settings)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...base.tensor_info import CheckpointError, Contents, TensorInfo, elements
+from ...base.tensor_info import CheckpointError, FileHeader, TensorInfo, elements
 from ..format import FORMATS, Format, LogicalTensor, StoredTensor
 
 _NOTE = ".comfy_quant"
@@ -16,14 +16,14 @@ _METADATA = "_quantization_metadata"
 """The key of the metadata under which newer files have the notes of all layers, in JSON."""
 
 
-def logical_tensors(path: str, contents: Contents, prefix: str = "") -> dict[str, LogicalTensor]:
+def logical_tensors(path: str, file_header: FileHeader, prefix: str = "") -> dict[str, LogicalTensor]:
     """The tensors of a file whose names begin with `prefix`, each with its format and the shape of the float tensor
     that it stands for. Tensors that only describe other tensors are left out, as those tensors' formats hold them.
 
     Raises:
         CheckpointError: the file has weights in a format without code here, or is damaged.
     """
-    notes, tensors = _notes(path, contents), contents.tensors
+    notes, tensors = _notes(path, file_header), file_header.tensors
     ends = tuple(dict.fromkeys(end for kind in FORMATS for end in kind.companions))
     markers = {prefix + marker for kind in FORMATS for marker in kind.markers}
     logical = {}
@@ -67,14 +67,14 @@ def _recognised(stored: StoredTensor) -> Format:
     )
 
 
-def _notes(path: str, contents: Contents) -> dict[str, Mapping[str, object]]:
+def _notes(path: str, file_header: FileHeader) -> dict[str, Mapping[str, object]]:
     """ComfyUI's notes about quantised layers, by the names of the layers in the file."""
     notes: dict[str, Mapping[str, object]] = {}
     try:
-        if _METADATA in contents.metadata:
-            for layer, note in json.loads(contents.metadata[_METADATA])["layers"].items():
+        if _METADATA in file_header.metadata:
+            for layer, note in json.loads(file_header.metadata[_METADATA])["layers"].items():
                 notes[layer] = {"format": note} if isinstance(note, str) else _mapping(note)
-        for name, info in contents.tensors.items():
+        for name, info in file_header.tensors.items():
             if name.endswith(_NOTE) and info.nbytes <= _LARGEST_NOTE:
                 notes[name.removesuffix(_NOTE)] = _mapping(json.loads(_bytes(info)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -28,9 +28,9 @@ from wan_parallel.wanvideo.variants.vace import Vace
 
 SMALL = {"width": 64, "height": 64, "length": 9}
 MOST_STEPS = 6  # of a single sampler; two that share a schedule keep theirs
-TALK_SMALL = {**SMALL, "length": 17}  # more than what a video that goes on takes over from the one before
+INFINITETALK_SMALL = {**SMALL, "length": 17}  # more than what a video that goes on takes over from the one before
 FACE_SMALL, FACE_STEPS = {**SMALL, "length": 1}, 1  # ComfyUI takes 5 s for one face on a CPU, in every step
-_SMALL = {"animate": FACE_SMALL, "infinitetalk": TALK_SMALL}  # by a part of the template's name
+_SMALL = {"animate": FACE_SMALL, "infinitetalk": INFINITETALK_SMALL}  # by a part of the template's name
 
 _T2V = replace(tiny.TINY, text_dim=4096)
 _CLIP = {"image_dim": 1280}
@@ -56,7 +56,10 @@ _VARIANTS = (
     ("ati", replace(_T2V, in_dim=36, **_CLIP)),
     ("wanmove", replace(_T2V, in_dim=36, **_CLIP)),
     ("flf2v", replace(_T2V, in_dim=36, image_positions=514, **_CLIP)),
-    ("i2v-14b-480p_fp8_e4m3fn_scaled_kj", replace(tiny.TALK, text_dim=4096, freq_dim=256, additions=(), **_CLIP)),
+    (
+        "i2v-14b-480p_fp8_e4m3fn_scaled_kj",
+        replace(tiny.INFINITETALK, text_dim=4096, freq_dim=256, additions=(), **_CLIP),
+    ),
     ("i2v", replace(_T2V, in_dim=36, **_CLIP)),
     ("t2v", _T2V),
 )
@@ -106,7 +109,7 @@ class _Walk:
         self.flat, self.server, self.loader = flat, server, loader
         self.small = next((small for part, small in _SMALL.items() if part in name), SMALL)
         self.most_steps = FACE_STEPS if self.small is FACE_SMALL else MOST_STEPS
-        self.features = _TALK_FEATURES if self.small is TALK_SMALL else _FEATURES
+        self.features = _INFINITETALK_FEATURES if self.small is INFINITETALK_SMALL else _FEATURES
         self.graph: dict[str, dict] = {}
 
     def value(self, link: str | None) -> object:
@@ -219,7 +222,7 @@ def _replacement(entry: dict, slot: int, seed: int, small: dict, features: dict)
 
 
 _FEATURES = {"layers": 25, "width": 1024, "count": 50}
-_TALK_FEATURES = {"layers": infinitetalk_files.LAYERS, "width": infinitetalk_files.FEATURES, "count": 50}
+_INFINITETALK_FEATURES = {"layers": infinitetalk_files.LAYERS, "width": infinitetalk_files.FEATURES, "count": 50}
 
 
 def _linked(entry: dict, name: str) -> bool:

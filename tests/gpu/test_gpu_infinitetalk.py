@@ -18,14 +18,14 @@ from wan_parallel.wanvideo.model.model import WanModel
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA GPUs", allow_module_level=True)
 
-CONFIG = tiny.TALK
+CONFIG = tiny.INFINITETALK
 PLANS = [{}, {"ulysses_degree": 1, "ring_degree": 2}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[str, str]:
     folder, weights = tmp_path_factory.mktemp("talk"), tiny.random_weights(CONFIG)
-    base = {name: weight for name, weight in weights.items() if not infinitetalk_files.is_talk(name)}
+    base = {name: weight for name, weight in weights.items() if not infinitetalk_files.is_infinitetalk(name)}
     path, blocks = folder / "talk.safetensors", CONFIG.num_layers
     module = infinitetalk_files.write_patch(path, CONFIG, dtype=torch.float32, blocks=blocks)
     return tiny.write_weights(folder / "i2v.safetensors", base), module

@@ -12,7 +12,7 @@ import re
 import struct
 from pathlib import Path
 
-from ..base.tensor_info import CheckpointError, Contents, TensorInfo, elements, listed, unreadable
+from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, elements, listed, unreadable
 from .gguf_file import read_gguf
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -27,7 +27,7 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
 
 
-def read_contents(path: str) -> Contents:
+def read_file_header(path: str) -> FileHeader:
     """Read the header of a file, or the headers of all files of a folder or of a shard's model, joined to one.
 
     Raises:
@@ -85,15 +85,15 @@ def _only_file(folder: str) -> str:
     return os.path.join(folder, files[0])
 
 
-def _read_shards(index: str) -> Contents:
+def _read_shards(index: str) -> FileHeader:
     folder, name = os.path.dirname(index), Path(index).name
     try:
         places = json.loads(Path(index).read_bytes())["weight_map"]
         shards = sorted(set(places.values()))
-        sound = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
+        valid = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise CheckpointError(f"The index {name} is corrupt. Download it again.")
     missing = [shard for shard in shards if not os.path.isfile(os.path.join(folder, shard))]
     if missing:
@@ -104,13 +104,13 @@ def _read_shards(index: str) -> Contents:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for shard in shards:
-        contents = _read_safetensors(os.path.join(folder, shard))
-        tensors |= contents.tensors
-        metadata |= contents.metadata
-    return Contents(tensors, metadata)
+        file_header = _read_safetensors(os.path.join(folder, shard))
+        tensors |= file_header.tensors
+        metadata |= file_header.metadata
+    return FileHeader(tensors, metadata)
 
 
-def _read_safetensors(path: str) -> Contents:
+def _read_safetensors(path: str) -> FileHeader:
     name = Path(path).name
     try:
         size = os.path.getsize(path)
@@ -133,7 +133,7 @@ def _read_safetensors(path: str) -> Contents:
     return _checked_entries(path, entries, 8 + length, size)
 
 
-def _checked_entries(path: str, entries: object, start: int, size: int) -> Contents:
+def _checked_entries(path: str, entries: object, start: int, size: int) -> FileHeader:
     name = Path(path).name
     corrupt = CheckpointError(f"The header of {name} is corrupt. Download the file again.")
     if not isinstance(entries, dict):
@@ -143,10 +143,10 @@ def _checked_entries(path: str, entries: object, start: int, size: int) -> Conte
     for key, info in entries.items():
         try:
             dtype, shape, (begin, stop) = info["dtype"], info["shape"], info["data_offsets"]
-            sound = isinstance(dtype, str) and 0 <= begin <= stop and all(int(n) >= 0 for n in shape)
+            valid = isinstance(dtype, str) and 0 <= begin <= stop and all(int(n) >= 0 for n in shape)
         except (TypeError, KeyError, ValueError, OverflowError):
             raise corrupt from None
-        if not sound:
+        if not valid:
             raise corrupt
         if dtype in _ITEM_BYTES and stop - begin != elements(shape) * _ITEM_BYTES[dtype]:
             raise corrupt
@@ -156,7 +156,7 @@ def _checked_entries(path: str, entries: object, start: int, size: int) -> Conte
         raise CheckpointError(
             f"{name} is cut short: {size - start:,} of {end:,} bytes of weights are there. Download it again."
         )
-    return Contents(tensors, metadata if isinstance(metadata, dict) else {})
+    return FileHeader(tensors, metadata if isinstance(metadata, dict) else {})
 
 
 def _refuse_other_containers(name: str, start: bytes) -> None:

@@ -14,7 +14,7 @@ from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_
 from testkit.comfyui.results import EXACT, Loader
 from wan_parallel.wanvideo.variants.infinitetalk import InfiniteTalk
 
-CONFIG = tiny.TALK.having(InfiniteTalk(width=16), text_dim=4096, freq_dim=256, image_dim=1280)
+CONFIG = tiny.INFINITETALK.having(InfiniteTalk(width=16), text_dim=4096, freq_dim=256, image_dim=1280)
 SIZE = {"width": 64, "height": 48, "length": 17, "motion_frame_count": 9}
 SPEECH = {"layers": infinitetalk_files.LAYERS, "width": infinitetalk_files.FEATURES, "count": 40}
 INPUTS = {
@@ -31,7 +31,7 @@ TWO = {"mode.audio_encoder_output_2": "second", "mode.mask_1": "left", "mode.mas
 
 
 @pytest.fixture(scope="module")
-def talk(server: ComfyServer) -> Iterator[ComfyServer]:
+def infinitetalk(server: ComfyServer) -> Iterator[ComfyServer]:
     """A ComfyUI with a model, its LoRA, and two files of layers that differ in their numbers alone."""
     if not server.get("/object_info/WanInfiniteTalkToVideo"):
         pytest.skip("This ComfyUI has no WanInfiniteTalkToVideo")
@@ -89,50 +89,50 @@ def on_workers(plan: dict) -> Loader:
     return lambda **file: pool_model(**file, **plan)
 
 
-def test_one_speaker(talk):
+def test_one_speaker(infinitetalk):
     plans = {"num_gpus": 1}, {"num_gpus": 3}, {"num_gpus": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    assert error_of(talk, graph(audio_scale=1.3), *plans) <= EXACT
+    assert error_of(infinitetalk, graph(audio_scale=1.3), *plans) <= EXACT
 
 
-def test_two_speakers(talk):
+def test_two_speakers(infinitetalk):
     plans = {"num_gpus": 2}, {"num_gpus": 4, "ulysses_degree": 2, "ring_degree": 2}
-    assert error_of(talk, graph(**TWO), *plans) <= EXACT
+    assert error_of(infinitetalk, graph(**TWO), *plans) <= EXACT
 
 
-def test_with_cfg(talk):
+def test_with_cfg(infinitetalk):
     """Of texts that ComfyUI does not put into one batch: its own layers take one item alone."""
-    assert error_of(talk, graph(cfg=3.0, **TWO)) <= EXACT
+    assert error_of(infinitetalk, graph(cfg=3.0, **TWO)) <= EXACT
 
 
-def test_a_video_that_goes_on(talk):
-    assert error_of(talk, graph(previous_frames="before")) <= EXACT
+def test_a_video_that_goes_on(infinitetalk):
+    assert error_of(infinitetalk, graph(previous_frames="before")) <= EXACT
 
 
-def test_with_a_lora(talk):
+def test_with_a_lora(infinitetalk):
     def with_lora(loader: Loader) -> dict:
         return {**graph(model="lora")(loader), **lora("model", "speaking.safetensors", 0.8)}
 
-    assert error_of(talk, with_lora) <= EXACT
+    assert error_of(infinitetalk, with_lora) <= EXACT
 
 
-def test_speech_and_layers_change_the_video(talk):
+def test_speech_and_layers_change_the_video(infinitetalk):
     def other(loader: Loader) -> dict:
         return {**graph()(loader), "layers": node("ModelPatchLoader", name="talk-1.safetensors")}
 
-    first = talk.sample(graph()(pool_model), link("sampler"))
-    assert error_of(talk, other) <= EXACT  # and takes the other file
+    first = infinitetalk.sample(graph()(pool_model), link("sampler"))
+    assert error_of(infinitetalk, other) <= EXACT  # and takes the other file
     for build in (other, graph(audio_encoder_output_1="second"), graph(audio_scale=0.0)):
-        assert tiny.relative_error(talk.sample(build(pool_model), link("sampler")), first) > 1e-3
+        assert tiny.relative_error(infinitetalk.sample(build(pool_model), link("sampler")), first) > 1e-3
 
 
-def test_without_speech_the_model_is_the_one_without_layers(talk):
+def test_without_speech_the_model_is_the_one_without_layers(infinitetalk):
     plain = {**graph()(pool_model)}
     expected = {**graph()(stock_model)}
     for nodes in (plain, expected):
         nodes["sampler"]["inputs"]["model"] = link("model")
-    talk.sample(graph()(pool_model), link("sampler"))
-    out = talk.sample(plain, link("sampler"))
-    assert tiny.relative_error(out, talk.sample(expected, link("sampler"))) <= EXACT
+    infinitetalk.sample(graph()(pool_model), link("sampler"))
+    out = infinitetalk.sample(plain, link("sampler"))
+    assert tiny.relative_error(out, infinitetalk.sample(expected, link("sampler"))) <= EXACT
 
 
 def by_patches(file: str) -> dict:
@@ -144,11 +144,11 @@ def through_stages(file: str) -> dict:
 
 
 @pytest.mark.parametrize("loader", [by_patches, through_stages])
-def test_with_two_speakers_what_approximates_is_exact(talk, loader):
+def test_with_two_speakers_what_approximates_is_exact(infinitetalk, loader):
     for more, exact in ((TWO, True), ({}, False)):
         build = graph(steps=6, **more)
         error = tiny.relative_error(
-            talk.sample(build(loader), link("sampler")), talk.sample(build(pool_model), link("sampler"))
+            infinitetalk.sample(build(loader), link("sampler")), infinitetalk.sample(build(pool_model), link("sampler"))
         )
         assert (error <= EXACT) == exact and error < 1.0
 
@@ -161,11 +161,11 @@ def refusal(server: ComfyServer, nodes: dict) -> str:
     return outcome.message
 
 
-def test_layers_with_numbers_of_no_file_are_refused(talk):
-    assert "no safetensors file in models/model_patches" in refusal(talk, graph(patch="changed")(pool_model))
+def test_layers_with_numbers_of_no_file_are_refused(infinitetalk):
+    assert "no safetensors file in models/model_patches" in refusal(infinitetalk, graph(patch="changed")(pool_model))
 
 
-def test_a_model_of_another_size_is_refused(talk):
+def test_a_model_of_another_size_is_refused(infinitetalk):
     nodes = graph()(pool_model)
     nodes["model"]["inputs"]["model"] = "i2v-2.1.safetensors"
-    assert "made for a model of width 1280, but i2v-2.1.safetensors has width 256" in refusal(talk, nodes)
+    assert "made for a model of width 1280, but i2v-2.1.safetensors has width 256" in refusal(infinitetalk, nodes)
