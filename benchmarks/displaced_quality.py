@@ -164,12 +164,12 @@ class Study:
         prompts = torch.stack([tiny_text.encode(case.prompt) for case in cases])
         # Its numbers are exact in half precision, and 64 texts travel with each step.
         context = torch.cat([prompts, tiny_text.encode("").expand_as(prompts)]).half()
-        lanes = tuple(f"{branch} {i}" for branch in ("prompt", "none") for i in range(len(cases)))
+        branch_ids = tuple(f"{branch} {i}" for branch in ("prompt", "none") for i in range(len(cases)))
         schedule, kinds = Schedule(), []
 
         def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
             both, moment = torch.cat([x, x]), torch.full((len(context),), 1000 * sigma)
-            part = schedule.plan(settings, self.spec, lanes, both, moment) if settings else None
+            part = schedule.plan(settings, self.spec, branch_ids, both, moment) if settings else None
             kinds.append(LETTERS[part.kind if part else EXACT])
             prompt, none = self.pool.forward(self.spec, both, moment, context, displaced=part).chunk(2)
             return none + self.how.guidance * (prompt - none)

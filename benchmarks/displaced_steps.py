@@ -191,11 +191,11 @@ class Bench:
     def _run(
         self, settings: PatchSettings | None, x: torch.Tensor, context: torch.Tensor, sigmas: list[float]
     ) -> tuple[list[Step], torch.Tensor]:
-        schedule, lanes, steps = Schedule(), tuple(f"branch {i}" for i in range(len(x))), []
+        schedule, branch_ids, steps = Schedule(), tuple(f"branch {i}" for i in range(len(x))), []
         for sigma, following in itertools.pairwise(sigmas):
             time_of_step = torch.full((len(x),), 1000 * sigma, device=self.device)
             start = time.perf_counter()
-            part = schedule.plan(settings, self.spec, lanes, x, time_of_step) if settings else None
+            part = schedule.plan(settings, self.spec, branch_ids, x, time_of_step) if settings else None
             v = self.pool.forward(self.spec, x, time_of_step, context, displaced=part)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -29,7 +29,7 @@ import torch
 from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
 
@@ -70,13 +70,13 @@ def _times(pool: Pool, spec: ModelSpec, config: WanConfig, options: argparse.Nam
     pairs = _pairs(config, options.rank)
     uuids = (str(number) for number in itertools.count(1))
 
-    def lora(strength: float) -> PatchSet:
+    def lora(strength: float) -> LoraSet:
         patches = {name: [LowRank(up, down, strength)] for name, (up, down) in pairs.items()}
-        return PatchSet(next(uuids), lambda: patches)
+        return LoraSet(next(uuids), lambda: patches)
 
     given = torch.randn(1, config.in_dim, 1, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, config.text_dim)
 
-    def seconds(patches: PatchSet | None = None) -> float:
+    def seconds(patches: LoraSet | None = None) -> float:
         began = time.perf_counter()
         out = pool.forward(spec, *given, patches)
         assert out.isfinite().all()

@@ -27,7 +27,7 @@ from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import CHOICES
 from wan_parallel.distributed.planner.planner import room_of, slowest
-from wan_parallel.distributed.planner.search import Question, choose
+from wan_parallel.distributed.planner.search import PlanRequest, choose
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
 from wan_parallel.wanvideo.base.config import PRESETS
@@ -115,8 +115,8 @@ def _time(strategy: Strategy, options: argparse.Namespace) -> list[Row]:
 
 def _row(pool: Pool, strategy: Strategy, spec: ModelSpec, res: str, options: argparse.Namespace) -> Row:
     row = dit_step.our_row(pool, spec, res, options, strategy=strategy.name)
-    surveyed = pool.survey()
-    question = Question(
+    profiles = pool.probe()
+    request = PlanRequest(
         pool.settings.plan,
         replace(pool.settings, auto=False),
         model_config(spec.path),
@@ -124,8 +124,8 @@ def _row(pool: Pool, strategy: Strategy, spec: ModelSpec, res: str, options: arg
         tokens_of(latent_size(res, options.size)),
         options.batch,
     )
-    machine = slowest(surveyed)
-    expected = choose(question, machine, room_of(surveyed))[0].expected
+    machine = slowest(profiles)
+    expected = choose(request, machine, room_of(profiles))[0].expected
     log.info("%s at %s: %s, %s", strategy.name, res, machine, expected)
     return replace(
         row,

@@ -22,15 +22,15 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from wan_parallel.distributed.comm.peer_memory import Letter, Mailbox
+from wan_parallel.distributed.comm.peer_memory import PeerMemory, Transfer
 from wan_parallel.distributed.parallel import groups
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import PlacementError
-from wan_parallel.distributed.planner.planner import Kind, Planner
+from wan_parallel.distributed.planner.planner import Planner, Workload
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.distributed.protocol.refs import ArenaRef, TensorRef
 from wan_parallel.distributed.protocol.replies import Reply
-from wan_parallel.distributed.protocol.reports import Surveyed
+from wan_parallel.distributed.protocol.reports import DeviceProfile
 from wan_parallel.distributed.protocol.requests import Forward, Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.weights import block_states, block_store, loaded, models
@@ -108,9 +108,9 @@ def choose_plan(
         PlacementError: none fits.
     """
     planner, config = Planner(settings), PRESETS[spec.path.partition(":")[2]]
-    there = Surveyed(Machine(), cap - CUBLAS_BYTES - loaded.GPU_MARGIN, host_room, 0, "NVLink")
-    kind = Kind(spec, tokens_of(latent), batch)
-    plan = planner.choose(config, kind, [there] * settings.plan.num_gpus, planner.first_plan, loaded=False)
+    there = DeviceProfile(Machine(), cap - CUBLAS_BYTES - loaded.GPU_MARGIN, host_room, 0, "NVLink")
+    workload = Workload(spec, tokens_of(latent), batch)
+    plan = planner.choose(config, workload, [there] * settings.plan.num_gpus, planner.first_plan, loaded=False)
     return plan, planner.reason
 
 
@@ -156,7 +156,7 @@ def simulate(
         return Simulated(
             peak=live.peak,
             peak_of_load=peak_of_load,
-            exchange=sum(mailbox.nbytes for mailbox in rank.membership.mailboxes.values()),
+            exchange=sum(memory.nbytes for memory in rank.parallel.peer_memories.values()),
             weights=model.device_bytes,
             host=model.blocks.host_bytes,
             placement=model.placement.reason,
@@ -209,7 +209,9 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(models, "open_weights", lambda *_asked: _File(size)),
         mock.patch.object(models, "gather_rows", lambda row, *_rest: [list(row)] * world_size),
         mock.patch.object(models, "host_room", lambda: host_room),
-        mock.patch.object(groups, "open_mailbox", lambda group, device: SimulatedMailbox(group, device, uncounted)),
+        mock.patch.object(
+            groups, "open_peer_memory", lambda group, device: SimulatedPeerMemory(group, device, uncounted)
+        ),
         mock.patch.object(dist, "barrier", lambda *_group: None),
         mock.patch.object(dist, "batch_isend_irecv", lambda _operations: []),
     ]
@@ -229,7 +231,7 @@ def _attention(q: torch.Tensor, _k: torch.Tensor, _v: torch.Tensor, _want_lse: b
     return out, torch.empty(batch, heads, tokens, dtype=torch.float32, device=META)
 
 
-class SimulatedMailbox(Mailbox):
+class SimulatedPeerMemory(PeerMemory):
     """Memory that others write into, which is not torch's allocator's."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, uncounted: Callable):
@@ -245,9 +247,9 @@ class SimulatedMailbox(Mailbox):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None: ...
+    def _put(self, transfers: Sequence[Transfer], values: Sequence[int], tensor: torch.Tensor) -> None: ...
 
-    def _await(self, letters: Sequence[Letter], words: Sequence[tuple[int, int]]) -> None: ...
+    def _wait_signals(self, transfers: Sequence[Transfer], words: Sequence[tuple[int, int]]) -> None: ...
 
     def hold(self, tensor: torch.Tensor) -> None: ...
 

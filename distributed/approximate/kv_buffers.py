@@ -168,7 +168,9 @@ def manager_name(wanted: str, device: torch.device) -> str:
     return "native" if wanted == "auto" else wanted
 
 
-def make_buffers(name: str, rank: int, place: int, ranks: int, device: torch.device, group: object) -> BufferManager:
+def make_buffers(
+    name: str, rank: int, group_rank: int, ranks: int, device: torch.device, group: object
+) -> BufferManager:
     """A manager without buffers: `BufferManager`, or distrifuser's with a configuration made by hand.
 
     Distrifuser's own DistriConfig would start another process group on NCCL and, where one exists, fall back to one
@@ -178,7 +180,7 @@ def make_buffers(name: str, rank: int, place: int, ranks: int, device: torch.dev
         "rank": rank,
         "device": device,
         "n_device_per_batch": ranks,
-        "split_idx": lambda: place,
+        "split_idx": lambda: group_rank,
         "batch_group": group,
         "comm_checkpoint": 1,  # one layer in each exchange, as the layers of a video are large
         "verbose": False,

@@ -15,16 +15,16 @@ from .patch_layout import Patch, PatchLayout
 class Strips:
     """The border strips of the patches on a layout, exchanged fresh."""
 
-    def __init__(self, layout: PatchLayout, place: int):
-        self.layout, self.place = layout, place
+    def __init__(self, layout: PatchLayout, group_rank: int):
+        self.layout, self.group_rank = layout, group_rank
         ranks = range(len(layout.patches))
-        self._sent = [layout.strip(place, reader) for reader in ranks]
-        self._received = [layout.strip(owner, place) for owner in ranks]
+        self._sent = [layout.strip(group_rank, reader) for reader in ranks]
+        self._received = [layout.strip(owner, group_rank) for owner in ranks]
 
     def exchange(self, own: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
         """Send the strips of this rank's patch `own` [2, B, n, heads, d]; returns the other ranks' strips, flat, by
         owner."""
-        outgoing = [self._box(own, self.place, strip).flatten() for strip in self._sent if strip]
+        outgoing = [self._box(own, self.group_rank, strip).flatten() for strip in self._sent if strip]
         token = own.numel() // own.shape[2]
         sent, received = (
             [strip.tokens(self.layout.grid) * token if strip else 0 for strip in strips]
@@ -53,13 +53,13 @@ class PatchesOfShards:
     """Turns the shards of the sequence, which ranks have on the exact path, into the patches of the ranks."""
 
     def __init__(self, layout: PatchLayout, group: SequenceGroup, device: torch.device):
-        place, ranks = group.index, range(len(layout.patches))
+        group_rank, ranks = group.index, range(len(layout.patches))
         ends = list(itertools.accumulate(group.lengths(layout.grid.tokens), initial=0))
         shards = list(itertools.pairwise(ends))
-        sent = [_within(layout.index(patch), shards[place]) for patch in ranks]
+        sent = [_within(layout.index(patch), shards[group_rank]) for patch in ranks]
         self._places = torch.cat(sent).to(device)
         self._sent = [len(places) for places in sent]
-        self._received = [len(_within(layout.index(place), shard)) for shard in shards]
+        self._received = [len(_within(layout.index(group_rank), shard)) for shard in shards]
 
     def exchange(self, shard: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Send the tokens of a shard [2, B, n, heads, d] to their patches; returns this rank's patch."""

@@ -89,7 +89,7 @@ class Schedule:
         self,
         settings: PatchSettings,
         state: Hashable,
-        lanes: tuple[str, ...],
+        branch_ids: tuple[str, ...],
         x: torch.Tensor,
         timestep: torch.Tensor,
     ) -> Displaced:
@@ -97,7 +97,7 @@ class Schedule:
 
         Args:
             state: equal as long as the model, its patches and its workers are the same.
-            lanes: names the batch items over the steps of a run, so that no two branches share buffers.
+            branch_ids: names the batch items over the steps of a run, so that no two branches share buffers.
             x: latent [B, C, T, H, W].
             timestep: [B] or [B, T].
         """
@@ -106,14 +106,14 @@ class Schedule:
             self._state = state
             self.restart()
         now, index = float(timestep.max()), 0
-        before = self._branches.get(lanes)
+        before = self._branches.get(branch_ids)
         if before is not None and _follows(now, x, before):
             index = before.index + 1
-        self._branches[lanes] = _Last(index, now, x.detach().clone())
+        self._branches[branch_ids] = _Last(index, now, x.detach().clone())
         kind = _kind(settings, index)
         self.last = StepInfo(index, kind)
         return Displaced(
-            kind, self._run, lanes, settings.split, settings.fp8_buffers, settings.manager, settings.strategy
+            kind, self._run, branch_ids, settings.split, settings.fp8_buffers, settings.manager, settings.strategy
         )
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from ...wanvideo.base.errors import UserError
 from ..parallel.exact import ExactStep
-from ..parallel.groups import Membership
+from ..parallel.groups import ParallelGroups
 from ..parallel.strategy import Step, StepInputs, Strategy
 from ..protocol.requests import Displaced
 from .schedule import EXACT
@@ -29,8 +29,8 @@ class StaleStrategy(Strategy):
     tokens must then be in a block at the same time.
     """
 
-    def __init__(self, membership: Membership):
-        super().__init__(membership)
+    def __init__(self, parallel: ParallelGroups):
+        super().__init__(parallel)
         self._run = ""
 
     def begin(self, inputs: StepInputs) -> Step:
@@ -39,11 +39,11 @@ class StaleStrategy(Strategy):
         layers = range(inputs.model.config.num_layers)
         whole = not set(options.skip_blocks) & set(layers) and not inputs.model.asks_other_ranks(inputs.conditioning)
         if step is None or not whole or not self.suits(inputs):
-            return ExactStep(self.membership, inputs)
+            return ExactStep(self.parallel, inputs)
         if step.run != self._run:
             self.trim()
             self._run = step.run
-        return ExactStep(self.membership, inputs) if step.kind == EXACT else self.approximate(inputs, step)
+        return ExactStep(self.parallel, inputs) if step.kind == EXACT else self.approximate(inputs, step)
 
     @abstractmethod
     def suits(self, inputs: StepInputs) -> bool:

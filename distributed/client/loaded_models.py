@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ..protocol.replies import Replies
 from ..protocol.reports import HeldWeights
-from ..protocol.requests import Load, Patch, StepOut, Unload
+from ..protocol.requests import ApplyLora, Load, Offload, Unload
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ReusedArena
-from ..weights.lora_transfer import PatchSet, room_for, write_patches
+from ..weights.lora_transfer import LoraSet, room_for, write_deltas
 from .rpc import Poll, WorkerClient
 
 
@@ -24,11 +24,11 @@ class _Told:
     weights: tuple[HeldWeights, ...]
 
     def has_merged(self, uuid: str) -> bool:
-        """Whether all have merged the patches of `uuid`, and no others."""
-        return {held.patches for held in self.weights} == {uuid}
+        """Whether all have merged the LoRAs of `uuid`, and no others."""
+        return {held.lora_uuid for held in self.weights} == {uuid}
 
     def held(self, ranks: Sequence[int]) -> tuple[int, int]:
-        """Bytes on the devices of `ranks`: now, and with all back that has stepped out."""
+        """Bytes on the devices of `ranks`: now, and with all back that was offloaded."""
         told = [self.weights[rank] for rank in ranks if rank < len(self.weights)]
         return sum(held.now for held in told), sum(held.whole for held in told)
 
@@ -45,7 +45,7 @@ class LoadedModels:
     fails as `WorkerClient.ask` does.
 
     Args:
-        arena: in which patches travel.
+        arena: in which LoRAs travel.
     """
 
     def __init__(self, client: WorkerClient, arena: ReusedArena):
@@ -55,7 +55,7 @@ class LoadedModels:
         self._changing: frozenset[ModelSpec] = frozenset()  # by a request that nobody has answered yet
         self._users: Counter[ModelSpec] = Counter()
         self._dropped: set[ModelSpec] = set()
-        self._aside: set[ModelSpec] = set()  # stepped out for somebody else's sake, and not back yet
+        self._offloaded: set[ModelSpec] = set()  # offloaded for somebody else's sake, and not back yet
 
     def hear(self, replies: Replies) -> None:
         """Note what the workers say of themselves with an answer: they have done by then what they were asked."""
@@ -67,12 +67,12 @@ class LoadedModels:
         self._told = {spec: _Told(tuple(told)) for spec, told in everywhere.items()}
         self._vaes = frozenset.intersection(*(frozenset(reply.vaes) for reply in replies.replies))
         self._changing = frozenset()
-        self._aside &= self._told.keys()
+        self._offloaded &= self._told.keys()
 
     def forget(self) -> None:
         """The workers have ended. Who uses what stays as it is."""
         self._told, self._vaes, self._changing = {}, frozenset(), frozenset()
-        self._aside.clear()
+        self._offloaded.clear()
 
     def keep(self, spec: ModelSpec) -> None:
         """Say that one more user holds this model. Models that were never kept stay until they are unloaded."""
@@ -89,7 +89,7 @@ class LoadedModels:
             self._dropped.add(spec)
 
     def held(self, spec: ModelSpec, ranks: Sequence[int]) -> tuple[int, int]:
-        """Bytes of a model's weights on the devices of `ranks`: now, and with all back that has stepped out.
+        """Bytes of a model's weights on the devices of `ranks`: now, and with all back that was offloaded.
 
         As the workers said last; asks nobody.
         """
@@ -116,15 +116,15 @@ class LoadedModels:
         return self._dropped & self.specs
 
     def coming_back(self, spec: ModelSpec) -> int | None:
-        """Bytes of weights that come back with the next forward, on the device that takes most; None where none have
-        stepped out."""
-        return self._told[spec].most_missing if spec in self._aside and spec in self._told else None
+        """Bytes of weights that come back with the next forward, on the device that takes most; None where none were
+        offloaded."""
+        return self._told[spec].most_missing if spec in self._offloaded and spec in self._told else None
 
     def came_back(self, spec: ModelSpec) -> None:
         """A forward has run, and what fits is on the devices again."""
-        self._aside.discard(spec)
+        self._offloaded.discard(spec)
 
-    def make_way(self, poll: Poll | None) -> None:
+    def unload_unused(self, poll: Poll | None) -> None:
         """Let the workers forget what nobody uses."""
         self._client.wait_for_abandoned(poll)
         self.unload(self.unused, poll)
@@ -138,26 +138,26 @@ class LoadedModels:
         if not specs:
             return
         self._changing |= frozenset(specs)
-        self._aside.difference_update(specs)
+        self._offloaded.difference_update(specs)
         self._client.ask(lambda number: Unload(number, tuple(specs)), poll)
 
-    def patch(self, spec: ModelSpec, patches: PatchSet, poll: Poll | None) -> None:
+    def apply_lora(self, spec: ModelSpec, loras: LoraSet, poll: Poll | None) -> None:
         """Merge LoRAs into a loaded model, unless they are."""
-        if self._told[spec].has_merged(patches.uuid):
+        if self._told[spec].has_merged(loras.uuid):
             return
-        weights = patches.build()
+        weights = loras.build()
         size = room_for(weights)
         self._client.wait_for_abandoned(poll)
         arena = self._arena.of(size)
-        refs = write_patches(arena, weights)
+        refs = write_deltas(arena, weights)
         self._changing |= {spec}
-        self._client.ask(lambda number: Patch(number, spec, patches.uuid, arena.ref, refs), poll)
+        self._client.ask(lambda number: ApplyLora(number, spec, loras.uuid, arena.ref, refs), poll)
         self._arena.close()  # LoRAs are larger than latents
 
-    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None) -> int:
-        """Move weights of a loaded model to host memory (see `Pool.step_out`); returns the bytes that left."""
+    def offload(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None) -> int:
+        """Move weights of a loaded model to host memory (see `Pool.offload`); returns the bytes that left."""
         self._client.wait_for_abandoned(poll)
         before, _ = self.held(spec, ranks)
-        self._aside.add(spec)  # before it has: the workers go on with it where poll gives it up
-        self._client.ask(lambda number: StepOut(number, spec, tuple(ranks), nbytes), poll)
+        self._offloaded.add(spec)  # before it has: the workers go on with it where poll gives it up
+        self._client.ask(lambda number: Offload(number, spec, tuple(ranks), nbytes), poll)
         return before - self.held(spec, ranks)[0]

@@ -20,13 +20,13 @@ from ...wanvideo.base.conditioning import NOTHING, Conditioning
 from ..comm.timing import RankTimes, rank_times
 from ..executors.executor import Executor
 from ..executors.local import LocalExecutor
-from ..planner.planner import Kind, Planner, resolved
+from ..planner.planner import Planner, Workload, resolved
 from ..protocol.replies import ForwardDone
-from ..protocol.reports import Exchange, Surveyed, WorkerStatus
+from ..protocol.reports import DeviceProfile, Exchange, WorkerStatus
 from ..protocol.requests import Displaced, Report, Request, Trim
 from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import Arena, ReusedArena
-from ..weights.lora_transfer import NO_PATCHES, PatchSet
+from ..weights.lora_transfer import NO_LORAS, LoraSet
 from .forward_call import ForwardInputs, sent_dtype
 from .loaded_models import LoadedModels
 from .preparation import MakeRoom, Preparation, config_of
@@ -128,7 +128,7 @@ class LastForward:
         self.seconds, self.failed = max(answers.seconds), False
         self.hop = whole - self.seconds
         self.exchanges = tuple(done.exchange for done in answers.outcomes if done.exchange is not None)
-        self.times = rank_times(answers.seconds, [done.stalls for done in answers.outcomes])
+        self.times = rank_times(answers.seconds, [done.waits for done in answers.outcomes])
 
 
 class Pool:
@@ -192,7 +192,7 @@ class Pool:
         Raises:
             CheckpointError, PlanError: it cannot.
         """
-        self._preparation.check(Kind(spec, 0, 1))
+        self._preparation.check(Workload(spec, 0, 1))
 
     def ensure_ready(
         self,
@@ -207,9 +207,9 @@ class Pool:
         `tokens` is the length of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
         `items` is how many there are in a forward, which an automatic plan depends on.
         """
-        kind = Kind(spec, tokens, items)
-        self._preparation.check(kind)
-        with self._ready(kind, poll, make_room):
+        workload = Workload(spec, tokens, items)
+        self._preparation.check(workload)
+        with self._ready(workload, poll, make_room):
             pass
 
     def forward(
@@ -218,7 +218,7 @@ class Pool:
         x: torch.Tensor,
         timestep: torch.Tensor,
         context: torch.Tensor,
-        patches: PatchSet | None = None,
+        loras: LoraSet | None = None,
         poll: Poll | None = None,
         make_room: MakeRoom | None = None,
         displaced: Displaced | None = None,
@@ -231,7 +231,7 @@ class Pool:
             x: latent [B, in_dim, T, H, W], any float dtype and device.
             timestep: sigma * 1000, [B] or [B, T].
             context: [B, L, text_dim].
-            patches: LoRA changes; merged where the workers' are others.
+            loras: LoRA changes; merged where the workers' are others.
             poll: called at least every 0.1 s while waiting. What it raises is passed on, the workers drop the
                 request, and the pool stays usable.
             make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
@@ -247,10 +247,10 @@ class Pool:
             UserError: the model cannot run like this (CheckpointError, AttentionError, PlanError, PlacementError, ...).
             ValueError: an input has the wrong shape.
         """
-        self._preparation.check(Kind(spec, 0, len(x)))
+        self._preparation.check(Workload(spec, 0, len(x)))
         inputs = ForwardInputs.checked(config_of(spec), x, timestep, context, conditioning)
-        with self._ready(Kind(spec, inputs.tokens, len(x)), poll, make_room, self.last.begin):
-            self.models.patch(spec, patches or NO_PATCHES, poll)
+        with self._ready(Workload(spec, inputs.tokens, len(x)), poll, make_room, self.last.begin):
+            self.models.apply_lora(spec, loras or NO_LORAS, poll)
             started = time.perf_counter()
             self._client.wait_for_abandoned(poll)
             self._client.tidy(poll)
@@ -295,7 +295,7 @@ class Pool:
                 loaded = self.models.specs
                 self.models.unload(({spec} & loaded) | self.models.unused if spec else loaded, poll)
 
-    def step_out(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None = None) -> int:
+    def offload(self, spec: ModelSpec, ranks: Sequence[int], nbytes: float, poll: Poll | None = None) -> int:
         """Move weights to host memory until the devices of `ranks` have `nbytes` more each, or all of `spec`'s.
 
         They come back by themselves with the next forward. Returns the bytes that left all these devices.
@@ -309,14 +309,14 @@ class Pool:
         with self._turn.taken(poll):
             if not self.alive or not self._client.workers or not self.models.has(spec):
                 return 0
-            return self.models.step_out(spec, ranks, nbytes, poll)
+            return self.models.offload(spec, ranks, nbytes, poll)
 
-    def step_aside(self, spec: ModelSpec, poll: Poll | None = None) -> int:
-        """Let every other model step out on all workers; returns the bytes that left the devices."""
+    def offload_others(self, spec: ModelSpec, poll: Poll | None = None) -> int:
+        """Offload every other model on all workers; returns the bytes that left the devices."""
         with self._turn.taken(poll):
             ranks = range(self.settings.plan.num_gpus)
             others = [other for other in self.models.specs if other != spec]
-            return sum(self.step_out(other, ranks, 2**62, poll) for other in others)
+            return sum(self.offload(other, ranks, 2**62, poll) for other in others)
 
     def trim(self, poll: Poll | None = None) -> None:
         """Let the workers give back what only a sampling run needs; weights stay. Starts nothing.
@@ -358,20 +358,20 @@ class Pool:
                 plan_reason=self._preparation.planner.reason,
             )
 
-    def survey(self, poll: Poll | None = None) -> tuple[Surveyed, ...]:
+    def probe(self, poll: Poll | None = None) -> tuple[DeviceProfile, ...]:
         """What the workers' devices do, measured the first time, and have room for, by rank. Starts the workers."""
         with self.session(poll):
-            return self._preparation.survey(poll)
+            return self._preparation.probe(poll)
 
     @contextmanager
     def _ready(
         self,
-        kind: Kind,
+        workload: Workload,
         poll: Poll | None,
         make_room: MakeRoom | None,
         begin: Callable[[], None] = lambda: None,
     ) -> Iterator[None]:
-        """Have the turn, with the workers ready for forwards of this kind.
+        """Have the turn, with the workers ready for forwards of this workload.
 
         Args:
             make_room: called without the turn.
@@ -381,7 +381,7 @@ class Pool:
         while True:
             with self._turn.taken(poll):
                 begin()
-                room = self._preparation.advance(kind, poll, made if make_room is not None else None)
+                room = self._preparation.advance(workload, poll, made if make_room is not None else None)
                 if room is None:
                     yield
                     return

@@ -14,9 +14,9 @@ from ...wanvideo.checkpoint.weight_source import model_config
 from ..parallel.partition import most_held
 from ..plan.degrees import ParallelPlan
 from ..plan.placement import PlacementError
-from ..planner.planner import Kind, Planner
-from ..protocol.reports import Surveyed
-from ..protocol.requests import Divide, Survey
+from ..planner.planner import Planner, Workload
+from ..protocol.reports import DeviceProfile
+from ..protocol.requests import Probe, Reconfigure
 from ..protocol.specs import ModelSpec, PoolSettings
 from .errors import OutOfMemory
 from .loaded_models import LoadedModels
@@ -40,16 +40,16 @@ class Preparation:
         self.settings = replace(settings, plan=self.planner.first_plan)
         self._client, self._models = client, models
 
-    def check(self, kind: Kind) -> None:
-        """Check that forwards of this kind can be divided as was asked for. Starts nothing.
+    def check(self, workload: Workload) -> None:
+        """Check that forwards of this workload can be divided as was asked for. Starts nothing.
 
         Raises:
             CheckpointError, PlanError: they cannot.
         """
-        self.planner.check(config_of(kind.spec), kind)
+        self.planner.check(config_of(workload.spec), workload)
 
-    def advance(self, kind: Kind, poll: Poll | None, made: set[int] | None) -> int | None:
-        """Bring the workers to where forwards of this kind can run, or to where room on the GPUs is needed.
+    def advance(self, workload: Workload, poll: Poll | None, made: set[int] | None) -> int | None:
+        """Bring the workers to where forwards of this workload can run, or to where room on the GPUs is needed.
 
         Room is made by others, who must find nobody waiting for them: the caller does it in between, without its turn.
 
@@ -60,24 +60,24 @@ class Preparation:
             Bytes for which room must be made before this is called again; None where all is ready.
         """
         self._client.start(self.settings, poll)
-        plan = self.planner.recall(kind, self.settings.plan)
+        plan = self.planner.recall(workload, self.settings.plan)
         if plan is None:
-            if (room := self._room_for(kind.spec, made)) is not None:  # before it is counted
+            if (room := self._room_for(workload.spec, made)) is not None:  # before it is counted
                 return room
-            surveyed, loaded = self.survey(poll), bool(self._models.specs)
-            plan = self.planner.choose(config_of(kind.spec), kind, surveyed, self.settings.plan, loaded)
+            profiles, loaded = self.probe(poll), bool(self._models.specs)
+            plan = self.planner.choose(config_of(workload.spec), workload, profiles, self.settings.plan, loaded)
         if plan != self.settings.plan:
             self._client.wait_for_abandoned(poll)
-            self._divide(plan)
-        room = self._room_for(kind.spec, made)
+            self._reconfigure(plan)
+        room = self._room_for(workload.spec, made)
         if room is None:
-            self._load(kind, poll)
+            self._load(workload, poll)
         return room
 
-    def survey(self, poll: Poll | None) -> tuple[Surveyed, ...]:
+    def probe(self, poll: Poll | None) -> tuple[DeviceProfile, ...]:
         """What the workers' devices do, measured the first time, and have room for, by rank."""
         self._client.wait_for_abandoned(poll)
-        return self._client.ask(Survey, poll).outcomes
+        return self._client.ask(Probe, poll).outcomes
 
     def _room_for(self, spec: ModelSpec, made: set[int] | None) -> int | None:
         """Bytes that each GPU needs for what is to be loaded, or to come back from host memory; None where room for
@@ -90,33 +90,33 @@ class Preparation:
             room = most_held(config_of(spec), spec, self.settings.plan)
         return None if room in made else room
 
-    def _divide(self, plan: ParallelPlan) -> None:
+    def _reconfigure(self, plan: ParallelPlan) -> None:
         if not plan.holds_as(self.settings.plan):
             self._models.unload(self._models.specs)
         try:
-            self._client.ask(lambda number: Divide(number, plan), None)
+            self._client.ask(lambda number: Reconfigure(number, plan), None)
         except UserError:
             self._client.close()  # the workers may be of two minds
             raise
         self.settings = replace(self.settings, plan=plan)
 
-    def _load(self, kind: Kind, poll: Poll | None) -> None:
-        spec = kind.spec
+    def _load(self, workload: Workload, poll: Poll | None) -> None:
+        spec = workload.spec
         if self._models.has(spec):
             return
         started = time.perf_counter()
         log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
-        self._models.make_way(poll)
+        self._models.unload_unused(poll)
         try:
-            self._models.load(spec, kind.tokens, poll)
+            self._models.load(spec, workload.tokens, poll)
         except PlacementError as error:
-            raise PlacementError(f"{error}{self._ways_out(kind, poll)}") from None
+            raise PlacementError(f"{error}{self._ways_out(workload, poll)}") from None
         log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
 
-    def _ways_out(self, kind: Kind, poll: Poll | None) -> str:
+    def _ways_out(self, workload: Workload, poll: Poll | None) -> str:
         """Sizes that would fit, as a sentence; nothing where there are none, or no room to find out."""
         try:
-            return self.planner.ways_out(config_of(kind.spec), kind, self.survey(poll))
+            return self.planner.ways_out(config_of(workload.spec), workload, self.probe(poll))
         except OutOfMemory:
             return ""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..shm.pinned import Segment
+from ..shm.pinned import PinnedSharedMemory
 
 FETCHED_AHEAD = 3
 """How many tensors, each with the parts of all ranks, are on the GPU at a time: one is being read, the next ones are on
@@ -98,14 +98,15 @@ class _CopyStream:
 
 
 class HostManager:
-    """The buffers of `kv_buffers.BufferManager`, exchanged through a `Segment` of host memory (see the module).
+    """The buffers of `kv_buffers.BufferManager`, exchanged through a `PinnedSharedMemory` of host memory (see the
+    module).
 
     Args:
-        place: this rank's position among the `ranks` that share the buffers.
+        group_rank: this rank's position among the `ranks` that share the buffers.
     """
 
-    def __init__(self, place: int, ranks: int, device: torch.device):
-        self.place, self.ranks, self.device = place, ranks, device
+    def __init__(self, group_rank: int, ranks: int, device: torch.device):
+        self.group_rank, self.ranks, self.device = group_rank, ranks, device
         self._registered: list[_Kind] = []
         self._up, self._down = _CopyStream(device), _CopyStream(device)
 
@@ -127,7 +128,7 @@ class HostManager:
         """Bytes of all of this rank's tensors, which a segment must have room for."""
         return len(self._registered) * self.tensor_bytes
 
-    def create_buffer(self, segment: Segment) -> None:
+    def create_buffer(self, segment: PinnedSharedMemory) -> None:
         """Take a segment of at least `registered_bytes` into use.
 
         Its words are reset: every rank must pass a collective call before it goes on.
@@ -142,7 +143,7 @@ class HostManager:
         self._read: dict[int, torch.cuda.Event | None] = {}
         self._replaced: dict[int, int] = {}  # idx to the number of its last tensor
         self._settled = 0
-        own = segment.words[self.place]
+        own = segment.words[self.group_rank]
         own[_STORED] = own[_FETCHED] = 0
 
     @property
@@ -218,7 +219,7 @@ class HostManager:
 
     def _serve(self) -> None:
         """Tell the other ranks how far this rank is, and start all copies that can start."""
-        own = self.segment.words[self.place]
+        own = self.segment.words[self.group_rank]
         while self._storing and _done(self._storing[0].done):
             self._storing.popleft()
             own[_STORED] += 1
@@ -232,7 +233,7 @@ class HostManager:
 
     def _others(self, word: int) -> int:
         """How many tensors the slowest other rank has stored or fetched, by `word`."""
-        return min(words[word] for rank, words in enumerate(self.segment.words) if rank != self.place)
+        return min(words[word] for rank, words in enumerate(self.segment.words) if rank != self.group_rank)
 
     def _may_store(self, idx: int) -> bool:
         return idx not in self._replaced or self._others(_FETCHED) > self._replaced[idx]
@@ -245,14 +246,14 @@ class HostManager:
     def _store(self, waiting: _Waiting) -> None:
         self._replaced[waiting.idx] = waiting.number
         source = waiting.tensor.view(-1).view(torch.uint8)
-        done = self._up.copy([(self._bytes_in(waiting.idx, self.place), source)], after=waiting.ready)
+        done = self._up.copy([(self._bytes_in(waiting.idx, self.group_rank), source)], after=waiting.ready)
         self._storing.append(_Storing(waiting.number, waiting.tensor, done))
 
     def _fetch(self) -> None:
         number = self._progress.fetches_started
         self._progress.fetches_started += 1
         staging = self._staging[number % FETCHED_AHEAD]
-        others = [(self.place + i) % self.ranks for i in range(1, self.ranks)]  # not all from one rank at once
+        others = [(self.group_rank + i) % self.ranks for i in range(1, self.ranks)]  # not all from one rank at once
         idx, read = self._progress.order[number], self._read.pop(number - FETCHED_AHEAD, None)
         event = self._down.copy([(staging[rank], self._bytes_in(idx, rank)) for rank in others], after=read)
         self._fetch_events[number] = event

@@ -1,16 +1,16 @@
-"""Mailboxes between GPUs, and which of two kinds of mailbox the ranks of a group can have.
+"""Peer memory between GPUs, and which of two kind of peer memory the ranks of a group can have.
 
 A collective call is a kernel, and a kernel takes multiprocessors from the computation beside it. Here the copy engines
-carry the letters, and the front ends of the GPUs write and await the flags, so that neither the multiprocessors nor the
-processes have anything to do with an exchange.
+carry the transfers, and the front ends of the GPUs write and await the signals, so that neither the multiprocessors nor
+the processes have anything to do with an exchange.
 
 Where GPUs reach each other's memory, the sender's GPU writes straight into the receiver's memory. Where they do not, as
 most GeForce cards on PCIe, the sender's GPU writes into host memory that all ranks have page-locked, and the receiver's
-own copy engine fetches the letter from there once the flag is there.
+own copy engine fetches the transfer from there once the signal is there.
 
 Streams may share a queue of the hardware, where a stream that waits holds up another one. No stream is held up for ever
-as long as every rank launches the sending of its letters before it waits for the matching letters of the other ranks:
-each wait is then for a letter that its sender launched earlier.
+as long as every rank launches the sending of its transfers before it waits for the matching transfers of the other
+ranks: each wait is then for a transfer that its sender launched earlier.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from ..shm.pinned import HostMemoryError, Segment
-from .peer_memory import REMEDY, HostMailbox, Letter, Mailbox, Word
+from ..shm.pinned import HostMemoryError, PinnedSharedMemory
+from .peer_memory import REMEDY, HostPeerMemory, PeerMemory, SignalValue, Transfer
 from .stream_ops import StreamMemory, StreamMemoryError
 
 log = logging.getLogger(__name__)
 
-_FLAG_BYTES = 4096
+_SIGNAL_BYTES = 4096
 _RAISED = 0x3F
-"""The value of each byte of a flag that is above every value that is awaited."""
+"""The value of each byte of a signal that is above every value that is awaited."""
 _TRY_SECONDS = 20.0
-"""Seconds that the first letters, of 8 bytes, may take until a mailbox is given up."""
+"""Seconds that the first transfers, of 8 bytes, may take until peer memory is given up."""
 
 
-class GpuMailbox(Mailbox):
-    """Memory of GPUs: streams carry the letters, and wait for them.
+class GpuPeerMemory(PeerMemory):
+    """Memory of GPUs: streams carry the transfers, and wait for them.
 
     Raises:
-        MailboxError: this kind of mailbox does not work between these GPUs.
+        PeerMemoryError: this kind of peer memory does not work between these GPUs.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -54,23 +54,23 @@ class GpuMailbox(Mailbox):
         self._out, self._to_itself = torch.cuda.Stream(device), torch.cuda.Stream(device)
         try:
             self._driver = StreamMemory()
-            self.arrange(None, _FLAG_BYTES)
+            self.arrange(None, _SIGNAL_BYTES)
             self._try_out()
         except (ImportError, AttributeError, RuntimeError, StreamMemoryError, HostMemoryError) as error:
             self.close()
-            raise MailboxError(str(error).splitlines()[0]) from error
+            raise PeerMemoryError(str(error).splitlines()[0]) from error
 
     def _try_out(self) -> None:
         """Send every rank this rank's number, and look at the numbers that have arrived."""
-        mine = torch.full((1,), self.place, dtype=torch.int64, device=self.device)
+        mine = torch.full((1,), self.group_rank, dtype=torch.int64, device=self.device)
         self.hold(mine)
-        self.send([_number(rank, self.place) for rank in range(self.ranks)], mine)
-        self.wait([_number(rank, rank) for rank in range(self.ranks)])
+        self.put([_number(rank, self.group_rank) for rank in range(self.ranks)], mine)
+        self.wait_signal([_number(rank, rank) for rank in range(self.ranks)])
         arrived, deadline = torch.cuda.Event(), time.monotonic() + _TRY_SECONDS
         arrived.record(torch.cuda.current_stream(self.device.index))
         while not arrived.query():  # a driver may take these operations and not do them
             if time.monotonic() > deadline:
-                self._raise_flags()
+                self._set_all_signals()
                 raise StreamMemoryError(f"what the ranks wrote did not arrive within {_TRY_SECONDS:.0f} s")
             time.sleep(1e-3)
         got = self.own(0, (self.ranks,), torch.int64).tolist()
@@ -78,24 +78,26 @@ class GpuMailbox(Mailbox):
             raise StreamMemoryError(f"what the ranks wrote did not arrive ({got})")
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """See `Mailbox`: torch's allocator waits for both streams before it gives the memory out again."""
+        """See `PeerMemory`: torch's allocator waits for both streams before it gives the memory out again."""
         tensor.record_stream(self._out)
         tensor.record_stream(self._to_itself)
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
+    def _put(self, transfers: Sequence[Transfer], values: Sequence[int], tensor: torch.Tensor) -> None:
         self._computed.record(torch.cuda.current_stream(self.device.index))
         for stream in (self._out, self._to_itself):
             stream.wait_event(self._computed)
         address = tensor.data_ptr()
 
-        def of_one_flag(sent: tuple[Letter, int]) -> tuple[bool, int]:
-            return sent[0].rank == self.place, sent[0].channel
+        def of_one_signal(sent: tuple[Transfer, int]) -> tuple[bool, int]:
+            return sent[0].rank == self.group_rank, sent[0].signal
 
-        for (to_itself, _), together in groupby(zip(letters, values, strict=True), key=of_one_flag):
+        for (to_itself, _), together in groupby(zip(transfers, values, strict=True), key=of_one_signal):
             handle, words = (self._to_itself if to_itself else self._out).cuda_stream, []
-            for letter, value in together:
-                self._copy(handle, letter.shape, self._destination(letter), (address + letter.start, letter.strides))
-                words.append((self._flags_of(letter.rank) + 4 * self._flag(letter), value))
+            for transfer, value in together:
+                self._copy(
+                    handle, transfer.shape, self._destination(transfer), (address + transfer.start, transfer.strides)
+                )
+                words.append((self._signals_of(transfer.rank) + 4 * self._signal_index(transfer), value))
             self._driver.write(handle, words)
 
     def _copy(
@@ -117,32 +119,32 @@ class GpuMailbox(Mailbox):
             )
 
     @abstractmethod
-    def _destination(self, letter: Letter) -> tuple[int, tuple[int, int]]:
-        """Where this rank writes a letter: an address, and the strides from matrix to matrix and from row to row."""
+    def _destination(self, transfer: Transfer) -> tuple[int, tuple[int, int]]:
+        """Where this rank writes a transfer: an address, and the strides from matrix to matrix and from row to row."""
 
     @abstractmethod
-    def _flags_of(self, rank: int) -> int:
-        """The address of a rank's flags, as this rank's GPU reaches them."""
+    def _signals_of(self, rank: int) -> int:
+        """The address of a rank's signals, as this rank's GPU reaches them."""
 
     @abstractmethod
-    def _raise_flags(self) -> None:
-        """Let this rank's streams go on, whichever flags they wait for."""
+    def _set_all_signals(self) -> None:
+        """Let this rank's streams go on, whichever signals they wait for."""
 
 
-def _number(rank: int, sender: int) -> Letter:
-    """A letter of 8 bytes: the number of `sender`."""
-    return Letter(rank, 0, (1, 1, 8), 0, (8, 8), 8 * sender, (8, 8), 8 * sender)
+def _number(rank: int, sender: int) -> Transfer:
+    """A transfer of 8 bytes: the number of `sender`."""
+    return Transfer(rank, 0, (1, 1, 8), 0, (8, 8), 8 * sender, (8, 8), 8 * sender)
 
 
-class PeerMailbox(GpuMailbox):
+class DirectPeerMemory(GpuPeerMemory):
     """Memory of GPUs that reach each other's memory, by torch's symmetric memory."""
 
     def _make(self, nbytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
         torch.cuda.empty_cache()  # symmetric memory takes nothing from torch's cache
-        self._memory = symmetric.empty(_FLAG_BYTES + nbytes, dtype=torch.uint8, device=self.device)
-        self._memory[:_FLAG_BYTES].zero_()
+        self._memory = symmetric.empty(_SIGNAL_BYTES + nbytes, dtype=torch.uint8, device=self.device)
+        self._memory[:_SIGNAL_BYTES].zero_()
         self._peers = symmetric.rendezvous(self._memory, self.group.group_name)
         self._addresses = list(self._peers.buffer_ptrs)
         torch.cuda.synchronize(self.device)
@@ -152,44 +154,44 @@ class PeerMailbox(GpuMailbox):
         del self._peers, self._memory
 
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return self._peers.get_buffer(rank, tuple(shape), dtype, (_FLAG_BYTES + offset) // dtype.itemsize)
+        return self._peers.get_buffer(rank, tuple(shape), dtype, (_SIGNAL_BYTES + offset) // dtype.itemsize)
 
-    def _destination(self, letter: Letter) -> tuple[int, tuple[int, int]]:
-        return self._addresses[letter.rank] + _FLAG_BYTES + letter.offset, letter.strides_there
+    def _destination(self, transfer: Transfer) -> tuple[int, tuple[int, int]]:
+        return self._addresses[transfer.rank] + _SIGNAL_BYTES + transfer.offset, transfer.strides_there
 
-    def _flags_of(self, rank: int) -> int:
+    def _signals_of(self, rank: int) -> int:
         return self._addresses[rank]
 
-    def _raise_flags(self) -> None:
+    def _set_all_signals(self) -> None:
         with torch.cuda.stream(torch.cuda.Stream(self.device)):
-            self._memory[:_FLAG_BYTES].fill_(_RAISED)
+            self._memory[:_SIGNAL_BYTES].fill_(_RAISED)
 
-    def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
-        stream, own = torch.cuda.current_stream(self.device.index).cuda_stream, self._addresses[self.place]
-        self._driver.wait(stream, [(own + 4 * flag, value) for flag, value in words])
+    def _wait_signals(self, transfers: Sequence[Transfer], words: Sequence[SignalValue]) -> None:
+        stream, own = torch.cuda.current_stream(self.device.index).cuda_stream, self._addresses[self.group_rank]
+        self._driver.wait(stream, [(own + 4 * signal, value) for signal, value in words])
 
 
-class StagedMailbox(GpuMailbox):
-    """Memory of GPUs that do not reach each other's memory: letters go through host memory.
+class StagedPeerMemory(GpuPeerMemory):
+    """Memory of GPUs that do not reach each other's memory: transfers go through host memory.
 
-    Receivers acknowledge nothing here either. A rank that may replace a letter has got something back that was computed
-    from that letter, so the letter has left host memory too.
+    Receivers acknowledge nothing here either. A rank that may replace a transfer has got something back that was
+    computed from that transfer, so the transfer has left host memory too.
     """
 
     hops = 2
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._in, self._arrived = torch.cuda.Stream(device), torch.cuda.Event()
-        self._segment: Segment | None = None
-        self._own_flags: torch.Tensor
+        self._segment: PinnedSharedMemory | None = None
+        self._own_signals: torch.Tensor
         super().__init__(group, device)
 
     def _make(self, nbytes: int) -> None:
         torch.cuda.empty_cache()
         self._memory = self._driver.allocate(nbytes, self.device)
-        if self._segment is None or self._segment.nbytes < _FLAG_BYTES + nbytes:
-            self._lock(_FLAG_BYTES + nbytes)
-        self._own_flags.zero_()
+        if self._segment is None or self._segment.nbytes < _SIGNAL_BYTES + nbytes:
+            self._lock(_SIGNAL_BYTES + nbytes)
+        self._own_signals.zero_()
 
     def _lock(self, nbytes: int) -> None:
         """Have `nbytes` of page-locked host memory, kept when the GPU's memory is freed: locking takes a second a
@@ -197,11 +199,11 @@ class StagedMailbox(GpuMailbox):
         if self._segment is not None:
             self._segment.close()
             self._segment = None
-            del self._own_flags  # a view that would keep the memory
-        self._segment = Segment(
-            nbytes, self.place, self.ranks, self.device, self.group, "what the GPUs send each other", REMEDY
+            del self._own_signals  # a view that would keep the memory
+        self._segment = PinnedSharedMemory(
+            nbytes, self.group_rank, self.ranks, self.device, self.group, "what the GPUs send each other", REMEDY
         )
-        self._own_flags = self._segment.data[self.place][:_FLAG_BYTES]
+        self._own_signals = self._segment.data[self.group_rank][:_SIGNAL_BYTES]
         self._staging = [self._driver.address_of(data.data_ptr()) for data in self._segment.data]
 
     def _drop(self) -> None:
@@ -211,50 +213,50 @@ class StagedMailbox(GpuMailbox):
     def _part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
-    def _destination(self, letter: Letter) -> tuple[int, tuple[int, int]]:
-        if letter.rank == self.place:
-            return self._memory.data_ptr() + letter.offset, letter.strides_there
-        return self._packed(letter.rank, letter)
+    def _destination(self, transfer: Transfer) -> tuple[int, tuple[int, int]]:
+        if transfer.rank == self.group_rank:
+            return self._memory.data_ptr() + transfer.offset, transfer.strides_there
+        return self._packed(transfer.rank, transfer)
 
-    def _packed(self, receiver: int, letter: Letter) -> tuple[int, tuple[int, int]]:
-        """Where a letter lies in host memory on its way to `receiver`."""
-        _, rows, width = letter.shape
-        return self._staging[receiver] + _FLAG_BYTES + letter.packed, (rows * width, width)
+    def _packed(self, receiver: int, transfer: Transfer) -> tuple[int, tuple[int, int]]:
+        """Where a transfer lies in host memory on its way to `receiver`."""
+        _, rows, width = transfer.shape
+        return self._staging[receiver] + _SIGNAL_BYTES + transfer.packed, (rows * width, width)
 
-    def _flags_of(self, rank: int) -> int:
+    def _signals_of(self, rank: int) -> int:
         return self._staging[rank]
 
-    def _raise_flags(self) -> None:
-        self._own_flags.fill_(_RAISED)
+    def _set_all_signals(self) -> None:
+        self._own_signals.fill_(_RAISED)
 
-    def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
-        stream, own = self._in.cuda_stream, self._staging[self.place]
-        for letter, (flag, value) in zip(letters, words, strict=True):
-            self._driver.wait(stream, [(own + 4 * flag, value)])
-            if letter.rank != self.place:
-                to = self._memory.data_ptr() + letter.offset, letter.strides_there
-                self._copy(stream, letter.shape, to, self._packed(self.place, letter))
+    def _wait_signals(self, transfers: Sequence[Transfer], words: Sequence[SignalValue]) -> None:
+        stream, own = self._in.cuda_stream, self._staging[self.group_rank]
+        for transfer, (signal, value) in zip(transfers, words, strict=True):
+            self._driver.wait(stream, [(own + 4 * signal, value)])
+            if transfer.rank != self.group_rank:
+                to = self._memory.data_ptr() + transfer.offset, transfer.strides_there
+                self._copy(stream, transfer.shape, to, self._packed(self.group_rank, transfer))
         self._arrived.record(self._in)
         torch.cuda.current_stream(self.device.index).wait_event(self._arrived)
 
 
-def open_mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox | None:
-    """A mailbox for the ranks of a group, or None where no kind works between their GPUs. A collective call."""
+def open_peer_memory(group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
+    """Peer memory for the ranks of a group, or None where no kind works between their GPUs. A collective call."""
     if device.type != "cuda":
-        return HostMailbox(group, device)
+        return HostPeerMemory(group, device)
     apart = _unreached(group, device)
     whys: list[str] = []
-    for kind, why in ((PeerMailbox, apart), (StagedMailbox, "")):
-        mailbox = None
+    for kind, why in ((DirectPeerMemory, apart), (StagedPeerMemory, "")):
+        memory = None
         if _all(not why, group, device):
             try:
-                mailbox = kind(group, device)
-            except MailboxError as error:
+                memory = kind(group, device)
+            except PeerMemoryError as error:
                 why = str(error)
-            if _all(mailbox is not None, group, device):
+            if _all(memory is not None, group, device):
                 if whys:
                     log.info("Ulysses' exchanges go through host memory, beside the computation (%s).", whys[0])
-                return mailbox
+                return memory
         whys.append(why or "another GPU cannot")
     log.info("Ulysses' exchanges go through NCCL, not beside the computation (%s).", "; ".join(whys))
     return None
@@ -279,5 +281,5 @@ def _unreached(group: dist.ProcessGroup, device: torch.device) -> str:
     return f"GPU {device.index} has no access to the memory of GPU {unreached[0]}" if unreached else ""
 
 
-class MailboxError(RuntimeError):
-    """A mailbox does not work between these GPUs. The text says why, without a full stop."""
+class PeerMemoryError(RuntimeError):
+    """Peer memory does not work between these GPUs. The text says why, without a full stop."""

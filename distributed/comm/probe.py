@@ -18,7 +18,7 @@ _REPEATS = 3
 _PRODUCTS = 4  # in a row, so that a start of work weighs less
 
 
-def survey(device: torch.device, world_size: int) -> Machine:
+def probe(device: torch.device, world_size: int) -> Machine:
     """The rates of this rank's machine: times an exchange among all ranks, copies and products (a collective call)."""
     on_gpu = device.type == "cuda"
     products = _products(device)  # first, and its tensors freed before those of the copies are made: little may be free

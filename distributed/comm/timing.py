@@ -2,9 +2,9 @@
 
 A rank's device stands still where it needs data from elsewhere: an all-to-all, a block of a ring, a sum, the residual
 stream of the stage before, weights that are gathered or copied from host memory, latents that come in and go out.
-Strategies put `standing` around these places. On CUDA it records a pair of events in the stream that computes, and the
-events are read once the forward is over: nothing is synchronised in between, and an exchange that is hidden behind
-computation is not counted. On a CPU `standing` reads the clock.
+Strategies put `measure_wait` around these places. On CUDA it records a pair of events in the stream that computes, and
+the events are read once the forward is over: nothing is synchronised in between, and an exchange that is hidden behind
+computation is not counted. On a CPU `measure_wait` reads the clock.
 
 While a rank stands still, the tensors that it needs may be on their way, or not even sent. No rank gets them before all
 ranks of the group have come to the same place, and the rank that comes last waits for the transfer alone. So the time
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..protocol.reports import Stall
+from ..protocol.reports import WaitTimes
 
 ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums", "pipeline", "weights", "patches"
 LATER_SLICES = "all-to-all of later slices"
@@ -42,7 +42,7 @@ USP = "USP"
 """xfuser's attention without the attention kernel: the exchanges, and the copies around them."""
 LATENTS = "latents"
 """Copies of the inputs from the client's memory, and of the result back."""
-GATE = "gate"
+CANCEL_BARRIER = "gate"
 """The time for which a rank holds back until its leader has come to a block (cancel.py): nothing is exchanged."""
 
 _Key = tuple[str, tuple[int, ...]]
@@ -81,11 +81,11 @@ class Spans:
         return self._seconds + [start.elapsed_time(stop) / 1000 for start, stop in self._events]
 
 
-class Watch:
-    """The stretches that `standing` notes down during one forward of this rank.
+class WaitRecorder:
+    """The stretches that `measure_wait` notes down during one forward of this rank.
 
     Attributes:
-        open: the stretches of the kind that is being measured now; None outside `standing`.
+        open: the stretches of the kind that is being measured now; None outside `measure_wait`.
     """
 
     def __init__(self, device: torch.device):
@@ -106,7 +106,7 @@ class Watch:
         self._spans.setdefault((kind, ranks), []).append(spans)
         return spans
 
-    def stalls(self) -> tuple[Stall, ...]:
+    def waits(self) -> tuple[WaitTimes, ...]:
         """All stretches, by kind and group.
 
         Waits for the stream that computes, not for tensors that other ranks still send for a later forward.
@@ -114,20 +114,20 @@ class Watch:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return tuple(
-            Stall.of(kind, ranks, itertools.chain.from_iterable(part.each() for part in parts))
+            WaitTimes.of(kind, ranks, itertools.chain.from_iterable(part.each() for part in parts))
             for (kind, ranks), parts in self._spans.items()
         )
 
 
-_current: Watch | None = None
+_current: WaitRecorder | None = None
 """The measurement of the forward that runs; one, as a process has one device and does one request at a time."""
 
 
 @contextmanager
-def measuring(device: torch.device) -> Iterator[Watch]:
-    """Let `standing` measure until the end of the `with` block, which is one forward; yields the measurement."""
+def measuring(device: torch.device) -> Iterator[WaitRecorder]:
+    """Let `measure_wait` measure until the end of the `with` block, which is one forward; yields the measurement."""
     global _current
-    _current = Watch(device)
+    _current = WaitRecorder(device)
     try:
         yield _current
     finally:
@@ -135,14 +135,14 @@ def measuring(device: torch.device) -> Iterator[Watch]:
 
 
 @contextmanager
-def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) -> Iterator[None]:
+def measure_wait(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) -> Iterator[None]:
     """Measure, until the end of the `with` block, how long the stream that computes waits for an exchange.
 
-    Does nothing outside a forward, for a rank alone, and inside another `standing`, which counts the whole.
+    Does nothing outside a forward, for a rank alone, and inside another `measure_wait`, which counts the whole.
 
     Args:
         kind: what is exchanged, or waited for.
-        among: the ranks that take part, or their group. All of them make the same calls of `standing` in the same
+        among: the ranks that take part, or their group. All of them make the same calls of `measure_wait` in the same
             order.
     """
     watch = _current
@@ -160,7 +160,7 @@ def standing(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Leave the time until the end of the `with` block, which is computation, out of the `standing` around it."""
+    """Leave the time until the end of the `with` block, which is computation, out of the `measure_wait` around it."""
     watch = _current
     if watch is None or watch.open is None:
         yield
@@ -174,7 +174,7 @@ def computing() -> Iterator[None]:
         spans.start()
 
 
-def counted(kind: str, among: Sequence[int] | dist.ProcessGroup | None, spans: Spans) -> Spans:
+def count_wait(kind: str, among: Sequence[int] | dist.ProcessGroup | None, spans: Spans) -> Spans:
     """Let the forward that runs count `spans`, stretches that the caller measures and reads too; returns them."""
     return spans if _current is None else _current.add(kind, _ranks(among) or (), spans)
 
@@ -206,19 +206,19 @@ class RankTimes:
         return self.compute + self.exchange + self.waiting
 
 
-def rank_times(seconds: Sequence[float], stalls: Sequence[Sequence[Stall]]) -> tuple[RankTimes, ...]:
+def rank_times(seconds: Sequence[float], waits: Sequence[Sequence[WaitTimes]]) -> tuple[RankTimes, ...]:
     """Where the seconds of a forward went on each rank.
 
     Args:
         seconds: of the forward, by rank.
-        stalls: the times for which each rank stood still, by rank.
+        waits: the times for which each rank stood still, by rank.
     """
-    stood = [{(stall.kind, stall.ranks): stall.seconds for stall in own} for own in stalls]
+    stood = [{(wait.kind, wait.ranks): wait.seconds for wait in own} for own in waits]
     times = []
     for rank, own in enumerate(stood):
         exchanges: dict[str, float] = {}
         for (kind, ranks), spans in own.items():
-            if kind != GATE:
+            if kind != CANCEL_BARRIER:
                 groups = (stood[other].get((kind, ranks), []) for other in ranks or (rank,))
                 least = sum(_least(groups)[: len(spans)])
                 exchanges[kind] = exchanges.get(kind, 0.0) + least

@@ -22,7 +22,7 @@ from ..protocol.errors import Failure, WorkerDied
 from ..protocol.messages import Cancel, Join, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
-from ..shm.cancel import GateMemory
+from ..shm.cancel import CancelMemory
 from .worker_processes import Work, WorkerProcess, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Launcher:
     def __init__(self, client: Connection, start: Start):
         self.client, self.start = client, start
         self.client_end = _end_of(start.client_pid)
-        self.gate = GateMemory(len(start.locations))
+        self.barrier = CancelMemory(len(start.locations))
         self.pending: dict[int, _Pending] = {}
         self.processes: list[WorkerProcess] = []
         self.connections: list[Connection] = []
@@ -91,7 +91,7 @@ class Launcher:
         work = []
         for rank in range(len(self.start.locations)):
             ours, theirs = multiprocessing.Pipe()
-            join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.gate.path)
+            join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.barrier.path)
             work.append(Work(encode(join), theirs))
             self.connections.append(ours)
         if self.start.settings.device == "cpu" and can_fork():
@@ -172,7 +172,7 @@ class Launcher:
     def _pass_on(self, data: bytes) -> None:
         message = decode(data)
         if isinstance(message, Cancel):
-            self.gate.cancel(message.id)
+            self.barrier.cancel(message.id)
             return
         assert isinstance(message, Request)
         self.pending[message.id] = _Pending(message.collective)

@@ -9,7 +9,7 @@ from ...wanvideo.model.layers import SelfAttention
 from ...wanvideo.model.model import WanModel
 from ..protocol.requests import EXACT
 from ..shm.pinned import HostMemoryError
-from .groups import Membership
+from .groups import ParallelGroups
 from .sequence import NativeAttention, SequenceGroup
 from .strategy import Step, StepInputs, Strategy, WorkItem
 from .ulysses_overlap import OverlappedAttention
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 class ExactStep(Step):
     """A forward on the exact path."""
 
-    def __init__(self, membership: Membership, inputs: StepInputs):
-        self.membership, self.inputs = membership, inputs
+    def __init__(self, parallel: ParallelGroups, inputs: StepInputs):
+        self.parallel, self.inputs = parallel, inputs
 
     def work(self, items: slice) -> list[WorkItem]:
         """This rank's shard of the tokens, in one pass."""
         given = self.inputs
         start, stop = given.group.shard(given.grid.tokens)
-        attend = exact_attention(self.membership, given.group, given.model, given.grid, items.stop - items.start)
+        attend = exact_attention(self.parallel, given.group, given.model, given.grid, items.stop - items.start)
         return [WorkItem(items, slice(start, stop), stop - start, attend)]
 
 
@@ -37,11 +37,11 @@ class Exact(Strategy, name=EXACT):
 
     def begin(self, inputs: StepInputs) -> Step:
         """Begin a forward, which depends on no other."""
-        return ExactStep(self.membership, inputs)
+        return ExactStep(self.parallel, inputs)
 
 
 def exact_attention(
-    membership: Membership, group: SequenceGroup, model: WanModel, grid: Grid, batch: int
+    parallel: ParallelGroups, group: SequenceGroup, model: WanModel, grid: Grid, batch: int
 ) -> SelfAttention:
     """Exact self-attention of this rank's tokens to those of all ranks of `group`, for `batch` items at a time.
 
@@ -50,17 +50,17 @@ def exact_attention(
     Raises:
         BackendError: xfuser is to do it, and cannot share this sequence.
     """
-    kernel, heads, degrees = model.self_kernel, membership.heads(model), group.degrees
+    kernel, heads, degrees = model.self_kernel, parallel.heads(model), group.degrees
     if degrees.ranks == 1:
         return kernel
-    if degrees in membership.xfuser_groups:
-        return XfuserAttention(membership.xfuser_groups[degrees], kernel, grid.tokens, heads)
-    if degrees in membership.mailboxes:
-        attend = OverlappedAttention(group, kernel, grid.tokens, heads, membership.mailboxes[degrees])
+    if degrees in parallel.xfuser_groups:
+        return XfuserAttention(parallel.xfuser_groups[degrees], kernel, grid.tokens, heads)
+    if degrees in parallel.peer_memories:
+        attend = OverlappedAttention(group, kernel, grid.tokens, heads, parallel.peer_memories[degrees])
         try:
             attend.reserve(batch, model.config.head_dim, model.compute_dtype)
             return attend
         except HostMemoryError as error:
-            membership.leave_mailbox(degrees)
+            parallel.leave_peer_memory(degrees)
             log.warning("%s Until the workers start anew, exchanges go through NCCL one after the other.", error)
-    return NativeAttention(group, kernel, grid.tokens, heads, membership.settings.overlap)
+    return NativeAttention(group, kernel, grid.tokens, heads, parallel.settings.overlap)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ...wanvideo.model.layers import OverSequence
 from ...wanvideo.model.model import WanModel
-from ..comm.peer_memory import Mailbox
-from ..comm.peer_memory_cuda import open_mailbox
+from ..comm.peer_memory import PeerMemory
+from ..comm.peer_memory_cuda import open_peer_memory
 from ..plan.degrees import ParallelPlan, SequenceDegrees
 from ..protocol.specs import PoolSettings
 from . import xfuser_backend
@@ -24,7 +24,7 @@ from .sequence import SequenceGroup, group_of, join_group, leave_groups, over_se
 from .tensor import TensorShard
 
 
-class Membership:
+class ParallelGroups:
     """The groups of one rank. Methods that make or leave groups are collective calls.
 
     Whatever the plan decides about the rank is owned by this object. The plan may change between two requests, so other
@@ -35,7 +35,7 @@ class Membership:
         coords: the rank's coordinates under the plan.
         shard, stage: the rank's part of the matrices and of the blocks, with their process groups.
         groups: the groups that share a sequence, by their degrees, of all models for which `join` was called.
-        mailboxes: through which the ranks of an Ulysses group write into each other's memory, by the same degrees.
+        peer_memories: through which the ranks of an Ulysses group write into each other's memory, by the same degrees.
         xfuser_groups: xfuser's own groups, by the same degrees, where it is the backend.
     """
 
@@ -44,9 +44,9 @@ class Membership:
         self.coords = settings.plan.mesh.coords(rank)
         self.shard, self.stage = self._join_divided()
         self.groups: dict[SequenceDegrees, SequenceGroup] = {}
-        self.mailboxes: dict[SequenceDegrees, Mailbox] = {}
+        self.peer_memories: dict[SequenceDegrees, PeerMemory] = {}
         self.xfuser_groups: dict[SequenceDegrees, xfuser_backend.XfuserGroup] = {}
-        self._joined: dict[Hashable, tuple[SequenceGroup, Mailbox | None]] = {}  # by degrees and members
+        self._joined: dict[Hashable, tuple[SequenceGroup, PeerMemory | None]] = {}  # by degrees and members
         self._further: dict[Hashable, dist.ProcessGroup | None] = {}  # by purpose and members
 
     @property
@@ -65,20 +65,20 @@ class Membership:
                 self.xfuser_groups[degrees] = xfuser_backend.join_group(degrees, self.device)
                 self.groups[degrees] = group_of(degrees, self.rank, members)
             else:
-                group, mailbox = self._join_sequence(degrees, members)
+                group, memory = self._join_sequence(degrees, members)
                 self.groups[degrees] = replace(group, speeds=plan.sequence_speeds(group.ranks))
-                if mailbox is not None:
-                    self.mailboxes[degrees] = mailbox
+                if memory is not None:
+                    self.peer_memories[degrees] = memory
 
-    def follow(self, settings: PoolSettings) -> None:
-        """Take another plan. Call `join` for each model again, and before that `rejoin` if the new plan divides models
+    def set_plan(self, settings: PoolSettings) -> None:
+        """Take another plan. Call `join` for each model again, and before that `rebuild` if the new plan divides models
         into other parts."""
         self.settings, self.coords = settings, settings.plan.mesh.coords(self.rank)
-        self.close_mailboxes()
+        self.close_peer_memories()
         self.groups.clear()
-        self.mailboxes.clear()
+        self.peer_memories.clear()
 
-    def rejoin(self, further: Iterable[dist.ProcessGroup]) -> None:
+    def rebuild(self, further: Iterable[dist.ProcessGroup]) -> None:
         """Leave all process groups, and the `further` groups that other objects made, and take this rank's part of
         models under the present plan."""
         leave_groups([*self._process_groups(), *further])
@@ -86,19 +86,21 @@ class Membership:
         self._further.clear()
         self.shard, self.stage = self._join_divided()
 
-    def close_mailboxes(self) -> None:
-        """Give the memory of all mailboxes back; the mailboxes can be used again."""
-        for mailbox in self.mailboxes.values():
-            mailbox.close()
+    def close_peer_memories(self) -> None:
+        """Give the memory of all peer_memories back; the peer_memories can be used again."""
+        for memory in self.peer_memories.values():
+            memory.close()
 
     def heads(self, model: WanModel) -> int:
         """Heads of this rank's part of a model, over its whole sequence group."""
         return model.config.num_heads // self.shard.size
 
-    def leave_mailbox(self, degrees: SequenceDegrees) -> None:
-        """Do without the mailbox of these degrees until the worker starts anew."""
-        mailbox = self.mailboxes.pop(degrees)
-        self._joined = {key: (group, None if box is mailbox else box) for key, (group, box) in self._joined.items()}
+    def leave_peer_memory(self, degrees: SequenceDegrees) -> None:
+        """Do without the peer memory of these degrees until the worker starts anew."""
+        left = self.peer_memories.pop(degrees)
+        self._joined = {
+            key: (group, None if memory is left else memory) for key, (group, memory) in self._joined.items()
+        }
 
     def further_group(self, ranks: int, purpose: str) -> dist.ProcessGroup:
         """A process group, for one purpose alone, of this rank and the others of the `ranks` ranks that share a
@@ -135,15 +137,15 @@ class Membership:
 
     def _join_sequence(
         self, degrees: SequenceDegrees, members: Sequence[tuple[int, ...]]
-    ) -> tuple[SequenceGroup, Mailbox | None]:
+    ) -> tuple[SequenceGroup, PeerMemory | None]:
         """The process groups of `degrees` for these ranks; process groups of earlier plans are kept, and found
         again."""
         key = (degrees, *members)
         if key not in self._joined:
-            group, mailbox = join_group(degrees, self.rank, members), None
+            group, memory = join_group(degrees, self.rank, members), None
             if self.settings.overlap and group.ulysses is not None and degrees.ring == 1:
-                mailbox = open_mailbox(group.ulysses, self.device)
-            self._joined[key] = group, mailbox
+                memory = open_peer_memory(group.ulysses, self.device)
+            self._joined[key] = group, memory
         return self._joined[key]
 
     def _process_groups(self) -> Iterator[dist.ProcessGroup | None]:

@@ -115,7 +115,7 @@ class Flow(Generic[Batch]):
             elif 0 <= slot - self.stage.index < passes:
                 for block in self.span:
                     self.before_block(block)
-            with timing.standing(timing.PIPELINE, self.stage.ranks):
+            with timing.measure_wait(timing.PIPELINE, self.stage.ranks):
                 while self._checked < self.blocks:  # blocks of longer stages, or this stage is idle
                     self.before_block(None)
                 stream = self._exchange()

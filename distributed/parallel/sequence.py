@@ -127,7 +127,7 @@ def over_sequence(*groups: dist.ProcessGroup | None) -> OverSequence:
     def reduce(op: dist.ReduceOp.RedOpType, x: torch.Tensor) -> torch.Tensor:
         for group in groups:
             if group is not None:
-                with timing.standing(timing.SUMS, group):
+                with timing.measure_wait(timing.SUMS, group):
                     dist.all_reduce(x, op, group)
         return x
 
@@ -201,7 +201,7 @@ class SequenceAttention(ABC):
 
     def _exchange(self, outgoing: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         arrived = outgoing.new_empty(sum(received))
-        with timing.standing(timing.ALL_TO_ALL, self.group.ulysses):
+        with timing.measure_wait(timing.ALL_TO_ALL, self.group.ulysses):
             dist.all_to_all_single(arrived, outgoing, received, sent, group=self.group.ulysses)
         return arrived
 
@@ -230,7 +230,7 @@ class SequenceAttention(ABC):
         yield origin, held[0], held[1]
 
     def _wait(self, comm: Any) -> None:
-        with timing.standing(timing.RING, self.group.ring):
+        with timing.measure_wait(timing.RING, self.group.ring):
             comm.wait()
 
 

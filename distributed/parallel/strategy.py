@@ -23,7 +23,7 @@ from ...wanvideo.model.model import WanModel
 from ..plan.degrees import PlanError
 from ..protocol.reports import Exchange
 from ..protocol.requests import Displaced
-from .groups import Membership
+from .groups import ParallelGroups
 from .sequence import SequenceGroup
 
 _registered: dict[str, type[Strategy]] = {}
@@ -112,8 +112,8 @@ class Strategy(ABC):
             cls.name = name
             _registered[name] = cls
 
-    def __init__(self, membership: Membership):
-        self.membership = membership
+    def __init__(self, parallel: ParallelGroups):
+        self.parallel = parallel
 
     @abstractmethod
     def begin(self, inputs: StepInputs) -> Step:
@@ -135,8 +135,8 @@ class Strategy(ABC):
 class Strategies:
     """The strategies of one rank, each made when a request first names it."""
 
-    def __init__(self, membership: Membership):
-        self._membership = membership
+    def __init__(self, parallel: ParallelGroups):
+        self._parallel = parallel
         self._made: dict[str, Strategy] = {}
 
     def named(self, name: str) -> Strategy:
@@ -149,7 +149,7 @@ class Strategies:
             known = ", ".join(sorted(_registered))
             raise PlanError(f"The workers know no strategy called {name}. Use one of {known}.")
         if name not in self._made:
-            self._made[name] = _registered[name](self._membership)
+            self._made[name] = _registered[name](self._parallel)
         return self._made[name]
 
     @property

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...wanvideo.base.lora import WeightPatch, narrow_patch
+from ...wanvideo.base.lora import LoraDelta, narrow_delta
 from ...wanvideo.base.variant import COLUMNS, GATHERED, ONCE, PAIRS, ROWS, Splits, Variant, attention_splits, registered
 from ...wanvideo.model.layers import Attention, Block
 from ...wanvideo.model.model import WanModel
@@ -84,18 +84,18 @@ class TensorShard:
             return weight
         return rows_together([weight.narrow(dim, *run) for run in runs])
 
-    def take_patches(self, name: str, shape: tuple[int, ...], patches: Sequence[WeightPatch]) -> Sequence[WeightPatch]:
-        """The part of `patches` of a whole tensor, which has `shape`, that changes this rank's part of the tensor.
+    def take_deltas(self, name: str, shape: tuple[int, ...], deltas: Sequence[LoraDelta]) -> Sequence[LoraDelta]:
+        """The part of `deltas` of a whole tensor, which has `shape`, that changes this rank's part of the tensor.
 
         Raises:
-            PatchError: a patch does not have the shape of the whole.
+            LoraError: a delta does not have the shape of the whole.
         """
         if split_of(name) == ONCE and self.index > 0:
             return ()
         dim, runs = self._cut(name, shape)
         if runs == [(0, shape[dim])]:
-            return patches
-        return [narrow_patch(patch, shape, dim, runs) for patch in patches]
+            return deltas
+        return [narrow_delta(delta, shape, dim, runs) for delta in deltas]
 
     def apply(self, model: WanModel) -> None:
         """Let a model that holds this rank's parts compute the same outputs as the whole model."""
@@ -124,7 +124,7 @@ class TensorShard:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Add up x over the ranks, in place."""
         if x.numel():
-            with timing.standing(timing.SUMS, self.group):
+            with timing.measure_wait(timing.SUMS, self.group):
                 dist.all_reduce(x, group=self.group)
         return x
 
@@ -150,12 +150,12 @@ class TensorShard:
         """Make the device wait for the sum of an `output` whose sum `_start_sum` began."""
         work = self._travelling.pop(id(output), None)
         if work is not None:
-            with timing.standing(timing.SUMS, self.overlapped):
+            with timing.measure_wait(timing.SUMS, self.overlapped):
                 work.wait()
         return output
 
     def _gather_output(self, _module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(output) for _ in range(self.size)]
-        with timing.standing(timing.SUMS, self.group):
+        with timing.measure_wait(timing.SUMS, self.group):
             dist.all_gather(parts, output, group=self.group)
         return torch.cat(parts, dim=-1)

@@ -17,10 +17,10 @@ from operator import itemgetter
 
 import torch
 
-from ..comm.peer_memory import Letter
+from ..comm.peer_memory import Transfer
 
 MOST_SLICES = 3
-_FIRST_CHANNEL = {kind: place * MOST_SLICES for place, kind in enumerate(("v", "k", "q", "output"))}
+_FIRST_SIGNAL = {kind: number * MOST_SLICES for number, kind in enumerate(("v", "k", "q", "output"))}
 _ALIGN = 256
 
 _TILE = 128
@@ -79,8 +79,8 @@ def _turns(way: Sequence[int], tiles: int, processors: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where keys, values, queries and output, each [B, tokens, heads, head_dim], lie in a mailbox.
+class UlyssesLayout:
+    """Where keys, values, queries and output, each [B, tokens, heads, head_dim], lie in peer memory.
 
     Args:
         lengths: tokens of each rank.
@@ -133,7 +133,7 @@ class Layout:
         own = (self.nbytes_of(self.batch * length * sum(self.heads)) for length in self.lengths)
         return max(self.output_offset(rank) + size for rank, size in enumerate(own))
 
-    def transfers(self, kind: str, sender: int, receiver: int) -> list[Letter]:
+    def transfers(self, kind: str, sender: int, receiver: int) -> list[Transfer]:
         """The part of the queries, keys or values [B, n, heads, head_dim] of `sender` that goes to `receiver`, one
         transfer for each run of the receiver's heads."""
         before, n = sum(self.lengths[:sender]), self.lengths[sender]
@@ -142,9 +142,9 @@ class Layout:
         for part, (first, count) in enumerate(self.head_runs(kind, receiver)):
             width, there = count * vector, self.offset(kind, receiver, first)
             transfers.append(
-                Letter(
+                Transfer(
                     receiver,
-                    _FIRST_CHANNEL[kind] + part,
+                    _FIRST_SIGNAL[kind] + part,
                     (self.batch, n, width),
                     start=(sum(self.heads[:receiver]) + first) * vector,
                     strides=(n * row, row),
@@ -155,7 +155,7 @@ class Layout:
             )
         return transfers
 
-    def output_transfers(self, sender: int, receiver: int) -> list[Letter]:
+    def output_transfers(self, sender: int, receiver: int) -> list[Transfer]:
         """The part of the output [B, tokens of all, heads of a slice, head_dim] of `sender` that goes to `receiver`,
         one transfer for each slice of the sender's heads."""
         n, vector, row = self.lengths[receiver], self.nbytes_of(1), self.nbytes_of(sum(self.heads))
@@ -163,9 +163,9 @@ class Layout:
         for part, (first, count) in enumerate(self.slices(sender)):
             width, before = count * vector, (sum(self.heads[:sender]) + first) * vector
             transfers.append(
-                Letter(
+                Transfer(
                     receiver,
-                    _FIRST_CHANNEL["output"] + part,
+                    _FIRST_SIGNAL["output"] + part,
                     (self.batch, n, width),
                     start=sum(self.lengths[:receiver]) * width,
                     strides=(self.tokens * width, width),
@@ -195,13 +195,13 @@ class TransferSchedule:
         awaited_output: what is waited for at the end.
     """
 
-    sent: dict[str, list[tuple[str, list[Letter]]]]
-    sent_output: list[list[Letter]]
-    awaited: list[list[Letter]]
-    awaited_output: list[Letter]
+    sent: dict[str, list[tuple[str, list[Transfer]]]]
+    sent_output: list[list[Transfer]]
+    awaited: list[list[Transfer]]
+    awaited_output: list[Transfer]
 
     @classmethod
-    def of(cls, layout: Layout, index: int, order: Sequence[int]) -> TransferSchedule:
+    def of(cls, layout: UlyssesLayout, index: int, order: Sequence[int]) -> TransferSchedule:
         """The schedule of the rank `index` of the Ulysses group, which serves the ranks in this order."""
         out = {kind: _by_part(layout.transfers(kind, index, rank) for rank in order) for kind in "vkq"}
         coming = {kind: _by_part(_from(rank, layout.transfers(kind, rank, index)) for rank in order) for kind in "vkq"}
@@ -227,16 +227,16 @@ class TransferSchedule:
         )
 
 
-def _from(rank: int, transfers: Iterable[Letter]) -> list[Letter]:
+def _from(rank: int, transfers: Iterable[Transfer]) -> list[Transfer]:
     """Transfers as their receiver waits for them: `rank`, the sender, takes the place of the receiver."""
     return [replace(transfer, rank=rank) for transfer in transfers]
 
 
-def _by_part(transfers: Iterable[Sequence[Letter]]) -> list[list[Letter]]:
+def _by_part(transfers: Iterable[Sequence[Transfer]]) -> list[list[Transfer]]:
     """The first transfer of every rank, then the second of every rank that has more, and so on."""
     rows = list(transfers)
     return [[row[part] for row in rows if part < len(row)] for part in range(max(map(len, rows), default=0))]
 
 
-def _at(parts: Sequence[list[Letter]], part: int) -> list[Letter]:
+def _at(parts: Sequence[list[Transfer]], part: int) -> list[Transfer]:
     return parts[part] if part < len(parts) else []

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import torch
 
 from ...wanvideo.attention.kernels import AttentionKernel
-from ..comm.peer_memory import Mailbox
-from ..comm.timing import ALL_TO_ALL, LATER_SLICES, standing
+from ..comm.peer_memory import PeerMemory
+from ..comm.timing import ALL_TO_ALL, LATER_SLICES, measure_wait
 from .sequence import SequenceGroup
-from .ulysses_layout import Layout, TransferSchedule, cut, cut_for_two_hops
+from .ulysses_layout import TransferSchedule, UlyssesLayout, cut, cut_for_two_hops
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """The parts of this rank's mailbox into which all ranks send.
+    """The parts of this rank's memory into which all ranks send.
 
     Args:
         slices: queries, keys and values [B, tokens of all, heads, head_dim] of each slice of the own heads.
@@ -46,8 +46,8 @@ class OverlappedAttention:
         heads: heads of the model.
     """
 
-    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, mailbox: Mailbox):
-        self.kernel, self.mailbox, self.index = kernel, mailbox, group.ulysses_index
+    def __init__(self, group: SequenceGroup, kernel: AttentionKernel, tokens: int, heads: int, memory: PeerMemory):
+        self.kernel, self.memory, self.index = kernel, memory, group.ulysses_index
         self.lengths = tuple(group.lengths(tokens))
         self.heads = tuple(group.heads(heads))
         ranks = len(self.lengths)  # each rank has an order of its own, itself last: not all send to one rank at a time
@@ -61,14 +61,14 @@ class OverlappedAttention:
         Raises:
             HostMemoryError: on every rank. The host has no room for transfers that go through its memory.
         """
-        self.mailbox.reserve(self._layout_of(batch, head_dim, dtype).nbytes)
+        self.memory.reserve(self._layout_of(batch, head_dim, dtype).nbytes)
 
     def announce(self, kind: str, x: torch.Tensor) -> None:
         """Send x [B, n, heads, head_dim], the queries, keys or values ("q", "k", "v") of this rank's tokens."""
         self._prepare(len(x), x.shape[-1], x.dtype)
         x = self._announced[kind] = x.contiguous()  # not given back before it has left
         for sent, transfers in self._schedule.sent[kind]:
-            self.mailbox.send(transfers, self._announced[sent])
+            self.memory.put(transfers, self._announced[sent])
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of q, k, v [B, n, heads, head_dim], those of this rank's tokens; returns the output, same shape.
@@ -78,44 +78,44 @@ class OverlappedAttention:
         for kind, x in (("v", v), ("k", k), ("q", q)):
             if kind not in self._announced:
                 self.announce(kind, x)
-        arrivals, schedule, among = self._arrivals, self._schedule, self.mailbox.members
+        arrivals, schedule, among = self._arrivals, self._schedule, self.memory.members
         for part, inputs in enumerate(arrivals.slices):
-            with standing(LATER_SLICES if part else ALL_TO_ALL, among):
-                self.mailbox.wait(schedule.awaited[part])
+            with measure_wait(LATER_SLICES if part else ALL_TO_ALL, among):
+                self.memory.wait_signal(schedule.awaited[part])
             self._send_output(part, self.kernel(*inputs).contiguous())
-        with standing(ALL_TO_ALL, among):
-            self.mailbox.wait(schedule.awaited_output)
+        with measure_wait(ALL_TO_ALL, among):
+            self.memory.wait_signal(schedule.awaited_output)
         # a rank that has sent its output has received all of this rank's queries, keys and values
         self._announced.clear()
         return arrivals.output
 
     def _send_output(self, part: int, out: torch.Tensor) -> None:
-        self.mailbox.hold(out)
-        self.mailbox.send(self._schedule.sent_output[part], out)
+        self.memory.hold(out)
+        self.memory.put(self._schedule.sent_output[part], out)
 
     def _prepare(self, batch: int, head_dim: int, dtype: torch.dtype) -> None:
         given = batch, head_dim, dtype
         if given == self._given:
             return
         layout = self._layout_of(*given)
-        with standing(ALL_TO_ALL, self.mailbox.members):
-            self.mailbox.arrange(layout, layout.nbytes)
+        with measure_wait(ALL_TO_ALL, self.memory.members):
+            self.memory.arrange(layout, layout.nbytes)
         self._given = given
         self._arrivals = self._all_arrivals(layout)
         self._schedule = TransferSchedule.of(layout, self.index, self.order)
 
-    def _layout_of(self, batch: int, head_dim: int, dtype: torch.dtype) -> Layout:
-        far = self.mailbox.hops > 1
+    def _layout_of(self, batch: int, head_dim: int, dtype: torch.dtype) -> UlyssesLayout:
+        far = self.memory.hops > 1
         cut_heads, tokens = cut_for_two_hops if far else cut, sum(self.lengths)
-        ranks = zip(self.heads, self.mailbox.processors, strict=True)
+        ranks = zip(self.heads, self.memory.processors, strict=True)
         cuts = tuple(cut_heads(heads, tokens, batch, processors) for heads, processors in ranks)
-        return Layout(self.lengths, cuts, batch, head_dim, dtype, apart=far)
+        return UlyssesLayout(self.lengths, cuts, batch, head_dim, dtype, apart=far)
 
-    def _all_arrivals(self, layout: Layout) -> Arrivals:
+    def _all_arrivals(self, layout: UlyssesLayout) -> Arrivals:
         me = self.index
 
         def own(offset: int, tokens: int, heads: int) -> torch.Tensor:
-            return self.mailbox.own(offset, (layout.batch, tokens, heads, layout.head_dim), layout.dtype)
+            return self.memory.own(offset, (layout.batch, tokens, heads, layout.head_dim), layout.dtype)
 
         def of_slice(kind: str, start: int, count: int) -> torch.Tensor:
             """[B, tokens, heads of the slice, head_dim], among the heads that travel together."""

@@ -121,7 +121,7 @@ class XfuserAttention:
         """q, k, v [B, n, heads, head_dim] of this rank's tokens; returns their attention output."""
         self.group.put_in_place()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with timing.standing(timing.USP, self.group.ranks):
+        with timing.measure_wait(timing.USP, self.group.ranks):
             return self._usp(q, k, v, backend=self._backend).transpose(1, 2)
 
 

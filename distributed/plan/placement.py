@@ -1,7 +1,7 @@
 """Where a model's weights go: whole on each GPU, shared among them, or in host memory. Arithmetic only.
 
 Every rank must come to the same answer about sharing, because gathering a block is a collective call: the ranks tell
-each other their room first (see `Models.load`) and then all ask `place_weights` with the same numbers.
+each other their room first (see `Models.load`) and then all ask `choose_placement` with the same numbers.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def needed_bytes(demand: Demand, share: int, resident: int) -> int:
     return demand.fixed + demand.parts(share, resident) + passing + demand.activations
 
 
-def place_weights(
+def choose_placement(
     demand: Demand,
     room: Sequence[int],
     ranks: int,

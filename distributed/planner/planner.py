@@ -1,4 +1,4 @@
-"""The plan of one pool over time: asks search.py once for each kind of forward, and keeps to the answer."""
+"""The plan of one pool over time: asks search.py once for each workload, and keeps to the answer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ...wanvideo.base.config import WanConfig
 from ..parallel.partition import check_plan
 from ..plan.degrees import ParallelPlan, PlanError
 from ..protocol.machine import Machine
-from ..protocol.reports import Surveyed
+from ..protocol.reports import DeviceProfile
 from ..protocol.specs import ModelSpec, PoolSettings
-from .search import Question, Room, better, choose, nearest_text, possible, reason
+from .search import PlanRequest, Room, better, choose, nearest_text, possible, reason
 
 log = logging.getLogger(__name__)
 _SPEED_STEP = 5  # percent
 
 
 @dataclass(frozen=True)
-class Kind:
+class Workload:
     """A kind of forward for which a plan is chosen: model, tokens of an item (0: 81 frames at 480p), and batch
     items."""
 
@@ -40,7 +40,7 @@ class Planner:
         self.settings = settings
         self.reason = ""
         self._speeds_known = not settings.by_speed
-        self._chosen: dict[Kind, ParallelPlan] = {}
+        self._chosen: dict[Workload, ParallelPlan] = {}
 
     @property
     def first_plan(self) -> ParallelPlan:
@@ -52,19 +52,19 @@ class Planner:
         asked = self.settings.plan
         return asked.completions()[0] if self.settings.auto else asked
 
-    def check(self, config: WanConfig, kind: Kind) -> None:
+    def check(self, config: WanConfig, workload: Workload) -> None:
         """Check that the model can be run with the sizes that the user asked for, memory aside.
 
         Raises:
             PlanError: it cannot. The text says why, and which sizes are nearest.
         """
         if not self.settings.auto:
-            check_plan(config, kind.spec, self.settings)
+            check_plan(config, workload.spec, self.settings)
         else:
-            possible(self._question(config, kind))
+            possible(self._request(config, workload))
 
-    def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
-        """The plan for forwards of this kind, if a plan was chosen before and changing to it moves no weights.
+    def recall(self, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
+        """The plan for forwards of this workload, if a plan was chosen before and changing to it moves no weights.
 
         So kinds of forwards that alternate, such as steps with more and with fewer items, have a plan each.
         """
@@ -72,16 +72,21 @@ class Planner:
             return None
         if not self.settings.auto:
             return current
-        plan = self._chosen.get(kind)
+        plan = self._chosen.get(workload)
         return plan if plan is not None and plan.holds_as(current) else None
 
     def choose(
-        self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed], current: ParallelPlan, loaded: bool
+        self,
+        config: WanConfig,
+        workload: Workload,
+        profiles: Sequence[DeviceProfile],
+        current: ParallelPlan,
+        loaded: bool,
     ) -> ParallelPlan:
-        """The plan for forwards of this kind.
+        """The plan for forwards of this workload.
 
         Args:
-            surveyed: by all workers.
+            profiles: by all workers.
             current: the plan under which they run now.
             loaded: whether they hold weights.
 
@@ -89,24 +94,24 @@ class Planner:
             PlanError, PlacementError: nothing that was asked for can run.
         """
         if not self._speeds_known:
-            plan, self._speeds_known = replace(self.settings.plan, speeds=speeds_of(surveyed)), True
+            plan, self._speeds_known = replace(self.settings.plan, speeds=speeds_of(profiles)), True
             self.settings = replace(self.settings, plan=plan)
         if not self.settings.auto:
             return self.settings.plan
-        question, machine = self._question(config, kind), slowest(surveyed)
-        choices = choose(question, machine, room_of(surveyed))
+        request, machine = self._request(config, workload), slowest(profiles)
+        choices = choose(request, machine, room_of(profiles))
         taken = better(choices, current, loaded)
-        self._chosen[kind] = taken.plan
-        self.reason = reason(choices, taken, question, machine, surveyed[0].link)
+        self._chosen[workload] = taken.plan
+        self.reason = reason(choices, taken, request, machine, profiles[0].link)
         log.info("Plan: %s.", self.reason)
         return taken.plan
 
-    def ways_out(self, config: WanConfig, kind: Kind, surveyed: Sequence[Surveyed]) -> str:
+    def ways_out(self, config: WanConfig, workload: Workload, profiles: Sequence[DeviceProfile]) -> str:
         """The sizes nearest to those that were set and do not fit, as a sentence; nothing if there are none."""
-        return nearest_text(self._question(config, kind), slowest(surveyed), room_of(surveyed))
+        return nearest_text(self._request(config, workload), slowest(profiles), room_of(profiles))
 
-    def _question(self, config: WanConfig, kind: Kind) -> Question:
-        return Question(self.settings.plan, self.settings, config, kind.spec, kind.tokens, kind.items)
+    def _request(self, config: WanConfig, workload: Workload) -> PlanRequest:
+        return PlanRequest(self.settings.plan, self.settings, config, workload.spec, workload.tokens, workload.items)
 
 
 def resolved(settings: PoolSettings) -> PoolSettings:
@@ -131,24 +136,24 @@ def resolved(settings: PoolSettings) -> PoolSettings:
     return replace(settings, usp_backend=backend, auto=auto, by_speed=by_speed)
 
 
-def speeds_of(surveyed: Sequence[Surveyed]) -> tuple[int, ...]:
+def speeds_of(profiles: Sequence[DeviceProfile]) -> tuple[int, ...]:
     """How fast the workers' GPUs are, in percent of the fastest; empty where all are of one kind, or as fast.
 
     GPUs of one kind count as equally fast, whatever was measured. Speeds are rounded to steps of 5 %, so that the
     shares are the same after each start of the workers.
     """
     measured: dict[str, list[float]] = {}
-    for worker in surveyed:
+    for worker in profiles:
         measured.setdefault(worker.device, []).append(worker.machine.products)
     rates = {kind: median(products) for kind, products in measured.items()}
-    parts = (rates[worker.device] / max(rates.values()) for worker in surveyed)
+    parts = (rates[worker.device] / max(rates.values()) for worker in profiles)
     speeds = tuple(max(_SPEED_STEP, _SPEED_STEP * round(100 * part / _SPEED_STEP)) for part in parts)
     return speeds if len(set(speeds)) > 1 else ()
 
 
-def slowest(surveyed: Sequence[Surveyed]) -> Machine:
+def slowest(profiles: Sequence[DeviceProfile]) -> Machine:
     """The slowest rate of any worker, for each rate: all other workers wait for the slowest one."""
-    machines = [worker.machine for worker in surveyed]
+    machines = [worker.machine for worker in profiles]
     return Machine(
         products=min(machine.products for machine in machines),
         memory=min(machine.memory for machine in machines),
@@ -158,7 +163,7 @@ def slowest(surveyed: Sequence[Surveyed]) -> Machine:
     )
 
 
-def room_of(surveyed: Sequence[Surveyed]) -> Room:
+def room_of(profiles: Sequence[DeviceProfile]) -> Room:
     """Bytes that a model may take if all other models leave: on each worker's device, and in host memory."""
-    host = min(worker.host_room for worker in surveyed) + sum(worker.hosted for worker in surveyed)
-    return Room(tuple(worker.room for worker in surveyed), host)
+    host = min(worker.host_room for worker in profiles) + sum(worker.hosted for worker in profiles)
+    return Room(tuple(worker.room for worker in profiles), host)

@@ -21,8 +21,8 @@ from ..plan.placement import (
     Placement,
     PlacementError,
     activation_bytes,
+    choose_placement,
     demand_of,
-    place_weights,
     room_beside,
 )
 from ..protocol.machine import Machine
@@ -65,7 +65,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """The plan that is wanted: for forwards of one kind, of one model, in a pool with these settings.
 
     Args:
@@ -92,50 +92,50 @@ class Question:
             self.settings.overlap,
         )
 
-    def free(self) -> Question:
-        """The same question with all sizes free to be chosen."""
+    def free(self) -> PlanRequest:
+        """The same request with all sizes free to be chosen."""
         return replace(self, asked=ParallelPlan(self.asked.num_gpus, speeds=self.asked.speeds))
 
 
-def possible(question: Question) -> list[ParallelPlan]:
+def possible(request: PlanRequest) -> list[ParallelPlan]:
     """The plans by which the model can be divided, memory aside.
 
     Raises:
         PlanError: there is none. The text says why, and which sizes are nearest.
     """
     plans, refusals = [], []
-    for plan in question.asked.completions() if question.settings.auto else [question.asked]:
+    for plan in request.asked.completions() if request.settings.auto else [request.asked]:
         try:
-            check_plan(question.config, question.spec, replace(question.settings, plan=plan))
+            check_plan(request.config, request.spec, replace(request.settings, plan=plan))
         except PlanError as error:
             refusals.append(error)
             continue
         plans.append(plan)
     if not plans:
-        raise PlanError(f"{refusals[0]}{_naming_nearest(question, _possible_sizes(question))}")
+        raise PlanError(f"{refusals[0]}{_naming_nearest(request, _possible_sizes(request))}")
     return plans
 
 
-def choose(question: Question, machine: Machine, room: Room) -> list[Choice]:
+def choose(request: PlanRequest, machine: Machine, room: Room) -> list[Choice]:
     """The plans that fit, the one to run first.
 
     Raises:
         PlanError: the model cannot be divided like this.
         PlacementError: nothing fits. The text says what is missing, and which sizes are nearest.
     """
-    choices, refusals = _fitting(question, possible(question), machine, room)
+    choices, refusals = _fitting(request, possible(request), machine, room)
     if not choices:
-        raise PlacementError(f"{refusals[0]}{nearest_text(question, machine, room)}")
+        raise PlacementError(f"{refusals[0]}{nearest_text(request, machine, room)}")
     fastest = min(choice.seconds for choice in choices)
     alike = [choice for choice in choices if choice.seconds <= (1 + _ALIKE) * fastest]
     first = min(alike, key=lambda choice: (_divided(choice.plan), choice.seconds))
     return [first, *sorted((c for c in choices if c is not first), key=lambda choice: choice.seconds)]
 
 
-def nearest_text(question: Question, machine: Machine, room: Room) -> str:
+def nearest_text(request: PlanRequest, machine: Machine, room: Room) -> str:
     """A sentence that names the fitting plan nearest to the sizes asked for; "" where no plan fits."""
-    fitting, _ = _fitting(question, _possible_sizes(question), machine, room)
-    return _naming_nearest(question, [choice.plan for choice in fitting])
+    fitting, _ = _fitting(request, _possible_sizes(request), machine, room)
+    return _naming_nearest(request, [choice.plan for choice in fitting])
 
 
 def better(choices: Sequence[Choice], current: ParallelPlan, loaded: bool) -> Choice:
@@ -156,9 +156,9 @@ def better(choices: Sequence[Choice], current: ParallelPlan, loaded: bool) -> Ch
     return first if gain * _FORWARDS_AHEAD > reading else running
 
 
-def reason(choices: Sequence[Choice], taken: Choice, question: Question, machine: Machine, link: str) -> str:
+def reason(choices: Sequence[Choice], taken: Choice, request: PlanRequest, machine: Machine, link: str) -> str:
     """Why this plan, in one line for the log and the status."""
-    heads, work, expected = question.config.num_heads, question.work, taken.expected
+    heads, work, expected = request.config.num_heads, request.work, taken.expected
     items = "1 item" if work.items == 1 else f"{work.items} items"
     parts = {"weights": expected.weights, "idle stages": expected.idle}
     parts = {"compute": expected.compute, "exchange": expected.exchange} | {k: s for k, s in parts.items() if s}
@@ -180,7 +180,7 @@ def _compared(taken: Choice, best: Choice, heads: int) -> str:
     return f", though {other}: that does not make up for a change"
 
 
-def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, Placement]:
+def placed(request: PlanRequest, plan: ParallelPlan, room: Room) -> tuple[Demand, Placement]:
     """The demand and the placement of the ranks that would have most bytes in host memory, or else most of the model.
 
     `Models.load` will place the weights in the same way.
@@ -188,18 +188,18 @@ def placed(question: Question, plan: ParallelPlan, room: Room) -> tuple[Demand, 
     Raises:
         PlacementError: it does not fit.
     """
-    spec, work = question.spec, question.work
-    unit = SEGMENT if question.settings.device == "cuda" else 1
-    parts, ways = parts_of(question.config, plan, _held_sizes(spec)), []
+    spec, work = request.spec, request.work
+    unit = SEGMENT if request.settings.device == "cuda" else 1
+    parts, ways = parts_of(request.config, plan, _held_sizes(spec)), []
     for ranks in plan.replicas():
         own = [plan.tokens_of(rank, work.tokens) for rank in ranks]
         size = work.itemsize, spec.slice_tokens
-        activations = [activation_bytes(question.config, tokens, spec.max_batch, *size) for tokens in own]
-        demand = demand_of(parts[plan.mesh.coords(ranks[0]).stage], question.config, max(activations), unit)
+        activations = [activation_bytes(request.config, tokens, spec.max_batch, *size) for tokens in own]
+        demand = demand_of(parts[plan.mesh.coords(ranks[0]).stage], request.config, max(activations), unit)
         there = room_beside([room.devices[rank] for rank in ranks], activations)
         on_host = room.host * len(ranks) // plan.num_gpus
         choices = spec.shard_weights, spec.offload
-        ways.append((demand, place_weights(demand, there, len(ranks), *choices, on_host, ranks)))
+        ways.append((demand, choose_placement(demand, there, len(ranks), *choices, on_host, ranks)))
     return max(ways, key=lambda way: (way[0].blocks - way[1].resident, way[0].whole))
 
 
@@ -209,33 +209,33 @@ def _held_sizes(spec: ModelSpec) -> Mapping[str, int]:
 
 
 def _fitting(
-    question: Question, plans: Iterable[ParallelPlan], machine: Machine, room: Room
+    request: PlanRequest, plans: Iterable[ParallelPlan], machine: Machine, room: Room
 ) -> tuple[list[Choice], list[PlacementError]]:
     choices, refusals = [], []
     for plan in plans:
         try:
-            demand, placement = placed(question, plan, room)
+            demand, placement = placed(request, plan, room)
         except PlacementError as error:
             refusals.append(error)
             continue
         blocks = Blocks(demand.usual_block, placement.share, demand.blocks - placement.resident)
-        expected = expect(question.config, plan, question.work, machine, blocks)
+        expected = expect(request.config, plan, request.work, machine, blocks)
         choices.append(Choice(plan, expected, placement, demand))
     return choices, refusals
 
 
-def _possible_sizes(question: Question) -> list[ParallelPlan]:
+def _possible_sizes(request: PlanRequest) -> list[ParallelPlan]:
     """The plans that run this model if the user sets no size; empty where no plan runs the model."""
     try:
-        return possible(replace(question.free(), settings=replace(question.settings, auto=True)))
+        return possible(replace(request.free(), settings=replace(request.settings, auto=True)))
     except PlanError:
         return []
 
 
-def _naming_nearest(question: Question, plans: Sequence[ParallelPlan]) -> str:
-    asked = question.asked
+def _naming_nearest(request: PlanRequest, plans: Sequence[ParallelPlan]) -> str:
+    asked = request.asked
     others = [plan for plan in plans if plan != asked]
-    if asked == question.free().asked or not others:
+    if asked == request.free().asked or not others:
         return ""
     nearest = min(others, key=lambda plan: _distance(asked, plan))
     names = ("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size")

@@ -40,14 +40,14 @@ class Join:
         locations: of all ranks, by rank.
         rendezvous: address at which torch.distributed brings the ranks together, such as file:///path or
             tcp://host:port.
-        gate: address of the cancel gate (see cancel.py).
+        barrier: address of the cancel barrier (see cancel.py).
     """
 
     rank: int
     settings: PoolSettings
     locations: tuple[RankLocation, ...]
     rendezvous: str
-    gate: str
+    barrier: str
 
 
 @dataclass(frozen=True)

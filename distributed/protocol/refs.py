@@ -27,8 +27,8 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
-class PatchRef:
-    """A `wanvideo.base.lora` patch, its tensors in an arena. `kind` is the class name there."""
+class LoraRef:
+    """A `wanvideo.base.lora` delta, its tensors in an arena. `kind` is the class name there."""
 
     kind: str
     tensors: tuple[TensorRef, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import Failure
-from .reports import Exchange, HeldWeights, Stall, Surveyed, WorkerStatus
+from .reports import DeviceProfile, Exchange, HeldWeights, WaitTimes, WorkerStatus
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class ForwardDone:
     """A forward's result lies in the arena.
 
     Args:
-        stalls: where the device stood still meanwhile.
+        waits: where the device stood still meanwhile.
         exchange: what was exchanged with the other patches; None in an exact forward.
     """
 
-    stalls: tuple[Stall, ...]
+    waits: tuple[WaitTimes, ...]
     exchange: Exchange | None = None
 
 
@@ -31,7 +31,7 @@ class GivenUp:
     """The client had given the request up, and the worker left it."""
 
 
-Outcome = Done | ForwardDone | WorkerStatus | Surveyed | GivenUp | Failure
+Outcome = Done | ForwardDone | WorkerStatus | DeviceProfile | GivenUp | Failure
 
 
 @dataclass(frozen=True)

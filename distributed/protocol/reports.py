@@ -20,7 +20,7 @@ class ModelStatus:
     backend: str
     ulysses: int
     ring: int
-    patches: str
+    lora_uuid: str
     tensor: int = 1
     pipeline: int = 1
     placement: str = ""  # where the weights live, and why
@@ -36,13 +36,13 @@ class ModelStatus:
 class HeldWeights:
     """Bytes of a model's weights on one worker's device: as it is, and once all that belongs there is back.
 
-    `patches` is the uuid of the LoRA patches merged into them, or "".
+    `lora_uuid` is the uuid of the LoRAs merged into them, or "".
     """
 
     spec: ModelSpec
     now: int
     whole: int
-    patches: str = ""
+    lora_uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MemoryUse:
         weights: of all models and VAEs, and the blocks that pass through (see prefetch.py).
         activations: what the forward works with. 0 before one, and on a CPU, where nobody counts them.
         cache: keys and values kept between the steps of a run.
-        mailboxes: memory that other ranks write into (see peer_memory.py).
+        peer_memory: memory that other ranks write into (see peer_memory.py).
         unused: memory that torch's allocator keeps for later.
         others: what is not torch's in this worker: CUDA itself, NCCL, and other processes such as ComfyUI.
         total: all that the device has; on a CPU, that the host has.
@@ -64,7 +64,7 @@ class MemoryUse:
     weights: int
     activations: int
     cache: int
-    mailboxes: int
+    peer_memory: int
     unused: int
     others: int
     total: int
@@ -73,7 +73,7 @@ class MemoryUse:
     @property
     def free(self) -> int:
         """Bytes that nothing has taken."""
-        used = self.weights + self.activations + self.cache + self.mailboxes + self.unused + self.others
+        used = self.weights + self.activations + self.cache + self.peer_memory + self.unused + self.others
         return max(0, self.total - used)
 
 
@@ -101,7 +101,7 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class DeviceProfile:
     """What a worker's device does (see probe.py), and what there is room for.
 
     Args:
@@ -140,7 +140,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Stall:
+class WaitTimes:
     """How long a rank's device stood still for one kind of exchange in a forward (see timing.py).
 
     Args:
@@ -155,11 +155,11 @@ class Stall:
     microseconds: str
 
     @staticmethod
-    def of(kind: str, ranks: tuple[int, ...], seconds: Iterable[float]) -> Stall:
-        """The stalls of one kind of exchange, whose lengths are given in seconds."""
-        return Stall(kind, ranks, ",".join(str(round(s * 1e6)) for s in seconds))
+    def of(kind: str, ranks: tuple[int, ...], seconds: Iterable[float]) -> WaitTimes:
+        """The waits of one kind of exchange, whose lengths are given in seconds."""
+        return WaitTimes(kind, ranks, ",".join(str(round(s * 1e6)) for s in seconds))
 
     @property
     def seconds(self) -> list[float]:
-        """The length of each stall in seconds, in their order."""
+        """The length of each wait in seconds, in their order."""
         return [int(us) / 1e6 for us in self.microseconds.split(",") if us]

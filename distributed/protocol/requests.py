@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ..plan.degrees import ParallelPlan, PatchSplit
-from .refs import ArenaRef, ConditioningRef, PatchRef, TensorRef
+from .refs import ArenaRef, ConditioningRef, LoraRef, TensorRef
 from .replies import Done, ForwardDone
-from .reports import Surveyed, WorkerStatus
+from .reports import DeviceProfile, WorkerStatus
 from .specs import ModelSpec
 
 OutcomeT = TypeVar("OutcomeT", covariant=True)
@@ -42,15 +42,15 @@ class Load(Request[Done]):
 
 
 @dataclass(frozen=True)
-class Patch(Request[Done]):
-    """Make the model's weights those of the file plus `weights`; the patches of an earlier uuid are undone."""
+class ApplyLora(Request[Done]):
+    """Make the model's weights those of the file plus `weights`; the LoRAs of an earlier uuid are undone."""
 
     collective = False
 
     spec: ModelSpec
     uuid: str
     arena: ArenaRef
-    weights: dict[str, tuple[PatchRef, ...]]
+    weights: dict[str, tuple[LoraRef, ...]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Unload(Request[Done]):
 
 
 @dataclass(frozen=True)
-class StepOut(Request[Done]):
+class Offload(Request[Done]):
     """Move weights of `spec` to host memory on `ranks` until each has `nbytes` more on its device, or all of them.
 
     They come back with the next forward, as far as they then fit.
@@ -87,14 +87,14 @@ class Displaced:
     Args:
         kind: "exact", "fill" or "stale".
         run: buffers of another run are dropped.
-        lanes: a name for each batch item; items of one name follow each other over the steps.
+        branch_ids: a name for each batch item; items of one name follow each other over the steps.
         split, fp8_buffers, manager: of displaced patches alone.
         strategy: the name under which the workers know the strategy (see strategy.py).
     """
 
     kind: str
     run: str
-    lanes: tuple[str, ...]
+    branch_ids: tuple[str, ...]
     split: PatchSplit
     fp8_buffers: bool = False
     manager: str = "auto"
@@ -210,16 +210,16 @@ class Report(Request[WorkerStatus]):
 
 
 @dataclass(frozen=True)
-class Survey(Request[Surveyed]):
-    """Ask for every worker's `Surveyed`, which it measures the first time."""
+class Probe(Request[DeviceProfile]):
+    """Ask for every worker's `DeviceProfile`, which it measures the first time."""
 
-    outcome = Surveyed
+    outcome = DeviceProfile
     collective = True
 
 
 
 @dataclass(frozen=True)
-class Divide(Request[Done]):
+class Reconfigure(Request[Done]):
     """Share the GPUs out as `plan` says. Loaded models stay: they must be divided alike under both plans."""
 
     collective = True
@@ -228,5 +228,16 @@ class Divide(Request[Done]):
 
 
 AnyRequest = (
-    Load | Patch | Forward | Unload | StepOut | Trim | Report | Survey | Divide | LoadVAE | DecodeVAE | EncodeVAE
+    Load
+    | ApplyLora
+    | Forward
+    | Unload
+    | Offload
+    | Trim
+    | Report
+    | Probe
+    | Reconfigure
+    | LoadVAE
+    | DecodeVAE
+    | EncodeVAE
 )

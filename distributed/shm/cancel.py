@@ -20,11 +20,11 @@ class Cancelled(Exception):
     """The client has given this request up."""
 
 
-class GateMemory:
+class CancelMemory:
     """The launcher's side: the cancel flag, and one decision word for each rank, as any may be a leader."""
 
     def __init__(self, world_size: int) -> None:
-        self._fd = os.memfd_create("wan-parallel-gate")
+        self._fd = os.memfd_create("wan-parallel-cancel")
         nbytes = _WORD * (1 + world_size)
         os.ftruncate(self._fd, nbytes)
         self._words = memoryview(mmap.mmap(self._fd, nbytes)).cast("q")
@@ -39,7 +39,7 @@ class GateMemory:
         self._words[0] = request
 
 
-class Gate:
+class CancelBarrier:
     """A rank's side. `leader` is the rank that decides on this block, the same for all that share collectives."""
 
     def __init__(self, path: str):

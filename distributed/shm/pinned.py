@@ -21,12 +21,12 @@ class HostMemoryError(UserError, RuntimeError):
     """The host has too little memory for the buffers, or does not let them be pinned."""
 
 
-class Segment:
+class PinnedSharedMemory:
     """Host memory of each rank of a group, mapped and pinned by all of them. Making one is a collective call.
 
     Args:
         nbytes: bytes of each rank, beside the words.
-        place: this rank's position in the group.
+        group_rank: this rank's position in the group.
         ranks: how many ranks the group has.
         purpose: what the memory is for, in words.
         remedy: what to do where there is too little memory, a sentence.
@@ -42,7 +42,7 @@ class Segment:
     def __init__(
         self,
         nbytes: int,
-        place: int,
+        group_rank: int,
         ranks: int,
         device: torch.device,
         group: dist.ProcessGroup,
@@ -67,7 +67,7 @@ class Segment:
         torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank its own pages, side by side
         dist.barrier(group)  # all ranks' memory has its full length
         self._maps = [
-            own if rank == place else _open(pid, number, own) for rank, (pid, number, _) in enumerate(names)
+            own if rank == group_rank else _open(pid, number, own) for rank, (pid, number, _) in enumerate(names)
         ]
         self.words = [memoryview(m)[:_HEADER].cast("q") for m in self._maps]
         self.data = [torch.frombuffer(m, dtype=torch.uint8, offset=_HEADER) for m in self._maps]

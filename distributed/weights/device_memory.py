@@ -89,24 +89,24 @@ class MemoryMeter:
             self._reserved = max(self._reserved, there.most_reserved)
             torch.cuda.reset_peak_memory_stats(self._device)
 
-    def end(self, weights: int, cache: int, mailboxes: int) -> None:
+    def end(self, weights: int, cache: int, peer_memory: int) -> None:
         """Keep the memory use of the forward that has ended as `last`.
 
         Args:
-            weights, cache, mailboxes: bytes on the device that are not activations (see `MemoryUse`).
+            weights, cache, peer_memory: bytes on the device that are not activations (see `MemoryUse`).
         """
-        self.last = self.use(weights, cache, mailboxes, measured=True)
+        self.last = self.use(weights, cache, peer_memory, measured=True)
 
-    def use(self, weights: int, cache: int, mailboxes: int, measured: bool = False) -> MemoryUse:
+    def use(self, weights: int, cache: int, peer_memory: int, measured: bool = False) -> MemoryUse:
         """The memory use now or, with `measured`, at the fullest moment since `begin`. Arguments as of `end`."""
         if not self._cuda:
             available, total = host_memory()
-            others = max(0, total - available - weights - cache - mailboxes)
-            return MemoryUse(weights, 0, cache, mailboxes, 0, others, total, measured)
+            others = max(0, total - available - weights - cache - peer_memory)
+            return MemoryUse(weights, 0, cache, peer_memory, 0, others, total, measured)
         free, total = torch.cuda.mem_get_info(self._device)
         there = allocated_on(self._device)
-        others = max(0, total - free - there.reserved - mailboxes)  # torch's allocator has no part in these
+        others = max(0, total - free - there.reserved - peer_memory)  # torch's allocator has no part in these
         allocated, reserved = (there.most, there.most_reserved) if measured else (there.now, there.reserved)
         reserved = max(allocated, reserved)
         activations = max(0, allocated - weights - cache)
-        return MemoryUse(weights, activations, cache, mailboxes, reserved - allocated, others, total, measured)
+        return MemoryUse(weights, activations, cache, peer_memory, reserved - allocated, others, total, measured)

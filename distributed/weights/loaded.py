@@ -125,7 +125,7 @@ class ModelMemory:
         return tuple(held)
 
     def rooms(self) -> tuple[int, int, int]:
-        """Three figures in bytes, for a survey.
+        """Three figures in bytes, for a `DeviceProfile`.
 
         The bytes of this rank's device that a model may take if the other models leave, the bytes of host memory that
         are free, and the bytes of host memory that loaded models take.

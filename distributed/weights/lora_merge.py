@@ -8,12 +8,12 @@ from ...wanvideo.checkpoint.weight_source import change
 from ...wanvideo.quant.quantized import Weight
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
-from ..protocol.requests import Patch
+from ..protocol.requests import ApplyLora
 from ..shm.arena import ArenaReader
 from ..shm.host import HostShare
 from .base_weights import as_in_file
 from .loaded import LoadedModel
-from .lora_transfer import read_patch
+from .lora_transfer import read_delta
 
 
 class LoraMerge:
@@ -28,7 +28,7 @@ class LoraMerge:
     def __init__(
         self,
         loaded: LoadedModel,
-        request: Patch,
+        request: ApplyLora,
         arena: ArenaReader,
         shard: TensorShard,
         stage: Stage,
@@ -47,7 +47,7 @@ class LoraMerge:
             host: what this rank may take of host memory, where changed blocks lie there.
 
         Raises:
-            PatchError: a LoRA does not fit the model. Some weights have changed then.
+            LoraError: a LoRA does not fit the model. Some weights have changed then.
             PlacementError: a changed block has grown beyond host memory. Some weights have changed then.
         """
         loaded = self._loaded
@@ -62,11 +62,11 @@ class LoraMerge:
 
     def _merged(self, name: str) -> Weight:
         """This rank's part of a weight with the LoRAs merged, as the model holds it."""
-        whole = [read_patch(self._arena, self._request.arena, ref) for ref in self._request.weights.get(name, ())]
+        whole = [read_delta(self._arena, self._request.arena, ref) for ref in self._request.weights.get(name, ())]
         weight = self._base(name)
-        patches = self._shard.take_patches(name, self._shapes.get(name, ()), whole)
-        if patches:
-            return self._loaded.reader.as_held(name, change(weight.to(self._device), patches))
+        deltas = self._shard.take_deltas(name, self._shapes.get(name, ()), whole)
+        if deltas:
+            return self._loaded.reader.as_held(name, change(weight.to(self._device), deltas))
         self._loaded.base_weights.release(name)
         return self._loaded.reader.as_held(name, weight)
 

@@ -7,39 +7,39 @@ from dataclasses import dataclass
 
 import torch
 
-from ...wanvideo.base.lora import Difference, LowRank, Replacement, WeightPatch
-from ..protocol.refs import ArenaRef, PatchRef
+from ...wanvideo.base.lora import Difference, LoraDelta, LowRank, Replacement
+from ..protocol.refs import ArenaRef, LoraRef
 from ..shm.arena import Arena, ArenaReader, needed
 
 
 @dataclass(frozen=True)
-class PatchSet:
+class LoraSet:
     """The changes that LoRAs make to a model's weights.
 
     Args:
         uuid: different for different sets; the workers merge when the uuid changes. "" is the set without LoRAs.
-        build: gives the patches by weight name; only called when the workers need them.
+        build: gives the deltas by weight name; only called when the workers need them.
     """
 
     uuid: str
-    build: Callable[[], Mapping[str, Sequence[WeightPatch]]]
+    build: Callable[[], Mapping[str, Sequence[LoraDelta]]]
 
 
-NO_PATCHES = PatchSet("", dict)
+NO_LORAS = LoraSet("", dict)
 
 
-def room_for(weights: Mapping[str, Sequence[WeightPatch]]) -> int:
-    """Bytes of an arena that takes these patches."""
+def room_for(weights: Mapping[str, Sequence[LoraDelta]]) -> int:
+    """Bytes of an arena that takes these deltas."""
     return needed(tensor for changes in weights.values() for change in changes for tensor in _tensors(change))
 
 
-def write_patches(arena: Arena, weights: Mapping[str, Sequence[WeightPatch]]) -> dict[str, tuple[PatchRef, ...]]:
-    """Copy the tensors of all patches into an arena; returns where each patch lies, by weight name."""
+def write_deltas(arena: Arena, weights: Mapping[str, Sequence[LoraDelta]]) -> dict[str, tuple[LoraRef, ...]]:
+    """Copy the tensors of all deltas into an arena; returns where each delta lies, by weight name."""
     return {name: tuple(_write(arena, change) for change in changes) for name, changes in weights.items()}
 
 
-def read_patch(reader: ArenaReader, arena: ArenaRef, ref: PatchRef) -> WeightPatch:
-    """The patch at `ref`, whose tensors are views into the client's arena."""
+def read_delta(reader: ArenaReader, arena: ArenaRef, ref: LoraRef) -> LoraDelta:
+    """The delta at `ref`, whose tensors are views into the client's arena."""
     first, *others = (reader.view(arena, tensor) for tensor in ref.tensors)
     match ref.kind:
         case "LowRank":
@@ -51,15 +51,15 @@ def read_patch(reader: ArenaReader, arena: ArenaRef, ref: PatchRef) -> WeightPat
             return Replacement(first)
 
 
-def _write(arena: Arena, change: WeightPatch) -> PatchRef:
+def _write(arena: Arena, change: LoraDelta) -> LoraRef:
     refs = tuple(arena.write(tensor) for tensor in _tensors(change))
     kind = type(change).__name__
     if isinstance(change, LowRank | Difference):
-        return PatchRef(kind, refs, change.scale, change.base_scale)
-    return PatchRef(kind, refs)
+        return LoraRef(kind, refs, change.scale, change.base_scale)
+    return LoraRef(kind, refs)
 
 
-def _tensors(change: WeightPatch) -> tuple[torch.Tensor, ...]:
+def _tensors(change: LoraDelta) -> tuple[torch.Tensor, ...]:
     match change:
         case LowRank():
             return change.up, change.down

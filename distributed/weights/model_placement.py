@@ -17,9 +17,9 @@ from ..plan.placement import (
     Demand,
     Placement,
     activation_bytes,
+    choose_placement,
     demand_of,
     fitting_blocks,
-    place_weights,
     room_beside,
 )
 from ..protocol.specs import ModelSpec
@@ -55,7 +55,7 @@ def place_model(
         demand = demand_of(sizes, source.config, max(activations.values()), rounding_unit(device))
         there = room_beside([rooms[rank] for rank in ranks], list(activations.values()))
         on_host = host_room * len(ranks) // plan.num_gpus
-        placement = place_weights(demand, there, len(ranks), spec.shard_weights, spec.offload, on_host, ranks)
+        placement = choose_placement(demand, there, len(ranks), spec.shard_weights, spec.offload, on_host, ranks)
         placed[ranks] = demand, placement
     return placed
 

@@ -26,7 +26,7 @@ from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..plan.placement import Demand, Placement, activation_bytes, fitting_blocks, needed_bytes
 from ..protocol.errors import AnotherRankRefused
-from ..protocol.requests import Patch, StepOut
+from ..protocol.requests import ApplyLora, Offload
 from ..protocol.specs import ModelSpec, PoolSettings
 from ..shm.arena import ArenaReader
 from ..shm.host import HostShare, check_host_room, host_room
@@ -98,14 +98,14 @@ class Models:
         if self.rank == 0:
             log.info("Weights of %s: %s.", spec.name, placement.reason)
 
-    def patch(self, request: Patch, arena: ArenaReader) -> None:
+    def apply_lora(self, request: ApplyLora, arena: ArenaReader) -> None:
         """Merge LoRAs into a loaded model, in place of the LoRAs merged before.
 
         Args:
             arena: where the LoRAs' tensors lie.
 
         Raises:
-            PatchError: a LoRA does not fit the model, which is forgotten: the next load reads it again.
+            LoraError: a LoRA does not fit the model, which is forgotten: the next load reads it again.
             PlacementError: a changed block has grown beyond host memory. The model is forgotten likewise.
         """
         merge = LoraMerge(self.loaded[request.spec], request, arena, self.shard, self.stage, self.device)
@@ -120,7 +120,7 @@ class Models:
         for spec in specs:
             self.loaded.pop(spec, None)
 
-    def offload(self, request: StepOut) -> None:
+    def offload(self, request: Offload) -> None:
         """Move weights of a model to host memory, where this rank is asked to. Not collective.
 
         Raises:

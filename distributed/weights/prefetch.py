@@ -158,7 +158,7 @@ class BlockPrefetcher:
 
     def _await(self, turn: int) -> None:
         arrival = self._arrivals.pop(turn)
-        with timing.standing(timing.WEIGHTS, self._group.group):
+        with timing.measure_wait(timing.WEIGHTS, self._group.group):
             if isinstance(arrival, torch.cuda.Event):
                 torch.cuda.current_stream(self._device).wait_event(arrival)
             elif arrival is not None:

@@ -15,7 +15,7 @@ from ...wanvideo.base.conditioning import NOTHING, Conditioning
 from ...wanvideo.base.grid import Part, pad_to_patch, patchify, sequence_of
 from ..approximate import strategies as _strategies  # noqa: F401 (registers them)
 from ..comm import timing
-from ..parallel.groups import Membership
+from ..parallel.groups import ParallelGroups
 from ..parallel.pipeline import Flow
 from ..parallel.strategy import Step, StepInputs, Strategies, WorkItem
 from ..plan.degrees import bounds
@@ -25,7 +25,7 @@ from ..protocol.reports import Exchange
 from ..protocol.requests import Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader
-from ..shm.cancel import Gate
+from ..shm.cancel import CancelBarrier
 from ..weights.device_memory import MemoryMeter
 from ..weights.loaded import LoadedModel
 from ..weights.models import Models
@@ -60,10 +60,12 @@ class ForwardRunner:
         memory: told when the weights are in place.
     """
 
-    def __init__(self, membership: Membership, models: Models, gate: Gate, arena: ArenaReader, memory: MemoryMeter):
-        self.membership, self.models, self.gate, self.arena, self.memory = membership, models, gate, arena, memory
-        self.rank, self.device = membership.rank, membership.device
-        self.strategies = Strategies(membership)
+    def __init__(
+        self, parallel: ParallelGroups, models: Models, barrier: CancelBarrier, arena: ArenaReader, memory: MemoryMeter
+    ):
+        self.parallel, self.models, self.barrier, self.arena, self.memory = parallel, models, barrier, arena, memory
+        self.rank, self.device = parallel.rank, parallel.device
+        self.strategies = Strategies(parallel)
         self._conditioning_arena = ArenaReader()
         self._kept: tuple[object, dict] = (None, {})  # what the model has computed from the conditioning of that key
 
@@ -94,13 +96,13 @@ class ForwardRunner:
         inputs = self._step_inputs(request, loaded, tensors.x)
         tokens = patchify(pad_to_patch(tensors.x))
         step = strategy.begin(inputs)
-        self.gate.begin(request.id)
+        self.barrier.begin(request.id)
         self._settle(request.spec, inputs, step, strategy.keeps_texts)
         self.memory.begin()
         work = [item for items in inputs.batches for item in step.work(items)]
         flow = self._flow(request.spec, loaded, inputs, work, len(tensors.x))
         # tensor-parallel ranks have the same result
-        writes = self.membership.stage.is_last and self.membership.coords.tensor == 0
+        writes = self.parallel.stage.is_last and self.parallel.coords.tensor == 0
         with loaded.prefetcher.prefetching(len(work) + flow.idle):
             for item, stream in flow:
                 items, part = item.items, item.part
@@ -119,25 +121,25 @@ class ForwardRunner:
                     item.finish()
                 flow.pass_on(result)
                 if writes:
-                    with timing.standing(timing.LATENTS):
+                    with timing.measure_wait(timing.LATENTS):
                         _write(tensors.out, items, part, result)
         return step.report()
 
     def _tensors(self, request: Forward) -> Tensors:
         refs, out = (request.x, request.timestep, request.context), self.arena.view(request.arena, request.out)
-        with timing.standing(timing.LATENTS):
+        with timing.measure_wait(timing.LATENTS):
             x, timestep, context = (self._input(request.arena, ref) for ref in refs)
         return Tensors(x, timestep, context, out)
 
     def _step_inputs(self, request: Forward, loaded: LoadedModel, x: torch.Tensor) -> StepInputs:
         """What the strategy is told."""
-        model, plan = loaded.model, self.membership.plan
+        model, plan = loaded.model, self.parallel.plan
         conditioning = self._conditioning(request, loaded, len(x))
         degrees = plan.sequence_degrees(model.config.num_heads, plan.group_ranks(len(x)))
-        group = self.membership.groups[degrees]
+        group = self.parallel.groups[degrees]
         if model.asks_other_ranks(conditioning):
-            model.over_sequence = self.membership.over_sequence(group)
-        batches = self._batches(request.spec, len(x), self.membership.coords.data)
+            model.over_sequence = self.parallel.over_sequence(group)
+        batches = self._batches(request.spec, len(x), self.parallel.coords.data)
         grid = sequence_of(x, conditioning.options)
         return StepInputs(model, conditioning, grid, group, batches, request.displaced)
 
@@ -145,12 +147,12 @@ class ForwardRunner:
         """Put the weights in place, with room for what the forward takes and will keep."""
         start, stop = inputs.group.shard(inputs.grid.tokens)
         contexts = len(inputs.conditioning.options.vace_strengths)
-        with timing.standing(timing.WEIGHTS):
+        with timing.measure_wait(timing.WEIGHTS):
             self.models.settle(spec, stop - start, step.new_bytes, contexts, keep_texts=keep_texts)
 
     def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
         """The batch items of a data-parallel group, as many in each slice as go through the model at once."""
-        plan = self.membership.plan
+        plan = self.parallel.plan
         if batch < plan.data_parallel:  # all groups work on each item together
             first, last = 0, batch
         else:
@@ -160,13 +162,13 @@ class ForwardRunner:
 
     def _most_batches(self, spec: ModelSpec, batch: int) -> int:
         """Slices of batch items in the data-parallel group that has most of them."""
-        return max(len(self._batches(spec, batch, data)) for data in range(self.membership.plan.data_parallel))
+        return max(len(self._batches(spec, batch, data)) for data in range(self.parallel.plan.data_parallel))
 
     def _flow(
         self, spec: ModelSpec, loaded: LoadedModel, inputs: StepInputs, work: Sequence[WorkItem], batch: int
     ) -> Flow[WorkItem]:
         """The work of this rank on its way through its stage."""
-        model, stage = loaded.model, self.membership.stage
+        model, stage = loaded.model, self.parallel.stage
         # ranks that gather weights from each other run the blocks equally often, and leave them together
         together = loaded.blocks.group.ranks > inputs.group.degrees.ranks
         missing = self._most_batches(spec, batch) - len(inputs.batches) if together else 0
@@ -188,9 +190,9 @@ class ForwardRunner:
     ) -> Callable[[int, int | None], None]:
         """Called with the stage that decides and the block that comes next, if this rank has one: the cancel check of
         one request (see cancel.py), then the block's weights."""
-        plan = self.membership.plan
+        plan = self.parallel.plan
         alone = not together and batch >= plan.data_parallel
-        data = self.membership.coords.data if alone else 0  # the first of those that work together
+        data = self.parallel.coords.data if alone else 0  # the first of those that work together
         leaders = [plan.mesh.rank(RankCoords(data, stage, 0, 0)) for stage in range(plan.pipeline_parallel)]
         launched: deque[torch.cuda.Event] = deque()
 
@@ -200,8 +202,8 @@ class ForwardRunner:
                 launched[-1].record()
                 if len(launched) > _BLOCKS_AHEAD:
                     launched.popleft().synchronize()
-            with timing.standing(timing.GATE, sorted({self.rank, leaders[stage]})):
-                self.gate.check(self.rank, leaders[stage])
+            with timing.measure_wait(timing.CANCEL_BARRIER, sorted({self.rank, leaders[stage]})):
+                self.barrier.check(self.rank, leaders[stage])
             if block is not None:
                 prefetcher.await_block(block)
 

@@ -30,7 +30,7 @@ from ..plan.placement import PlacementError
 from ..protocol.requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from ..protocol.specs import PoolSettings
 from ..shm.arena import ArenaReader
-from ..shm.cancel import Gate
+from ..shm.cancel import CancelBarrier
 from ..weights.models import Models
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,9 @@ def _run(operations: Sequence[dist.P2POp]) -> None:
 class VAEs:
     """The VAE that a worker has, and what it does with it."""
 
-    def __init__(self, rank: int, settings: PoolSettings, device: torch.device, gate: Gate, models: Models):
+    def __init__(self, rank: int, settings: PoolSettings, device: torch.device, barrier: CancelBarrier, models: Models):
         self.rank, self.ranks, self.device = rank, settings.plan.num_gpus, device
-        self.gate, self.models = gate, models
+        self.barrier, self.models = barrier, models
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
         self._vae = ""
         self._coders: dict[tuple[str, str], Coder] = {}
@@ -189,7 +189,7 @@ class VAEs:
         pixel_rows, pixel_columns = strips.of(self.rank, decoder.kind.scale)
         out = self._outputs.view(request.out_arena, request.out)[:, :, pixel_rows, pixel_columns]
         done = self._outputs.view(request.out_arena, request.done)[self.rank : self.rank + 1]
-        self.gate.begin(request.id)
+        self.barrier.begin(request.id)
         with FrameWriter(self.device, out.flatten(0, 1), done) as writer:
             for item in latent[..., rows, columns]:
                 for piece in decoder.decode(item.to(self.device), frame, piece_bytes, self._check):
@@ -208,7 +208,7 @@ class VAEs:
         rows, columns = strips.of(self.rank)
         pixel_rows, pixel_columns = strips.of(self.rank, encoder.kind.scale)
         first = 0
-        self.gate.begin(request.id)
+        self.barrier.begin(request.id)
         for piece in encoder.encode(frames[:, pixel_rows, pixel_columns], frame, piece_bytes, self._check):
             out[:, first : first + len(piece), rows, columns] = piece.permute(3, 0, 1, 2).float().cpu()
             first += len(piece)
@@ -220,7 +220,7 @@ class VAEs:
         self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     def _check(self) -> None:
-        self.gate.check(self.rank, 0)
+        self.barrier.check(self.rank, 0)
 
     def _frame(self, strips: Strips) -> Frame:
         return Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
@@ -241,7 +241,7 @@ class VAEs:
             del self._coders[name]
 
     def _fitting_pieces(self, key: str, kind: type[Coder], strips: Strips, options: VAEOptions) -> int:
-        """The largest piece that fits on every rank; models step out where even the smallest does not."""
+        """The largest piece that fits on every rank; models are offloaded where even the smallest does not."""
         weights, wanted = self.weights[key], options.piece_mib * 2**20
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         itemsize = next(iter(weights.values())).element_size()

@@ -20,33 +20,33 @@ import torch.distributed as dist
 from ...wanvideo.base.errors import UserError
 from ...wanvideo.ops import pointwise
 from ..comm import timing
-from ..comm.probe import survey
-from ..parallel.groups import Membership
+from ..comm.probe import probe
+from ..parallel.groups import ParallelGroups
 from ..plan.degrees import ParallelPlan
 from ..protocol.errors import Failure, OutOfMemory
 from ..protocol.machine import Machine
 from ..protocol.messages import Join, StartFailed, decode, encode
 from ..protocol.replies import Done, ForwardDone, GivenUp, Outcome, Reply
-from ..protocol.reports import Surveyed
+from ..protocol.reports import DeviceProfile
 from ..protocol.requests import (
     AnyRequest,
+    ApplyLora,
     DecodeVAE,
-    Divide,
     EncodeVAE,
     Forward,
     Load,
     LoadVAE,
-    Patch,
+    Offload,
+    Probe,
+    Reconfigure,
     Report,
     Request,
-    StepOut,
-    Survey,
     Trim,
     Unload,
 )
 from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import ArenaReader
-from ..shm.cancel import Cancelled, Gate
+from ..shm.cancel import CancelBarrier, Cancelled
 from ..weights.device_memory import MemoryMeter
 from ..weights.models import Models
 from .forward import ForwardRunner
@@ -67,14 +67,14 @@ class Worker:
         self,
         rank: int,
         settings: PoolSettings,
-        gate: Gate,
+        barrier: CancelBarrier,
         locations: Sequence[RankLocation],
         device: torch.device | None = None,
     ):
         self.rank, self.locations = rank, locations
         self.device = device or device_at(settings, locations[rank])
-        self.gate = gate
-        self.membership = Membership(rank, settings, self.device)
+        self.barrier = barrier
+        self.parallel = ParallelGroups(rank, settings, self.device)
         self.memory = MemoryMeter(self.device)
         self.arena = ArenaReader()
         self._begin()
@@ -108,9 +108,9 @@ class Worker:
     def _do(self, request: AnyRequest) -> Outcome:
         match request:
             case Load():
-                self.models.load(request.spec, request.tokens, self.membership.join)
-            case Patch():
-                self.models.patch(request, self.arena)
+                self.models.load(request.spec, request.tokens, self.parallel.join)
+            case ApplyLora():
+                self.models.apply_lora(request, self.arena)
             case Forward():
                 return self._measured(request)
             case LoadVAE():
@@ -123,22 +123,22 @@ class Worker:
                 self.trim()
             case Unload():
                 self.unload(request.specs)
-            case StepOut():
+            case Offload():
                 self.models.offload(request)
             case Report():
                 return worker_status(self)
-            case Survey():
-                return self.survey()
-            case Divide():
-                self.divide(request.plan)
+            case Probe():
+                return self.probe()
+            case Reconfigure():
+                self.reconfigure(request.plan)
         return Done()
 
     def _measured(self, request: Forward) -> ForwardDone:
         """Run a forward, and tell what it exchanged and where its time went."""
         self.memory.last = None
-        with timing.measuring(self.device) as watch:
+        with timing.measuring(self.device) as recorder:
             exchange = self.runner.run(request)
-            done = ForwardDone(watch.stalls(), exchange)
+            done = ForwardDone(recorder.waits(), exchange)
         self.memory.end(*held_bytes(self))
         return done
 
@@ -157,36 +157,36 @@ class Worker:
         what the exchanges write to, and torch's cache."""
         self.runner.trim()
         self.models.memory.forget_texts()
-        self.membership.close_mailboxes()
+        self.parallel.close_peer_memories()
         self.models.memory.release()
 
-    def survey(self) -> Surveyed:
+    def probe(self) -> DeviceProfile:
         """What the machine does, measured the first time, and what there is room for (a collective call)."""
         if self.machine is None:
-            self.machine = survey(self.device, self.membership.plan.num_gpus)
+            self.machine = probe(self.device, self.parallel.plan.num_gpus)
             self.models.memory.release()
-        return Surveyed(self.machine, *self.models.memory.rooms(), link(self), device_name(self.device))
+        return DeviceProfile(self.machine, *self.models.memory.rooms(), link(self), device_name(self.device))
 
-    def divide(self, plan: ParallelPlan) -> None:
+    def reconfigure(self, plan: ParallelPlan) -> None:
         """Share the GPUs out as `plan` says (a collective call). Models that it divides otherwise are forgotten."""
-        before, settings = self.membership.plan, replace(self.membership.settings, plan=plan)
+        before, settings = self.parallel.plan, replace(self.parallel.settings, plan=plan)
         self.runner.strategies.close()  # what they keep is of the groups of ranks before
-        self.membership.follow(settings)
+        self.parallel.set_plan(settings)
         if plan.holds_as(before):
             self.models.settings = settings
         else:
             self.unload(list(self.models.loaded))
-            self.membership.rejoin(self.models.process_groups())
+            self.parallel.rebuild(self.models.process_groups())
             self._begin()
         for loaded in self.models.loaded.values():
-            self.membership.join(loaded.source.config.num_heads)
+            self.parallel.join(loaded.source.config.num_heads)
 
     def _begin(self) -> None:
         """Begin with no models under the plan at hand: all who use them get the same ones."""
-        mine = self.membership
+        mine = self.parallel
         self.models = Models(self.rank, mine.settings, self.device, mine.shard, mine.stage)
-        self.runner = ForwardRunner(mine, self.models, self.gate, self.arena, self.memory)
-        self.vaes = VAEs(self.rank, mine.settings, self.device, self.gate, self.models)
+        self.runner = ForwardRunner(mine, self.models, self.barrier, self.arena, self.memory)
+        self.vaes = VAEs(self.rank, mine.settings, self.device, self.barrier, self.models)
 
 
 def main(join: bytes, connection: Connection) -> None:
@@ -203,7 +203,7 @@ def main(join: bytes, connection: Connection) -> None:
     )
     try:
         join_world(told.rank, told.settings, told.locations, told.rendezvous)
-        worker = Worker(told.rank, told.settings, Gate(told.gate), told.locations)
+        worker = Worker(told.rank, told.settings, CancelBarrier(told.barrier), told.locations)
     except Exception as error:  # the boundary of the process, as in Worker.handle
         log.exception("The start failed.")
         connection.send_bytes(encode(StartFailed(told.rank, Failure.of(error))))

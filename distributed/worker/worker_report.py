@@ -51,10 +51,10 @@ def worker_status(worker: Worker) -> WorkerStatus:
 
 
 def held_bytes(worker: Worker) -> tuple[int, int, int]:
-    """Bytes on a worker's device: of weights, of keys and values that are kept between steps, and of mailboxes."""
+    """Bytes on a worker's device: of weights, of keys and values that are kept between steps, and of peer memory."""
     weights = worker.models.memory.device_bytes + worker.vaes.nbytes
-    mailboxes = sum(mailbox.nbytes for mailbox in worker.membership.mailboxes.values())
-    return weights, worker.runner.kept_bytes, mailboxes
+    peer_memory = sum(memory.nbytes for memory in worker.parallel.peer_memories.values())
+    return weights, worker.runner.kept_bytes, peer_memory
 
 
 def link(worker: Worker) -> str:
@@ -75,25 +75,25 @@ def out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:
 
 
 def _model_status(worker: Worker, spec: ModelSpec, loaded: LoadedModel) -> ModelStatus:
-    membership = worker.membership
-    plan = membership.plan
+    parallel = worker.parallel
+    plan = parallel.plan
     degrees = plan.sequence_degrees(loaded.model.config.num_heads)
     return ModelStatus(
         name=spec.name,
         weight_dtype=storage_format(loaded.source.header, spec.weight_dtype),
         compute_dtype=spec.compute_dtype,
         kernel=loaded.model.kernel.name,
-        backend="xfuser" if membership.settings.usp_backend == "xfuser" else "native",
+        backend="xfuser" if parallel.settings.usp_backend == "xfuser" else "native",
         ulysses=degrees.ulysses,
         ring=degrees.ring,
-        patches=loaded.uuid,
+        lora_uuid=loaded.uuid,
         tensor=plan.tensor_parallel,
         pipeline=plan.pipeline_parallel,
         placement=loaded.placement.reason,
         device_bytes=loaded.device_bytes,
         host_bytes=loaded.blocks.host_bytes,
         fp8=fp8_mode.describe(loaded.model, spec.fp8_mode, worker.device),
-        overlapped=degrees in membership.mailboxes,
+        overlapped=degrees in parallel.peer_memories,
         moved_in=loaded.blocks.mover.moved_in,
         moved_out=loaded.blocks.mover.moved_out,
     )

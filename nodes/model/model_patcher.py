@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
 from ...distributed.client.displaced_runs import DisplacedRuns
-from ...distributed.weights.lora_transfer import PatchSet
+from ...distributed.weights.lora_transfer import LoraSet
 from . import infinitetalk_patch
 from .shared_device import EVERYTHING, SharedDevice
 from .weight_patches import check_fit, for_workers, refuse_foreign
@@ -103,11 +103,11 @@ class RemoteModelPatcher(WeightlessPatcher):
 
     def _hand_over_patches(self) -> None:
         if not self.patches:
-            self.remote.patches = None
+            self.remote.loras = None
             return
         spec = self.remote.spec
         build = functools.partial(for_workers, dict(self.patches), spec)
-        self.remote.patches = PatchSet(str(self.patches_uuid), build)
+        self.remote.loras = LoraSet(str(self.patches_uuid), build)
 
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0

@@ -26,7 +26,7 @@ from ...distributed.client.pool import Pool
 from ...distributed.client.sampling_runs import SampledForward, SamplingRuns
 from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
-from ...distributed.weights.lora_transfer import PatchSet
+from ...distributed.weights.lora_transfer import LoraSet
 from ...wanvideo.base.conditioning import Conditioning, check, extended
 from ...wanvideo.base.grid import sequence_of
 from ...wanvideo.base.tensor_info import CheckpointError
@@ -98,7 +98,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
 class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
-    `patches` are the LoRAs of the loaded MODEL, which the workers get with the next forward. `runs` are the MODEL's
+    `loras` are the LoRAs of the loaded MODEL, which the workers get with the next forward. `runs` are the MODEL's
     sampling runs; None where every forward is exact. `header` and `spec` describe the model as the workers have it,
     with InfiniteTalk's layers once a forward has needed these layers.
     """
@@ -117,7 +117,7 @@ class RemoteWan(torch.nn.Module):
         super().__init__()
         self.header, self.spec, self.pool, self.runs, self._plain = header, spec, pool, runs, spec
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
-        self.patches: PatchSet | None = None
+        self.loras: LoraSet | None = None
         _pools.add(pool)
         self._let_go = self._keep(spec)
         self._tensors = dict(tensors)
@@ -249,7 +249,7 @@ class RemoteWan(torch.nn.Module):
                 x,
                 timestep,
                 context,
-                patches=self.patches,
+                loras=self.loras,
                 poll=comfy.model_management.throw_exception_if_processing_interrupted,
                 make_room=self._make_room,
                 displaced=displaced,
@@ -271,7 +271,7 @@ class RemoteWan(torch.nn.Module):
     ) -> AbstractContextManager[Displaced | None]:
         if self.runs is None:
             return nullcontext()
-        uuid = self.patches.uuid if self.patches else ""
+        uuid = self.loras.uuid if self.loras else ""
         return self.runs.step(x, timestep, forward, uuid, self._make_room)
 
     def _make_room(self, nbytes: int) -> None:
@@ -294,7 +294,7 @@ class RemoteWan(torch.nn.Module):
         has more room."""
         freed = self._free(EVERYTHING)
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        freed = bool(self.pool.step_aside(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
+        freed = bool(self.pool.offload_others(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
         return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
 
 

@@ -61,7 +61,7 @@ class SharedDevice:
         if not ranks:
             return 0
         try:
-            freed = self.pool.step_out(self.spec, ranks, nbytes)
+            freed = self.pool.offload(self.spec, ranks, nbytes)
         except PlacementError as error:
             log.warning("%s The model is read again with the next sampling.", error)
             freed = self.held()[0]

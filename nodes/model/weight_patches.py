@@ -16,7 +16,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ...distributed.protocol.specs import ModelSpec
-from ...wanvideo.base.lora import Difference, LowRank, Replacement, WeightPatch
+from ...wanvideo.base.lora import Difference, LoraDelta, LowRank, Replacement
 from ...wanvideo.base.tensor_info import TensorInfo, listed
 from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, storage_dtype
 from ...wanvideo.quant.quantized import as_tensor
@@ -40,7 +40,7 @@ def refuse_foreign(patch: object) -> None:
         refuse_merging()
 
 
-def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict[str, list[WeightPatch]]:
+def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict[str, list[LoraDelta]]:
     """Translate `ModelPatcher.patches` for the model that the workers have loaded as `spec`.
 
     Returns:
@@ -50,7 +50,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
         NotOnWorkers: a patch changes the shape of a weight.
     """
     checkpoint = Checkpoint(spec.path, spec.module)
-    translated: dict[str, list[WeightPatch]] = {}
+    translated: dict[str, list[LoraDelta]] = {}
     left_out = []
     for key, entries in patches.items():
         comfy.model_management.throw_exception_if_processing_interrupted()  # a LoHa of 14B takes a while
@@ -65,7 +65,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
     return {name: changes for name, changes in translated.items() if changes}
 
 
-def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec: ModelSpec) -> list[WeightPatch]:
+def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec: ModelSpec) -> list[LoraDelta]:
     """The patches of one weight for the workers. Where only ComfyUI can compute a patch, the one `Replacement` is the
     weight after all patches."""
     plain = [patch for entry in entries if (patch := _plain(entry)) is not None]
@@ -135,7 +135,7 @@ def _kind_of(patch: tuple) -> tuple[str, tuple]:
     return patch if len(patch) == 2 else ("diff", patch)
 
 
-def _plain(entry: Entry) -> WeightPatch | None:
+def _plain(entry: Entry) -> LoraDelta | None:
     """The entry as a patch that the workers merge; None where only ComfyUI can compute it."""
     strength, patch, base_scale, offset, function = entry
     if offset is not None or function is not None:

@@ -101,12 +101,12 @@ def _kernels(status: PoolStatus, index: int) -> str:
 
 def _model_lines(status: PoolStatus, index: int) -> Iterator[str]:
     model = status.workers[0].models[index]
-    patches = "with LoRA" if model.patches else "no LoRA"
+    lora = "with LoRA" if model.lora_uuid else "no LoRA"
     exchange = ", exchange beside computation" if model.overlapped else ""
     yield (
         f"{model.name}: weights {model.weight_dtype}, activations {model.compute_dtype}, attention "
         f"{_kernels(status, index)}, {_degrees(model, status.settings.pipeline_mode)} ({model.backend}{exchange}), "
-        f"{patches}{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
+        f"{lora}{f', fp8 mode (lossy): {model.fp8}' if model.fp8 else ''}"
     )
     yield f"  weights: {model.placement}"
 

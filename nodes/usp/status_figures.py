@@ -117,7 +117,7 @@ def _memory_title(use: MemoryUse, device: str) -> str:
 
 
 def _parts(use: MemoryUse) -> tuple[float, ...]:
-    return (use.weights, use.activations, use.cache, use.mailboxes, use.unused, use.others, use.free)
+    return (use.weights, use.activations, use.cache, use.peer_memory, use.unused, use.others, use.free)
 
 
 def _times_words(times: RankTimes) -> str:

@@ -37,7 +37,7 @@ def test_a_run_takes_the_memory_that_was_computed_and_gives_it_back(pool, manage
     x, timestep, context = torch.randn(LATENT), torch.tensor([800.0]), torch.randn(1, 512, 4096)
 
     def forward(kind: str) -> None:
-        step = Displaced(kind, f"{manager}-{fp8}", ("lane",), SPLIT, fp8, manager)
+        step = Displaced(kind, f"{manager}-{fp8}", ("branch",), SPLIT, fp8, manager)
         pool.forward(SPEC, x, timestep, context, displaced=step)
 
     forward("exact")

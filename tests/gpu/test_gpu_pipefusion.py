@@ -32,8 +32,8 @@ def test_every_step_of_a_run_is_that_of_one_process(plan, path):
             expected = streamed_in_one_process(path, plan, size)
             for dtype, limit in LIMITS.items():
                 for step, kind in enumerate(STEPS):
-                    run, lanes = f"{size} {dtype}", ("conditional", "unconditional")
-                    part = Displaced(kind, run, lanes, PatchSplit(), strategy="pipefusion")
+                    run, branch_ids = f"{size} {dtype}", ("conditional", "unconditional")
+                    part = Displaced(kind, run, branch_ids, PatchSplit(), strategy="pipefusion")
                     given = (tensor.cuda() for tensor in step_inputs(size, step))
                     got = pool.forward(ModelSpec(path, dtype, dtype), *given, displaced=part)
                     assert tiny.relative_error(got.cpu(), expected[step]) <= limit, (size, dtype, kind)

@@ -10,7 +10,7 @@ import torch
 from testkit import tiny
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.planner.planner import Kind, Planner
+from wan_parallel.distributed.planner.planner import Planner, Workload
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.model.model import WanModel
@@ -27,7 +27,7 @@ class Script(Planner):
 
     plan: ParallelPlan
 
-    def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
+    def recall(self, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
         return current if current == self.plan else None
 
     def choose(self, *_asked: object) -> ParallelPlan:
@@ -42,9 +42,9 @@ def pool() -> Iterator[Pool]:
 
 
 def test_what_the_workers_measure_is_what_such_gpus_do(pool):
-    pool.survey()  # starts the workers
+    pool.probe()  # starts the workers
     started = time.perf_counter()
-    again = pool.survey()
+    again = pool.probe()
     assert time.perf_counter() - started < 0.5  # measured once
     for worker in again:
         machine = worker.machine

@@ -19,7 +19,7 @@ from wan_parallel.distributed.parallel.partition import held_parameters
 from wan_parallel.distributed.parallel.xfuser_backend import BackendError
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
 from wan_parallel.wanvideo.model.model import WanModel
@@ -192,10 +192,10 @@ def test_a_lora_is_merged_and_undone_exactly(shared, checkpoints):
     path, name = checkpoints[FOUR_HEADS], "blocks.1.self_attn.q.weight"
     generator = torch.Generator().manual_seed(3)
     up, down = (torch.randn(size, generator=generator) * 0.3 for size in ((512, 8), (8, 512)))
-    patches = PatchSet("lora", lambda: {name: [LowRank(up, down, scale=0.7)]})
+    patches = LoraSet("lora", lambda: {name: [LowRank(up, down, scale=0.7)]})
     x = inputs(FOUR_HEADS, EVEN)
     before = shared.forward(spec(path, "fp32"), *x)
-    patched = shared.forward(spec(path, "fp32"), *x, patches=patches)
+    patched = shared.forward(spec(path, "fp32"), *x, loras=patches)
     after = shared.forward(spec(path, "fp32"), *x)
     with torch.inference_mode():
         model = one_gpu(path)

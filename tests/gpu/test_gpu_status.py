@@ -24,7 +24,7 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import Forward, Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
-from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.worker import worker
 from wan_parallel.wanvideo.base.config import PRESETS
 from wan_parallel.wanvideo.base.grid import grid_of
@@ -134,7 +134,7 @@ def test_the_parts_of_the_memory_are_what_the_gpu_has(shared):
         assert use.measured and use.total == one.total
         assert use.weights > 0.05 * GIB and use.activations > 0.1 * GIB and use.others > 0
         assert use.weights + use.activations + use.cache <= one.peak_allocated * 1.001
-        used = use.weights + use.activations + use.cache + use.mailboxes + use.unused + use.others
+        used = use.weights + use.activations + use.cache + use.peer_memory + use.unused + use.others
         assert abs(used - one.used) <= 0.1 * one.used + GIB
         assert use.free > 0
 
@@ -169,13 +169,13 @@ def test_a_pair_of_events_costs_microseconds(shared):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         started = time.perf_counter()
         begin.record()
-        with timing.measuring(device) as watch:
+        with timing.measuring(device) as recorder:
             for _ in range(pairs):
-                with timing.standing("ring", (0, 1)):
+                with timing.measure_wait("ring", (0, 1)):
                     pass
             end.record()
             host = time.perf_counter() - started
-            watch.stalls()
+            recorder.waits()
         if measured:
             on_device = begin.elapsed_time(end) / 1000
             read = time.perf_counter() - started - host
@@ -192,7 +192,7 @@ OVERHEAD = [WAYS[2], WAYS[5], WAYS[6], WAYS[7], WAYS[9]]
 def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
     if torch.cuda.device_count() < shared_plan.gpus:
         pytest.skip(f"needs {shared_plan.gpus} CUDA GPUs")
-    given, gate = inputs(latent, 2), GateMemory(shared_plan.gpus)
+    given, barrier = inputs(latent, 2), CancelMemory(shared_plan.gpus)
     arena = Arena(needed(given) + given.x.numel() * 8 + 4096)
     refs = [arena.write(tensor) for tensor in given]
     out = arena.allocate(torch.float32, (2, grid_of(given.x).tokens, given.x.shape[1] * 4))
@@ -200,7 +200,7 @@ def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
     settings = PoolSettings(shared_plan.plan, device="cuda")
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_compare, args=(rank, settings, request, gate.path, str(tmp_path)), daemon=True)
+        context.Process(target=_compare, args=(rank, settings, request, barrier.path, str(tmp_path)), daemon=True)
         for rank in range(shared_plan.gpus)
     ]
     for process in processes:
@@ -224,11 +224,11 @@ def test_measuring_does_not_slow_a_forward_down(shared_plan, latent, tmp_path):
         assert with_it <= 1.03 * without + 2e-3
 
 
-def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, folder: str) -> None:
+def _compare(rank: int, settings: PoolSettings, request: Forward, barrier: str, folder: str) -> None:
     """Run forwards with and without measuring in turn, and write the seconds of each."""
     locations = on_one_host(settings.plan.num_gpus)
     worker.join_world(rank, settings, locations, f"file://{folder}/store")
-    runner = worker.Worker(rank, settings, Gate(gate), locations)
+    runner = worker.Worker(rank, settings, CancelBarrier(barrier), locations)
     handled = [runner.handle(Load(1, request.spec)), runner.handle(request)]
     measuring, told = timing.measuring, {"with": [], "without": []}
     for _ in range(7):
@@ -239,10 +239,10 @@ def _compare(rank: int, settings: PoolSettings, request: Forward, gate: str, fol
             handled.append(runner.handle(replace(request, id=len(handled))))
             told[key].append(handled[-1].seconds)
     assert not any(reply.failure for reply in handled), [reply.failure for reply in handled]
-    told["spans"] = sum(len(stall.seconds) for stall in handled[1].outcome.stalls)
+    told["spans"] = sum(len(wait.seconds) for wait in handled[1].outcome.waits)
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[timing.Watch]:
-    yield timing.Watch(device)
+def _quiet(device: torch.device) -> Iterator[timing.WaitRecorder]:
+    yield timing.WaitRecorder(device)

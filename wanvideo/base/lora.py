@@ -41,57 +41,57 @@ class Replacement:
     weight: torch.Tensor
 
 
-class PatchError(UserError, ValueError):
-    """A patch that does not fit its weight."""
+class LoraError(UserError, ValueError):
+    """A delta that does not fit its weight."""
 
 
-WeightPatch = LowRank | Difference | Replacement
+LoraDelta = LowRank | Difference | Replacement
 
 
-def merge(weight: torch.Tensor, patches: Sequence[WeightPatch]) -> torch.Tensor:
-    """Apply `patches` in their order to `weight` in float32; the result has its dtype, shape and device.
+def merge(weight: torch.Tensor, deltas: Sequence[LoraDelta]) -> torch.Tensor:
+    """Apply `deltas` in their order to `weight` in float32; the result has its dtype, shape and device.
 
     Raises:
-        PatchError: a patch does not have the weight's shape.
+        LoraError: a delta does not have the weight's shape.
     """
     merged = weight.to(torch.float32, copy=True)
-    for patch in patches:
-        match patch:
+    for delta in deltas:
+        match delta:
             case LowRank():
-                merged.mul_(patch.base_scale)
-                merged += patch.scale * _product(patch, merged)
+                merged.mul_(delta.base_scale)
+                merged += delta.scale * _product(delta, merged)
             case Difference():
-                merged.mul_(patch.base_scale)
-                merged += patch.scale * _like(patch.diff, merged)
+                merged.mul_(delta.base_scale)
+                merged += delta.scale * _like(delta.diff, merged)
             case Replacement():
-                merged = _like(patch.weight, merged).clone()
+                merged = _like(delta.weight, merged).clone()
     return merged.to(weight.dtype)
 
 
-def narrow_patch(patch: WeightPatch, shape: tuple[int, ...], dim: int, runs: Sequence[tuple[int, int]]) -> WeightPatch:
-    """The part of a patch of a weight of `shape` that changes some of the weight's rows (dim 0) or columns (dim 1).
+def narrow_delta(delta: LoraDelta, shape: tuple[int, ...], dim: int, runs: Sequence[tuple[int, int]]) -> LoraDelta:
+    """The part of a delta of a weight of `shape` that changes some of the weight's rows (dim 0) or columns (dim 1).
 
     Args:
         runs: start and length of each run of rows or columns.
 
     Raises:
-        PatchError: the patch does not have the weight's shape.
+        LoraError: the delta does not have the weight's shape.
     """
-    match patch:
+    match delta:
         case LowRank():
-            rows, columns = patch.up.shape[0], patch.down.flatten(1).shape[1]
+            rows, columns = delta.up.shape[0], delta.down.flatten(1).shape[1]
             if (rows, columns) == shape:
                 if dim == 0:
-                    return replace(patch, up=_runs(patch.up, 0, runs))
-                return replace(patch, down=_runs(patch.down.flatten(1), 1, runs))
+                    return replace(delta, up=_runs(delta.up, 0, runs))
+                return replace(delta, down=_runs(delta.down.flatten(1), 1, runs))
             if rows * columns != math.prod(shape):
                 raise _misfit((rows, columns), shape)
-            whole = torch.mm(patch.up.flatten(1).float(), patch.down.flatten(1).float())
-            return narrow_patch(Difference(whole, patch.scale, patch.base_scale), shape, dim, runs)
+            whole = torch.mm(delta.up.flatten(1).float(), delta.down.flatten(1).float())
+            return narrow_delta(Difference(whole, delta.scale, delta.base_scale), shape, dim, runs)
         case Difference():
-            return replace(patch, diff=_runs(_shaped(patch.diff, shape), dim, runs))
+            return replace(delta, diff=_runs(_shaped(delta.diff, shape), dim, runs))
         case Replacement():
-            return replace(patch, weight=_runs(_shaped(patch.weight, shape), dim, runs))
+            return replace(delta, weight=_runs(_shaped(delta.weight, shape), dim, runs))
 
 
 def _runs(x: torch.Tensor, dim: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -99,8 +99,8 @@ def _runs(x: torch.Tensor, dim: int, runs: Sequence[tuple[int, int]]) -> torch.T
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _product(patch: LowRank, weight: torch.Tensor) -> torch.Tensor:
-    up, down = (t.to(weight.device).float() for t in (patch.up, patch.down))  # one after the other: see _like
+def _product(delta: LowRank, weight: torch.Tensor) -> torch.Tensor:
+    up, down = (t.to(weight.device).float() for t in (delta.up, delta.down))  # one after the other: see _like
     return _like(torch.mm(up.flatten(1), down.flatten(1)), weight)
 
 
@@ -116,8 +116,8 @@ def _shaped(change: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return change.reshape(shape)
 
 
-def _misfit(change: tuple[int, ...], weight: tuple[int, ...]) -> PatchError:
-    return PatchError(
+def _misfit(change: tuple[int, ...], weight: tuple[int, ...]) -> LoraError:
+    return LoraError(
         f"A LoRA tensor of shape {change} does not fit a weight of shape {weight}. "
         "Use a LoRA made for this size of Wan."
     )

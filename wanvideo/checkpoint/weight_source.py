@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ..base.config import PRESETS, WanConfig
-from ..base.lora import WeightPatch, merge
+from ..base.lora import LoraDelta, merge
 from ..base.tensor_info import CheckpointError, TensorInfo
 from ..base.variant import is_rounded
 from ..quant.formats.fp8 import FLOAT8, Fp8Weight
@@ -213,8 +213,8 @@ def storage_dtype(name: str, ndim: int, weight_dtype: torch.dtype) -> torch.dtyp
     return torch.bfloat16 if weight_dtype in FLOAT8.values() else weight_dtype
 
 
-def change(weight: Weight, patches: Sequence[WeightPatch]) -> Weight:
-    """Merge `patches` into a file's weight in float32 (see `merge`). A float weight gives a float32 tensor; a quantised
+def change(weight: Weight, deltas: Sequence[LoraDelta]) -> Weight:
+    """Merge `deltas` into a file's weight in float32 (see `merge`). A float weight gives a float32 tensor; a quantised
     weight gives a weight of about as many bits (see `QuantizedWeight.requantize`)."""
-    merged = merge(as_tensor(weight, torch.float32), patches)
+    merged = merge(as_tensor(weight, torch.float32), deltas)
     return weight.requantize(merged) if isinstance(weight, QuantizedWeight) else merged

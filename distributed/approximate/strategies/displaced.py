@@ -24,12 +24,12 @@ from ....wanvideo.model.layers import SelfAttention
 from ...comm import timing
 from ...comm.host_kv import HostManager
 from ...parallel.exact import exact_attention
-from ...parallel.groups import Membership
+from ...parallel.groups import ParallelGroups
 from ...parallel.sequence import SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
 from ...protocol.reports import Exchange
 from ...protocol.requests import Displaced
-from ...shm.pinned import Segment
+from ...shm.pinned import PinnedSharedMemory
 from ..kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
 from ..patch_exchange import PatchesOfShards, Strips
 from ..patch_layout import PatchLayout, split_grid, token_pixels
@@ -72,13 +72,13 @@ class Branch:
 class StaleAttention:
     """Self-attention of a patch to its own fresh and the other patches' last keys and values; call layer by layer."""
 
-    def __init__(self, branch: Branch, place: int, kernel: AttentionKernel, groups: Groups, device: torch.device):
-        self.branch, self.place, self.kernel, self.groups = branch, place, kernel, groups
-        self.part = branch.layout.index(place).to(device)
+    def __init__(self, branch: Branch, group_rank: int, kernel: AttentionKernel, groups: Groups, device: torch.device):
+        self.branch, self.group_rank, self.kernel, self.groups = branch, group_rank, kernel, groups
+        self.part = branch.layout.index(group_rank).to(device)
         self.received = 0
-        self._strips = Strips(branch.layout, place) if any(branch.layout.border) else None
+        self._strips = Strips(branch.layout, group_rank) if any(branch.layout.border) else None
         self._layer = 0
-        self._stops = timing.counted(timing.PATCHES, groups.fresh, timing.Spans(device))
+        self._stops = timing.count_wait(timing.PATCHES, groups.fresh, timing.Spans(device))
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         own = torch.stack((k, v))
@@ -90,7 +90,7 @@ class StaleAttention:
     def finish(self) -> None:
         """Leave the step, after the last layer or in the middle. Tensors that were sent have until the next step to
         arrive."""
-        with timing.standing(timing.PATCHES, self.groups.fresh):
+        with timing.measure_wait(timing.PATCHES, self.groups.fresh):
             self.branch.finish(self._layer)
 
     @property
@@ -108,7 +108,7 @@ class StaleAttention:
         full = own.new_empty(*own.shape[:2], sum(counts), *own.shape[3:])
         parts = list(full.split(counts, dim=2))
         for rank, (buffer, part) in enumerate(zip(manager.get_buffer_list(layer), parts, strict=True)):
-            if rank == self.place:
+            if rank == self.group_rank:
                 part.copy_(own)
             else:
                 self.branch.codec.decode(buffer, part)
@@ -131,7 +131,7 @@ class FillAttention:
         self._layer = 0
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with timing.standing(timing.PATCHES, self.groups.fresh):
+        with timing.measure_wait(timing.PATCHES, self.groups.fresh):
             patch = self._patches.exchange(torch.stack((k, v)), self.groups.fresh)
             self.branch.manager.forget(self._layer)  # of a stale step before
         self.branch.manager.enqueue(self._layer, self.branch.codec.encode(patch))
@@ -140,7 +140,7 @@ class FillAttention:
 
     def finish(self) -> None:
         """Leave the step, after the last layer or in the middle."""
-        with timing.standing(timing.PATCHES, self.groups.fresh):
+        with timing.measure_wait(timing.PATCHES, self.groups.fresh):
             self.branch.finish(self._layer)
 
 
@@ -188,11 +188,11 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
 
     keeps_texts = False
 
-    def __init__(self, membership: Membership):
-        super().__init__(membership)
-        self.device = membership.device
+    def __init__(self, parallel: ParallelGroups):
+        super().__init__(parallel)
+        self.device = parallel.device
         self._branches: dict[Hashable, Branch] = {}
-        self._segments: list[Segment] = []
+        self._segments: list[PinnedSharedMemory] = []
 
     def suits(self, inputs: StepInputs) -> bool:
         """Whether several ranks share the video, and all tokens are the video's: the tokens of VACE's streams, and
@@ -224,7 +224,7 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
 
     def stale(self, step: Displaced, items: slice, inputs: StepInputs) -> StaleAttention:
         """Self-attention of this rank's patch of some batch items, with the keys and values of the step before."""
-        branch, group = self._begun(step.lanes[items]), inputs.group
+        branch, group = self._begun(step.branch_ids[items]), inputs.group
         if branch is None:
             raise StaleError.nothing_kept()
         groups = self._groups(group)
@@ -233,22 +233,22 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
     def fill(self, step: Displaced, items: slice, inputs: StepInputs) -> FillAttention:
         """Exact self-attention of this rank's shard of some batch items, which keeps keys and values for the next
         step."""
-        lanes, group = step.lanes[items], inputs.group
-        exact = exact_attention(self.membership, group, inputs.model, inputs.grid, len(lanes))
-        branch = self._begun(lanes)
+        branch_ids, group = step.branch_ids[items], inputs.group
+        exact = exact_attention(self.parallel, group, inputs.model, inputs.grid, len(branch_ids))
+        branch = self._begun(branch_ids)
         groups = self._groups(group)
         if branch is None:
-            branch = self._branches[lanes] = self._new_branch(step, len(lanes), inputs, groups)
+            branch = self._branches[branch_ids] = self._new_branch(step, len(branch_ids), inputs, groups)
         return FillAttention(branch, exact, group, groups, self.device)
 
-    def _begun(self, lanes: Hashable) -> Branch | None:
+    def _begun(self, branch_ids: Hashable) -> Branch | None:
         """The buffers of some batch items, if the last forward filled all of them, else None.
 
         The buffers count as incomplete until the forward that begins now has finished.
         """
-        branch = self._branches.get(lanes)
+        branch = self._branches.get(branch_ids)
         if branch is not None and not branch.complete:
-            self._branches.pop(lanes).manager.clear()
+            self._branches.pop(branch_ids).manager.clear()
             return None
         if branch is not None:
             branch.complete = False  # until it has been finished: the forward may end before it gets here
@@ -259,27 +259,27 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         model, group = inputs.model, inputs.group
         config, ranks, layers = model.config, group.degrees.ranks, len(model.span)
         layout = split_grid(inputs.grid, step.split, ranks, token_pixels(config))
-        heads = self.membership.heads(model)
+        heads = self.parallel.heads(model)
         codec = Codec(batch, max(layout.counts), heads, config.head_dim, model.compute_dtype, step.fp8_buffers)
         name = manager_name(step.manager, self.device)
         manager: Manager
         if name == "host":
             manager = self._host_manager(codec, layers, group.index, groups)
         else:
-            buffers = make_buffers(name, self.membership.rank, group.index, ranks, self.device, groups.gather)
+            buffers = make_buffers(name, self.parallel.rank, group.index, ranks, self.device, groups.gather)
             for _ in range(layers):
                 buffers.register_tensor(codec.shape, codec.dtype)
             buffers.create_buffer()
             manager = GatherManager(buffers)
         return Branch(layout, codec, manager, name, layers, self._time_exchange(manager, codec))
 
-    def _host_manager(self, codec: Codec, layers: int, place: int, groups: Groups) -> HostManager:
+    def _host_manager(self, codec: Codec, layers: int, group_rank: int, groups: Groups) -> HostManager:
         """A manager that exchanges through host memory.
 
         Its segment is kept for later runs, as pinning takes a second for each GiB.
         """
         ranks = groups.gather.size()
-        manager = HostManager(place, ranks, self.device)
+        manager = HostManager(group_rank, ranks, self.device)
         for _ in range(layers):
             manager.register_tensor(codec.shape, codec.dtype)
         managers = [branch.manager for branch in self._branches.values()]
@@ -291,7 +291,7 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
                 small.close()
                 self._segments.remove(small)
             nbytes = manager.registered_bytes
-            segment = Segment(nbytes, place, ranks, self.device, groups.gather, _PURPOSE, _REMEDY)
+            segment = PinnedSharedMemory(nbytes, group_rank, ranks, self.device, groups.gather, _PURPOSE, _REMEDY)
             self._segments.append(segment)
         manager.create_buffer(segment)
         dist.barrier(groups.gather)  # see create_buffer
@@ -300,7 +300,7 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
     def _groups(self, group: SequenceGroup) -> Groups:
         """The process groups of the ranks that share a video; made at first use, by all ranks."""
         ranks = group.degrees.ranks
-        return Groups(self.membership.further_group(ranks, "gather"), self.membership.further_group(ranks, "fresh"))
+        return Groups(self.parallel.further_group(ranks, "gather"), self.parallel.further_group(ranks, "fresh"))
 
     def _time_exchange(self, manager: Manager, codec: Codec) -> float:
         """Seconds that the exchange of one layer takes alone: the second of two, as the first one connects."""

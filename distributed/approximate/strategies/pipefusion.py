@@ -23,7 +23,7 @@ import torch
 
 from ....wanvideo.attention.kernels import AttentionKernel
 from ....wanvideo.base.grid import Grid
-from ...parallel.groups import Membership
+from ...parallel.groups import ParallelGroups
 from ...parallel.sequence import SequenceAttention, SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
 from ...plan.degrees import bounds
@@ -122,8 +122,8 @@ class StreamedStep(Step):
     @property
     def new_bytes(self) -> int:
         """Bytes of the keys and values that no step before has left."""
-        batches = (self.step.lanes[items] for items in self.inputs.batches)
-        elements = sum(math.prod(self._shape(len(lanes))) for lanes in batches if not self._has(lanes))
+        batches = (self.step.branch_ids[items] for items in self.inputs.batches)
+        elements = sum(math.prod(self._shape(len(branch_ids))) for branch_ids in batches if not self._has(branch_ids))
         return elements * self._attentions * self.inputs.model.compute_dtype.itemsize
 
     def work(self, items: slice) -> list[WorkItem]:
@@ -133,14 +133,14 @@ class StreamedStep(Step):
             StaleError: no keys and values of the step before are kept.
         """
         grid, group, kernel = self.inputs.grid, self.inputs.group, self.inputs.model.self_kernel
-        lanes, stale = self.step.lanes[items], self.step.kind == STALE
-        if not self._has(lanes):
+        branch_ids, stale = self.step.branch_ids[items], self.step.kind == STALE
+        if not self._has(branch_ids):
             if stale:
                 raise StaleError.nothing_kept()
-            self._kept[lanes] = self.allocate(len(lanes))
+            self._kept[branch_ids] = self.allocate(len(branch_ids))
         work = []
         for start, stop in cut(grid, self.stages) if stale else [(0, grid.tokens)]:
-            kept = KeptKeys(self._kept[lanes], start, kernel)
+            kept = KeptKeys(self._kept[branch_ids], start, kernel)
             first, last = (start + own for own in group.shard(stop - start))
             shared = group.degrees.ranks > 1
             attend = GatheredAttention(group, kept, stop - start, self.heads) if shared else kept
@@ -153,8 +153,8 @@ class StreamedStep(Step):
         shape, dtype = self._shape(batch), self.inputs.model.compute_dtype
         return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(self._attentions)]
 
-    def _has(self, lanes: tuple[str, ...]) -> bool:
-        return len(self._kept.get(lanes, ())) == self._attentions
+    def _has(self, branch_ids: tuple[str, ...]) -> bool:
+        return len(self._kept.get(branch_ids, ())) == self._attentions
 
     def _shape(self, batch: int) -> tuple[int, ...]:
         """[2, B, tokens, heads, head_dim] of a self-attention."""
@@ -166,18 +166,18 @@ class StreamedStep(Step):
 class PipeFusion(StaleStrategy, name="pipefusion"):
     """PipeFusion on one worker, with the keys and values that the worker keeps of a streamed run."""
 
-    def __init__(self, membership: Membership):
-        super().__init__(membership)
+    def __init__(self, parallel: ParallelGroups):
+        super().__init__(parallel)
         self._kept: dict[Hashable, list[torch.Tensor]] = {}
 
     def suits(self, inputs: StepInputs) -> bool:
         """Whether there are several pipeline stages, which patches can keep busy."""
-        return self.membership.plan.pipeline_parallel > 1
+        return self.parallel.plan.pipeline_parallel > 1
 
     def approximate(self, inputs: StepInputs, step: Displaced) -> Step:
         """A forward that leaves its keys and values in this stage, or one whose patches use them."""
-        stages, heads = self.membership.plan.pipeline_parallel, self.membership.heads(inputs.model)
-        return StreamedStep(self._kept, inputs, step, stages, heads, self.membership.device)
+        stages, heads = self.parallel.plan.pipeline_parallel, self.parallel.heads(inputs.model)
+        return StreamedStep(self._kept, inputs, step, stages, heads, self.parallel.device)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""In a real ComfyUI: wherever the weights live, and however often they step out, the result is the same."""
+"""In a real ComfyUI: wherever the weights live, and however often they are offloaded, the result is the same."""
 
 from __future__ import annotations
 

@@ -335,8 +335,8 @@ class Interrupted(BaseException):
     """As ComfyUI's, no Exception."""
 
 
-def stale_plan(lanes: tuple[str, ...] = ("a",), **fields: object) -> Displaced:
-    return replace(Displaced(STALE, "a run", lanes, DEFAULT.split, manager="native"), **fields)
+def stale_plan(branch_ids: tuple[str, ...] = ("a",), **fields: object) -> Displaced:
+    return replace(Displaced(STALE, "a run", branch_ids, DEFAULT.split, manager="native"), **fields)
 
 
 def test_a_stale_step_without_a_step_before_is_refused(pool_of, spec, model):

@@ -19,8 +19,8 @@ OTHER = torch.randn(1, 16, 3, 6, 8, generator=torch.Generator().manual_seed(1))
 class Run:
     """A sampler that asks a schedule before each step; its latent moves a little from step to step."""
 
-    def __init__(self, schedule: Schedule, settings: PatchSettings = SETTINGS, lanes: tuple[str, ...] = ("a",)):
-        self.schedule, self.settings, self.lanes = schedule, settings, lanes
+    def __init__(self, schedule: Schedule, settings: PatchSettings = SETTINGS, branch_ids: tuple[str, ...] = ("a",)):
+        self.schedule, self.settings, self.branch_ids = schedule, settings, branch_ids
         self.x, self.sigma, self.state = NOISE, 1.0, "model"
         self.plans: list[Displaced] = []
 
@@ -29,7 +29,7 @@ class Run:
         first = len(self.plans)
         for _ in range(count):
             timestep = torch.full((len(self.x),), 1000 * self.sigma)
-            self.plans.append(self.schedule.plan(self.settings, self.state, self.lanes, self.x, timestep))
+            self.plans.append(self.schedule.plan(self.settings, self.state, self.branch_ids, self.x, timestep))
             self.x, self.sigma = 0.9 * self.x, self.sigma - 0.03
         return "".join(LETTERS[plan.kind] for plan in self.plans[first:])
 
@@ -66,7 +66,7 @@ def test_the_plan_carries_what_the_workers_need():
     settings = PatchSettings(PatchSplit("temporal", 96, 8), 1, 10, True, "native")
     plan = Schedule().plan(settings, "model", ("a", "b"), NOISE.expand(2, -1, -1, -1, -1), torch.tensor([1.0, 1.0]))
     assert (plan.split, plan.fp8_buffers, plan.manager) == (settings.split, True, "native")
-    assert plan.lanes == ("a", "b") and plan.kind == "fill" and plan.run
+    assert plan.branch_ids == ("a", "b") and plan.kind == "fill" and plan.run
 
 
 def test_the_last_step_is_told():
@@ -157,7 +157,7 @@ def test_a_sampler_that_asks_twice_at_one_noise_level_goes_on():
 
 def test_two_branches_that_take_turns_do_not_disturb_each_other():
     schedule = Schedule()
-    positive, negative = Run(schedule, lanes=("positive",)), Run(schedule, lanes=("negative",))
+    positive, negative = Run(schedule, branch_ids=("positive",)), Run(schedule, branch_ids=("negative",))
     for expected in "eefsssfsssf":
         assert positive.step() == negative.step() == expected
     assert {plan.run for plan in positive.plans} == {plan.run for plan in negative.plans}
@@ -165,7 +165,7 @@ def test_two_branches_that_take_turns_do_not_disturb_each_other():
 
 def test_a_branch_that_joins_late_warms_up_by_itself():
     schedule = Schedule()
-    positive, negative = Run(schedule, lanes=("positive",)), Run(schedule, lanes=("negative",))
+    positive, negative = Run(schedule, branch_ids=("positive",)), Run(schedule, branch_ids=("negative",))
     assert positive.step(5) == "eefss"
     assert negative.step(4) == "eefs"
     assert positive.step() == "s"

@@ -18,7 +18,7 @@ from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.parallel.pipeline import Flow, Stage
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.shm.cancel import Cancelled, Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, Cancelled, CancelMemory
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.model.model import WanModel
 
@@ -77,19 +77,19 @@ def test_a_cancelled_forward_is_dropped_by_all_stages(divided, deep, expected):
 def test_all_stages_leave_at_the_same_block(monkeypatch):
     stages, blocks, batches, rng = 3, 4, [slice(i, i + 1) for i in range(5)], random.Random(0)
     monkeypatch.setattr(Flow, "_exchange", lambda _flow: None)
-    memory, places = GateMemory(stages), set()
-    gates = [Gate(memory.path) for _ in range(stages)]
+    memory, places = CancelMemory(stages), set()
+    barriers = [CancelBarrier(memory.path) for _ in range(stages)]
 
     def work(rank: int, request: int, left_at: list[tuple[int, int]]) -> None:
         pauses = random.Random(100 * request + rank)
-        gates[rank].begin(request)
+        barriers[rank].begin(request)
         flow = Flow(
             Stage(rank, tuple(range(stages))),
             batches,
             blocks,
             lambda items: (0,),
             torch.device("cpu"),
-            lambda leader, _block: gates[rank].check(rank, leader),
+            lambda leader, _block: barriers[rank].check(rank, leader),
         )
         try:
             for _ in flow:

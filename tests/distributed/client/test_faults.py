@@ -32,7 +32,7 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import LoadVAE
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.shm.arena import Arena
-from wan_parallel.distributed.shm.cancel import Cancelled, Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, Cancelled, CancelMemory
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.model.model import WanModel
 
@@ -299,7 +299,7 @@ def test_cancel_while_a_slow_worker_tells_its_status_or_lets_weights_out_is_righ
     own_pool.unload()
     right(own_pool)
     pids, other = own_pool.worker_pids, replace(many_layers, slice_tokens=8)
-    for wait in (own_pool.status, functools.partial(own_pool.step_aside, other)):
+    for wait in (own_pool.status, functools.partial(own_pool.offload_others, other)):
         with standing_still(pids[1]):
             started = time.monotonic()
             with pytest.raises(Interrupted):
@@ -324,16 +324,16 @@ def test_cancel_during_the_start_is_right(right):
 
 
 def test_all_ranks_of_a_group_leave_at_the_same_block():
-    memory, rng = GateMemory(4), random.Random(0)
-    gates = [Gate(memory.path) for _ in range(4)]
+    memory, rng = CancelMemory(4), random.Random(0)
+    barriers = [CancelBarrier(memory.path) for _ in range(4)]
     leaders = [0, 0, 2, 2]  # two groups
 
     def work(rank: int, request: int, left_at: list[int]) -> None:
         pauses = random.Random(100 * request + rank)
-        gates[rank].begin(request)
+        barriers[rank].begin(request)
         for block in range(30):
             try:
-                gates[rank].check(rank, leaders[rank])
+                barriers[rank].check(rank, leaders[rank])
             except Cancelled:
                 left_at[rank] = block
                 return

@@ -291,7 +291,7 @@ def test_the_status_tells_what_runs(pool_of, spec):
         assert 10**6 < worker.peak_private < worker.total
         loaded = {(model.weight_dtype, model.compute_dtype): model for model in worker.models}["bf16", "fp16"]
         assert loaded.name == Path(spec.path).name
-        assert (loaded.kernel, loaded.backend, loaded.patches) == ("sdpa", "native", "")
+        assert (loaded.kernel, loaded.backend, loaded.lora_uuid) == ("sdpa", "native", "")
         assert (loaded.ulysses, loaded.ring) == (2, 2)  # two heads on four workers
     assert status.last_forward_seconds > 0
     assert 0 <= status.last_hop_seconds < 1

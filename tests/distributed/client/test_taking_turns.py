@@ -11,7 +11,7 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import Forward, Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
-from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.shm.host import HostShare
 from wan_parallel.distributed.weights import device_memory
 from wan_parallel.distributed.weights.block_store import BlockStore
@@ -60,8 +60,8 @@ def test_one_of_two_experts_leaves_before_the_other_comes(device, tmp_path, offl
         for name in ("high", "low")
     )
     low = replace(low, slice_tokens=64)
-    memory = GateMemory(1)
-    worker = Worker(0, PoolSettings(ParallelPlan(1), device="cpu"), Gate(memory.path), on_one_host(1))
+    memory = CancelMemory(1)
+    worker = Worker(0, PoolSettings(ParallelPlan(1), device="cpu"), CancelBarrier(memory.path), on_one_host(1))
     given, requests = tiny.inputs(CONFIG), []
 
     def forward(spec: ModelSpec) -> torch.Tensor:

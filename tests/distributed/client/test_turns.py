@@ -21,7 +21,7 @@ CANCEL_SECONDS = 1
 ARGUMENTS = {
     "forward": lambda spec: (spec, *tiny.inputs()),
     "ensure_ready": lambda spec: (spec,),
-    "step_aside": lambda spec: (spec,),
+    "offload_others": lambda spec: (spec,),
 }
 
 
@@ -101,7 +101,7 @@ def test_what_makes_room_may_give_up(gpu_pools, spec, model):
     assert tiny.relative_error(pool.forward(spec, *given), model(*given)) <= 2e-6
 
 
-@pytest.mark.parametrize("name", [*ARGUMENTS, "status", "unload", "trim", "survey", "close"])
+@pytest.mark.parametrize("name", [*ARGUMENTS, "status", "unload", "trim", "probe", "close"])
 def test_cancel_reaches_whoever_waits_for_the_turn(own_pool, spec, name):
     own_pool.ensure_ready(spec)
     worker, took = own_pool.worker_pids[1], threading.Event()

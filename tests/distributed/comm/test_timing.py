@@ -13,7 +13,7 @@ from wan_parallel.distributed.comm import timing
 from wan_parallel.distributed.comm.timing import RankTimes, rank_times
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.replies import Reply
-from wan_parallel.distributed.protocol.reports import Stall
+from wan_parallel.distributed.protocol.reports import WaitTimes
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.config import WanConfig
@@ -32,15 +32,15 @@ PLANS = {
 }
 
 
-def stall(kind: str, ranks: tuple[int, ...], *seconds: float) -> Stall:
-    return Stall.of(kind, ranks, seconds)
+def wait(kind: str, ranks: tuple[int, ...], *seconds: float) -> WaitTimes:
+    return WaitTimes.of(kind, ranks, seconds)
 
 
 # What is made of the stretches of time.
 
 
 def test_the_last_one_to_come_waits_for_the_transfer_alone():
-    first, last = rank_times([2.0, 2.0], [[stall("ring", (0, 1), 0.5, 0.1)], [stall("ring", (0, 1), 0.1, 0.2)]])
+    first, last = rank_times([2.0, 2.0], [[wait("ring", (0, 1), 0.5, 0.1)], [wait("ring", (0, 1), 0.1, 0.2)]])
     assert first == RankTimes(pytest.approx(1.4), pytest.approx(0.2), pytest.approx(0.4), (("ring", first.exchange),))
     assert (last.compute, last.exchange, last.waiting) == pytest.approx((1.7, 0.2, 0.1))
 
@@ -54,19 +54,19 @@ def test_a_rank_that_is_done_waits_for_the_slowest():
 def test_groups_are_compared_by_themselves():
     pairs = [(0, 1), (0, 1), (2, 3), (2, 3)]
     stood = [0.1, 0.4, 0.5, 0.9]
-    times = rank_times([1.0] * 4, [[stall("sums", p, s)] for p, s in zip(pairs, stood, strict=True)])
+    times = rank_times([1.0] * 4, [[wait("sums", p, s)] for p, s in zip(pairs, stood, strict=True)])
     assert [t.exchange for t in times] == pytest.approx([0.1, 0.1, 0.5, 0.5])
     assert [t.waiting for t in times] == pytest.approx([0.0, 0.3, 0.0, 0.4])
 
 
 def test_copies_that_need_nobody_are_exchange_and_holding_back_is_waiting():
-    (times,) = rank_times([1.0], [[stall("weights", (), 0.2, 0.3), stall(timing.GATE, (), 0.1)]])
+    (times,) = rank_times([1.0], [[wait("weights", (), 0.2, 0.3), wait(timing.CANCEL_BARRIER, (), 0.1)]])
     assert (times.compute, times.exchange, times.waiting) == pytest.approx((0.4, 0.5, 0.1))
     assert times.exchanges == (("weights", pytest.approx(0.5)),)
 
 
 def test_what_one_rank_lacks_is_compared_among_the_others():
-    times = rank_times([1.0, 1.0], [[stall("ring", (0, 1), 0.1, 0.3)], [stall("ring", (0, 1), 0.2)]])
+    times = rank_times([1.0, 1.0], [[wait("ring", (0, 1), 0.1, 0.3)], [wait("ring", (0, 1), 0.2)]])
     assert [t.exchange for t in times] == pytest.approx([0.4, 0.1])
 
 
@@ -74,29 +74,29 @@ def test_what_one_rank_lacks_is_compared_among_the_others():
 
 
 def test_a_stretch_inside_another_counts_once_and_computation_inside_does_not():
-    with timing.measuring(CPU) as watch:
-        with timing.standing("USP", (0, 1)):
-            with timing.standing("ring"):
+    with timing.measuring(CPU) as recorder:
+        with timing.measure_wait("USP", (0, 1)):
+            with timing.measure_wait("ring"):
                 time.sleep(0.02)
             with timing.computing():
                 time.sleep(0.5)
-                with timing.standing("sums"):
+                with timing.measure_wait("sums"):
                     pass
             time.sleep(0.02)
-        with timing.standing("pipeline", (3,)):  # alone
+        with timing.measure_wait("pipeline", (3,)):  # alone
             pass
-        stalls = {stall.kind: stall for stall in watch.stalls()}
-    assert set(stalls) == {"USP", "sums"}
-    assert stalls["USP"].ranks == (0, 1) and len(stalls["USP"].seconds) == 2
-    assert 0.04 <= sum(stalls["USP"].seconds) < 0.5
+        waits = {wait.kind: wait for wait in recorder.waits()}
+    assert set(waits) == {"USP", "sums"}
+    assert waits["USP"].ranks == (0, 1) and len(waits["USP"].seconds) == 2
+    assert 0.04 <= sum(waits["USP"].seconds) < 0.5
 
 
 def test_nothing_is_noted_outside_a_forward_nor_after_one_that_failed():
-    with pytest.raises(ValueError), timing.measuring(CPU) as failed, timing.standing("ring"):
+    with pytest.raises(ValueError), timing.measuring(CPU) as failed, timing.measure_wait("ring"):
         raise ValueError
-    with timing.standing("ring"):
+    with timing.measure_wait("ring"):
         pass
-    assert [len(stall.seconds) for stall in failed.stalls()] == [1]
+    assert [len(wait.seconds) for wait in failed.waits()] == [1]
 
 
 # Real workers.
@@ -129,15 +129,15 @@ def replies(tmp_path_factory, path) -> dict[str, list[Reply]]:
 
 
 def times_of(replies: list[Reply]) -> tuple[RankTimes, ...]:
-    return rank_times([reply.seconds for reply in replies], [reply.outcome.stalls for reply in replies])
+    return rank_times([reply.seconds for reply in replies], [reply.outcome.waits for reply in replies])
 
 
 @pytest.mark.parametrize("name", [*PLANS, "weights", FILL, STALE])
 def test_no_rank_stands_still_longer_than_its_forward_takes(replies, name):
     for reply in replies[name]:
-        still = sum(sum(stall.seconds) for stall in reply.outcome.stalls)
+        still = sum(sum(wait.seconds) for wait in reply.outcome.waits)
         assert 0 < still <= reply.seconds, reply.rank
-        assert len({(stall.kind, stall.ranks) for stall in reply.outcome.stalls}) == len(reply.outcome.stalls)
+        assert len({(wait.kind, wait.ranks) for wait in reply.outcome.waits}) == len(reply.outcome.waits)
     longest = max(reply.seconds for reply in replies[name])
     for times in times_of(replies[name]):
         assert times.total == pytest.approx(longest, abs=1e-4)
@@ -148,8 +148,8 @@ def test_no_rank_stands_still_longer_than_its_forward_takes(replies, name):
 def test_ranks_that_exchange_stand_still_equally_often(replies, name):
     groups = {}
     for reply in replies[name]:
-        for own in reply.outcome.stalls:
-            if own.kind != timing.GATE and own.ranks:
+        for own in reply.outcome.waits:
+            if own.kind != timing.CANCEL_BARRIER and own.ranks:
                 assert reply.rank in own.ranks
                 groups.setdefault((own.kind, own.ranks), []).append(len(own.seconds))
     for (_, ranks), counts in groups.items():
@@ -197,7 +197,7 @@ def test_the_pool_tells_of_its_last_forward_until_one_fails(path):
             assert worker.memory.measured
             assert worker.memory.weights == sum(model.device_bytes for model in worker.models)
             parts = worker.memory
-            used = parts.weights + parts.activations + parts.cache + parts.mailboxes + parts.unused + parts.others
+            used = parts.weights + parts.activations + parts.cache + parts.peer_memory + parts.unused + parts.others
             assert used + parts.free == parts.total
 
         def cancel() -> None:

@@ -19,7 +19,7 @@ from wan_parallel.distributed.protocol.replies import Done, Replies, Reply
 from wan_parallel.distributed.protocol.requests import Request
 from wan_parallel.distributed.protocol.specs import PoolSettings, RankLocation, on_one_host
 from wan_parallel.distributed.shm.arena import Arena
-from wan_parallel.distributed.shm.cancel import Cancelled, Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, Cancelled, CancelMemory
 from wan_parallel.distributed.worker import worker_report
 from wan_parallel.distributed.worker.worker import Worker, device_at
 
@@ -83,8 +83,8 @@ class InThisProcess(Inbox):
     """One rank, which is a worker in this process."""
 
     def start(self, settings: PoolSettings) -> None:
-        self.gate = GateMemory(1)
-        self.worker = Worker(0, settings, Gate(self.gate.path), on_one_host(1))
+        self.barrier = CancelMemory(1)
+        self.worker = Worker(0, settings, CancelBarrier(self.barrier.path), on_one_host(1))
         super().start(settings)
 
     def reply(self, message: Request, rank: int) -> Reply:
@@ -155,16 +155,16 @@ def test_the_link_is_to_the_gpus_of_the_same_host_wherever_their_ranks_are(monke
 
 
 def test_the_gate_has_a_leader_for_each_of_many_ranks():
-    memory = GateMemory(300)
-    gates = {rank: Gate(memory.path) for rank in (298, 299)}
+    memory = CancelMemory(300)
+    barriers = {rank: CancelBarrier(memory.path) for rank in (298, 299)}
     for request in (1, 2):
-        for gate in gates.values():
-            gate.begin(request)
+        for barrier in barriers.values():
+            barrier.begin(request)
         if request == 2:
             memory.cancel(2)
-            for rank, gate in sorted(gates.items(), reverse=True):
+            for rank, barrier in sorted(barriers.items(), reverse=True):
                 with pytest.raises(Cancelled):
-                    gate.check(rank, 299)
+                    barrier.check(rank, 299)
         else:
-            for rank, gate in sorted(gates.items(), reverse=True):
-                gate.check(rank, 299)
+            for rank, barrier in sorted(barriers.items(), reverse=True):
+                barrier.check(rank, 299)

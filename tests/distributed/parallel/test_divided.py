@@ -140,8 +140,8 @@ def streamed_jobs(path: str) -> list[worker_group.Job]:
     for plan, size in itertools.product(STREAMED, STREAMED_SIZES):
         for step, kind in enumerate(STEPS):
             given = step_inputs(size, step)
-            run, lanes = f"run of {plan} {size}", ("conditional", "unconditional")
-            part_in_run = Displaced(kind, run, lanes, PatchSplit(), strategy="pipefusion")
+            run, branch_ids = f"run of {plan} {size}", ("conditional", "unconditional")
+            part_in_run = Displaced(kind, run, branch_ids, PatchSplit(), strategy="pipefusion")
             jobs.append(worker_group.Job(plan, ModelSpec(path, "fp32", "fp32"), given, part_in_run, "pipefusion"))
     return jobs
 

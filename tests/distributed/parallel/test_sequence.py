@@ -14,10 +14,10 @@ import pytest
 import testkit  # noqa: F401 (registers wan_parallel, also in the processes of a group)
 import torch
 from testkit import gloo_group, tiny
-from wan_parallel.distributed.comm.peer_memory import HostMailbox, Letter, Mailbox, Word, strided
-from wan_parallel.distributed.comm.peer_memory_cuda import open_mailbox
+from wan_parallel.distributed.comm.peer_memory import HostPeerMemory, PeerMemory, SignalValue, Transfer, strided
+from wan_parallel.distributed.comm.peer_memory_cuda import open_peer_memory
 from wan_parallel.distributed.parallel.exact import exact_attention
-from wan_parallel.distributed.parallel.groups import Membership
+from wan_parallel.distributed.parallel.groups import ParallelGroups
 from wan_parallel.distributed.parallel.sequence import NativeAttention, SequenceGroup, join_group
 from wan_parallel.distributed.parallel.ulysses_overlap import OverlappedAttention
 from wan_parallel.distributed.plan.degrees import ParallelPlan, SequenceDegrees, shares
@@ -104,38 +104,39 @@ def make_kernel(case: Case) -> AttentionKernel:
     return AttentionKernel(case.kernel, forward)
 
 
-class StagedOnCPU(HostMailbox):
-    """Sets letters down where `StagedMailbox` does between GPUs, in the second half of the memory."""
+class StagedOnCPU(HostPeerMemory):
+    """Sets transfers down where `StagedPeerMemory` does between GPUs, in the second half of the memory."""
 
     hops = 2
 
     def _make(self, nbytes: int) -> None:
         super()._make(2 * nbytes)
 
-    def _write(self, letters: Sequence[Letter], values: Sequence[int], tensor: torch.Tensor) -> None:
-        set_down = [x if x.rank == self.place else self._set_down(x) for x in letters]
-        super()._write(set_down, values, tensor)
+    def _put(self, transfers: Sequence[Transfer], values: Sequence[int], tensor: torch.Tensor) -> None:
+        set_down = [x if x.rank == self.group_rank else self._set_down(x) for x in transfers]
+        super()._put(set_down, values, tensor)
 
-    def _await(self, letters: Sequence[Letter], words: Sequence[Word]) -> None:
-        super()._await(letters, words)
-        own = self._segment.data[self.place]
-        for letter in letters:
-            if letter.rank != self.place:
-                there = strided(own, letter.shape, letter.offset, letter.strides_there)
-                down = self._set_down(letter)
-                there.copy_(strided(own, letter.shape, down.offset, down.strides_there))
+    def _wait_signals(self, transfers: Sequence[Transfer], words: Sequence[SignalValue]) -> None:
+        super()._wait_signals(transfers, words)
+        own = self._segment.data[self.group_rank]
+        for transfer in transfers:
+            if transfer.rank != self.group_rank:
+                there = strided(own, transfer.shape, transfer.offset, transfer.strides_there)
+                down = self._set_down(transfer)
+                there.copy_(strided(own, transfer.shape, down.offset, down.strides_there))
 
-    def _set_down(self, letter: Letter) -> Letter:
-        _, rows, width = letter.shape
-        return replace(letter, offset=self.nbytes + letter.packed, strides_there=(rows * width, width))
+    def _set_down(self, transfer: Transfer) -> Transfer:
+        _, rows, width = transfer.shape
+        return replace(transfer, offset=self.nbytes + transfer.packed, strides_there=(rows * width, width))
 
 
 @functools.cache
-def mailbox(degrees: SequenceDegrees, rank: int, world: int, way: str) -> Mailbox:
+def open_memory(degrees: SequenceDegrees, rank: int, world: int, way: str) -> PeerMemory:
     group = joined(degrees, rank, world).ulysses
-    box = open_mailbox(group, CPU) if way == "hidden" else StagedOnCPU(group, CPU)
-    box.processors = tuple(3 + place for place in range(box.ranks))  # so that slices of heads are uneven, and not alike
-    return box
+    memory = open_peer_memory(group, CPU) if way == "hidden" else StagedOnCPU(group, CPU)
+    # so that slices of heads are uneven, and not alike
+    memory.processors = tuple(3 + place for place in range(memory.ranks))
+    return memory
 
 
 @functools.cache
@@ -151,8 +152,8 @@ def run_attention(rank: int, world: int, cases: list[Case]) -> gloo_group.Result
         start, stop = group.shard(case.tokens)
         q, k, v = (x[:, start:stop] for x in case.inputs(group.ranks[0]))
         if case.way:
-            box = mailbox(case.degrees, rank, world, case.way)
-            attend = OverlappedAttention(group, make_kernel(case), case.tokens, case.heads, box)
+            memory = open_memory(case.degrees, rank, world, case.way)
+            attend = OverlappedAttention(group, make_kernel(case), case.tokens, case.heads, memory)
             for block in range(rank % 3, rank % 3 + 3):  # ranks that are ahead must not disturb the others
                 time.sleep(block % 3 / 1000)
                 attend(q + block, k - block, v * block)
@@ -214,8 +215,8 @@ def run_model(rank: int, world: int, path: str, cases: list[ModelCase]) -> gloo_
         attend = NativeAttention(group, model.kernel, grid.tokens, model.config.num_heads)
         results[str(case)] = model.transform(tokens, grid, part, timestep, context, attend)
         if case.ring == 1:
-            box = mailbox(group.degrees, rank, world, "hidden")
-            attend = OverlappedAttention(group, model.kernel, grid.tokens, model.config.num_heads, box)
+            memory = open_memory(group.degrees, rank, world, "hidden")
+            attend = OverlappedAttention(group, model.kernel, grid.tokens, model.config.num_heads, memory)
             for _ in range(2):
                 results[f"{case} hidden"] = model.transform(tokens, grid, part, timestep, context, attend)
     return results
@@ -225,15 +226,18 @@ def run_without_room(rank: int, world: int, path: str) -> gloo_group.Results:
     """On each process: a forward where the host has no memory for what the ranks send each other."""
     case = ModelCase(world, 1)
     model, (x, timestep, context) = case.model(path), case.inputs()
-    membership, grid = Membership(rank, PoolSettings(ParallelPlan(world, ulysses_degree=world), "cpu"), CPU), grid_of(x)
-    membership.join(model.config.num_heads)
-    (group,) = membership.groups.values()
-    had = len(membership.mailboxes)
+    parallel, grid = (
+        ParallelGroups(rank, PoolSettings(ParallelPlan(world, ulysses_degree=world), "cpu"), CPU),
+        grid_of(x),
+    )
+    parallel.join(model.config.num_heads)
+    (group,) = parallel.groups.values()
+    had = len(parallel.peer_memories)
     with mock.patch.object(pinned, "host_room", lambda: 0):
-        attend = exact_attention(membership, group, model, grid, 1)
+        attend = exact_attention(parallel, group, model, grid, 1)
     part = slice(*group.shard(grid.tokens))
     out = model.transform(patchify(pad_to_patch(x))[:, part], grid, part, timestep, context, attend)
-    return {"without room": out, "mailboxes": torch.tensor([had, len(membership.mailboxes)])}
+    return {"without room": out, "peer_memories": torch.tensor([had, len(parallel.peer_memories)])}
 
 
 # Each world starts once and runs all of its cases.
@@ -376,9 +380,9 @@ def test_a_hidden_exchange_changes_nothing(results, world, compute):
 
 
 def test_without_host_memory_for_the_exchange_it_goes_another_way(world_of_4):
-    """On all ranks, and the mailbox is gone."""
+    """On all ranks, and the peer memory is gone."""
     for rank in world_of_4:
-        assert rank["mailboxes"].tolist() == [1, 0]
+        assert rank["peer_memories"].tolist() == [1, 0]
         assert torch.equal(rank["without room"], rank[str(ModelCase(4, 1))])
 
 

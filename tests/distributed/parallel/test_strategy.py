@@ -17,14 +17,14 @@ from wan_parallel.distributed.client.pipefusion_runs import PipeFusionRuns
 from wan_parallel.distributed.client.sampling_runs import SampledForward
 from wan_parallel.distributed.parallel import strategy
 from wan_parallel.distributed.parallel.exact import Exact, ExactStep
-from wan_parallel.distributed.parallel.groups import Membership
+from wan_parallel.distributed.parallel.groups import ParallelGroups
 from wan_parallel.distributed.parallel.strategy import Step, StepInputs, Strategies, Strategy, WorkItem
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.protocol.reports import MemoryUse
 from wan_parallel.distributed.protocol.requests import Displaced, Load, Unload
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena
-from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.base.grid import grid_of, unpatchify
 from wan_parallel.wanvideo.model.model import WanModel
@@ -40,8 +40,8 @@ def registered(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def alone() -> Membership:
-    return Membership(0, PoolSettings(ParallelPlan(1), "cpu"), CPU)
+def alone() -> ParallelGroups:
+    return ParallelGroups(0, PoolSettings(ParallelPlan(1), "cpu"), CPU)
 
 
 def test_every_strategy_is_found_by_its_name_and_made_once(alone):
@@ -74,7 +74,7 @@ class Noted(Step):
     """An exact step that tells what is asked of it."""
 
     def __init__(self, owner: NotedStrategy, inputs: StepInputs):
-        self.owner, self.exact = owner, ExactStep(owner.membership, inputs)
+        self.owner, self.exact = owner, ExactStep(owner.parallel, inputs)
         owner.notes.append("begin")
 
     @property
@@ -91,8 +91,8 @@ class Noted(Step):
 class NotedStrategy(Strategy):
     notes: list[str]
 
-    def __init__(self, membership: Membership):
-        super().__init__(membership)
+    def __init__(self, parallel: ParallelGroups):
+        super().__init__(parallel)
         self.notes = []
 
     def begin(self, inputs: StepInputs) -> Step:
@@ -114,13 +114,13 @@ def test_a_worker_runs_a_strategy_that_it_has_never_heard_of(registered, tmp_pat
         pass
 
     path = tiny.write_checkpoint(tmp_path / "tiny.safetensors", tiny.TINY)
-    spec, gate = ModelSpec(path, "fp32", "fp32"), GateMemory(1)
+    spec, barrier = ModelSpec(path, "fp32", "fp32"), CancelMemory(1)
     given = tiny.inputs(size=(2, 6, 4), batch=2)
     part = Displaced("stale", "run", ("a", "b"), PatchSplit(), strategy="new")
     job = worker_group.Job(ParallelPlan(1), spec, given, part)
     arena = Arena(worker_group.room(job))
     forward = worker_group.request(2, job, arena)
-    worker = Worker(0, job.settings, Gate(gate.path), on_one_host(1))
+    worker = Worker(0, job.settings, CancelBarrier(barrier.path), on_one_host(1))
     with torch.inference_mode():
         for request in (Load(1, spec), forward):
             worker_group.handle(worker, request)

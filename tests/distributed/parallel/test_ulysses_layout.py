@@ -10,7 +10,7 @@ import pytest
 import testkit  # noqa: F401 (registers wan_parallel)
 import torch
 from wan_parallel.distributed.comm.peer_memory import strided
-from wan_parallel.distributed.parallel.ulysses_layout import Layout, TransferSchedule, cut, cut_for_two_hops
+from wan_parallel.distributed.parallel.ulysses_layout import TransferSchedule, UlyssesLayout, cut, cut_for_two_hops
 
 H200 = 132
 
@@ -65,8 +65,8 @@ def test_a_long_slice_is_between_two_short_ones(processors):
 
 
 LAYOUTS = [
-    Layout((5, 4, 4), ((2, 1), (1, 1), (1,)), 2, 4, torch.float32, apart=False),
-    Layout((5, 4, 4), ((2, 3, 1), (1, 1), ()), 2, 4, torch.float32, apart=True),
+    UlyssesLayout((5, 4, 4), ((2, 1), (1, 1), (1,)), 2, 4, torch.float32, apart=False),
+    UlyssesLayout((5, 4, 4), ((2, 3, 1), (1, 1), ()), 2, 4, torch.float32, apart=True),
 ]
 
 

@@ -11,11 +11,11 @@ from wan_parallel.distributed.plan.placement import (
     Demand,
     PlacementError,
     activation_bytes,
+    choose_placement,
     demand_of,
     fitting_blocks,
     leaving_order,
     needed_bytes,
-    place_weights,
     room_beside,
 )
 from wan_parallel.wanvideo.base.config import PRESETS
@@ -26,7 +26,7 @@ DEMAND = Demand(fixed=1 * GIB, block=1 * GIB, blocks=20, activations=3 * GIB)  #
 
 
 def placed(room: float, ranks: int = 4, demand: Demand = DEMAND, **options) -> tuple[int, int]:
-    placement = place_weights(demand, [int(room * GIB)] * ranks, ranks, **options)
+    placement = choose_placement(demand, [int(room * GIB)] * ranks, ranks, **options)
     return placement.share, placement.resident
 
 
@@ -51,7 +51,7 @@ def test_one_rank_has_nobody_to_share_with():
 
 def test_the_tightest_gpu_decides_for_all():
     room = [40 * GIB, 40 * GIB, 12 * GIB, 40 * GIB]
-    placement = place_weights(DEMAND, room, 4)
+    placement = choose_placement(DEMAND, room, 4)
     assert (placement.share, placement.resident) == (4, 20)
     assert "21.00 GiB of weights and 3.00 GiB of activations, and the tightest GPU has 12.00 GiB" in placement.reason
     assert fitting_blocks(DEMAND, room[0], 4) == 20
@@ -84,7 +84,7 @@ def test_what_needs_streaming_fits_where_it_is_said_to():
 def test_what_does_not_fit_is_refused_with_what_is_missing_where(room, options, way):
     rooms = [30 * GIB, int(room * GIB), 30 * GIB, 30 * GIB]
     with pytest.raises(PlacementError) as refusal:
-        place_weights(DEMAND, rooms, 4, **options)
+        choose_placement(DEMAND, rooms, 4, **options)
     text = str(refusal.value)
     assert text.startswith(f"GPU 1 has {room:.2f} GiB") and "0.10 GiB are missing" in text
     assert way.lower() in text.lower() and sentences(text) == 2
@@ -137,7 +137,7 @@ def test_81_frames_at_480p_have_a_place_on_cards_that_shrink_with_their_number(g
         sizes = {name: math.prod(shape) * (2 if len(shape) == 2 else 4) for name, shape in config.shapes().items()}
         activations = activation_bytes(config, math.ceil(REFERENCE_TOKENS / gpus), 1, 2, 8192)
         demand = demand_of(sizes, config, activations)
-        placement = place_weights(demand, [cap * GIB] * gpus, gpus)
+        placement = choose_placement(demand, [cap * GIB] * gpus, gpus)
         assert placement.share in (1, gpus)
         assert needed_bytes(demand, placement.share, placement.resident) <= cap * GIB
         assert abs(demand.whole - 2 * config.parameters) < 0.02 * demand.whole

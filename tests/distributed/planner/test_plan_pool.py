@@ -14,11 +14,11 @@ from testkit import tiny
 from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
-from wan_parallel.distributed.planner.planner import Kind, Planner, room_of, slowest, speeds_of
+from wan_parallel.distributed.planner.planner import Planner, Workload, room_of, slowest, speeds_of
 from wan_parallel.distributed.protocol.machine import Machine
-from wan_parallel.distributed.protocol.reports import Surveyed
+from wan_parallel.distributed.protocol.reports import DeviceProfile
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
 from wan_parallel.wanvideo.model.model import WanModel
@@ -31,7 +31,7 @@ class Script(Planner):
 
     plan: ParallelPlan
 
-    def recall(self, kind: Kind, current: ParallelPlan) -> ParallelPlan | None:
+    def recall(self, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
         return current if current == self.plan else None
 
     def choose(self, *_asked: object) -> ParallelPlan:
@@ -128,12 +128,12 @@ def test_weights_in_shares_and_in_host_memory_do_not_mind_speeds(scripted, model
 def test_shares_and_loras_outlive_a_change_that_moves_no_weights(scripted, model):
     given = tiny.inputs(FIVE_LAYERS, batch=2)
     low_rank = LowRank(torch.full((512, 4), 0.1), torch.full((4, 512), 0.1), 0.5)
-    patches = PatchSet("some", lambda: {"blocks.3.self_attn.v.weight": [low_rank]})
+    patches = LoraSet("some", lambda: {"blocks.3.self_attn.v.weight": [low_rank]})
     for shard in ("on", "off"):
         spec, results, held = replace(model, shard_weights=shard, offload="off"), [], set()
         for sizes in ({}, {"data_parallel": 2}, {"data_parallel": 4}, {}):
             scripted._preparation.planner.plan = ParallelPlan(4, **sizes)
-            results.append(scripted.forward(spec, *given, patches=patches))
+            results.append(scripted.forward(spec, *given, loras=patches))
             held.add(scripted.models.held(spec, range(4)))
         assert torch.equal(results[0], results[-1])
         assert all(tiny.relative_error(out, results[0]) <= 2e-6 for out in results)
@@ -167,50 +167,52 @@ def test_what_was_asked_for_and_cannot_work_is_refused_before_anything_starts(mo
 
 def test_kinds_of_forwards_that_take_turns_keep_a_plan_each_if_no_weights_move(model):
     planner, halves = Planner(PoolSettings(ParallelPlan(4), auto=True)), ParallelPlan(4, data_parallel=2)
-    two, three, divided = Kind(model, 36, 2), Kind(model, 36, 3), Kind(model, 99, 1)
+    two, three, divided = Workload(model, 36, 2), Workload(model, 36, 3), Workload(model, 99, 1)
     tensor = ParallelPlan(4, tensor_parallel=2)
     planner._chosen = {two: halves, three: ParallelPlan(4), divided: tensor}
     assert planner.recall(two, ParallelPlan(4)) == halves and planner.recall(three, halves) == ParallelPlan(4)
     assert planner.recall(divided, tensor) == tensor and planner.recall(divided, halves) is None
-    assert planner.recall(Kind(model, 36, 4), halves) is None
+    assert planner.recall(Workload(model, 36, 4), halves) is None
 
 
-def surveyed(*kinds: tuple[str, float]) -> tuple[Surveyed, ...]:
+def profiles(*kinds: tuple[str, float]) -> tuple[DeviceProfile, ...]:
     """Workers on devices of these names and rates of products."""
-    return tuple(Surveyed(Machine(products=rate, link=1e10), 2**40, 2**40, 0, "PCIe", name) for name, rate in kinds)
+    return tuple(
+        DeviceProfile(Machine(products=rate, link=1e10), 2**40, 2**40, 0, "PCIe", name) for name, rate in kinds
+    )
 
 
 def test_gpus_of_one_kind_are_alike_and_others_as_fast_as_they_are_measured():
-    assert speeds_of(surveyed(("H200", 7e14), ("H200", 6e14))) == ()
-    assert speeds_of(surveyed(("5090", 2.09e14), ("3090", 0.69e14))) == (100, 35)
-    assert speeds_of(surveyed(("3090", 0.71e14), ("5090", 2.1e14), ("3090", 0.69e14))) == (35, 100, 35)
-    assert speeds_of(surveyed(("A100 PCIe", 2.5e14), ("A100 SXM", 2.54e14))) == ()
-    assert speeds_of(surveyed(("H200", 7e14), ("ancient", 1e12))) == (100, 5)
+    assert speeds_of(profiles(("H200", 7e14), ("H200", 6e14))) == ()
+    assert speeds_of(profiles(("5090", 2.09e14), ("3090", 0.69e14))) == (100, 35)
+    assert speeds_of(profiles(("3090", 0.71e14), ("5090", 2.1e14), ("3090", 0.69e14))) == (35, 100, 35)
+    assert speeds_of(profiles(("A100 PCIe", 2.5e14), ("A100 SXM", 2.54e14))) == ()
+    assert speeds_of(profiles(("H200", 7e14), ("ancient", 1e12))) == (100, 5)
 
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_speeds_are_measured_once_and_are_the_plans_from_then_on(auto):
     planner = Planner(PoolSettings(ParallelPlan(2), auto=auto, by_speed=True))
-    kind, workers = Kind(ModelSpec("random:14b"), 32760, 1), surveyed(("fast", 2e14), ("slow", 1e14))
-    assert planner.recall(kind, ParallelPlan(2)) is None
-    plan = planner.choose(PRESETS["14b"], kind, workers, ParallelPlan(2), False)
-    assert plan == ParallelPlan(2, speeds=(100, 50)) == planner.recall(kind, plan)
+    workload, workers = Workload(ModelSpec("random:14b"), 32760, 1), profiles(("fast", 2e14), ("slow", 1e14))
+    assert planner.recall(workload, ParallelPlan(2)) is None
+    plan = planner.choose(PRESETS["14b"], workload, workers, ParallelPlan(2), False)
+    assert plan == ParallelPlan(2, speeds=(100, 50)) == planner.recall(workload, plan)
     assert planner.reason == "" or "at speeds 100:50" in planner.reason
 
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_a_pool_of_unlike_devices_shares_after_their_speed(monkeypatch, model, whole, auto):
     pool = Pool(PoolSettings(ParallelPlan(2, ulysses_degree=2), device="cpu", auto=auto, by_speed=True))
-    real, asked = pool._preparation.survey, []
+    real, asked = pool._preparation.probe, []
 
-    def survey(poll: object = None) -> tuple[Surveyed, ...]:
+    def probe(poll: object = None) -> tuple[DeviceProfile, ...]:
         asked.append(poll)
         return tuple(
             replace(worker, device=name, machine=replace(worker.machine, products=rate))
             for worker, (name, rate) in zip(real(poll), (("slow", 1e10), ("fast", 3e10)), strict=True)
         )
 
-    monkeypatch.setattr(pool._preparation, "survey", survey)
+    monkeypatch.setattr(pool._preparation, "probe", probe)
     try:
         for _ in range(2):
             given = tiny.inputs(FIVE_LAYERS)
@@ -222,12 +224,12 @@ def test_a_pool_of_unlike_devices_shares_after_their_speed(monkeypatch, model, w
 
 def test_branches_of_cfg_are_not_split_between_unlike_gpus():
     """The slow one would take its branch alone; together they are as fast as 1.5 of the fast one."""
-    kind, slow = Kind(ModelSpec("random:14b"), 32760, 2), surveyed(("slow", 1e14), ("slow", 1e14))
+    workload, slow = Workload(ModelSpec("random:14b"), 32760, 2), profiles(("slow", 1e14), ("slow", 1e14))
     unlike = Planner(PoolSettings(ParallelPlan(2), auto=True, by_speed=True))
-    plan = unlike.choose(PRESETS["14b"], kind, surveyed(("fast", 2e14), ("slow", 1e14)), ParallelPlan(2), False)
+    plan = unlike.choose(PRESETS["14b"], workload, profiles(("fast", 2e14), ("slow", 1e14)), ParallelPlan(2), False)
     assert plan == ParallelPlan(2, speeds=(100, 50))
     alike = Planner(PoolSettings(ParallelPlan(2), auto=True, by_speed=True))
-    assert alike.choose(PRESETS["14b"], kind, slow, ParallelPlan(2), False) == ParallelPlan(2, data_parallel=2)
+    assert alike.choose(PRESETS["14b"], workload, slow, ParallelPlan(2), False) == ParallelPlan(2, data_parallel=2)
 
 
 def test_unlike_shares_are_for_exact_attention_of_our_own():
@@ -250,6 +252,6 @@ def test_xfuser_and_pipefusion_run_as_set():
 
 def test_all_wait_for_the_slowest_worker_and_host_memory_is_shared():
     fast, slow = Machine(2e14, 2e12, 2e11, 1e-4, 2e10), Machine(1e14, 3e12, 1e11, 2e-4, 1e10)
-    workers = (Surveyed(fast, 10, 100, 7, "NVLink"), Surveyed(slow, 20, 90, 3, "NVLink"))
+    workers = (DeviceProfile(fast, 10, 100, 7, "NVLink"), DeviceProfile(slow, 20, 90, 3, "NVLink"))
     assert slowest(workers) == Machine(1e14, 2e12, 1e11, 2e-4, 1e10)
     assert room_of(workers).devices == (10, 20) and room_of(workers).host == 100

@@ -9,7 +9,7 @@ import testkit  # noqa: F401 (registers wan_parallel)
 from testkit import tiny
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.plan.placement import Demand, PlacementError, needed_bytes
-from wan_parallel.distributed.planner.search import Choice, Question, Room, better, choose, placed, reason
+from wan_parallel.distributed.planner.search import Choice, PlanRequest, Room, better, choose, placed, reason
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.config import PRESETS
@@ -21,12 +21,12 @@ NVLINK, HOST_LINK = Machine(), Machine(link=40e9)
 PCIE_CARDS = Machine(products=60e12, memory=0.8e12, link=8e9, host=12e9)
 
 
-def question(
+def plan_request(
     asked: ParallelPlan, items: int = 2, size: str = "14b", tokens: int = P480, auto: bool = True, **spec: str
-) -> Question:
+) -> PlanRequest:
     settings = PoolSettings(asked, auto=auto)
     model = ModelSpec(f"random:{size}", slice_tokens=8192, **spec)
-    return Question(asked, settings, PRESETS[size], model, tokens, items)
+    return PlanRequest(asked, settings, PRESETS[size], model, tokens, items)
 
 
 def room(gib: float, gpus: int) -> Room:
@@ -34,7 +34,7 @@ def room(gib: float, gpus: int) -> Room:
 
 
 def chosen(asked: ParallelPlan, gib: float = 120, machine: Machine = NVLINK, **options) -> Choice:
-    return choose(question(asked, **options), machine, room(gib, asked.num_gpus))[0]
+    return choose(plan_request(asked, **options), machine, room(gib, asked.num_gpus))[0]
 
 
 def sizes(choice: Choice) -> tuple[int, int, int]:
@@ -134,9 +134,9 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_sizes(auto, asked, w
 
 def test_vace_is_put_into_stages_where_it_is_asked_for():
     vace = PRESETS["14b"].having(Vace(8, 96))
-    choices = choose(replace(question(ParallelPlan(4)), config=vace), NVLINK, room(200, 4))
+    choices = choose(replace(plan_request(ParallelPlan(4)), config=vace), NVLINK, room(200, 4))
     assert {choice.plan.pipeline_parallel for choice in choices} == {1, 2, 4}
-    two = choose(replace(question(ParallelPlan(4, pipeline_parallel=2)), config=vace), NVLINK, room(200, 4))
+    two = choose(replace(plan_request(ParallelPlan(4, pipeline_parallel=2)), config=vace), NVLINK, room(200, 4))
     assert {choice.plan.pipeline_parallel for choice in two} == {2}
 
 
@@ -193,24 +193,24 @@ def test_plans_that_hold_the_same_weights_are_known():
 
 
 def test_the_reason_is_one_line_with_figures():
-    asked = question(ParallelPlan(4))
+    asked = plan_request(ParallelPlan(4))
     choices = choose(asked, NVLINK, room(120, 4))
     text = reason(choices, choices[0], asked, NVLINK, "NVLink")
     assert text.startswith("4 workers: data 2 x Ulysses 2 x ring 1, for 2 items of 32760 tokens: 1.28 s expected")
     assert "Ulysses 4 x ring 1 1.32 s" in text and "250 GB/s between workers (NVLink)" in text and "\n" not in text
     kept = reason(choices, choices[1], asked, NVLINK, "NVLink")
     assert "though data 2 x Ulysses 2 x ring 1 1.28 s: that does not make up for a change" in kept
-    single = question(ParallelPlan(2), items=1)
+    single = plan_request(ParallelPlan(2), items=1)
     others = choose(single, NVLINK, room(120, 2))
     assert "data 2" not in reason(others, others[0], single, NVLINK, "NVLink")  # both share the item: the same again
-    alone = question(ParallelPlan(1))
+    alone = plan_request(ParallelPlan(1))
     only = choose(alone, NVLINK, room(120, 1))
     assert reason(only, only[0], alone, NVLINK, "no other GPU").endswith("exchange 0); measured 770 TFLOP/s")
 
 
 def test_the_demand_is_that_of_the_rank_with_most():
     def demand(**sizes: int) -> Demand:
-        return placed(question(ParallelPlan(4)), ParallelPlan(4, **sizes), room(120, 4))[0]
+        return placed(plan_request(ParallelPlan(4)), ParallelPlan(4, **sizes), room(120, 4))[0]
 
     whole, half, quarter = demand(), demand(pipeline_parallel=2), demand(tensor_parallel=4)
     assert (half.blocks, quarter.blocks) == (20, 40)
@@ -219,5 +219,5 @@ def test_the_demand_is_that_of_the_rank_with_most():
 
 def test_ranks_that_hold_the_same_part_share_its_blocks():
     sizes = {"pipeline_parallel": 2, "tensor_parallel": 2}
-    demand, placement = placed(question(ParallelPlan(8)), ParallelPlan(8, **sizes), room(9, 8))
+    demand, placement = placed(plan_request(ParallelPlan(8)), ParallelPlan(8, **sizes), room(9, 8))
     assert placement.share == 2 and demand.blocks == 20

@@ -14,7 +14,7 @@ from wan_parallel.distributed.protocol.messages import decode, encode
 from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Load
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
-from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.weights import models
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.attention.kernels import AttentionError
@@ -27,7 +27,7 @@ REFUSAL = AttentionError("The attention kernel does not run on this GPU. Use aut
 @pytest.mark.parametrize("what", ["get_kernel", "use_fp8"])
 def test_what_one_rank_refuses_ends_on_all_and_the_next_load_is_right(tmp_path, what):
     path = tiny.write_checkpoint(tmp_path / "model.safetensors", CONFIG)
-    results = gloo_group.run(2, _loads, tmp_path, GateMemory(2).path, ModelSpec(path, "fp32", "fp32"), what)
+    results = gloo_group.run(2, _loads, tmp_path, CancelMemory(2).path, ModelSpec(path, "fp32", "fp32"), what)
     refused, loaded = ([_reply(rank[name]) for rank in results] for name in ("refused", "loaded"))
     assert [reply.failure.kinds for reply in refused] == [("AnotherRankRefused",), ("AttentionError",)]
     error = error_among(refused)
@@ -35,8 +35,8 @@ def test_what_one_rank_refuses_ends_on_all_and_the_next_load_is_right(tmp_path, 
     assert error_among(loaded) is None
 
 
-def _loads(rank: int, _world: int, gate: str, spec: ModelSpec, what: str) -> gloo_group.Results:
-    worker = Worker(rank, PoolSettings(ParallelPlan(2), device="cpu"), Gate(gate), on_one_host(2))
+def _loads(rank: int, _world: int, barrier: str, spec: ModelSpec, what: str) -> gloo_group.Results:
+    worker = Worker(rank, PoolSettings(ParallelPlan(2), device="cpu"), CancelBarrier(barrier), on_one_host(2))
     with mock.patch.object(models, what, side_effect=REFUSAL if rank == 1 else None, wraps=getattr(models, what)):
         refused = worker.handle(Load(1, spec, 36))
     assert not worker.models.loaded

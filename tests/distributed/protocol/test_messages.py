@@ -39,11 +39,11 @@ STATUS = reports.WorkerStatus(
 )
 WEIGHTS = (reports.HeldWeights(SPEC, 5, 2**35),)
 EXCHANGE = reports.Exchange("distrifuser 0.0.1b1", 2**31, 0.2, 1 / 3, 2**35)
-SURVEYED = reports.Surveyed(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
-STALLS = (reports.Stall.of("ring", (0, 2), [0.25, 1e-6]), reports.Stall.of("weights", (), []))
+PROFILE = reports.DeviceProfile(Machine(1e14, 1 / 3), 2**36, 2**37, 5, "NVLink")
+WAITS = (reports.WaitTimes.of("ring", (0, 2), [0.25, 1e-6]), reports.WaitTimes.of("weights", (), []))
 FAILURE = Failure("Two words. Do this.", ("TooLarge", "PlanError"), True)
-REPLY = replies.Reply(7, 1, replies.ForwardDone(STALLS, EXCHANGE), 0.1 + 0.2, WEIGHTS, ("vae-bf16-decoder",))
-OUTCOMES = (replies.Done(), replies.ForwardDone(()), STATUS, SURVEYED, replies.GivenUp(), FAILURE)
+REPLY = replies.Reply(7, 1, replies.ForwardDone(WAITS, EXCHANGE), 0.1 + 0.2, WEIGHTS, ("vae-bf16-decoder",))
+OUTCOMES = (replies.Done(), replies.ForwardDone(()), STATUS, PROFILE, replies.GivenUp(), FAILURE)
 SPLIT = PatchSplit("temporal", 32, 16)
 DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), SPLIT, True, "native", "new")
 SETTINGS = specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False)
@@ -52,15 +52,15 @@ SAMPLES = [
     messages.Start(SETTINGS, LOCATIONS, 99),
     messages.Join(1, SETTINGS, LOCATIONS, "tcp://10.0.0.1:29500", "/proc/12/fd/8"),
     requests.Load(1, SPEC),
-    requests.Patch(
+    requests.ApplyLora(
         2,
         SPEC,
         "uuid",
         ARENA,
         {
             "blocks.0.ffn.0.weight": (
-                refs.PatchRef("LowRank", (TENSOR, TENSOR), 1 / 3, 0.5),
-                refs.PatchRef("Replacement", (TENSOR,)),
+                refs.LoraRef("LowRank", (TENSOR, TENSOR), 1 / 3, 0.5),
+                refs.LoraRef("Replacement", (TENSOR,)),
             ),
             "head.head.bias": (),
         },
@@ -82,10 +82,10 @@ SAMPLES = [
     requests.Trim(4),
     requests.Unload(4, (SPEC, SPEC)),
     requests.Unload(4, ()),
-    requests.StepOut(4, SPEC, (0, 3), 1e30),
+    requests.Offload(4, SPEC, (0, 3), 1e30),
     requests.Report(5),
-    requests.Survey(5),
-    requests.Divide(5, ParallelPlan(4, 2, tensor_parallel=2, speeds=(3, 1, 1, 2))),
+    requests.Probe(5),
+    requests.Reconfigure(5, ParallelPlan(4, 2, tensor_parallel=2, speeds=(3, 1, 1, 2))),
     messages.Cancel(6),
     READY,
     REPLY,
@@ -158,10 +158,10 @@ MALFORMED = {
     "fields that are none of an optional one's": changed(FORWARD, "displaced", to={"kind": "stale"}),
     "a list for names": changed(SAMPLES[3], "weights", to=[]),
     "a text where names lead to lists": changed(SAMPLES[3], "weights", "head.head.bias", to="x"),
-    "a text for a fraction": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to="all"),
-    "a whole number that no fraction reaches": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=10**400),
-    "an infinite number": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=float("inf")),
-    "no number": changed(requests.StepOut(4, SPEC, (0,), 1.0), "nbytes", to=float("nan")),
+    "a text for a fraction": changed(requests.Offload(4, SPEC, (0,), 1.0), "nbytes", to="all"),
+    "a whole number that no fraction reaches": changed(requests.Offload(4, SPEC, (0,), 1.0), "nbytes", to=10**400),
+    "an infinite number": changed(requests.Offload(4, SPEC, (0,), 1.0), "nbytes", to=float("inf")),
+    "no number": changed(requests.Offload(4, SPEC, (0,), 1.0), "nbytes", to=float("nan")),
     "an outcome of an unknown type": changed(REPLY, "outcome", "type", to="Undone"),
     "an outcome that is a request": changed(REPLY, "outcome", "type", to="Load"),
     "an outcome with another one's fields": changed(REPLY, "outcome", "type", to="Failure"),
@@ -191,11 +191,11 @@ def test_the_refusal_names_the_field():
 
 def test_a_number_that_is_not_finite_is_not_sent():
     with pytest.raises(ProtocolError, match="cannot be written"):
-        messages.encode(requests.StepOut(4, SPEC, (0,), float("nan")))
+        messages.encode(requests.Offload(4, SPEC, (0,), float("nan")))
 
 
 def test_a_whole_number_may_stand_for_a_fraction():
-    sent = messages.decode(messages.encode(requests.StepOut(4, SPEC, (0,), 2**62)))
+    sent = messages.decode(messages.encode(requests.Offload(4, SPEC, (0,), 2**62)))
     assert sent.nbytes == 2.0**62 and isinstance(sent.nbytes, float)
 
 

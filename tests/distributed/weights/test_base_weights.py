@@ -9,7 +9,7 @@ import pytest
 import torch
 from testkit import format_files, tiny
 from testkit.shared.one_rank import Rank
-from wan_parallel.distributed.protocol.requests import StepOut
+from wan_parallel.distributed.protocol.requests import Offload
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.distributed.weights.base_weights import BaseWeights
 from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint
@@ -104,7 +104,7 @@ def test_as_many_are_kept_as_there_is_room_for_and_that_is_asked_once():
 def test_weights_that_went_to_host_memory_and_back_change_as_exactly(kind):
     rank, _ = kind
     plain_weights = rank.weights()
-    rank.models.offload(StepOut(1, rank.spec, (0,), 2.0**60))
+    rank.models.offload(Offload(1, rank.spec, (0,), 2.0**60))
     rank.lora("in host memory", 1, TOUCHED)
     rank.models.settle(rank.spec, 64)
     fresh = Rank(rank.spec)
@@ -125,7 +125,7 @@ def test_base_weights_leave_first_when_somebody_needs_the_room(kind):
     assert kept > 0
     assert sum(held.now for held in rank.models.memory.held()) == rank.loaded.device_bytes + kept
     before = rank.loaded.device_bytes
-    rank.models.offload(StepOut(1, rank.spec, (0,), kept))
+    rank.models.offload(Offload(1, rank.spec, (0,), kept))
     assert rank.loaded.base_weights.nbytes == 0 and rank.loaded.device_bytes == before
     rank.lora("b", 2, MATRICES)
     rank.models.learn(rank.spec)  # a forward ran out of memory

@@ -13,11 +13,11 @@ from wan_parallel.distributed.parallel.pipeline import Stage
 from wan_parallel.distributed.parallel.tensor import TensorShard
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import PlacementError
-from wan_parallel.distributed.protocol.requests import StepOut
+from wan_parallel.distributed.protocol.requests import Offload
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.shm import host, pinned
 from wan_parallel.distributed.shm.host import HostShare
-from wan_parallel.distributed.shm.pinned import HostMemoryError, Segment
+from wan_parallel.distributed.shm.pinned import HostMemoryError, PinnedSharedMemory
 from wan_parallel.distributed.weights import models as models_module
 from wan_parallel.distributed.weights.block_store import BlockStore
 from wan_parallel.distributed.weights.models import Models
@@ -79,16 +79,16 @@ def test_two_ranks_do_not_each_move_a_copy_out_where_there_is_room_for_one_and_a
     host_has(1.5 * two.copy)
     before = two.models.loaded[two.high].device_bytes
     with refused() as refusal:
-        two.models.offload(StepOut(1, two.high, (0, 1), EVERYTHING))
+        two.models.offload(Offload(1, two.high, (0, 1), EVERYTHING))
     assert tiny.sentences(str(refusal.value)) == 2
     assert two.models.loaded[two.high].device_bytes == before
-    two.models.offload(StepOut(1, two.high, (0,), EVERYTHING))  # alone
+    two.models.offload(Offload(1, two.high, (0,), EVERYTHING))  # alone
     assert not two.models.loaded[two.high].blocks.on_device
 
 
 def test_two_ranks_move_out_where_there_is_room_for_two_copies(two, host_has):
     host_has(2 * two.copy)
-    two.models.offload(StepOut(1, two.high, (0, 1), EVERYTHING))
+    two.models.offload(Offload(1, two.high, (0, 1), EVERYTHING))
     assert not two.models.loaded[two.high].blocks.on_device
 
 
@@ -112,7 +112,7 @@ def test_an_expert_makes_room_for_the_other_if_the_host_has_it_for_all_ranks(
 
 def test_a_forward_that_brings_an_expert_back_shares_the_host_out_too(two, host_has, monkeypatch):
     two.load(two.low)
-    two.models.offload(StepOut(1, two.high, (0, 1), EVERYTHING))
+    two.models.offload(Offload(1, two.high, (0, 1), EVERYTHING))
     two.one_fits(monkeypatch)
     copy = two.models.loaded[two.low].blocks.device_bytes
     host_has(1.5 * copy)
@@ -175,7 +175,7 @@ def pin_in_groups(rank: int, world: int, of: int) -> gloo_group.Results:
     made = [torch.distributed.new_group(list(range(first, first + of))) for first in range(0, world, of)]
     pinned.host_room = lambda: int(1.5 * of * (SEGMENT_BYTES + 2**16))
     try:
-        Segment(SEGMENT_BYTES, rank % of, of, CPU, made[rank // of], "the test", "Wait.").close()
+        PinnedSharedMemory(SEGMENT_BYTES, rank % of, of, CPU, made[rank // of], "the test", "Wait.").close()
         return {"pinned": torch.tensor([1])}
     except HostMemoryError:
         return {"pinned": torch.tensor([0])}

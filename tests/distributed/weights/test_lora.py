@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from testkit import tiny
-from testkit.shared.lora_changes import normal, patch_set, some_lora, uuids
+from testkit.shared.lora_changes import lora_set, normal, some_lora, uuids
 from wan_parallel.distributed.client.errors import PoolError
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
-from wan_parallel.wanvideo.base.lora import Difference, LowRank, PatchError, Replacement, merge, narrow_patch
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
+from wan_parallel.wanvideo.base.lora import Difference, LoraError, LowRank, Replacement, merge, narrow_delta
 from wan_parallel.wanvideo.model.model import WanModel
 
 # The arithmetic.
@@ -105,7 +105,7 @@ def test_a_part_of_a_weight_is_changed_as_the_whole_is(weight, dim, runs):
         Difference(normal(48), -1.5),
     ]
     for patches in (changes, [Replacement(normal(6, 8, seed=2)), *changes]):
-        part = merge(part_of(weight), [narrow_patch(patch, (6, 8), dim, runs) for patch in patches])
+        part = merge(part_of(weight), [narrow_delta(patch, (6, 8), dim, runs) for patch in patches])
         assert torch.allclose(part, part_of(merge(weight, patches)), atol=1e-6)
 
 
@@ -113,8 +113,8 @@ def test_a_part_of_a_weight_is_changed_as_the_whole_is(weight, dim, runs):
     "patch", [LowRank(torch.ones(6, 2), torch.ones(2, 9), 1.0), Difference(torch.ones(7, 8), 1.0)], ids=str
 )
 def test_a_change_of_another_shape_does_not_fit_a_part_either(patch):
-    with pytest.raises(PatchError, match=r"does not fit a weight of shape \(6, 8\)"):
-        narrow_patch(patch, (6, 8), 0, [(0, 3)])
+    with pytest.raises(LoraError, match=r"does not fit a weight of shape \(6, 8\)"):
+        narrow_delta(patch, (6, 8), 0, [(0, 3)])
 
 
 # Through a pool.
@@ -144,13 +144,13 @@ def test_a_lora_is_switched_on_changed_and_switched_off_exactly(pool_of, spec, n
     plain = pool.forward(spec, *GIVEN)
     outputs = []
     for strength in (1.0, 0.35, -0.5):
-        patches = patch_set(some_lora(strength))
+        patches = lora_set(some_lora(strength))
         outputs.append(pool.forward(spec, *GIVEN, patches))
         expected = merged_in_this_process(some_lora(strength))
         assert tiny.relative_error(outputs[-1], expected) <= 2e-6
         assert tiny.relative_error(plain, expected) > 1e-2
-        assert {model.patches for worker in pool.status().workers for model in worker.models} >= {patches.uuid}
-    again = pool.forward(spec, *GIVEN, patch_set(some_lora(1.0)))
+        assert {model.lora_uuid for worker in pool.status().workers for model in worker.models} >= {patches.uuid}
+    again = pool.forward(spec, *GIVEN, lora_set(some_lora(1.0)))
     assert torch.equal(again, outputs[0])
     assert torch.equal(pool.forward(spec, *GIVEN), plain)
 
@@ -159,9 +159,9 @@ def test_a_lora_on_other_weights_leaves_none_of_the_former_behind(pool_of, spec)
     pool = pool_of(2)
     plain = pool.forward(spec, *GIVEN)
     changes = some_lora(1.0)
-    pool.forward(spec, *GIVEN, patch_set(changes))
+    pool.forward(spec, *GIVEN, lora_set(changes))
     only_bias = {"blocks.0.ffn.2.bias": changes["blocks.0.ffn.2.bias"]}
-    out = pool.forward(spec, *GIVEN, patch_set(only_bias))
+    out = pool.forward(spec, *GIVEN, lora_set(only_bias))
     assert tiny.relative_error(out, merged_in_this_process(only_bias)) <= 2e-6
     assert torch.equal(pool.forward(spec, *GIVEN), plain)
 
@@ -173,7 +173,7 @@ def test_patches_are_sent_only_when_their_uuid_changes(pool_of, spec):
         built.append(1)
         return some_lora(1.0)
 
-    patches = PatchSet(next(uuids), build)
+    patches = LoraSet(next(uuids), build)
     first = pool.forward(spec, *GIVEN, patches)
     assert torch.equal(pool.forward(spec, *GIVEN, patches), first)
     assert len(built) == 1
@@ -186,7 +186,7 @@ def test_a_lora_belongs_to_one_model_alone(pool_of, spec):
     pool = pool_of(2)
     in_bf16 = ModelSpec(spec.path, "bf16", "bf16")
     plain, plain_bf16 = pool.forward(spec, *GIVEN), pool.forward(in_bf16, *GIVEN)
-    pool.forward(spec, *GIVEN, patch_set(some_lora(1.0)))
+    pool.forward(spec, *GIVEN, lora_set(some_lora(1.0)))
     assert torch.equal(pool.forward(in_bf16, *GIVEN), plain_bf16)
     assert torch.equal(pool.forward(spec, *GIVEN), plain)
 
@@ -196,12 +196,12 @@ def test_bf16_weights_are_merged_from_the_file_each_time(pool_of, spec):
     in_bf16 = ModelSpec(spec.path, "bf16", "fp32")
     plain = pool.forward(in_bf16, *GIVEN)
     for strength in (0.3, 0.3, 1e-3):
-        pool.forward(in_bf16, *GIVEN, patch_set(some_lora(strength)))
+        pool.forward(in_bf16, *GIVEN, lora_set(some_lora(strength)))
     assert torch.equal(pool.forward(in_bf16, *GIVEN), plain)
 
 
 @pytest.mark.parametrize(
-    "name, error", [("blocks.1.ffn.2.weight", PatchError), ("blocks.9.no.such.weight", PoolError)], ids=str
+    "name, error", [("blocks.1.ffn.2.weight", LoraError), ("blocks.9.no.such.weight", PoolError)], ids=str
 )
 @pytest.mark.parametrize("num_gpus, sizes", [(2, {}), (4, DIVIDED)], ids=str)
 def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec, name, error, num_gpus, sizes):
@@ -210,15 +210,15 @@ def test_a_patch_that_fails_halfway_leaves_no_half_merged_weights(pool_of, spec,
     pids = pool.worker_pids
     bad = {**some_lora(1.0), name: [Difference(torch.ones(3, 3), 1.0)]}  # names are merged in their order
     with pytest.raises(error):
-        pool.forward(spec, *GIVEN, patch_set(bad))
+        pool.forward(spec, *GIVEN, lora_set(bad))
     assert torch.equal(pool.forward(spec, *GIVEN), plain)
     assert pool.worker_pids == pids
 
 
 def test_a_lora_of_another_size_is_refused_with_what_to_do(pool_of, spec):
     bad = {"blocks.1.ffn.2.weight": [Difference(torch.ones(3, 3), 1.0)]}
-    with pytest.raises(PatchError, match=r"does not fit a weight of shape \(256, 512\). Use a LoRA made for this size"):
-        pool_of(2).forward(spec, *GIVEN, patch_set(bad))
+    with pytest.raises(LoraError, match=r"does not fit a weight of shape \(256, 512\). Use a LoRA made for this size"):
+        pool_of(2).forward(spec, *GIVEN, lora_set(bad))
 
 
 class Interrupted(BaseException):
@@ -231,7 +231,7 @@ def interrupt() -> None:
 
 def test_a_patch_that_is_interrupted_is_not_mistaken_for_done(own_pool, spec, model):
     plain = own_pool.forward(spec, *GIVEN)
-    patches = patch_set(some_lora(1.0))
+    patches = lora_set(some_lora(1.0))
     worker = own_pool.worker_pids[1]
     os.kill(worker, signal.SIGSTOP)
     with pytest.raises(Interrupted):
@@ -249,7 +249,7 @@ def test_a_patch_that_fails_on_one_rank_alone_is_not_mistaken_for_done(own_pool,
     plain = own_pool.forward(spec, *GIVEN)
     worker = own_pool.worker_pids[rank]
     changes = {"blocks.0.ffn.0.weight": [LowRank(normal(32768, 2), normal(2, 256), 0.1)]}
-    patches = patch_set(changes)
+    patches = lora_set(changes)
     pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
     limit = (pages + 1000) * resource.getpagesize()  # a merged copy of 32 MiB is too much
     unlimited = resource.prlimit(worker, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

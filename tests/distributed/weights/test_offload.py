@@ -17,7 +17,7 @@ from testkit import tiny
 from testkit.format_files import plain_fp8
 from testkit.patch_runs import sample, through
 from testkit.processes import private_bytes
-from testkit.shared.lora_changes import patch_set, some_lora
+from testkit.shared.lora_changes import lora_set, some_lora
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.client.errors import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
@@ -83,14 +83,14 @@ def test_a_model_of_one_block_and_one_in_float32_run_too(pool_of, spec, tmp_path
 
 
 def test_quantised_weights_are_shared_and_moved_as_they_are(pool_of, base):
-    pool, given, patches = pool_of(2), tiny.inputs(FIVE_LAYERS), patch_set(some_lora(0.5))
+    pool, given, patches = pool_of(2), tiny.inputs(FIVE_LAYERS), lora_set(some_lora(0.5))
     fp8 = replace(base, weight_dtype="fp8_e4m3fn")
     plain, merged = pool.forward(fp8, *given), pool.forward(fp8, *given, patches)
     assert not torch.equal(plain, merged)
     for way in WAYS:
         model = living(fp8, way)
         assert torch.equal(pool.forward(model, *given, patches), merged)
-        pool.step_out(model, [0, 1], 1e30)
+        pool.offload(model, [0, 1], 1e30)
         assert torch.equal(pool.forward(model, *given), plain)
 
 
@@ -107,7 +107,7 @@ def test_models_that_live_in_different_places_alternate(pool_of, base, spec):
 @pytest.mark.parametrize("way", WAYS, ids=ids)
 def test_a_lora_is_merged_and_undone_exactly(pool_of, base, way):
     pool, given, model = pool_of(2), tiny.inputs(FIVE_LAYERS), living(base, way)
-    plain, patches = pool.forward(base, *given), patch_set(some_lora(0.7))
+    plain, patches = pool.forward(base, *given), lora_set(some_lora(0.7))
     expected = pool.forward(base, *given, patches)
     assert not torch.equal(plain, expected)
     for _ in range(2):
@@ -131,14 +131,14 @@ def test_vace_blocks_live_where_the_others_do(pool_of, vace):
     conditioning = tiny.conditioning(tiny.VACE, given.x, contexts=2)
     dim, names = tiny.VACE.dim, ("vace_blocks.0.self_attn.q", "vace_blocks.1.after_proj", "blocks.3.self_attn.o")
     changes = {f"{name}.weight": [LowRank(torch.randn(dim, 4), torch.randn(4, dim), 0.05)] for name in names}
-    patches = patch_set(changes)
+    patches = lora_set(changes)
     plain, merged = (pool.forward(vace, *given, lora, conditioning=conditioning) for lora in (None, patches))
     without = pool.forward(vace, *given)
     assert not torch.equal(plain, merged) and not torch.equal(plain, without)
     for way in WAYS:
         model = living(vace, way)
         assert torch.equal(pool.forward(model, *given, patches, conditioning=conditioning), merged)
-        pool.step_out(model, [0, 1], 1e30)
+        pool.offload(model, [0, 1], 1e30)
         assert torch.equal(pool.forward(model, *given, conditioning=conditioning), plain)
         assert torch.equal(pool.forward(model, *given), without)
     whole, shared, outside = (bytes_of(pool, living(vace, way))[0] for way in (("off", "off"), WAYS[1], WAYS[0]))
@@ -208,12 +208,12 @@ def test_weights_step_out_and_come_back_with_the_next_forward(pool_of, base, way
     assert torch.equal(pool.forward(model, *given), expected)
     here = bytes_of(pool, model)
     for _ in range(2):
-        assert 0 < pool.step_out(model, [1], 1000) < here[1] / 2  # one block
-        assert pool.step_out(model, [1], 1e30) > 0
+        assert 0 < pool.offload(model, [1], 1000) < here[1] / 2  # one block
+        assert pool.offload(model, [1], 1e30) > 0
         assert bytes_of(pool, model)[0] == here[0]
         assert bytes_of(pool, model)[1] < 0.4 * here[1]  # embeddings and head stay
         assert pool.models.held(model, [1])[1] == here[1]
-        assert pool.step_out(model, [1], 1e30) == 0
+        assert pool.offload(model, [1], 1e30) == 0
         assert torch.equal(pool.forward(model, *given), expected)
         assert bytes_of(pool, model) == here
 
@@ -226,7 +226,7 @@ def test_what_stepped_out_is_not_read_again(pool_of, tmp_path):
     with open(path, "r+b") as file:
         file.seek(-200_000, 2)
         file.write(bytes(200_000))  # the mapped file changes under the workers
-    assert pool.step_out(spec, [0, 1], 1e30) > 0
+    assert pool.offload(spec, [0, 1], 1e30) > 0
     assert torch.equal(pool.forward(spec, *tiny.inputs()), expected)
     pool.unload(spec)
 
@@ -234,17 +234,17 @@ def test_what_stepped_out_is_not_read_again(pool_of, tmp_path):
 @pytest.mark.parametrize("way", [("off", "off"), *WAYS], ids=ids)
 def test_a_lora_and_stepping_out_do_not_disturb_each_other(pool_of, base, way):
     pool, given, model = pool_of(2), tiny.inputs(FIVE_LAYERS), living(base, way)
-    plain, patches = pool.forward(base, *given), patch_set(some_lora(0.3))
+    plain, patches = pool.forward(base, *given), lora_set(some_lora(0.3))
     merged = pool.forward(base, *given, patches)
     everything = ([0, 1], 1e30)
     pool.forward(model, *given, patches)
-    pool.step_out(model, *everything)
+    pool.offload(model, *everything)
     assert torch.equal(pool.forward(model, *given, patches), merged)
-    pool.step_out(model, *everything)
+    pool.offload(model, *everything)
     assert torch.equal(pool.forward(model, *given), plain)
     assert torch.equal(pool.forward(model, *given, patches), merged)
-    pool.step_out(model, *everything)
-    pool.step_out(model, *everything)
+    pool.offload(model, *everything)
+    pool.offload(model, *everything)
     assert torch.equal(pool.forward(model, *given), plain)
     pool.unload(model)
     assert torch.equal(pool.forward(model, *given), plain)
@@ -256,7 +256,7 @@ def test_the_others_step_aside_for_one_model(pool_of, base):
     expected = pool.forward(base, *given)
     pool.ensure_ready(other)
     was = bytes_of(pool, other)
-    assert pool.step_aside(base) > 0
+    assert pool.offload_others(base) > 0
     assert bytes_of(pool, other) < was
     assert torch.equal(pool.forward(other, *given), expected)
 
@@ -272,7 +272,7 @@ def test_trim_leaves_the_weights_and_the_next_forward_right(pool_of, base):
 def test_nothing_is_asked_of_a_pool_that_is_not_there(base):
     pool = Pool(PoolSettings(ParallelPlan(2), device="cpu"))
     pool.trim()
-    assert pool.step_out(base, [0, 1], 1e30) == pool.step_aside(base) == 0
+    assert pool.offload(base, [0, 1], 1e30) == pool.offload_others(base) == 0
     assert pool.models.held(base, [0]) == (0, 0)
     assert not pool.alive
 

@@ -40,9 +40,9 @@ def shared_jobs(path: str) -> list[worker_group.Job]:
             job = Case(plan, **case).job(path)
             spec = replace(job.spec, shard_weights=shard, offload=offload)
             for kind in (FILL, STALE) if mode == "pipefusion" else (None,):
-                lanes = tuple(str(item) for item in range(case["batch"]))
+                branch_ids = tuple(str(item) for item in range(case["batch"]))
                 run = f"run {shard} {offload}"
-                step = Displaced(kind, run, lanes, PatchSplit(), strategy=mode) if kind else None
+                step = Displaced(kind, run, branch_ids, PatchSplit(), strategy=mode) if kind else None
                 jobs.append(replace(job, spec=spec, displaced=step, pipeline_mode=mode))
     return jobs
 

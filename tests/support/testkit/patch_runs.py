@@ -48,13 +48,13 @@ def sample(
     config: WanConfig = tiny.TINY,
     device: str = "cpu",
 ) -> Ran:
-    """A short run from noise; `items` picks some of the batch, which keep their noise, text and lanes."""
+    """A short run from noise; `items` picks some of the batch, which keep their noise, text and branch ids."""
     x, _, context = (part[items].to(device) for part in tiny.inputs(config, size, batch))
-    lanes = tuple(f"branch {i}" for i in range(batch))[items]
+    branch_ids = tuple(f"branch {i}" for i in range(batch))[items]
     schedule, kinds, latents = schedule or Schedule(), [], []
     for step in range(steps):
         timestep = torch.full((len(x),), 1000 * (1 - step / steps), device=device)
-        part = schedule.plan(settings, "model", lanes, x, timestep) if settings else None
+        part = schedule.plan(settings, "model", branch_ids, x, timestep) if settings else None
         kinds.append(part.kind[0] if part else "e")
         x = x - 0.05 * forward(x, timestep, context, part)
         latents.append(x)
@@ -76,7 +76,7 @@ class Reference:
     def __call__(
         self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, part: Displaced | None
     ) -> torch.Tensor:
-        grid, kept, fresh = grid_of(x), self.kept.get(part.lanes, []), []
+        grid, kept, fresh = grid_of(x), self.kept.get(part.branch_ids, []), []
         layout = split_grid(grid, part.split, self.ranks, 16)
         mine = [layout.index(rank).to(x.device) for rank in range(self.ranks)]
         near = [self._near(layout, rank).to(x.device) for rank in range(self.ranks)]
@@ -96,7 +96,7 @@ class Reference:
         tokens = patchify(pad_to_patch(x))
         out = self.model.transform(tokens, grid, slice(None), timestep, context, attend)
         if part.kind != EXACT:
-            self.kept[part.lanes] = [self._as_sent(kv, mine, part.fp8_buffers) for kv in fresh]
+            self.kept[part.branch_ids] = [self._as_sent(kv, mine, part.fp8_buffers) for kv in fresh]
         return unpatchify(out, grid, tuple(x.shape[-3:]))
 
     def _near(self, layout: PatchLayout, rank: int) -> torch.Tensor:

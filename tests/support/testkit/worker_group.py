@@ -15,7 +15,7 @@ from wan_parallel.distributed.protocol.replies import Reply
 from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Request, Unload
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena, needed
-from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.worker.worker import Worker
 from wan_parallel.wanvideo.base.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.base.grid import grid_of, unpatchify
@@ -63,11 +63,11 @@ class Outcome:
 
 def run(world_size: int, jobs: Sequence[Job], folder: Path) -> Outcome:
     """Do all jobs, whose plans are for `world_size` ranks, one after the other."""
-    gate, arena = GateMemory(world_size), Arena(sum(room(job) for job in jobs))
+    barrier, arena = CancelMemory(world_size), Arena(sum(room(job) for job in jobs))
     shared = [SharedConditioning() for _ in jobs]
     requests = [request(i, job, arena, further) for i, (job, further) in enumerate(zip(jobs, shared, strict=True), 1)]
     work = [(job.settings, forward, job.slow) for job, forward in zip(jobs, requests, strict=True)]
-    results = gloo_group.run(world_size, _work, folder, gate.path, work)
+    results = gloo_group.run(world_size, _work, folder, barrier.path, work)
     latents = []
     for job, forward in zip(jobs, requests, strict=True):
         x = job.given.x
@@ -93,12 +93,14 @@ def request(number: int, job: Job, arena: Arena, further: SharedConditioning | N
     return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning)
 
 
-def _work(rank: int, world_size: int, gate: str, work: list[tuple[PoolSettings, Forward, Slow]]) -> gloo_group.Results:
+def _work(
+    rank: int, world_size: int, barrier: str, work: list[tuple[PoolSettings, Forward, Slow]]
+) -> gloo_group.Results:
     workers: dict[PoolSettings, Worker] = {}
     held, replies = [], {}
     for (settings, request, slow), following in zip(work, [*work[1:], None], strict=True):
         if settings not in workers:
-            workers[settings] = Worker(rank, settings, Gate(gate), on_one_host(world_size))
+            workers[settings] = Worker(rank, settings, CancelBarrier(barrier), on_one_host(world_size))
         worker = workers[settings]
         handle(worker, Load(request.id, request.spec))
         model = worker.models.loaded[request.spec].model

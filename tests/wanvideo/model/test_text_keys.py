@@ -8,7 +8,7 @@ import pytest
 import torch
 from testkit import tiny
 from testkit.shared.one_rank import Rank
-from wan_parallel.distributed.protocol.requests import StepOut
+from wan_parallel.distributed.protocol.requests import Offload
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.model.layers import Attention
@@ -110,7 +110,7 @@ def test_a_worker_forgets_them_with_a_lora_and_where_room_is_needed(tmp_path: Pa
     assert rank.loaded.text_bytes == 0 and not torch.equal(forward(), plain)
     rank.lora("none", 1, [])
     assert torch.equal(forward(), plain)
-    rank.models.offload(StepOut(1, rank.spec, (0,), 0))
+    rank.models.offload(Offload(1, rank.spec, (0,), 0))
     assert rank.loaded.text_bytes == 0 and torch.equal(forward(), plain)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from testkit import tiny
 from testkit.format_files import STORED, block_matrices, in_tiles, write_gguf, written
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.lora import LowRank, merge
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import read_header
@@ -367,7 +367,7 @@ def test_workers_run_quantised_files_merge_loras_and_undo_them_exactly(pool_of, 
     assert tiny.relative_error(plain, model(*GIVEN)) <= 2e-6
     name = "blocks.0.self_attn.q.weight"
     changes = {name: [LowRank(normal(d, 4) * 0.2, normal(4, d, seed=2) * 0.2, 1.0)]}
-    patched = pool.forward(spec, *GIVEN, PatchSet(f"{kind}-lora", lambda: changes))
+    patched = pool.forward(spec, *GIVEN, LoraSet(f"{kind}-lora", lambda: changes))
     exact = merge(Checkpoint(path).tensor(name).dequantize(torch.float32), changes[name])
     held = dict(model.weights())[name].requantize(exact)
     assert tiny.relative_error(held.dequantize(torch.float32), exact) < (0.03 if kind == "fp8" else 0.006)

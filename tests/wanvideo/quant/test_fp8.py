@@ -16,7 +16,7 @@ from testkit import tiny, worker_group
 from testkit.format_files import write_gguf, written
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.attention import fp8_attention, kernels
 from wan_parallel.wanvideo.attention.kernels import AttentionError
 from wan_parallel.wanvideo.base.lora import LowRank, merge
@@ -375,7 +375,7 @@ def test_a_pool_says_what_runs_in_fp8_and_takes_loras(pool_of, checkpoint):
     assert status.fp8 == "products computed in float32, self-attention fp8_reference" and status.kernel == "sdpa"
     name, d = "blocks.0.self_attn.q.weight", tiny.TINY.dim
     changes = {name: [LowRank(normal(d, 4) * 0.2, normal(4, d, seed=1) * 0.2, 0.7)]}
-    patched = pool.forward(spec, *GIVEN, PatchSet("fp8-mode-lora", lambda: changes))
+    patched = pool.forward(spec, *GIVEN, LoraSet("fp8-mode-lora", lambda: changes))
     merged = merge(tiny.random_weights(tiny.TINY)[name], changes[name])
     model.set_weight(name, Fp8Weight.quantize(merged, torch.float8_e4m3fn))
     assert tiny.relative_error(patched, model(*GIVEN)) < 5e-3 < 1e-2 < tiny.relative_error(patched, plain)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from testkit import tiny
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.lora import Difference, LowRank, merge
 from wan_parallel.wanvideo.model.layers import Linear
 from wan_parallel.wanvideo.model.model import WanModel
@@ -182,7 +182,7 @@ def test_fp8_weights_on_workers_take_loras_and_give_them_back(pool_of, checkpoin
         name: [LowRank(normal(d, 4) * 0.2, normal(4, d) * 0.2, 0.7)],
         "blocks.1.ffn.2.bias": [Difference(normal(d), 0.1)],
     }
-    patched = pool.forward(spec, *GIVEN, PatchSet("fp8-lora", lambda: changes))
+    patched = pool.forward(spec, *GIVEN, LoraSet("fp8-lora", lambda: changes))
     weights = tiny.random_weights(tiny.TINY)
     merged = {key: merge(weights[key], patches) for key, patches in changes.items()}
     model.set_weight(name, Fp8Weight.quantize(merged[name], torch.float8_e4m3fn))

@@ -14,11 +14,11 @@ from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.parallel.partition import most_held
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.plan.placement import PlacementError, needed_bytes
-from wan_parallel.distributed.planner.search import Question, Room, choose, placed
+from wan_parallel.distributed.planner.search import PlanRequest, Room, choose, placed
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.nodes.common.refusals import NotOnWorkers, refuse_transformer_options
 from wan_parallel.nodes.model.infinitetalk_patch import (
     file_of,
@@ -141,7 +141,7 @@ def test_a_lora_of_the_layers_reaches_ranks_that_have_a_part(pool_of, files):
     }
     changes[f"{layer}.kv_linear.bias"] = [Difference(torch.randn(2 * dim), 0.3)]
     changes[f"{layer}.proj.bias"] = [Difference(torch.randn(dim), 0.3)]
-    out = pool.forward(spec_of(files), *inputs[:3], PatchSet("talk-lora", lambda: changes), conditioning=inputs[3])
+    out = pool.forward(spec_of(files), *inputs[:3], LoraSet("talk-lora", lambda: changes), conditioning=inputs[3])
     plain = pool.forward(spec_of(files), *inputs[:3], conditioning=inputs[3])
     merged = WanModel.from_checkpoint(files[0], module=files[1])
     assert tiny.relative_error(plain, merged(*inputs)) <= 2e-6
@@ -165,7 +165,7 @@ def test_layers_of_14b_count_where_a_plan_is_chosen(tmp_path):
     for beside in ("", module):
         header = read_model(path, beside)
         spec = ModelSpec(path, slice_tokens=8192, module=beside)
-        asked = Question(ParallelPlan(4), PoolSettings(ParallelPlan(4)), header.config, spec, P480, 2)
+        asked = PlanRequest(ParallelPlan(4), PoolSettings(ParallelPlan(4)), header.config, spec, P480, 2)
         with pytest.raises(PlacementError, match="GiB are missing") as refusal:
             placed(replace(asked, spec=replace(spec, offload="off")), ParallelPlan(4), Room((8 * GIB,) * 4))
         held.append((most_held(header.config, spec, ParallelPlan(4, tensor_parallel=4)), missing(str(refusal.value))))

@@ -13,10 +13,10 @@ from testkit import gloo_group, infinitetalk_files, tiny, worker_group
 from wan_parallel.distributed.parallel.partition import check_plan, held_parameters
 from wan_parallel.distributed.parallel.tensor import TensorShard
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
-from wan_parallel.distributed.plan.placement import SLOTS, PlacementError, demand_of, needed_bytes, place_weights
+from wan_parallel.distributed.plan.placement import SLOTS, PlacementError, choose_placement, demand_of, needed_bytes
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.weights.block_store import BlockStore
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.distributed.weights.offload import BlockOffloader
 from wan_parallel.wanvideo.attention.kernels import get_kernel
 from wan_parallel.wanvideo.base.conditioning import Conditioning
@@ -167,7 +167,7 @@ def test_a_plan_counts_them_where_they_lie(outcome, name):
     assert demand.whole == pytest.approx(whole, rel=1e-3)
     assert needed_bytes(demand, 2, demand.blocks) - SLOTS * demand.block == pytest.approx(shared, rel=1e-3)
     with pytest.raises(PlacementError, match="are missing"):
-        place_weights(demand, [whole - 1] * 2, 2, shard="off", offload="off")
+        choose_placement(demand, [whole - 1] * 2, 2, shard="off", offload="off")
 
 
 def test_what_stays_on_a_device_is_what_is_counted():
@@ -200,11 +200,11 @@ def test_adapters_take_loras_and_step_out_as_the_blocks_do(pool_of, files):
     names = ("face_adapter.fuser_blocks.1.linear2", "face_adapter.fuser_blocks.0.linear1_q", "blocks.5.self_attn.o")
     dim = tiny.ANIMATE.dim
     changes = {f"{name}.weight": [LowRank(torch.randn(dim, 4), torch.randn(4, dim), 0.05)] for name in names}
-    lora, results = PatchSet("adapters", lambda: changes), []
+    lora, results = LoraSet("adapters", lambda: changes), []
     for _, shard, offload in list(WAYS.values())[:3]:
         spec = ModelSpec(files["animate"][0], "bf16", "fp32", shard_weights=shard, offload=offload)
         results.append([pool.forward(spec, *given, lora, conditioning=conditioning)])
-        pool.step_out(spec, [0, 1], 1e30)
+        pool.offload(spec, [0, 1], 1e30)
         results[-1].append(pool.forward(spec, *given, conditioning=conditioning))
     for merged, plain in results:
         assert torch.equal(merged, results[0][0]) and torch.equal(plain, results[0][1])

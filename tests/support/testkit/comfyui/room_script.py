@@ -51,14 +51,14 @@ class PlayedPool:
             raise OutOfMemory("cuda:0 ran out of memory. Use fewer frames.")
         return torch.zeros_like(x)
 
-    def step_aside(self, spec, poll):
+    def offload_others(self, spec, poll):
         self.calls.append("aside")
         return self.loaded - 1
 
     def held(self, spec, ranks):
         return self.now * len(ranks), self.whole * len(ranks)
 
-    def step_out(self, spec, ranks, nbytes):
+    def offload(self, spec, ranks, nbytes):
         self.calls.append(["out", list(ranks), nbytes])
         before, self.now = self.now, max(100, self.now - 100 * math.ceil(nbytes / 200))
         return (before - self.now) * len(ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.lora import Difference, LowRank, Replacement
 
 from testkit import tiny
@@ -40,6 +40,6 @@ def some_lora(strength: float) -> dict[str, list]:
     }
 
 
-def patch_set(changes: dict[str, list]) -> PatchSet:
+def lora_set(changes: dict[str, list]) -> LoraSet:
     """A set of its own uuid with these changes."""
-    return PatchSet(next(uuids), lambda: changes)
+    return LoraSet(next(uuids), lambda: changes)

@@ -6,8 +6,8 @@ import torch
 from wan_parallel.distributed.parallel.pipeline import Stage
 from wan_parallel.distributed.parallel.tensor import TensorShard
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.refs import PatchRef
-from wan_parallel.distributed.protocol.requests import Patch
+from wan_parallel.distributed.protocol.refs import LoraRef
+from wan_parallel.distributed.protocol.requests import ApplyLora
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.distributed.shm.arena import Arena, ArenaReader, needed
 from wan_parallel.distributed.weights.flat_block import components
@@ -38,8 +38,8 @@ class Rank:
         shapes, generator = tiny.TINY.shapes(), torch.Generator().manual_seed(seed)
         changes = {name: torch.randn(shapes[name], generator=generator) * 0.1 for name in names}
         arena = Arena(needed(changes.values()))
-        refs = {name: (PatchRef("Difference", (arena.write(t),), 1.0),) for name, t in changes.items()}
-        self.models.patch(Patch(1, self.spec, uuid, arena.ref, refs), ArenaReader())
+        refs = {name: (LoraRef("Difference", (arena.write(t),), 1.0),) for name, t in changes.items()}
+        self.models.apply_lora(ApplyLora(1, self.spec, uuid, arena.ref, refs), ArenaReader())
         arena.close()
         return {name for name in self.read if name.startswith("blocks.")}
 

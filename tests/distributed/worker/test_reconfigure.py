@@ -1,4 +1,4 @@
-"""After `Divide` a worker runs as one that was started with that plan: nothing it keeps is of the plan before."""
+"""After `Reconfigure` a worker runs as one that was started with that plan: nothing it keeps is of the plan before."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from testkit import gloo_group, tiny, worker_group
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
-from wan_parallel.distributed.protocol.requests import Displaced, Divide, Forward, Load
+from wan_parallel.distributed.protocol.requests import Displaced, Forward, Load, Reconfigure
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_one_host
 from wan_parallel.distributed.shm.arena import Arena
-from wan_parallel.distributed.shm.cancel import Gate, GateMemory
+from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.worker.worker import Worker
 
 CONFIG = replace(tiny.TINY, num_heads=4)
@@ -52,26 +52,26 @@ def steps(change: Change, path: str) -> list[worker_group.Job]:
     for plan, kind in itertools.product((change.before, change.after), (FILL, STALE)):
         given = tiny.inputs(CONFIG, (4, 8, 8), batch=change.batch)
         given = given._replace(x=given.x * (1 + 0.1 * (kind == STALE)), timestep=given.timestep - 20 * (kind == STALE))
-        lanes = tuple(map(str, range(change.batch)))
+        branch_ids = tuple(map(str, range(change.batch)))
         strategy = change.strategy if plan == change.after else "displaced"
-        part = Displaced(kind, "run", lanes, PatchSplit("temporal"), manager="native", strategy=strategy)
+        part = Displaced(kind, "run", branch_ids, PatchSplit("temporal"), manager="native", strategy=strategy)
         jobs.append(worker_group.Job(plan, ModelSpec(path, "fp32", "fp32"), given, part))
     return jobs
 
 
 def run_change(
-    rank: int, world_size: int, gate: str, work: list[tuple[Change, list[Forward], list[Forward]]]
+    rank: int, world_size: int, barrier: str, work: list[tuple[Change, list[Forward], list[Forward]]]
 ) -> gloo_group.Results:
     """On each process: forwards of a worker that goes over, and of one that is started with the later plan."""
     for change, forwards, fresh in work:
-        worker = Worker(rank, PoolSettings(change.before, "cpu"), Gate(gate), on_one_host(world_size))
+        worker = Worker(rank, PoolSettings(change.before, "cpu"), CancelBarrier(barrier), on_one_host(world_size))
         spec, number = forwards[0].spec, forwards[0].id
-        for request in (Load(number, spec), *forwards[:2], Divide(number, change.after)):
+        for request in (Load(number, spec), *forwards[:2], Reconfigure(number, change.after)):
             worker_group.handle(worker, request)
         for request in (Load(number, spec), *forwards[2:]):
             worker_group.handle(worker, request)
         assert worker.runner.models is worker.vaes.models is worker.models
-        started = Worker(rank, PoolSettings(change.after, "cpu"), Gate(gate), on_one_host(world_size))
+        started = Worker(rank, PoolSettings(change.after, "cpu"), CancelBarrier(barrier), on_one_host(world_size))
         for request in (Load(number, spec), *fresh):
             worker_group.handle(started, request)
     return {"done": torch.ones(1)}
@@ -80,17 +80,17 @@ def run_change(
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> list[list[torch.Tensor]]:
     """Of each change the two steps under the later plan after it, and the same of the worker started with that plan."""
-    folder = tmp_path_factory.mktemp("divide")
+    folder = tmp_path_factory.mktemp("reconfigure")
     path = tiny.write_checkpoint(folder / "tiny.safetensors", CONFIG)
     jobs = [steps(change, path) for change in CHANGES]
-    arena, gate = Arena(2 * sum(worker_group.room(job) for several in jobs for job in several)), GateMemory(4)
+    arena, barrier = Arena(2 * sum(worker_group.room(job) for several in jobs for job in several)), CancelMemory(4)
     numbers = itertools.count(1)
     work = []
     for change, several in zip(CHANGES, jobs, strict=True):
         forwards = [worker_group.request(next(numbers), job, arena) for job in several]
         fresh = [worker_group.request(next(numbers), job, arena) for job in several[2:]]
         work.append((change, forwards, fresh))
-    gloo_group.run(4, run_change, folder, gate.path, work)
+    gloo_group.run(4, run_change, folder, barrier.path, work)
     return [
         [arena.view(forward.out).clone() for forward in (*forwards[2:], *fresh)] for _change, forwards, fresh in work
     ]

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from testkit import gloo_group
 from wan_parallel.distributed.comm import peer_memory_cuda
-from wan_parallel.distributed.comm.peer_memory import Letter
-from wan_parallel.distributed.comm.peer_memory_cuda import MailboxError, StagedMailbox
+from wan_parallel.distributed.comm.peer_memory import Transfer
+from wan_parallel.distributed.comm.peer_memory_cuda import PeerMemoryError, StagedPeerMemory
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -35,27 +35,27 @@ def test_a_driver_that_never_raises_a_flag_is_given_up_and_the_gpu_goes_on(tmp_p
         assert got["refused"] and got["seconds"] < 5 * SECONDS and got["sum"] == 6
 
 
-def _open() -> StagedMailbox:
+def _open() -> StagedPeerMemory:
     """Both ranks on the first GPU."""
     torch.cuda.set_device(0)
     properties = torch.cuda.get_device_properties(0)
     with mock.patch.object(torch.cuda, "get_device_properties", lambda _rank: properties):
-        return StagedMailbox(dist.group.WORLD, torch.device("cuda", 0))
+        return StagedPeerMemory(dist.group.WORLD, torch.device("cuda", 0))
 
 
 def _send(rank: int, _world: int) -> gloo_group.Results:
-    mailbox = _open()
-    mailbox.reserve(RANKS * ROWS * WIDTH)
+    memory = _open()
+    memory.reserve(RANKS * ROWS * WIDTH)
     arrived = []
     for turn in range(TURNS):
         mine = [torch.full((ROWS, WIDTH), _number(turn, rank, to), dtype=torch.uint8) for to in range(RANKS)]
         mine = torch.stack(mine).cuda()
-        mailbox.hold(mine)
-        mailbox.send([_letter(to, of=to, at=rank) for to in range(RANKS)], mine)
-        mailbox.wait([_letter(sender, of=0, at=sender) for sender in range(RANKS)])
-        arrived.append(mailbox.own(0, (RANKS, ROWS, WIDTH), torch.uint8).cpu())
+        memory.hold(mine)
+        memory.put([_transfer(to, of=to, at=rank) for to in range(RANKS)], mine)
+        memory.wait_signal([_transfer(sender, of=0, at=sender) for sender in range(RANKS)])
+        arrived.append(memory.own(0, (RANKS, ROWS, WIDTH), torch.uint8).cpu())
         dist.barrier()  # all have read it
-    mailbox.close()
+    memory.close()
     return {"arrived": torch.stack(arrived)}
 
 
@@ -63,11 +63,11 @@ def _wait_in_vain(rank: int, _world: int) -> gloo_group.Results:
     started, refused = time.monotonic(), False
     lost = mock.patch.object(peer_memory_cuda.StreamMemory, "write", lambda *_words: None)
     with mock.patch.object(peer_memory_cuda, "_TRY_SECONDS", SECONDS):
-        if rank == 0:  # whose flags all wait for, itself too
+        if rank == 0:  # whose signals all wait for, itself too
             lost.start()
         try:
             _open()
-        except MailboxError as error:
+        except PeerMemoryError as error:
             refused = "did not arrive within" in str(error)
     torch.cuda.synchronize()
     seconds = time.monotonic() - started
@@ -78,7 +78,7 @@ def _number(turn: int, sender: int, receiver: int) -> int:
     return 100 * turn + 10 * sender + receiver
 
 
-def _letter(rank: int, of: int, at: int) -> Letter:
+def _transfer(rank: int, of: int, at: int) -> Transfer:
     """Matrix `of` of what is sent, which lies at place `at` where it arrives."""
     size = ROWS * WIDTH
-    return Letter(rank, 0, (1, ROWS, WIDTH), of * size, (size, WIDTH), at * size, (size, WIDTH), at * size)
+    return Transfer(rank, 0, (1, ROWS, WIDTH), of * size, (size, WIDTH), at * size, (size, WIDTH), at * size)

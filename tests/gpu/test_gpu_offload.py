@@ -1,4 +1,4 @@
-"""On real GPUs: weights that are shared, in host memory or stepped out give the same bits, and the memory is free."""
+"""On real GPUs: weights that are shared, in host memory or offloaded give the same bits, and the memory is free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import PlacementError
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
-from wan_parallel.distributed.weights.lora_transfer import PatchSet
+from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
 from wan_parallel.wanvideo.base.lora import LowRank
 
@@ -172,7 +172,7 @@ def test_weights_step_out_of_one_gpu_and_come_back(shared, shard):
     before, here = used(shared), on_gpu(shared, spec)
     for turn in range(3):
         started = time.perf_counter()
-        freed = shared.step_out(spec, [0], 1e30)
+        freed = shared.offload(spec, [0], 1e30)
         seconds = time.perf_counter() - started
         now = used(shared)
         assert before[0] - now[0] >= 0.9 * freed > 0.7 * here[0] and abs(now[1] - before[1]) < 0.1 * GIB
@@ -181,7 +181,7 @@ def test_weights_step_out_of_one_gpu_and_come_back(shared, shard):
         print(f"turn {turn}: out {seconds:.2f} s, forward with the way in {time.perf_counter() - started:.2f} s")
         assert on_gpu(shared, spec) == here
         shared.trim()
-    assert 0 < shared.step_out(spec, [0], 0.3 * GIB) < 0.6 * here[0]
+    assert 0 < shared.offload(spec, [0], 0.3 * GIB) < 0.6 * here[0]
     assert torch.equal(shared.forward(spec, *given), expected)
     shared.unload(spec)
 
@@ -206,13 +206,13 @@ def test_a_lora_is_merged_and_undone_exactly(shared, checkpoint, way):
     whole = ModelSpec(checkpoint, "bf16", "bf16", shard_weights="off", offload="off")
     generator = torch.Generator().manual_seed(3)
     up, down = (torch.randn(size, generator=generator) * 0.3 for size in ((512, 8), (8, 512)))
-    patches = PatchSet("lora", lambda: {"blocks.1.self_attn.q.weight": [LowRank(up, down, scale=0.7)]})
+    patches = LoraSet("lora", lambda: {"blocks.1.self_attn.q.weight": [LowRank(up, down, scale=0.7)]})
     spec = replace(whole, shard_weights=way[0], offload=way[1])
-    plain, merged = shared.forward(whole, *inputs()), shared.forward(whole, *inputs(), patches=patches)
+    plain, merged = shared.forward(whole, *inputs()), shared.forward(whole, *inputs(), loras=patches)
     assert not torch.equal(plain, merged)
     for _ in range(2):
-        assert torch.equal(shared.forward(spec, *inputs(), patches=patches), merged)
-        shared.step_out(spec, [0, 1], 1e30)
+        assert torch.equal(shared.forward(spec, *inputs(), loras=patches), merged)
+        shared.offload(spec, [0, 1], 1e30)
         assert torch.equal(shared.forward(spec, *inputs()), plain)
 
 

@@ -1,4 +1,5 @@
-"""Both kinds of mailbox between real GPUs: what NCCL's exchange gives, again and again, whatever came in between."""
+"""Both kinds of peer memory between real GPUs: what NCCL's exchange gives, again and again, whatever came in
+between."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class Cancelled(BaseException):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("mailbox") / "five.safetensors", FIVE_HEADS)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("peer_memory") / "five.safetensors", FIVE_HEADS)
 
 
 def inputs(config: WanConfig, latent: tuple[int, int, int], batch: int) -> tuple[torch.Tensor, ...]:
