@@ -25,7 +25,7 @@ import torch
 from benchlib.flops import latent_size, tokens_of
 from benchlib.rows import Line, installed_versions, publish
 from benchlib.simulation import choose_plan, simulate
-from wan_parallel.distributed.client.errors import OutOfMemory
+from wan_parallel.distributed.client.failures import OutOfMemory
 from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import CHOICES, PlacementError

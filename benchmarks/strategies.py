@@ -31,7 +31,7 @@ from wan_parallel.distributed.planner.search import PlanRequest, choose
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
 from wan_parallel.wanvideo.base.config import PRESETS
-from wan_parallel.wanvideo.base.errors import UserError
+from wan_parallel.wanvideo.base.user_error import UserError
 from wan_parallel.wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, model_config
 
 log = logging.getLogger("strategies")

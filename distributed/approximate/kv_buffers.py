@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from ..parallel.sequence import MissingPackage
+from ..parallel.sequence_group import MissingPackage
 from .fp8_codec import FP8, from_fp8, to_fp8
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on

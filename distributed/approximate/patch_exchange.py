@@ -8,7 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from ..parallel.sequence import SequenceGroup
+from ..parallel.sequence_group import SequenceGroup
 from .patch_layout import Patch, PatchLayout
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from ..parallel.exact import ExactStep
 from ..parallel.groups import ParallelGroups
 from ..parallel.strategy import Step, StepInputs, Strategy

@@ -13,7 +13,7 @@ import torch
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.checkpoint.header import Header
-from ..approximate.displaced_memory import PatchMemory, capacity, check_run, patch_memory
+from ..approximate.displaced_memory_estimate import PatchMemory, capacity, check_run, patch_memory
 from ..approximate.kv_buffers import manager_name
 from ..approximate.patch_layout import PatchLayout, split_grid, token_pixels
 from ..approximate.schedule import STALE, PatchSettings, StepInfo

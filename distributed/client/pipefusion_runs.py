@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..approximate.pipefusion_memory import check_stream, kept_bytes, stream_memory
+from ..approximate.pipefusion_memory_estimate import check_stream, kept_bytes, stream_memory
 from ..approximate.schedule import PatchSettings
 from .sampling_runs import SampledForward, SamplingRuns, Size, grid_of_size
 

@@ -2,7 +2,7 @@
 
 A `Pool` gives one thread at a time the turn, has the workers brought to where a forward needs them (preparation.py),
 and runs it (forward_call.py). How it talks to them is in rpc.py, what they hold in loaded_models.py, which plan they
-run under in planner.py, where they live in the executor, and what requests fail with in errors.py.
+run under in planner.py, where they live in the executor, and what requests fail with in failures.py.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ...wanvideo.base.config import WanConfig
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from ...wanvideo.checkpoint.weight_source import model_config
-from ..parallel.partition import most_held
+from ..parallel.model_division import most_held
 from ..plan.degrees import ParallelPlan
 from ..plan.placement import PlacementError
 from ..planner.planner import Planner, Workload
 from ..protocol.reports import DeviceProfile
 from ..protocol.requests import Probe, Reconfigure
 from ..protocol.specs import ModelSpec, PoolSettings
-from .errors import OutOfMemory
+from .failures import OutOfMemory
 from .loaded_models import LoadedModels
 from .rpc import Poll, WorkerClient
 

@@ -18,13 +18,13 @@ from typing import Generic, NoReturn, TypeVar
 
 from ..executors.executor import Executor, RanksEnded
 from ..protocol.codec import ProtocolError
-from ..protocol.errors import Failure
 from ..protocol.messages import Cancel, Message, PoolReady, Ready
+from ..protocol.pool_errors import Failure
 from ..protocol.replies import GivenUp, Replies
 from ..protocol.requests import Request, Trim
 from ..protocol.specs import PoolSettings
 from ..shm.arena import Arena
-from .errors import end_of_pool, error_among
+from .failures import end_of_pool, error_among
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class WorkerClient:
 
         Raises:
             WorkerDied: a process ended; the next `start` starts new ones.
-            Exception: what a worker failed with (see errors.py), or what `poll` raised.
+            Exception: what a worker failed with (see failures.py), or what `poll` raised.
         """
         self._last_id += 1  # ids grow by time
         asked = request(self._last_id)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from ..protocol.errors import Failure
 from ..protocol.messages import Cancel, Message
+from ..protocol.pool_errors import Failure
 from ..protocol.requests import Request
 from ..protocol.specs import PoolSettings, RankLocation
 from ..shm.arena import Arena

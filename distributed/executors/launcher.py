@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
 from ..protocol.codec import ProtocolError
-from ..protocol.errors import Failure, WorkerDied
 from ..protocol.messages import Cancel, Join, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
+from ..protocol.pool_errors import Failure, WorkerDied
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
 from ..shm.cancel import CancelMemory

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..plan.degrees import PlanError
-from ..protocol.errors import Failure, PoolError, WorkerDied
 from ..protocol.messages import Cancel, Message, PoolFailed, Start, decode, encode
+from ..protocol.pool_errors import Failure, PoolError, WorkerDied
 from ..protocol.requests import Request
 from ..protocol.specs import PoolSettings, RankLocation, on_one_host
 from ..shm.arena import Arena

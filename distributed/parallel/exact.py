@@ -10,7 +10,8 @@ from ...wanvideo.model.model import WanModel
 from ..protocol.requests import EXACT
 from ..shm.pinned import HostMemoryError
 from .groups import ParallelGroups
-from .sequence import NativeAttention, SequenceGroup
+from .sequence_attention import NativeAttention
+from .sequence_group import SequenceGroup
 from .strategy import Step, StepInputs, Strategy, WorkItem
 from .ulysses_overlap import OverlappedAttention
 from .xfuser_backend import XfuserAttention

@@ -20,7 +20,7 @@ from ..plan.degrees import ParallelPlan, SequenceDegrees
 from ..protocol.specs import PoolSettings
 from . import xfuser_backend
 from .pipeline import Stage
-from .sequence import SequenceGroup, group_of, join_group, leave_groups, over_sequence, own_process_group
+from .sequence_group import SequenceGroup, group_of, join_group, leave_groups, over_sequence, own_process_group
 from .tensor import TensorShard
 
 

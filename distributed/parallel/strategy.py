@@ -24,7 +24,7 @@ from ..plan.degrees import PlanError
 from ..protocol.reports import Exchange
 from ..protocol.requests import Displaced
 from .groups import ParallelGroups
-from .sequence import SequenceGroup
+from .sequence_group import SequenceGroup
 
 _registered: dict[str, type[Strategy]] = {}
 

@@ -1,10 +1,10 @@
 """Ulysses' exchange hidden behind computation: exact self-attention over the ranks of one Ulysses group.
 
-The exchange of sequence.py waits twice in each block: for queries, keys and values, and for the output. Here queries,
-keys and values each set out as soon as they are computed, while the product of the next one runs. Attention is computed
-in slices of heads: while one slice is computed, the inputs of the next slice arrive, and the output of the slice before
-leaves. A rank waits only for the last output, and for the first queries where they travel for longer than a product
-takes. The bytes that travel are the same.
+The exchange of sequence_attention.py waits twice in each block: for queries, keys and values, and for the output. Here
+queries, keys and values each set out as soon as they are computed, while the product of the next one runs. Attention
+is computed in slices of heads: while one slice is computed, the inputs of the next slice arrive, and the output of the
+slice before leaves. A rank waits only for the last output, and for the first queries where they travel for longer than
+a product takes. The bytes that travel are the same.
 
 Every rank writes into the other ranks' memory (see peer_memory.py). Receivers need not acknowledge that they have read
 a transfer before the next block's transfer replaces it. Queries, keys and values: a rank computes them from the output
@@ -21,7 +21,7 @@ import torch
 from ...wanvideo.attention.kernels import AttentionKernel
 from ..comm.peer_memory import PeerMemory
 from ..comm.timing import ALL_TO_ALL, LATER_SLICES, measure_wait
-from .sequence import SequenceGroup
+from .sequence_group import SequenceGroup
 from .ulysses_layout import TransferSchedule, UlyssesLayout, cut, cut_for_two_hops
 
 

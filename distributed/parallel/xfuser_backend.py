@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ...wanvideo.attention.kernels import AttentionKernel
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from ..comm import timing
 from ..plan.degrees import SequenceDegrees
 

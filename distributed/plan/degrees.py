@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from .ranks import RankMesh
 
 RING_COST = 0.2

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 from ...wanvideo.base.config import WanConfig
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 
 SLOTS = 2
 """Whole blocks on the GPU while blocks are gathered or streamed: the one that computes and the one that arrives."""

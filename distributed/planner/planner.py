@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from ...wanvideo.base.config import WanConfig
-from ..parallel.partition import check_plan
+from ..parallel.model_division import check_plan
 from ..plan.degrees import ParallelPlan, PlanError
 from ..protocol.machine import Machine
 from ..protocol.reports import DeviceProfile

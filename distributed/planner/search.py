@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, storage_bytes_of
-from ..parallel.partition import check_plan, parts_of
+from ..parallel.model_division import check_plan, parts_of
 from ..plan.degrees import ParallelPlan, PlanError
 from ..plan.placement import (
     REFERENCE_TOKENS,

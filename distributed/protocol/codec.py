@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 
 _TAG = "type"
 

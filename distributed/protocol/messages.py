@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .codec import from_json, to_json
-from .errors import Failure
+from .pool_errors import Failure
 from .replies import Replies, Reply
 from .requests import AnyRequest, Request
 from .specs import PoolSettings, RankLocation

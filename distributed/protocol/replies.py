@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import Failure
+from .pool_errors import Failure
 from .reports import DeviceProfile, Exchange, HeldWeights, WaitTimes, WorkerStatus
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from .host import host_room
 
 _HEADER = mmap.PAGESIZE

@@ -25,7 +25,7 @@ from ..comm.collectives import ShareGroup, gather_rows, join_share_group
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..plan.placement import Demand, Placement, activation_bytes, fitting_blocks, needed_bytes
-from ..protocol.errors import AnotherRankRefused
+from ..protocol.pool_errors import AnotherRankRefused
 from ..protocol.requests import ApplyLora, Offload
 from ..protocol.specs import ModelSpec, PoolSettings
 from ..shm.arena import ArenaReader

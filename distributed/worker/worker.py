@@ -17,15 +17,15 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from ...wanvideo.ops import pointwise
 from ..comm import timing
 from ..comm.probe import probe
 from ..parallel.groups import ParallelGroups
 from ..plan.degrees import ParallelPlan
-from ..protocol.errors import Failure, OutOfMemory
 from ..protocol.machine import Machine
 from ..protocol.messages import Join, StartFailed, decode, encode
+from ..protocol.pool_errors import Failure, OutOfMemory
 from ..protocol.replies import Done, ForwardDone, GivenUp, Outcome, Reply
 from ..protocol.reports import DeviceProfile
 from ..protocol.requests import (

@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...distributed.approximate.displaced_memory import TooLarge, check_run, check_weights, gib
+from ...distributed.approximate.displaced_memory_estimate import TooLarge, check_run, check_weights, gib
 from ...distributed.approximate.kv_buffers import INSTALL_LINE, MANAGERS, official_version
 from ...distributed.approximate.patch_layout import token_pixels
 from ...distributed.client.displaced_runs import DisplacedRuns
@@ -17,7 +17,7 @@ from ...distributed.plan.degrees import SPLIT_MODES, PlanError
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.weight_source import storage_format
-from ..common import inputs
+from ..common import shared_inputs
 from ..common.model_files import model_path
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..common.validation import check_file, check_widgets, file_fingerprint
@@ -46,7 +46,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
                 "for each other. Not exact, and it needs much host memory: XDit+USP WanVideo Model Loader is exact and "
                 "needs less. Meant for four GPUs or more without NVLink: try both."
             ),
-            inputs=[*_model(), *_patches(), *_hosts(), *_quality(), *_exchange(), inputs.device()],
+            inputs=[*_model(), *_patches(), *_hosts(), *_quality(), *_exchange(), shared_inputs.device()],
             outputs=[
                 DISTRIFUSION_MODEL.Output(
                     display_name="model", tooltip="For Official DistriFusion Sampler, or any other MODEL input."
@@ -147,7 +147,7 @@ def _need(runs: DisplacedRuns, width: int, height: int) -> str:
 
 def _model() -> list[io.Input]:
     return [
-        inputs.model_file("model", "A Wan model: what XDit+USP WanVideo Model Loader reads."),
+        shared_inputs.model_file("model", "A Wan model: what XDit+USP WanVideo Model Loader reads."),
         io.Combo.Input(
             "precision",
             options=list(PRECISIONS),
@@ -168,7 +168,7 @@ def _model() -> list[io.Input]:
 
 def _patches() -> list[io.Input]:
     return [
-        inputs.num_gpus(
+        shared_inputs.num_gpus(
             "GPUs that share the video, one worker process and one patch each. With device cpu: CPU processes."
         ),
         io.Int.Input(
@@ -223,7 +223,7 @@ def _hosts() -> list[io.Input]:
 
 def _quality() -> list[io.Input]:
     return [
-        inputs.attention_mode(
+        shared_inputs.attention_mode(
             "As in XDit+USP WanVideo Model Loader: auto is the fastest exact kernel that is installed."
         ),
         io.Int.Input(
@@ -272,7 +272,7 @@ def _exchange() -> list[io.Input]:
                 "pinned host memory, where the buffers then are. auto: host on GPUs, official or native on the CPU."
             ),
         ),
-        inputs.gpu_memory_fraction(
+        shared_inputs.gpu_memory_fraction(
             "The share of its GPU that a worker may take. What does not fit is refused before it starts. On the "
             "CPU: of the host's memory, all workers together.",
             optional=True,

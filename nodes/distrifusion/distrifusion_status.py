@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ...distributed.approximate.displaced_memory import gib
+from ...distributed.approximate.displaced_memory_estimate import gib
 from ...distributed.approximate.kv_buffers import official_version
 from ...distributed.approximate.patch_layout import PatchLayout, token_pixels
 from ...distributed.approximate.schedule import StepInfo
@@ -17,7 +17,7 @@ from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
-from ..common import inputs
+from ..common import shared_inputs
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..common.validation import new_fingerprint
 from ..model.model_patcher import displaced_runs
@@ -46,7 +46,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 DISTRIFUSION_MODEL.Input(
                     "model", tooltip="From Official DistriFusion Model Loader, or any node behind it."
                 ),
-                inputs.after(),
+                shared_inputs.after(),
                 io.Image.Input("frame", optional=True, tooltip="The patches are drawn over its first frame."),
             ],
             outputs=[io.String.Output(display_name="status"), io.Image.Output(display_name="patches")],

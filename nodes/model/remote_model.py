@@ -20,7 +20,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 
-from ...distributed.client.errors import OutOfMemory
+from ...distributed.client.failures import OutOfMemory
 from ...distributed.client.pipefusion_runs import PipeFusionRuns
 from ...distributed.client.pool import Pool
 from ...distributed.client.sampling_runs import SampledForward, SamplingRuns

@@ -12,7 +12,7 @@ import torch
 from ...distributed.client.pool import Pool
 from ...distributed.plan.placement import PlacementError
 from ...distributed.protocol.specs import ModelSpec
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 from .weightless_patcher import WeightlessPatcher
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ...distributed.plan.placement import CHOICES
 from ...distributed.protocol.specs import PIPELINE_MODES
-from ..common import inputs
+from ..common import shared_inputs
 from ..common.settings import PLANS, SHARES, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
 from ..common.validation import check_widgets
@@ -95,10 +95,10 @@ class XDitUSPConfig(io.ComfyNode):
 
 def _workers() -> list[io.Input]:
     return [
-        inputs.num_gpus(
+        shared_inputs.num_gpus(
             "GPUs that work on the model together, one worker process each. With device cpu: CPU processes."
         ),
-        inputs.gpu_memory_fraction(
+        shared_inputs.gpu_memory_fraction(
             "Cap on the share of its GPU's memory that torch gives to each worker; beyond it the worker "
             "stops with an out-of-memory message. Lower it to keep room on the GPU for the text encoder "
             "and the VAE. No effect on the CPU."
@@ -267,7 +267,7 @@ def _sequence_degrees() -> list[io.Input]:
 
 def _device_and_backend() -> list[io.Input]:
     return [
-        inputs.device(),
+        shared_inputs.device(),
         io.Combo.Input(
             "usp_backend",
             options=["auto", "native", "xfuser"],

@@ -16,7 +16,7 @@ from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ...wanvideo.model import fp8_mode as fp8_modes
-from ..common import inputs
+from ..common import shared_inputs
 from ..common.model_files import model_path
 from ..common.settings import WEIGHT_PRECISIONS, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
@@ -52,7 +52,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             inputs=[
                 *_model(),
                 XDITUSPCONFIG.Input("xdit_usp_config", tooltip="From XDit+USP Config."),
-                inputs.attention_mode(
+                shared_inputs.attention_mode(
                     "auto: the fastest exact kernel that is installed. sageattn quantises its inputs: "
                     "faster, and not exact. XDit+USP Status says which one runs."
                 ),
@@ -105,7 +105,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
 
 def _model() -> list[io.Input]:
     return [
-        inputs.model_file(
+        shared_inputs.model_file(
             "model",
             "A Wan model from models/diffusion_models or models/unet: .safetensors in fp32, "
             "bf16, fp16, fp8 or fp8_scaled, .gguf, or the transformer folder of a diffusers model.",

@@ -11,7 +11,7 @@ from ...distributed.client.pool import PoolStatus
 from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.checkpoint.weight_source import storage_format
-from ..common import inputs
+from ..common import shared_inputs
 from ..common.sockets import CATEGORY
 from ..common.validation import new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
@@ -36,7 +36,7 @@ class XDitUSPStatus(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From XDit+USP WanVideo Model Loader or any node behind it."),
-                inputs.after(),
+                shared_inputs.after(),
             ],
             outputs=[
                 io.String.Output(display_name="status"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from comfy_api.latest import io
 
 from ...wanvideo.checkpoint.vace_module import read_module
-from ..common import inputs
+from ..common import shared_inputs
 from ..common.model_files import model_path
 from ..common.sockets import CATEGORY
 from ..common.validation import check_file, file_fingerprint
@@ -33,7 +33,7 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
                 "VACE model of the text-to-video model in XDit+USP WanVideo Model Loader."
             ),
             inputs=[
-                inputs.model_file(
+                shared_inputs.model_file(
                     "vace_model",
                     "A VACE module from models/diffusion_models or models/unet, of the size of its model (14B or "
                     "1.3B). Each of the two files may be in any format.",

@@ -15,7 +15,7 @@ from testkit.patch_runs import Reference, assert_like_the_reference, sample, thr
 from testkit.tiny import relative_error
 from wan_parallel.distributed.approximate.kv_buffers import INSTALL_LINE, manager_name, official_version
 from wan_parallel.distributed.approximate.schedule import STALE, PatchSettings, Schedule
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import acquire
 from wan_parallel.distributed.plan.degrees import SPLIT_MODES, ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings

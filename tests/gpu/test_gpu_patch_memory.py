@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wan_parallel.distributed.approximate.displaced_memory import gib, patch_memory
+from wan_parallel.distributed.approximate.displaced_memory_estimate import gib, patch_memory
 from wan_parallel.distributed.approximate.kv_buffers import official_version
 from wan_parallel.distributed.approximate.patch_layout import split_grid, token_pixels
 from wan_parallel.distributed.client.pool import Pool

@@ -12,10 +12,10 @@ import pytest
 import torch
 from testkit import tiny
 from testkit.tiny import relative_error
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import acquire
 from wan_parallel.distributed.parallel import xfuser_backend
-from wan_parallel.distributed.parallel.partition import held_parameters
+from wan_parallel.distributed.parallel.model_division import held_parameters
 from wan_parallel.distributed.parallel.xfuser_backend import BackendError
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings

@@ -8,9 +8,9 @@ from dataclasses import fields
 import pytest
 import torch
 from testkit.shared.guides import GUIDE, PATCHES, ROOT, rows, section
-from wan_parallel.distributed.approximate.displaced_memory import gib, patch_memory
+from wan_parallel.distributed.approximate.displaced_memory_estimate import gib, patch_memory
 from wan_parallel.distributed.approximate.patch_layout import split_grid, token_pixels
-from wan_parallel.distributed.parallel.partition import held_parameters
+from wan_parallel.distributed.parallel.model_division import held_parameters
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.nodes.common.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig

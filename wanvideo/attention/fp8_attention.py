@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..quant import fp8
+from ..quant import fp8_linear
 from . import flash3
 
 _QUERIES = 256
@@ -53,8 +53,8 @@ def to_heads(x: Tensor) -> Fp8Heads:
         data, scale, _ = kernels.to_heads(x, smooth=False)
         return Fp8Heads(data, scale)
     values = x.float()
-    scale = fp8.power_of_two(values.abs().amax((1, 3)))
-    return Fp8Heads((values / scale[:, None, :, None]).to(fp8.FP8), scale)
+    scale = fp8_linear.power_of_two(values.abs().amax((1, 3)))
+    return Fp8Heads((values / scale[:, None, :, None]).to(fp8_linear.FP8), scale)
 
 
 def to_smoothed_heads(x: Tensor, unbiased: bool = False) -> SmoothedHeads:
@@ -71,8 +71,8 @@ def to_smoothed_heads(x: Tensor, unbiased: bool = False) -> SmoothedHeads:
     else:
         values = x.float()
         mean = values.mean(1)
-        scale = fp8.power_of_two(values.abs().amax((1, 3)) + mean.abs().amax(-1))
-        data = ((values - mean[:, None]) / scale[:, None, :, None]).to(fp8.FP8)
+        scale = fp8_linear.power_of_two(values.abs().amax((1, 3)) + mean.abs().amax(-1))
+        data = ((values - mean[:, None]) / scale[:, None, :, None]).to(fp8_linear.FP8)
     if unbiased:  # in a pass of its own: in the kernel that rounds them, half of the sums were NaN with Triton 3.6
         sums = kernels.sum_heads(data) if kernels else data.bfloat16().sum(1, dtype=torch.float32)
         mean = mean - sums * (scale / x.shape[1])[..., None]
@@ -89,7 +89,7 @@ def add_mean_(out: Tensor, mean: Tensor) -> Tensor:
 def _fused(x: Tensor) -> ModuleType | None:
     """Triton's kernels for heads like those of x; None where no kernel takes such heads."""
     fits = x.stride(-1) == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0
-    return fp8.fused(x.device) if fits else None
+    return fp8_linear.fused(x.device) if fits else None
 
 
 def _rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Fp8Heads, SmoothedHeads, SmoothedHeads]:
@@ -118,7 +118,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, 
         largest = scores.amax(-1, keepdim=True)
         weights = (scores - largest).exp_()
         total = weights.sum(-1, keepdim=True)
-        rounded = (weights * _P_SCALE).to(fp8.FP8).float() / _P_SCALE
+        rounded = (weights * _P_SCALE).to(fp8_linear.FP8).float() / _P_SCALE
         outs.append(torch.einsum("bhqk,bkhd->bqhd", rounded / total, values))
         sums.append((largest + total.log()).squeeze(-1))
     out = (torch.cat(outs, dim=1) + v8.mean[:, None]).to(q.dtype)

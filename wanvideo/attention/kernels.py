@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.errors import UserError
 from ..base.packages import has_module
+from ..base.user_error import UserError
 from . import flash3, fp8_attention
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import UserError
+from .user_error import UserError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import UserError
+from .user_error import UserError
 
 
 class CheckpointError(UserError, ValueError):

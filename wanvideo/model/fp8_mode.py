@@ -10,7 +10,7 @@ import torch
 
 from ..attention.kernels import get_fp8_kernel
 from ..checkpoint.header import Header
-from ..quant import fp8
+from ..quant import fp8_linear
 from ..quant.formats.registry import format_name
 from .layers import Block
 from .model import WanModel
@@ -34,7 +34,7 @@ def weights_for(header: Header | None, mode: str, weight_dtype: str) -> str:
     quantized = {name: info for name, info in tensors if info.is_quantized and "blocks." in name}
     others = {name: info for name, info in quantized.items() if not info.format.fp8_products}
     if others:
-        raise fp8.Fp8Error(
+        raise fp8_linear.Fp8Error(
             f"The file has {format_name(others)} weights, which fp8_mode {mode} cannot multiply. "
             "Use the fp8 e4m3 (fp8_scaled), bf16 or fp16 version of the model, or set fp8_mode to disabled."
         )
@@ -50,7 +50,7 @@ def use_fp8(model: WanModel, mode: str, device: torch.device) -> None:
     """
     if mode == DISABLED:
         return
-    fp8.check_device(device, model.compute_dtype)
+    fp8_linear.check_device(device, model.compute_dtype)
     for module in model.modules():
         if isinstance(module, Block):
             module.use_fp8()
@@ -63,4 +63,4 @@ def describe(model: WanModel, mode: str, device: torch.device) -> str:
     if mode == DISABLED:
         return ""
     attention = f", self-attention {model.self_kernel.name}" if mode == ATTENTION else ""
-    return f"products {fp8.check_device(device, model.compute_dtype)}{attention}"
+    return f"products {fp8_linear.check_device(device, model.compute_dtype)}{attention}"

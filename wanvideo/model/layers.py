@@ -23,9 +23,9 @@ from ..base.config import WanConfig
 from ..base.grid import PATCH
 from ..ops import pointwise
 from ..ops.pointwise import ByToken, Vectors
-from ..quant import fp8
+from ..quant import fp8_linear
 from ..quant.formats.fp8 import Fp8Weight
-from ..quant.fp8 import Fp8Rows
+from ..quant.fp8_linear import Fp8Rows
 from ..quant.quantized import as_tensor
 from .text_keys import Keys
 
@@ -58,7 +58,7 @@ class OverSequence:
 class Linear(nn.Module):
     """x @ weight.T + bias in the dtype of x, whatever the dtype of `weight`, which may be a `QuantizedWeight`.
 
-    With `fp8`, x is rounded to fp8 and multiplied by fp8 weights as they are; see fp8.py.
+    With `fp8`, x is rounded to fp8 and multiplied by fp8 weights as they are; see fp8_linear.py.
     """
 
     def __init__(self, columns: int, rows: int):
@@ -71,7 +71,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor | Fp8Rows) -> torch.Tensor:
         """x [..., columns] to [..., rows], in the dtype of x (the compute dtype of fp8 rows)."""
         if self.fp8 and isinstance(self.weight, Fp8Weight):
-            return fp8.product(x if isinstance(x, Fp8Rows) else fp8.to_rows(x), self.weight, self.bias)
+            return fp8_linear.product(x if isinstance(x, Fp8Rows) else fp8_linear.to_rows(x), self.weight, self.bias)
         if isinstance(x, Fp8Rows):  # shared with fp8 weights, which this file has not everywhere
             x = x.dequantize()
         return F.linear(x, *self._in(x.dtype))
@@ -263,7 +263,7 @@ class Block(nn.Module):
     def use_fp8(self) -> None:
         """Multiply in fp8 where weights are in fp8; norms and activation then supply the products with fp8 rows."""
         self.fp8 = True
-        self.ffn[1] = fp8.GeluRows()
+        self.ffn[1] = fp8_linear.GeluRows()
         for linear in (*self.self_attn.linears(), *self.cross_attn.linears(), self.ffn.up, self.ffn.down):
             linear.fp8 = True
 
@@ -385,7 +385,7 @@ def _norm(
     x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype, to_fp8: bool
 ) -> torch.Tensor | Fp8Rows:
     """LayerNorm(x) * scale + shift in `dtype`, or as fp8 rows for products in `dtype`."""
-    return (fp8.norm_rows if to_fp8 else pointwise.norm)(x, scale, shift, eps, dtype)
+    return (fp8_linear.norm_rows if to_fp8 else pointwise.norm)(x, scale, shift, eps, dtype)
 
 
 def add_norm(
@@ -402,7 +402,7 @@ def add_norm(
     if not to_fp8:
         return pointwise.add_norm(x, change, gate, scale, shift, eps, dtype)
     pointwise.add_(x, change, gate)
-    return fp8.norm_rows(x, scale, shift, eps, dtype)
+    return fp8_linear.norm_rows(x, scale, shift, eps, dtype)
 
 
 def slices(length: int, step: int, parts: int = 1) -> Iterator[slice]:

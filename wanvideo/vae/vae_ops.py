@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
-from ..base.errors import UserError
+from ..base.user_error import UserError
 from ..ops.triton_probe import tried_out
 
 CONVOLUTIONS = ("auto", "triton", "conv3d", "conv3d_ncdhw", "conv2d")

@@ -6,8 +6,8 @@ until the same layer runs in the next step, so that it hides behind all computat
 borders can be exchanged fresh in every step. Wan's norms go over single tokens, so only self-attention needs other
 patches.
 
-Synchronous forwards are the exact sequence parallelism of sequence.py, unchanged. The last synchronous forward before a
-stale one also sends its keys and values to every rank ("fill").
+Synchronous forwards are the exact sequence parallelism of sequence_attention.py, unchanged. The last synchronous
+forward before a stale one also sends its keys and values to every rank ("fill").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...comm import timing
 from ...comm.host_kv import HostManager
 from ...parallel.exact import exact_attention
 from ...parallel.groups import ParallelGroups
-from ...parallel.sequence import SequenceGroup
+from ...parallel.sequence_group import SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
 from ...protocol.reports import Exchange
 from ...protocol.requests import Displaced
@@ -183,7 +183,7 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
     """The displaced patches of one worker, over the models, runs and branches that it is asked for.
 
     Nothing else may take the device memory that is free beside a forward: the client has counted on it for the buffers
-    (displaced_memory.py).
+    (displaced_memory_estimate.py).
     """
 
     keeps_texts = False

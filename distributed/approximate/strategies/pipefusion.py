@@ -24,7 +24,8 @@ import torch
 from ....wanvideo.attention.kernels import AttentionKernel
 from ....wanvideo.base.grid import Grid
 from ...parallel.groups import ParallelGroups
-from ...parallel.sequence import SequenceAttention, SequenceGroup
+from ...parallel.sequence_attention import SequenceAttention
+from ...parallel.sequence_group import SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
 from ...plan.degrees import bounds
 from ...protocol.requests import Displaced

@@ -24,9 +24,9 @@ from wan_parallel.distributed.approximate.kv_buffers import (
 )
 from wan_parallel.distributed.approximate.schedule import FILL, STALE, PatchSettings, Schedule
 from wan_parallel.distributed.approximate.stale import StaleError
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
-from wan_parallel.distributed.parallel.sequence import MissingPackage
+from wan_parallel.distributed.parallel.sequence_group import MissingPackage
 from wan_parallel.distributed.plan.degrees import SPLIT_MODES, PatchSplit, PlanError
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from testkit.tiny import sentences
-from wan_parallel.distributed.approximate.displaced_memory import (
+from wan_parallel.distributed.approximate.displaced_memory_estimate import (
     PatchMemory,
     TooLarge,
     capacity,

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from wan_parallel.distributed.approximate.pipefusion_memory import kept_bytes, stream_memory
+from wan_parallel.distributed.approximate.pipefusion_memory_estimate import kept_bytes, stream_memory
 from wan_parallel.distributed.approximate.schedule import FILL
 from wan_parallel.distributed.approximate.strategies.pipefusion import StreamedStep
 from wan_parallel.distributed.parallel.pipeline import Stage
-from wan_parallel.distributed.parallel.sequence import group_of
+from wan_parallel.distributed.parallel.sequence_group import group_of
 from wan_parallel.distributed.parallel.strategy import StepInputs
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced

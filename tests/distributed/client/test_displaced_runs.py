@@ -10,11 +10,11 @@ import pytest
 import torch
 from testkit import tiny
 from wan_parallel.distributed.approximate import kv_buffers
-from wan_parallel.distributed.approximate.displaced_memory import TooLarge
+from wan_parallel.distributed.approximate.displaced_memory_estimate import TooLarge
 from wan_parallel.distributed.approximate.schedule import PatchSettings
 from wan_parallel.distributed.client.displaced_runs import DisplacedRuns
 from wan_parallel.distributed.client.sampling_runs import SampledForward
-from wan_parallel.distributed.parallel.sequence import MissingPackage
+from wan_parallel.distributed.parallel.sequence_group import MissingPackage
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit, PlanError
 from wan_parallel.distributed.protocol.reports import Exchange
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings

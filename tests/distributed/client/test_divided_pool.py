@@ -13,7 +13,7 @@ import pytest
 import torch
 from testkit import tiny
 from testkit.processes import wait_until_gone
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.parallel.pipeline import Flow, Stage
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError

@@ -26,7 +26,7 @@ import testkit
 import torch
 from testkit import tiny
 from testkit.processes import alive, cpu_seconds, descendants, open_files, wait_until_gone
-from wan_parallel.distributed.client.errors import PoolError, WorkerDied
+from wan_parallel.distributed.client.failures import PoolError, WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import LoadVAE

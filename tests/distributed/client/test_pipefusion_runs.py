@@ -9,8 +9,8 @@ import pytest
 import torch
 from testkit import tiny
 from testkit.tiny import sentences
-from wan_parallel.distributed.approximate.displaced_memory import TooLarge, host_memory
-from wan_parallel.distributed.approximate.pipefusion_memory import kept_bytes, stream_memory
+from wan_parallel.distributed.approximate.displaced_memory_estimate import TooLarge, host_memory
+from wan_parallel.distributed.approximate.pipefusion_memory_estimate import kept_bytes, stream_memory
 from wan_parallel.distributed.client.pipefusion_runs import PipeFusionRuns
 from wan_parallel.distributed.client.sampling_runs import SampledForward
 from wan_parallel.distributed.plan.degrees import ParallelPlan

@@ -19,7 +19,7 @@ import testkit
 import torch
 from testkit import tiny
 from testkit.processes import alive, descendants, listening, private_bytes, wait_until_gone
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings

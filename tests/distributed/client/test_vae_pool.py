@@ -14,7 +14,7 @@ import pytest
 import testkit
 import torch
 from testkit import tiny
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool, acquire, running
 from wan_parallel.distributed.client.vae_client import VAEWeights, decode, encode
 from wan_parallel.distributed.plan.degrees import ParallelPlan

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from testkit import tiny
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.comm import topology
 from wan_parallel.distributed.executors.executor import Executor, RanksEnded
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.errors import Failure
 from wan_parallel.distributed.protocol.messages import Cancel, Message, PoolReady, decode, encode
+from wan_parallel.distributed.protocol.pool_errors import Failure
 from wan_parallel.distributed.protocol.replies import Done, Replies, Reply
 from wan_parallel.distributed.protocol.requests import Request
 from wan_parallel.distributed.protocol.specs import PoolSettings, RankLocation, on_one_host

@@ -14,7 +14,7 @@ from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.executors import local
 from wan_parallel.distributed.executors.worker_processes import AdoptedProcess
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.errors import WorkerDied
+from wan_parallel.distributed.protocol.pool_errors import WorkerDied
 from wan_parallel.distributed.protocol.specs import PoolSettings
 
 WITHOUT_FORKS = """

@@ -11,7 +11,7 @@ from testkit.format_files import write_gguf, written
 from testkit.shared.divided import STEPS, STREAMED_SIZES, UNEVEN, Case, step_inputs, streamed_in_one_process
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
 from wan_parallel.distributed.approximate.strategies.pipefusion import cut
-from wan_parallel.distributed.parallel.partition import held_parameters
+from wan_parallel.distributed.parallel.model_division import held_parameters
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol.requests import Displaced
 from wan_parallel.distributed.protocol.specs import ModelSpec

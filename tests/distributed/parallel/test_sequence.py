@@ -18,7 +18,8 @@ from wan_parallel.distributed.comm.peer_memory import HostPeerMemory, PeerMemory
 from wan_parallel.distributed.comm.peer_memory_cuda import open_peer_memory
 from wan_parallel.distributed.parallel.exact import exact_attention
 from wan_parallel.distributed.parallel.groups import ParallelGroups
-from wan_parallel.distributed.parallel.sequence import NativeAttention, SequenceGroup, join_group
+from wan_parallel.distributed.parallel.sequence_attention import NativeAttention
+from wan_parallel.distributed.parallel.sequence_group import SequenceGroup, join_group
 from wan_parallel.distributed.parallel.ulysses_overlap import OverlappedAttention
 from wan_parallel.distributed.plan.degrees import ParallelPlan, SequenceDegrees, shares
 from wan_parallel.distributed.protocol.specs import PoolSettings

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from testkit import tiny, worker_group
-from wan_parallel.distributed.parallel.partition import held_parameters, parts_of
+from wan_parallel.distributed.parallel.model_division import held_parameters, parts_of
 from wan_parallel.distributed.parallel.pipeline import Stage
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.specs import ModelSpec

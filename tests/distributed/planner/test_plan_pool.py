@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from testkit import tiny
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.planner.planner import Planner, Workload, room_of, slowest, speeds_of

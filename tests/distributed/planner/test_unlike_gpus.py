@@ -8,7 +8,7 @@ import pytest
 import testkit  # noqa: F401 (registers wan_parallel, also in the processes of the group)
 import torch
 from testkit import gloo_group, tiny
-from wan_parallel.distributed.client.errors import error_among
+from wan_parallel.distributed.client.failures import error_among
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.messages import decode, encode
 from wan_parallel.distributed.protocol.replies import Reply

@@ -6,13 +6,19 @@ from dataclasses import replace
 
 import pytest
 import testkit  # noqa: F401 (registers wan_parallel)
-from wan_parallel.distributed.client.errors import end_of_pool, error_among
+from wan_parallel.distributed.client.failures import end_of_pool, error_among
 from wan_parallel.distributed.plan.degrees import PlanError
-from wan_parallel.distributed.protocol.errors import AnotherRankRefused, Failure, OutOfMemory, PoolError, WorkerDied
 from wan_parallel.distributed.protocol.messages import decode, encode
+from wan_parallel.distributed.protocol.pool_errors import (
+    AnotherRankRefused,
+    Failure,
+    OutOfMemory,
+    PoolError,
+    WorkerDied,
+)
 from wan_parallel.distributed.protocol.replies import Done, Reply
-from wan_parallel.wanvideo.base.errors import UserError
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
+from wan_parallel.wanvideo.base.user_error import UserError
 
 TEXT = "The plan cannot work. Use another."
 

@@ -15,8 +15,8 @@ from testkit import tiny
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.protocol import messages, refs, replies, reports, requests, specs
 from wan_parallel.distributed.protocol.codec import ProtocolError
-from wan_parallel.distributed.protocol.errors import Failure
 from wan_parallel.distributed.protocol.machine import Machine
+from wan_parallel.distributed.protocol.pool_errors import Failure
 from wan_parallel.wanvideo.base.options import Options, RopeOptions
 
 SPEC = specs.ModelSpec(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from testkit import tiny
 from testkit.shared.lora_changes import lora_set, normal, some_lora, uuids
-from wan_parallel.distributed.client.errors import PoolError
+from wan_parallel.distributed.client.failures import PoolError
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.distributed.weights.lora_transfer import LoraSet
 from wan_parallel.wanvideo.base.lora import Difference, LoraError, LowRank, Replacement, merge, narrow_delta

@@ -19,7 +19,7 @@ from testkit.patch_runs import sample, through
 from testkit.processes import private_bytes
 from testkit.shared.lora_changes import lora_set, some_lora
 from wan_parallel.distributed.approximate.schedule import PatchSettings
-from wan_parallel.distributed.client.errors import WorkerDied
+from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import ALIGN

@@ -19,9 +19,9 @@ from wan_parallel.wanvideo.checkpoint.weight_source import model_config
 from wan_parallel.wanvideo.model import fp8_mode
 from wan_parallel.wanvideo.model.model import WanModel
 from wan_parallel.wanvideo.ops import pointwise
-from wan_parallel.wanvideo.quant import fp8
+from wan_parallel.wanvideo.quant import fp8_linear
 from wan_parallel.wanvideo.quant.formats.fp8 import Fp8Weight
-from wan_parallel.wanvideo.quant.fp8 import Fp8Error
+from wan_parallel.wanvideo.quant.fp8_linear import Fp8Error
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -37,9 +37,9 @@ needs_fa3 = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def fp8_products():
-    if torch.cuda.get_device_capability() < fp8.CAPABILITY:
+    if torch.cuda.get_device_capability() < fp8_linear.CAPABILITY:
         with pytest.raises(Fp8Error, match="fp8_mode needs"):
-            fp8.check_device(CUDA, torch.bfloat16)
+            fp8_linear.check_device(CUDA, torch.bfloat16)
         pytest.skip("this GPU has no fp8, and fp8 mode says so")
     if not pointwise.use_triton(CUDA):
         pytest.skip("Triton does not work on this machine")
@@ -73,7 +73,7 @@ def share_of_equal(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_rows_are_rounded_to_the_same_bits(dtype, width, plain):
     x = (normal(2, 30, width) * torch.logspace(-3, 3, 30, device=CUDA)[:, None]).to(dtype)
     x[1, 7] = 0
-    fused, reference = fp8.to_rows(x), plain(fp8.to_rows, x)
+    fused, reference = fp8_linear.to_rows(x), plain(fp8_linear.to_rows, x)
     assert torch.equal(fused.scale, reference.scale)
     assert torch.equal(fused.data.view(torch.uint8), reference.data.view(torch.uint8))
 
@@ -84,7 +84,7 @@ def test_norm_and_rounding_in_one_pass(width, rows, plain):
     x = normal(2, 37, width)[:, 3:33]
     shape = (width,) if rows is None else (2, rows, width)
     given = x, normal(*shape, seed=1), normal(*shape, seed=2), 1e-6, torch.bfloat16
-    fused, reference = fp8.norm_rows(*given), plain(fp8.norm_rows, *given)
+    fused, reference = fp8_linear.norm_rows(*given), plain(fp8_linear.norm_rows, *given)
     assert share_of_equal(fused.data, reference.data) > 0.999
     assert tiny.relative_error(fused.data.float() * fused.scale, reference.data.float() * reference.scale) < 1e-2
 
@@ -92,7 +92,7 @@ def test_norm_and_rounding_in_one_pass(width, rows, plain):
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_gelu_and_rounding_in_one_pass(dtype, plain):
     x = normal(50, 13824, dtype=dtype) * 3
-    fused, reference = fp8.gelu_rows(x), plain(fp8.gelu_rows, x)
+    fused, reference = fp8_linear.gelu_rows(x), plain(fp8_linear.gelu_rows, x)
     assert share_of_equal(fused.data, reference.data) > 0.998
     assert tiny.relative_error(fused.dequantize(), reference.dequantize()) < 1e-2
 
@@ -120,16 +120,16 @@ def test_the_mean_comes_back_as_in_plain_torch(dtype, plain):
 # Products.
 
 
-@pytest.mark.parametrize("multiply", [fp8._rowwise, fp8._rowwise_fp16, fp8._tensorwise])
+@pytest.mark.parametrize("multiply", [fp8_linear._rowwise, fp8_linear._rowwise_fp16, fp8_linear._tensorwise])
 @pytest.mark.parametrize("shape", [(1, 256, 256), (77, 5120, 5120), (513, 13824, 5120), (8192, 5120, 13824)], ids=str)
 def test_a_product_is_that_of_the_rounded_numbers(multiply, shape):
     n, columns, rows = shape
-    x = fp8.to_rows(normal(n, columns, dtype=torch.bfloat16))
-    weight, bias = Fp8Weight.quantize(normal(rows, columns, seed=1) * 0.02, fp8.FP8), normal(rows, seed=2)
+    x = fp8_linear.to_rows(normal(n, columns, dtype=torch.bfloat16))
+    weight, bias = Fp8Weight.quantize(normal(rows, columns, seed=1) * 0.02, fp8_linear.FP8), normal(rows, seed=2)
     try:
         got = multiply(x.data, x.scale, weight.data, weight.scale.t(), bias)
     except (RuntimeError, ValueError) as refusal:
-        if multiply is fp8._rowwise and HOPPER:
+        if multiply is fp8_linear._rowwise and HOPPER:
             raise
         pytest.skip(f"not on this GPU with this torch: {str(refusal).splitlines()[0]}")
     part = slice(0, 128)
@@ -141,7 +141,7 @@ def test_a_product_is_that_of_the_rounded_numbers(multiply, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT], ids=str)
 def test_a_way_to_multiply_is_found(dtype):
-    how = fp8.check_device(CUDA, dtype)
+    how = fp8_linear.check_device(CUDA, dtype)
     print(how)
     assert how == "scaled by rows" or not HOPPER
 
@@ -199,7 +199,7 @@ def test_a_model_is_as_far_from_the_exact_one_as_the_reference_is(path, mode):
     exact = WanModel.from_checkpoint(path)(*given)
     outputs = {}
     for device in ("cpu", "cuda"):
-        model = WanModel.from_checkpoint(path, fp8.FP8, torch.bfloat16, device)
+        model = WanModel.from_checkpoint(path, fp8_linear.FP8, torch.bfloat16, device)
         fp8_mode.use_fp8(model, mode, torch.device(device))
         with torch.inference_mode():
             outputs[device] = model(*(t.to(device) for t in given)).cpu()

@@ -24,9 +24,9 @@ from wan_parallel.wanvideo.checkpoint.header import read_header
 from wan_parallel.wanvideo.model import fp8_mode
 from wan_parallel.wanvideo.model.layers import Linear
 from wan_parallel.wanvideo.model.model import WanModel
-from wan_parallel.wanvideo.quant import fp8
+from wan_parallel.wanvideo.quant import fp8_linear
 from wan_parallel.wanvideo.quant.formats.fp8 import Fp8Weight
-from wan_parallel.wanvideo.quant.fp8 import Fp8Error
+from wan_parallel.wanvideo.quant.fp8_linear import Fp8Error
 
 CPU = torch.device("cpu")
 GIVEN = tiny.inputs(size=(3, 8, 10))
@@ -50,7 +50,7 @@ def in_mode(checkpoint: str, mode: str, **options: object) -> WanModel:
 @pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 448.0, 1e20])
 def test_a_row_is_divided_by_the_smallest_power_of_two_that_brings_it_into_the_format(size):
     x = normal(64, 96) * size * torch.logspace(-3, 3, 64)[:, None]
-    rows = fp8.to_rows(x)
+    rows = fp8_linear.to_rows(x)
     largest = rows.data.float().abs().amax(-1)
     assert ((largest > 208) & (largest <= 448)).all()  # 224, of which rounding takes the last half step
     assert torch.equal(torch.frexp(rows.scale)[0], torch.full_like(rows.scale, 0.5))
@@ -61,17 +61,17 @@ def test_a_row_is_divided_by_the_smallest_power_of_two_that_brings_it_into_the_f
     "largest, scale", [(448.0, 1.0), (448.5, 2.0), (224.0, 0.5), (1.75, 2.0**-8), (0.0, 2.0**-100)]
 )
 def test_the_scale_leaves_no_room_and_never_overflows(largest, scale):
-    assert float(fp8.power_of_two(torch.tensor([largest]))) == scale
+    assert float(fp8_linear.power_of_two(torch.tensor([largest]))) == scale
 
 
 def test_rows_of_zeros_stay_zeros():
-    assert not fp8.to_rows(torch.zeros(3, 32)).dequantize().any()
+    assert not fp8_linear.to_rows(torch.zeros(3, 32)).dequantize().any()
 
 
 def test_a_part_of_a_row_is_rounded_as_in_the_whole():
     x = normal(16, 512)
     x[:, 300] *= 50
-    whole, part = fp8.to_rows(x).dequantize()[:, :256], fp8.to_rows(x[:, :256].contiguous()).dequantize()
+    whole, part = fp8_linear.to_rows(x).dequantize()[:, :256], fp8_linear.to_rows(x[:, :256].contiguous()).dequantize()
     least = 2**-13 * x.abs().amax(-1, keepdim=True)
     assert torch.equal(part[x[:, :256].abs() > least], whole[x[:, :256].abs() > least])
     assert ((part - whole).abs() <= least * 2**-4).all()
@@ -80,9 +80,9 @@ def test_a_part_of_a_row_is_rounded_as_in_the_whole():
 def test_norm_and_gelu_are_rounded_once():
     x, scale, shift = normal(2, 30, 128), normal(2, 1, 128, seed=1), normal(2, 1, 128, seed=2)
     exact = torch.nn.functional.layer_norm(x, (128,), eps=1e-6) * scale + shift
-    assert torch.equal(fp8.norm_rows(x, scale, shift, 1e-6, x.dtype).data, fp8.to_rows(exact).data)
+    assert torch.equal(fp8_linear.norm_rows(x, scale, shift, 1e-6, x.dtype).data, fp8_linear.to_rows(exact).data)
     gelu = torch.nn.functional.gelu(x, approximate="tanh")
-    assert torch.equal(fp8.gelu_rows(x).data, fp8.to_rows(gelu).data)
+    assert torch.equal(fp8_linear.gelu_rows(x).data, fp8_linear.to_rows(gelu).data)
 
 
 # Products.
@@ -101,8 +101,8 @@ WEIGHTS = {
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_product_is_that_of_the_rounded_numbers(kind, dtype):
     weight, bias = WEIGHTS[kind], normal(48, seed=4)
-    rows = fp8.to_rows(normal(2, 7, 96).to(dtype))
-    got = fp8.product(rows, weight, bias)
+    rows = fp8_linear.to_rows(normal(2, 7, 96).to(dtype))
+    got = fp8_linear.product(rows, weight, bias)
     numbers = rows.data.double() * rows.scale.double()
     expected = numbers @ weight.dequantize(torch.float32).double().t() + bias.double()
     assert got.dtype == dtype and got.shape == (2, 7, 48)
@@ -111,12 +111,13 @@ def test_a_product_is_that_of_the_rounded_numbers(kind, dtype):
 
 def test_a_product_of_random_matrices_is_off_by_what_rounding_both_is():
     x, w, bias = normal(64, 1024), normal(96, 1024, seed=1) * 0.02, normal(96, seed=2) * 0.02
-    got = fp8.product(fp8.to_rows(x), Fp8Weight.quantize(w, torch.float8_e4m3fn), bias)
+    got = fp8_linear.product(fp8_linear.to_rows(x), Fp8Weight.quantize(w, torch.float8_e4m3fn), bias)
     assert 0.02 < tiny.relative_error(got, x.double() @ w.double().t() + bias) < 0.045
 
 
 def test_a_rank_without_tokens_has_an_empty_product():
-    assert fp8.product(fp8.to_rows(torch.empty(2, 0, 96)), WEIGHTS["no scale"], normal(48)).shape == (2, 0, 48)
+    rows = fp8_linear.to_rows(torch.empty(2, 0, 96))
+    assert fp8_linear.product(rows, WEIGHTS["no scale"], normal(48)).shape == (2, 0, 48)
 
 
 def test_a_linear_rounds_its_input_only_in_fp8_mode():
@@ -127,12 +128,12 @@ def test_a_linear_rounds_its_input_only_in_fp8_mode():
     plain = linear(x)
     assert tiny.relative_error(plain, x @ linear.weight.dequantize(torch.float32).t()) < 1e-6
     linear.fp8 = True
-    assert torch.equal(linear(x), linear(fp8.to_rows(x)))
+    assert torch.equal(linear(x), linear(fp8_linear.to_rows(x)))
     assert 0.01 < tiny.relative_error(linear(x), plain) < 0.04
 
 
 def test_rows_meet_a_weight_that_the_file_has_not_quantised():
-    linear, rows = Linear(96, 48), fp8.to_rows(normal(5, 96))
+    linear, rows = Linear(96, 48), fp8_linear.to_rows(normal(5, 96))
     linear.fp8 = True
     linear.weight.data, linear.bias.data = normal(48, 96, seed=1), normal(48, seed=2)
     assert torch.equal(linear(rows), torch.nn.functional.linear(rows.dequantize(), linear.weight, linear.bias))
@@ -198,7 +199,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import testkit, torch
 from torch.nn import functional as F
-from wan_parallel.wanvideo.quant import fp8, fp8_triton
+from wan_parallel.wanvideo.quant import fp8_linear as fp8, fp8_linear_triton as fp8_triton
 torch.manual_seed(0)
 
 def close(a, b):
@@ -209,19 +210,19 @@ for d, gelu in ((200, False), (200, True), (128, False), (24, True)):
     numbers, scale = fp8_triton.to_rows(x, gelu, torch.float32)
     exact = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
     close(numbers * scale, exact)
-    assert torch.equal(scale, fp8.power_of_two((numbers * scale).abs().amax(-1, keepdim=True)))
+    assert torch.equal(scale, fp8_linear.power_of_two((numbers * scale).abs().amax(-1, keepdim=True)))
 stream = torch.randn(2, 9, 200)[:, 2:7]
 scale, shift = torch.randn(2, 1, 200), torch.randn(2, 5, 3, 200)[:, :, 1]
 numbers, scales = fp8_triton.norm_rows(stream, scale, shift, 1e-6, torch.float32)
 close(numbers * scales, F.layer_norm(stream, (200,), eps=1e-6) * scale + shift)
-assert torch.equal(scales, fp8.power_of_two((numbers * scales).abs().amax(-1, keepdim=True)))
+assert torch.equal(scales, fp8_linear.power_of_two((numbers * scales).abs().amax(-1, keepdim=True)))
 packed = torch.randn(1100, 2, 3, 2, 64) + 3
 v = packed[:, :, 2].transpose(0, 1)
 for smooth in (False, True):
     numbers, scale, mean = fp8_triton.to_heads(v, smooth, torch.float32)
     close(numbers * scale[:, None, :, None] + (mean[:, None] if smooth else 0), v)
     taken = v.mean(1) if smooth else torch.zeros(2, 2, 64)
-    close(scale, fp8.power_of_two(v.abs().amax((1, 3)) + taken.abs().amax(-1)))
+    close(scale, fp8_linear.power_of_two(v.abs().amax((1, 3)) + taken.abs().amax(-1)))
     if smooth:
         close(mean, taken)
         close(fp8_triton.sum_heads(v) / v.shape[1], taken)
@@ -279,7 +280,7 @@ def test_a_gpu_without_fp8_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device=None: "A100")
     with pytest.raises(Fp8Error, match=r"A100 has 8\.0") as refusal:
-        fp8.check_device(torch.device("cuda", 3), torch.bfloat16)
+        fp8_linear.check_device(torch.device("cuda", 3), torch.bfloat16)
     assert tiny.sentences(str(refusal.value)) == 2
     with pytest.raises(AttentionError, match=r"fp8_mode linear\+attention needs FlashAttention-3") as refusal:
         kernels.get_fp8_kernel(torch.device("cuda", 3), torch.bfloat16)

@@ -24,7 +24,7 @@ from wan_parallel.wanvideo.model import fp8_mode
 from wan_parallel.wanvideo.model.model import WanModel
 from wan_parallel.wanvideo.quant.format import FORMATS, Format, Read, StoredTensor
 from wan_parallel.wanvideo.quant.formats.int8 import Int8Weight
-from wan_parallel.wanvideo.quant.fp8 import Fp8Error
+from wan_parallel.wanvideo.quant.fp8_linear import Fp8Error
 from wan_parallel.wanvideo.quant.quantized import Weight, as_tensor
 
 GIVEN = tiny.inputs()

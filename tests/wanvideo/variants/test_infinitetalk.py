@@ -11,7 +11,7 @@ import pytest
 import torch
 from testkit import infinitetalk_files, tiny
 from wan_parallel.distributed.approximate.schedule import FILL, STALE
-from wan_parallel.distributed.parallel.partition import most_held
+from wan_parallel.distributed.parallel.model_division import most_held
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
 from wan_parallel.distributed.plan.placement import PlacementError, needed_bytes
 from wan_parallel.distributed.planner.search import PlanRequest, Room, choose, placed

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from testkit import gloo_group, infinitetalk_files, tiny, worker_group
-from wan_parallel.distributed.parallel.partition import check_plan, held_parameters
+from wan_parallel.distributed.parallel.model_division import check_plan, held_parameters
 from wan_parallel.distributed.parallel.tensor import TensorShard
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
 from wan_parallel.distributed.plan.placement import SLOTS, PlacementError, choose_placement, demand_of, needed_bytes

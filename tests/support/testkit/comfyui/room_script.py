@@ -84,7 +84,7 @@ def load_pack(folder: str):
 
 
 load_pack(sys.argv[1])
-from wan_parallel.distributed.client.errors import OutOfMemory
+from wan_parallel.distributed.client.failures import OutOfMemory
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.nodes.model.remote_model import build_model
 from wan_parallel.wanvideo.checkpoint.header import read_header

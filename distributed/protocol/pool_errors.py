@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...wanvideo.base.errors import UserError
+from ...wanvideo.base.user_error import UserError
 
 
 class PoolError(UserError, RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..protocol.errors import Failure, OutOfMemory, PoolError, WorkerDied
+from ..protocol.pool_errors import Failure, OutOfMemory, PoolError, WorkerDied
 from ..protocol.replies import Reply
 
 __all__ = ["OutOfMemory", "PoolError", "WorkerDied", "end_of_pool", "error_among"]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.header import Header
 from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, storage_bytes
-from ..parallel.partition import parts_of
+from ..parallel.model_division import parts_of
 from ..parallel.pipeline import Stage
 from ..plan.placement import activation_bytes, demand_of, needed_bytes
 from ..protocol.specs import ModelSpec, PoolSettings
-from .displaced_memory import TooLarge, capacity, gib
+from .displaced_memory_estimate import TooLarge, capacity, gib
 
 _RESERVE = 2
 """Placements reserve this many times what a forward works with (benchmarks/benchlib/simulation.py: 2.4 times). A

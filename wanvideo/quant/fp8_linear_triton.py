@@ -1,4 +1,4 @@
-"""Rounding to fp8 as Triton kernels: one pass over memory. See fp8.py and fp8_attention.py."""
+"""Rounding to fp8 as Triton kernels: one pass over memory. See fp8_linear.py and fp8_attention.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHUNK, _ROWS, _STEPS = 1024, 64, 4
 
 @triton.jit
 def power_of_two(largest):
-    """The scale of numbers up to `largest`, and its reciprocal, both exact; fp8.py explains the constants."""
+    """The scale of numbers up to `largest`, and its reciprocal, both exact; fp8_linear.py explains the constants."""
     bits = largest.to(tl.int32, bitcast=True)
     exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 27)
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)

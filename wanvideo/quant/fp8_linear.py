@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
-from ..base.errors import UserError
+from ..base.user_error import UserError
 from ..ops import pointwise
 from ..ops.pointwise import Vectors, written_out
 from .formats.fp8 import Fp8Weight
@@ -125,7 +125,7 @@ def check_device(device: torch.device, dtype: torch.dtype) -> str:
 def fused(device: torch.device) -> ModuleType | None:
     """Triton's kernels, where this device can use them; Triton converts to e4m3 from compute capability 8.9 on."""
     usable = device.type == "cuda" and pointwise.triton_in_use() and torch.cuda.get_device_capability(device) >= (8, 9)
-    return import_module(".fp8_triton", __package__) if usable else None
+    return import_module(".fp8_linear_triton", __package__) if usable else None
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> Fp8Rows:
