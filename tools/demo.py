@@ -38,7 +38,7 @@ try:
     plans = import_module("wan_parallel.distributed.plan.degrees")
     executors = import_module("wan_parallel.distributed.executors.local")
     pools = import_module("wan_parallel.distributed.client.pool")
-    errors = import_module("wan_parallel.wanvideo.base.errors")
+    errors = import_module("wan_parallel.wanvideo.base.user_error")
     specs = import_module("wan_parallel.distributed.protocol.specs")
     tiny_vae = import_module("wan_parallel.tools.tiny_wan.vae")
     tiny_wan = import_module("wan_parallel.tools.tiny_wan.judging")
