@@ -116,6 +116,7 @@ def _load(path: Path, gpus: int, cached: bool, options: argparse.Namespace) -> L
     spec = ModelSpec(
         str(path), weight_dtype=options.weights, shard_weights=options.shard_weights, offload=options.offload
     )
+    pool.close()  # the start is measured, and the pool of these settings may have been started by somebody else
     try:
         begin = time.perf_counter()
         with pool.session():
