@@ -153,9 +153,7 @@ def _simulated(row: MemoryRow, options: argparse.Namespace) -> MemoryRow:
 def _measured(row: MemoryRow, options: argparse.Namespace) -> MemoryRow:
     total = torch.cuda.get_device_properties(0).total_memory
     fraction = row.cap_gib * GIB / total
-    pool = acquire(
-        PoolSettings(_plan(row.gpus, options), device="cuda", memory_fraction=fraction, auto=options.auto)
-    )
+    pool = acquire(PoolSettings(_plan(row.gpus, options), device="cuda", memory_fraction=fraction, auto=options.auto))
     try:
         return _forwards(row, pool, _spec(row.size, options), options)
     except (PlacementError, OutOfMemory) as error:

@@ -68,9 +68,7 @@ def random_weight(kind: str, rows: int, columns: int, device: torch.device) -> G
     return GgufWeight(kind, random(columns // BLOCKS[kind].numbers * BLOCKS[kind].nbytes), columns)
 
 
-def measure(
-    kind: str, weight: GgufWeight | BlockScaledWeight, options: argparse.Namespace
-) -> Iterator[DequantiseRow]:
+def measure(kind: str, weight: GgufWeight | BlockScaledWeight, options: argparse.Namespace) -> Iterator[DequantiseRow]:
     """A row for the kernels' own choice, and with --sweep for others."""
     dtype, device = DTYPES[options.precision], weight.device
     plain = weight.dequantize_by_torch(dtype)

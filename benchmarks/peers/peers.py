@@ -67,9 +67,7 @@ def set_up_xdit(attention: str) -> type:
     return xFuserWanTransformer3DWrapper
 
 
-def build(
-    cls: type, config: WanConfig, dtype: torch.dtype, device: torch.device | None = None
-) -> torch.nn.Module:
+def build(cls: type, config: WanConfig, dtype: torch.dtype, device: torch.device | None = None) -> torch.nn.Module:
     """The model with random weights, on this rank's GPU if no device is given."""
     device = device or torch.device("cuda", torch.cuda.current_device())
     with torch.device("meta"):

@@ -76,9 +76,7 @@ def _join(wanted: str) -> tuple[torch.device, bool]:
     return device, True
 
 
-def _time(
-    vae: torch.nn.Module, res: str, device: torch.device, on_gpu: bool, options: argparse.Namespace
-) -> None:
+def _time(vae: torch.nn.Module, res: str, device: torch.device, on_gpu: bool, options: argparse.Namespace) -> None:
     size, times = latent_size(res, MODELS[options.vae]), []
     latent = torch.randn(1, RELEASED[options.vae].latent, *size, device=device, dtype=DTYPES[options.precision])
     for _ in range(options.iters + 1):

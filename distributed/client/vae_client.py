@@ -162,9 +162,7 @@ class _Work:
         tensors = {name: tensor.to(dtype) for name, tensor in weights_of(half, self.vae.tensors()).items()}
         arena = self.pool.make_arena(needed(tensors.values()))
         refs = {name: arena.write(tensor) for name, tensor in tensors.items()}
-        self.pool.ask(
-            lambda number: LoadVAE(number, self.name, key, self.dtype, arena.ref, refs), (arena,), self.poll
-        )
+        self.pool.ask(lambda number: LoadVAE(number, self.name, key, self.dtype, arena.ref, refs), (arena,), self.poll)
         log.info("The VAE's %s (%.0f MiB, %s) is on the workers.", half, arena.nbytes / 2**20, self.dtype)
 
     def run(
@@ -188,9 +186,7 @@ class _Work:
                 self.progress(int(counts.min()))
 
         seconds = self.pool.ask(
-            lambda number: kind(
-                number, f"{self.name}-{half}", source.ref, sent, result.ref, out, done, self.options
-            ),
+            lambda number: kind(number, f"{self.name}-{half}", source.ref, sent, result.ref, out, done, self.options),
             (source, result),
             watch,
         )

@@ -148,9 +148,7 @@ def _block_compute(
     return scale * (products / machine.products + attention / machine.attention) + moved / machine.memory
 
 
-def _block_exchange(
-    config: WanConfig, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine
-) -> float:
+def _block_exchange(config: WanConfig, degrees: SequenceDegrees, tensor: int, work: Work, machine: Machine) -> float:
     """Seconds of one item in one block in which bytes travel between ranks and nothing is computed."""
     own = math.ceil(work.tokens / degrees.ranks) * config.dim * work.itemsize
     ulysses, ring = degrees.ulysses, degrees.ring

@@ -199,7 +199,6 @@ class Trim(Request[Done]):
     collective = False
 
 
-
 @dataclass(frozen=True)
 class Report(Request[WorkerStatus]):
     """Ask for every worker's `WorkerStatus`."""
@@ -208,14 +207,12 @@ class Report(Request[WorkerStatus]):
     collective = False
 
 
-
 @dataclass(frozen=True)
 class Probe(Request[DeviceProfile]):
     """Ask for every worker's `DeviceProfile`, which it measures the first time."""
 
     outcome = DeviceProfile
     collective = True
-
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,7 @@ class Models:
         self._offload(loaded, request.nbytes - self.memory.drop_base_weights(), HostShare(len(request.ranks)))
         self.memory.release()
 
-    def settle(
-        self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0, keep_texts: bool = True
-    ) -> None:
+    def settle(self, spec: ModelSpec, tokens: int, more: int = 0, contexts: int = 0, keep_texts: bool = True) -> None:
         """Bring weights back from host memory as far as they fit beside a forward of `tokens` tokens on this rank.
 
         Args:

@@ -55,6 +55,7 @@ from .worker_report import device_name, held_bytes, link, out_of_memory, ready, 
 
 log = logging.getLogger(__name__)
 
+
 class Worker:
     """Executes requests; every method that the ranks run together makes the same collective calls on all.
 

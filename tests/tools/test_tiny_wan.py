@@ -111,9 +111,7 @@ def test_the_training_reads_captions_as_the_text_encoder_does():
 
 
 def test_a_seed_draws_the_same_clips_again_and_another_seed_does_not():
-    first, again, other = (
-        render(draw_scenes(generator(seed, "test"), 3), frames=5, size=16) for seed in (0, 0, 1)
-    )
+    first, again, other = (render(draw_scenes(generator(seed, "test"), 3), frames=5, size=16) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

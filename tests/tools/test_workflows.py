@@ -13,9 +13,7 @@ import testkit
 from wan_parallel.nodes.common.settings import ATTENTION_MODES, USPConfig
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig
 
-_SPEC = importlib.util.spec_from_file_location(
-    "example_workflows", testkit.ROOT / "tools" / "example_workflows.py"
-)
+_SPEC = importlib.util.spec_from_file_location("example_workflows", testkit.ROOT / "tools" / "example_workflows.py")
 example_workflows = importlib.util.module_from_spec(_SPEC)
 sys.modules[_SPEC.name] = example_workflows  # dataclasses look there
 _SPEC.loader.exec_module(example_workflows)

@@ -147,9 +147,7 @@ class TrainableWan(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         d = config.dim
         self.patch_embedding = PatchEmbedding(config)
-        self.text_embedding = nn.Sequential(
-            Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d)
-        )
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, d), nn.SiLU(), Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -39,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for path in (arguments.t2v, arguments.vae):
         if not Path(path).is_file():
-            parser.error(
-                f"{path} does not exist. Train it with tools/tiny_wan/train.py, or name another file."
-            )
+            parser.error(f"{path} does not exist. Train it with tools/tiny_wan/train.py, or name another file.")
     model = WanModel.from_checkpoint(arguments.t2v, device=arguments.device)
     vae = load_vae(arguments.vae, arguments.device)
     how = Sampling(arguments.steps, arguments.shift, arguments.guidance, size=arguments.size)

@@ -63,9 +63,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def save_state(
-    path: Path, groups: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, object]
-) -> None:
+def save_state(path: Path, groups: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, object]) -> None:
     """What a later run resumes from, in full precision; an interrupted write leaves the older file."""
     tensors = {f"{group}/{key}": value for group, members in groups.items() for key, value in members.items()}
     temporary = path.with_suffix(".tmp")
@@ -85,9 +83,7 @@ def load_state(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, dict(metadata)
-    )
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, dict(metadata))
     path.chmod(0o644)  # safetensors makes files that only their owner can read
     return path
 

@@ -70,9 +70,7 @@ def held_out_cases(count: int, pairs: bool = False, seed: int = DATA_SEED) -> li
     prompts: dict[str, None] = {}
     while len(prompts) < count:
         scenes = draw_scenes(rng, 64, held_out=True, pairs=float(pairs))
-        prompts |= dict.fromkeys(
-            c for c, n in zip(scenes.captions(), scenes.shapes, strict=True) if n == 1 + pairs
-        )
+        prompts |= dict.fromkeys(c for c, n in zip(scenes.captions(), scenes.shapes, strict=True) if n == 1 + pairs)
     return [Case(prompt, seed + i) for i, prompt in enumerate(list(prompts)[:count])]
 
 
@@ -106,9 +104,7 @@ def sample(model: WanModel, cases: Sequence[Case], how: Sampling, batch: int = 8
 def decode(vae: WanVAE, latents: torch.Tensor, batch: int = 8) -> torch.Tensor:
     """Normalised latents to videos [N, 3, frames, H, W], float32 from -1 to 1 on the CPU."""
     dtype = next(vae.parameters()).dtype
-    parts = [
-        vae.decode(denormalise(part).to(dtype)).float().clamp(-1, 1).cpu() for part in latents.split(batch)
-    ]
+    parts = [vae.decode(denormalise(part).to(dtype)).float().clamp(-1, 1).cpu() for part in latents.split(batch)]
     return torch.cat(parts)
 
 
@@ -136,9 +132,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
         for v in verdicts
     ]
     right, background = sum(v.right for v in verdicts), sum(v.background_right for v in verdicts)
-    lines.append(
-        f"colour and direction: {right} of {len(verdicts)}; background: {background} of {len(verdicts)}"
-    )
+    lines.append(f"colour and direction: {right} of {len(verdicts)}; background: {background} of {len(verdicts)}")
     return "\n".join(lines)
 
 
@@ -149,9 +143,7 @@ def write_contact_sheet(path: Path, captions: Sequence[str], videos: torch.Tenso
     chosen = torch.linspace(0, frames - 1, SHEET_COLUMNS).round().long()
     pixels = ((videos[:, :, chosen].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1)
     gap, strip = 4, 16
-    sheet = image_module.new(
-        "RGB", (SHEET_COLUMNS * (width + gap) - gap, len(captions) * (height + strip)), "white"
-    )
+    sheet = image_module.new("RGB", (SHEET_COLUMNS * (width + gap) - gap, len(captions) * (height + strip)), "white")
     pen = draw_module.Draw(sheet)
     for row, caption in enumerate(captions):
         top = row * (height + strip)

@@ -167,9 +167,7 @@ def _table(held_out: bool) -> np.ndarray:
     return np.array(rows)
 
 
-def _partners(
-    rng: np.random.Generator, table: np.ndarray, first: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _partners(rng: np.random.Generator, table: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A second combination over the same background in another colour, and whether one was found."""
     second, found = first.copy(), np.zeros(len(first), dtype=bool)
     for background in range(len(COLOURS)):
@@ -182,9 +180,7 @@ def _partners(
     return second, found
 
 
-def render(
-    scenes: Scenes, frames: int = FRAMES, size: int = SIZE, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def render(scenes: Scenes, frames: int = FRAMES, size: int = SIZE, device: torch.device | str = "cpu") -> torch.Tensor:
     """The clips, float32 [B, 3, frames, size, size] from -1 to 1, edges anti-aliased over one pixel."""
 
     def on_device(values: np.ndarray) -> torch.Tensor:
@@ -221,9 +217,7 @@ def _indices(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
 
 
-def _signed_distance(
-    x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor
-) -> torch.Tensor:
+def _signed_distance(x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     """Distance to the edge, negative inside, near enough within a pixel of it."""
     circle = torch.hypot(x, y) - radius
     square = torch.maximum(x.abs(), y.abs()) - _SQUARE * radius

@@ -64,9 +64,7 @@ class WordVectors:
 class LatentCache:
     """Encoded training clips on the device; the oldest give way to new ones during the training."""
 
-    def __init__(
-        self, vae: WanVAE, vectors: WordVectors, arguments: argparse.Namespace, device: torch.device
-    ):
+    def __init__(self, vae: WanVAE, vectors: WordVectors, arguments: argparse.Namespace, device: torch.device):
         self.vae, self.vectors, self.size, self.device = vae, vectors, arguments.size, device
         self.rng = generator(arguments.seed, "DiT clips")
         shape = (LATENT_CHANNELS, (FRAMES - 1) // 4 + 1, arguments.size // 8, arguments.size // 8)
@@ -169,13 +167,9 @@ def velocity_error(
     return (predicted - (noise - latent)).square().mean()
 
 
-def validation_set(
-    cache: LatentCache, device: torch.device, count: int = 128
-) -> Callable[[nn.Module], float]:
+def validation_set(cache: LatentCache, device: torch.device, count: int = 128) -> Callable[[nn.Module], float]:
     """The loss on held-out clips, with the same noise each time."""
-    scenes = draw_scenes(
-        generator(DATA_SEED, "validation clips"), min(count, len(cache.latents)), held_out=True
-    )
+    scenes = draw_scenes(generator(DATA_SEED, "validation clips"), min(count, len(cache.latents)), held_out=True)
     latent = encode_clips(cache.vae, scenes, cache.size, device)
     words = cache.vectors.indices(scenes.captions()).to(device)
 
@@ -207,9 +201,7 @@ def choose_compilation(trainer: Trainer, cache: LatentCache, arguments: argparse
     model.compile_blocks(seconds[True] < seconds[False])
 
 
-def _seconds_a_step(
-    velocity: Velocity, trainer: Trainer, cache: LatentCache, count: int, steps: int = 10
-) -> float:
+def _seconds_a_step(velocity: Velocity, trainer: Trainer, cache: LatentCache, count: int, steps: int = 10) -> float:
     start = 0.0
     for step in range(3 + steps):
         if step == 3:

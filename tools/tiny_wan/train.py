@@ -31,9 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--minutes", type=float, default=8.0, help="training time of this run")
     common.add_argument("--until", type=float, help="end the training at this Unix time, if that is earlier")
-    common.add_argument(
-        "--total-minutes", type=float, default=0.0, help="of this run and those before and after"
-    )
+    common.add_argument("--total-minutes", type=float, default=0.0, help="of this run and those before and after")
     common.add_argument("--out", type=Path, default=Path("tiny_wan_results"), help="folder for the results")
     common.add_argument("--state", type=Path, help="folder of the state file (default: --out)")
     common.add_argument("--seed", type=int, default=DATA_SEED, help="of the training data")
@@ -48,15 +46,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t2v = commands.add_parser("t2v", parents=[common], help="train the DiT on a trained VAE")
     t2v.add_argument("--vae", required=True, help="the VAE's file")
     t2v.add_argument("--batch", type=int, default=512)
-    t2v.add_argument(
-        "--cached-clips", type=int, default=131072, help="clips whose latents are kept on the device"
-    )
+    t2v.add_argument("--cached-clips", type=int, default=131072, help="clips whose latents are kept on the device")
     t2v.add_argument("--compile", choices=("auto", "off"), default="auto", help="try torch.compile")
     t2v.add_argument("--steps", type=int, default=20, help="sampling steps of the checks")
     t2v.add_argument("--prompts", type=int, default=40, help="held-out prompts judged at the end")
-    t2v.add_argument(
-        "--check-prompts", type=int, default=20, help="held-out prompts judged during the training"
-    )
+    t2v.add_argument("--check-prompts", type=int, default=20, help="held-out prompts judged during the training")
     return parser.parse_args(argv)
 
 
@@ -69,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.StreamHandler(sys.stdout),
         logging.FileHandler(arguments.out / f"{arguments.command}.log"),
     ]
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     {"vae": train_vae, "t2v": train_t2v}[arguments.command](arguments)

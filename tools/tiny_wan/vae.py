@@ -185,9 +185,7 @@ class Encoder(nn.Module):
                 layers.append(Downsample(out, HALVES_TIME[stage]))
         self.downsamples = nn.Sequential(*layers)
         self.middle = _middle(before)
-        self.head = nn.Sequential(
-            Norm(before, 3), nn.SiLU(), CausalConv(before, 2 * LATENT_CHANNELS, (3, 3, 3))
-        )
+        self.head = nn.Sequential(Norm(before, 3), nn.SiLU(), CausalConv(before, 2 * LATENT_CHANNELS, (3, 3, 3)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.middle(self.downsamples(self.conv1(x))))

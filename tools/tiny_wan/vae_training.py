@@ -109,15 +109,12 @@ def crop(video: torch.Tensor, phase: Phase, rng: np.random.Generator) -> torch.T
     """A random window of the phase's size in time and space, the same for the whole batch."""
     frames, size = min(phase.frames, video.shape[2]), min(phase.crop, video.shape[3])
     first, top, left = (
-        int(rng.integers(whole - part + 1))
-        for whole, part in zip(video.shape[2:], (frames, size, size), strict=True)
+        int(rng.integers(whole - part + 1)) for whole, part in zip(video.shape[2:], (frames, size, size), strict=True)
     )
     return video[:, :, first : first + frames, top : top + size, left : left + size]
 
 
-def vae_loss(
-    vae: WanVAE, video: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format
-) -> torch.Tensor:
+def vae_loss(vae: WanVAE, video: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
     posterior = vae.posterior(video.to(dtype).contiguous(memory_format=layout))
     latent = posterior.sample().to(dtype).contiguous(memory_format=layout)
     error = vae.decode(latent).float() - video
@@ -159,7 +156,5 @@ def finish_vae(trainer: Trainer, arguments: argparse.Namespace, device: torch.de
     video = render(scenes, FRAMES, arguments.size, device)
     with torch.no_grad():
         both = torch.stack([video, shipped.decode(shipped.encode(video))], dim=1).flatten(0, 1).cpu()
-    captions = [
-        caption for c in scenes.captions() for caption in (f"original: {c}", "after encoding and decoding")
-    ]
+    captions = [caption for c in scenes.captions() for caption in (f"original: {c}", "after encoding and decoding")]
     write_contact_sheet(arguments.out / "vae_sheet.png", captions, both)

@@ -128,4 +128,3 @@ def reference(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, 
 def _taken_off(q: Tensor, mean: Tensor) -> Tensor:
     """The amount [B, H, n], in float32, by which smoothing the keys has lowered the scores of each query."""
     return torch.einsum("bqhd,bhd->bhq", q.float(), mean) / math.sqrt(q.shape[-1])
-

@@ -193,9 +193,7 @@ class Attention(nn.Module):
             for key, square, (context, _, v, norm) in zip(keys, squares, sources, strict=True)
         ]
 
-    def cross_attention(
-        self, x: torch.Tensor | Fp8Rows, keys: Keys, kernel: AttentionKernel
-    ) -> torch.Tensor:
+    def cross_attention(self, x: torch.Tensor | Fp8Rows, keys: Keys, kernel: AttentionKernel) -> torch.Tensor:
         """Attend from x [B, n, dim] to every text slot, padding included, as Wan was trained, and add the attention to
         the image, which has a softmax of its own."""
         q = self.q(x)

@@ -222,9 +222,7 @@ def _resamples(name: str, shapes: Shapes) -> bool:
     return f"{name}.resample.1.weight" in shapes
 
 
-def _stage(
-    half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_head: bool
-) -> tuple[Stage, int]:
+def _stage(half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_head: bool) -> tuple[Stage, int]:
     """The stage of the layers `names` that begins at `scale` times the latent's resolution, and its final scale."""
     layers = [layer for name in names for layer in inner_layers(name, shapes) or (name,)]
     convs: list[Conv] = []

@@ -58,9 +58,7 @@ class InfiniteTalk(Variant):
     module = True
     inputs = (
         Input("audio", lambda own, asked: (asked.batch, asked.frames, None, own.width)),
-        Input(
-            "speakers", lambda _, asked: (asked.batch, None, -(-asked.height // 2) * -(-asked.width // 2))
-        ),
+        Input("speakers", lambda _, asked: (asked.batch, None, -(-asked.height // 2) * -(-asked.width // 2))),
     )
     splits = paired_attention_splits(
         r"audio_cross_attn\.q_linear", r"audio_cross_attn\.kv_linear", r"audio_cross_attn\.proj"

@@ -387,9 +387,7 @@ class S2VModel(WanModel):
         if conditioning.audio is None:
             return sides
         audio = conditioning.audio[..., : 4 * grid.frames]
-        whole, tokens = conditioning.once(
-            "audio", lambda: self.casual_audio_encoder(audio.to(x.device, torch.float32))
-        )
+        whole, tokens = conditioning.once("audio", lambda: self.casual_audio_encoder(audio.to(x.device, torch.float32)))
         frames = tokens.shape[1]
         return sides | {"audio": (whole, tokens, runs_of(part, grid.video_tokens // frames, frames))}
 

@@ -152,9 +152,7 @@ def test_two_stages_with_two_models(server):
 
     low = {"model": "tiny-low.safetensors", "warmup_steps": 1}
     ours = sampled(server, graph(patch_model("high", warmup_steps=1), patch_model("low", **low)), "second")
-    pool = graph(
-        pool_model("high", max_batch_size=1), pool_model("low", file="tiny-low.safetensors", max_batch_size=1)
-    )
+    pool = graph(pool_model("high", max_batch_size=1), pool_model("low", file="tiny-low.safetensors", max_batch_size=1))
     error = relative_error(ours, sampled(server, pool, "second"))
     print(f"relative error {error:.1e}")
     assert 0 < error < 0.3

@@ -104,4 +104,3 @@ def test_a_template_gives_the_native_result(templates, template):
             rounding = relative_error(templates.sample(as_published, latent, PATIENCE), expected)
         print(f"{template.name}: relative error {error:.1e}, that of ComfyUI's rounding {rounding:.1e}")
         assert expected.isfinite().all() and error <= max(EXACT, rounding)
-

@@ -155,6 +155,10 @@ def test_a_model_without_its_node(server):
         assert_same(
             server,
             lambda loader, name=name: {
-                **loader(file=f"{name}.safetensors"), **conditions(), **IMAGES, **latent, **ksampler(),
+                **loader(file=f"{name}.safetensors"),
+                **conditions(),
+                **IMAGES,
+                **latent,
+                **ksampler(),
             },
         )

@@ -112,9 +112,7 @@ def test_strips_are_the_tokens_within_the_overlap(mode, ranks, overlap):
         torch.arange(grid.tokens) // grid.columns % grid.rows,
     )
     width = overlap // PIXELS
-    cuts_time, cuts_rows = (
-        len({getattr(patch, axis) for patch in layout.patches}) > 1 for axis in ("frames", "rows")
-    )
+    cuts_time, cuts_rows = (len({getattr(patch, axis) for patch in layout.patches}) > 1 for axis in ("frames", "rows"))
     for owner, reader in itertools.product(range(ranks), repeat=2):
         mine, its = layout.index(owner), layout.index(reader)
         far_in_time = (frame[mine, None] - frame[None, its]).abs() > (width if cuts_time else 0)

@@ -155,5 +155,3 @@ def test_the_pool_tells_threads_whether_it_lives_while_another_one_ends_it():
         assert getattr(executor, name) == expected
     reads = [None]
     assert not executor.alive
-
-

@@ -30,9 +30,7 @@ CUDA = torch.device("cuda")
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 LINEAR, ATTENTION = fp8_mode.MODES[1:]
 HOPPER = torch.cuda.get_device_capability() == (9, 0)
-needs_fa3 = pytest.mark.skipif(
-    not HOPPER or not flash3.installed(), reason="needs FlashAttention-3 on a Hopper GPU"
-)
+needs_fa3 = pytest.mark.skipif(not HOPPER or not flash3.installed(), reason="needs FlashAttention-3 on a Hopper GPU")
 
 
 @pytest.fixture(autouse=True)

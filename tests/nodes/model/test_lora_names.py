@@ -10,9 +10,9 @@ from wan_parallel.nodes.model.lora_names import with_native_names
 from wan_parallel.wanvideo.checkpoint.diffusers_names import diffusers_name, original_name
 from wan_parallel.wanvideo.variants.vace import Vace
 
-CONFIG = tiny.WanConfig(
-    dim=256, ffn_dim=512, num_heads=2, num_layers=12, image_dim=96, image_positions=10
-).having(Vace(6, 96))
+CONFIG = tiny.WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=12, image_dim=96, image_positions=10).having(
+    Vace(6, 96)
+)
 WEIGHTS = list(CONFIG.shapes())
 
 

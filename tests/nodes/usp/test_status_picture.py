@@ -45,9 +45,7 @@ def status(ranks: int, **changes: object) -> PoolStatus:
 def bars(picture: torch.Tensor) -> list[dict[tuple[int, ...], int]]:
     """Pixels of each colour in the lowest line of every bar, from top to bottom: no letters reach there."""
     pixels = (picture[0] * 255).round().int()[:, LEFT:RIGHT]
-    inside = [
-        y for y in range(len(pixels)) if all(tuple(pixels[y, x].tolist()) in (GREEN, BLUE) for x in range(0, 9))
-    ]
+    inside = [y for y in range(len(pixels)) if all(tuple(pixels[y, x].tolist()) in (GREEN, BLUE) for x in range(0, 9))]
     lowest = [y for y in inside if y + 1 not in inside]
     found = []
     for y in lowest:

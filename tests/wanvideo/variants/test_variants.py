@@ -255,9 +255,7 @@ def test_two_workers_give_the_result_of_one_model(pool_of, models, single, name)
 
 
 @pytest.mark.parametrize("name", ["fun-control", "fun-camera", "vace", "scail-2", "humo", "dancer", "animate"])
-@pytest.mark.parametrize(
-    "workers, plan", [(1, {}), (4, {}), (4, {"data_parallel": 2})], ids=str
-)
+@pytest.mark.parametrize("workers, plan", [(1, {}), (4, {}), (4, {"data_parallel": 2})], ids=str)
 def test_every_split_gives_the_result_of_one_model(pool_of, models, single, name, workers, plan):
     inputs = given(tiny.VARIANTS[name], batch=2, size=(2, 4, 6), **({"contexts": 2} if name == "vace" else {}))
     pool, spec = pool_of(workers, **plan), spec_of(models[name], max_batch=1 if plan else 2, slice_tokens=5)
