@@ -24,7 +24,7 @@ refusal must not count on more than is used."""
 
 
 @dataclass(frozen=True)
-class StreamMemory:
+class PipeFusionMemory:
     """Bytes on the GPU that needs most: weights that must be on the GPU, keys and values, and the tensors of a
     forward."""
 
@@ -57,7 +57,7 @@ def kept_bytes(
 
 def stream_memory(
     config: WanConfig, settings: PoolSettings, spec: ModelSpec, tokens: int, kept: int, header: Header | None = None
-) -> StreamMemory:
+) -> PipeFusionMemory:
     """How much memory a sampling run needs that keeps `kept` bytes of keys and values.
 
     Args:
@@ -75,10 +75,10 @@ def stream_memory(
     if spec.shard_weights != "off" and len(plan.replicas()[0]) > 1:
         ways.append((len(plan.replicas()[0]), demand.blocks))
     weights = min(needed_bytes(demand, shares, resident) for shares, resident in ways)
-    return StreamMemory(weights, kept, working)
+    return PipeFusionMemory(weights, kept, working)
 
 
-def check_stream(need: StreamMemory, settings: PoolSettings) -> None:
+def check_stream(need: PipeFusionMemory, settings: PoolSettings) -> None:
     """Refuse a run whose keys and values do not fit.
 
     Raises:

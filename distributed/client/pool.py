@@ -253,7 +253,7 @@ class Pool:
             self.models.apply_lora(spec, loras or NO_LORAS, poll)
             started = time.perf_counter()
             self._client.wait_for_abandoned(poll)
-            self._client.tidy(poll)
+            self._client.reset_after_abort(poll)
             sent = inputs.write(self._arena, self._conditioning, sent_dtype(spec), self.settings.device == "cuda")
             answers = self._client.ask(sent.request(spec, displaced), poll)
             self.models.came_back(spec)

@@ -4,7 +4,8 @@ One request is under way at a time. Whoever waits is called back ten times a sec
 up (ComfyUI's Cancel). The workers are then told, and go on until they see it (see cancel.py). Two things follow:
 
 - they may still read and write the memory that they were shown, so `wait_for_abandoned` comes before it is used;
-- some ranks may have left a forward that others finished, so `tidy` lets all drop what they had sent each other.
+- some ranks may have left a forward that others finished, so `reset_after_abort` lets all drop
+  what they had sent each other.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class WorkerClient:
         while self._abandoned:
             self._hear(self._receive(poll))
 
-    def tidy(self, poll: Poll | None) -> None:
+    def reset_after_abort(self, poll: Poll | None) -> None:
         """After a forward that some ranks did not finish, let all of them drop what they had sent each other."""
         if self._untidy:
             self.ask(Trim, poll)

@@ -14,7 +14,7 @@ from ...wanvideo.vae.vae_layout import Half, check_latent, frames_of, kind_of, l
 from ...wanvideo.vae.vae_ops import VAEError
 from ..protocol.requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from ..shm.arena import needed
-from ..worker.vae_worker import Strips, share_frame
+from ..worker.vae_worker import FrameStrips, share_frame
 from .pool import Pool
 from .preparation import MakeRoom
 from .rpc import Poll
@@ -135,7 +135,7 @@ class _Work:
     progress: Callable[[int], object] | None
 
     @property
-    def strips(self) -> Strips:
+    def strips(self) -> FrameStrips:
         """How the workers share a frame."""
         return share_frame(*self.size, self.pool.settings.plan.num_gpus, self.options)
 

@@ -23,7 +23,7 @@ from ..protocol.pool_errors import Failure, WorkerDied
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
 from ..shm.cancel import CancelMemory
-from .worker_processes import Work, WorkerProcess, Zygote, can_fork, spawn
+from .worker_processes import WorkerProcess, WorkerStart, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Launcher:
         for rank in range(len(self.start.locations)):
             ours, theirs = multiprocessing.Pipe()
             join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.barrier.path)
-            work.append(Work(encode(join), theirs))
+            work.append(WorkerStart(encode(join), theirs))
             self.connections.append(ours)
         if self.start.settings.device == "cpu" and can_fork():
             self._fork(work)
@@ -101,7 +101,7 @@ class Launcher:
         for one in work:
             one.connection.close()
 
-    def _fork(self, work: Sequence[Work]) -> None:
+    def _fork(self, work: Sequence[WorkerStart]) -> None:
         """Let a zygote start the workers. The client may go meanwhile."""
         zygote = Zygote(work)
         self.processes = [zygote.process]

@@ -27,7 +27,7 @@ _ADOPTION_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerStart:
     """What one worker is given.
 
     Args:
@@ -92,7 +92,7 @@ class AdoptedProcess:
                 self._exitcode = os.waitstatus_to_exitcode(status)
 
 
-def spawn(work: Work) -> BaseProcess:
+def spawn(work: WorkerStart) -> BaseProcess:
     """Start one worker in a clean interpreter."""
     process = multiprocessing.get_context("spawn").Process(target=_spawned, args=(work,), name="wan-parallel-worker")
     process.start()
@@ -107,7 +107,7 @@ class Zygote:
         pids: becomes readable when the zygote ends. (The sentinel of `process` does not: the workers inherit it.)
     """
 
-    def __init__(self, work: Sequence[Work]):
+    def __init__(self, work: Sequence[WorkerStart]):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         context = multiprocessing.get_context("spawn")
         self.pids, pids = context.Pipe(duplex=False)
@@ -130,7 +130,7 @@ def can_fork() -> bool:
     return True
 
 
-def _spawned(work: Work) -> None:
+def _spawned(work: WorkerStart) -> None:
     """Entry of a spawned worker. Imports torch there, so that the launcher does without."""
     _die_with_launcher()  # first: the import takes seconds
     from ..worker.worker import main
@@ -138,7 +138,7 @@ def _spawned(work: Work) -> None:
     main(work.join, work.connection)
 
 
-def _fork(work: list[Work], pids: Connection) -> None:
+def _fork(work: list[WorkerStart], pids: Connection) -> None:
     """Entry of the zygote."""
     _die_with_launcher()
     from ..worker import worker  # noqa: F401  # once for all workers
@@ -156,7 +156,7 @@ def _fork(work: list[Work], pids: Connection) -> None:
     os._exit(0)  # without waiting for its children
 
 
-def _forked(launcher: int, zygote: int, foreign: list[Connection], work: Work) -> None:
+def _forked(launcher: int, zygote: int, foreign: list[Connection], work: WorkerStart) -> None:
     """Entry of a forked worker; `foreign` are the descriptors of others that came with the fork."""
     for connection in foreign:
         connection.close()

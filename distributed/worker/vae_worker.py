@@ -42,7 +42,7 @@ _PIECES_ON_THE_WAY = 2
 
 
 @dataclass(frozen=True)
-class Strips:
+class FrameStrips:
     """How the latent rows (axis 0) or columns (axis 1) of a frame are shared: those of rank i from start to stop."""
 
     axis: int
@@ -62,20 +62,20 @@ class Strips:
         return (mine, slice(None)) if self.axis == 0 else (slice(None), mine)
 
 
-def share_frame(rows: int, columns: int, ranks: int, options: VAEOptions) -> Strips:
+def share_frame(rows: int, columns: int, ranks: int, options: VAEOptions) -> FrameStrips:
     """Cut a frame of the latent for as many of `ranks` as there are rows or columns."""
     across = columns > rows if options.axis == "auto" else options.axis == "columns"
     length = columns if across else rows
     used = min(ranks, length)
     ends = itertools.accumulate(shares(length, used, options.speeds[:used]), initial=0)
-    return Strips(int(across), tuple(itertools.pairwise(ends)), rows, columns)
+    return FrameStrips(int(across), tuple(itertools.pairwise(ends)), rows, columns)
 
 
 class Strip:
     """A `wanvideo.vae.vae_layers.Frame` of which this rank has one strip. The ranks of the strips are the first
     ones."""
 
-    def __init__(self, rank: int, strips: Strips):
+    def __init__(self, rank: int, strips: FrameStrips):
         self.rank, self.strips, self.size = rank, strips, strips.most
         self._last = len(strips.parts) - 1
 
@@ -222,7 +222,7 @@ class VAEs:
     def _check(self) -> None:
         self.barrier.check(self.rank, 0)
 
-    def _frame(self, strips: Strips) -> Frame:
+    def _frame(self, strips: FrameStrips) -> Frame:
         return Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)
 
     def _coder(self, key: str, kind: type[_Coder], options: VAEOptions) -> _Coder:
@@ -240,7 +240,7 @@ class VAEs:
         for name in [name for name in self._coders if name[0] == key]:
             del self._coders[name]
 
-    def _fitting_pieces(self, key: str, kind: type[Coder], strips: Strips, options: VAEOptions) -> int:
+    def _fitting_pieces(self, key: str, kind: type[Coder], strips: FrameStrips, options: VAEOptions) -> int:
         """The largest piece that fits on every rank; models are offloaded where even the smallest does not."""
         weights, wanted = self.weights[key], options.piece_mib * 2**20
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -46,6 +46,16 @@ def test_the_name_of_a_module_is_the_name_of_one_module() -> None:
     assert {name: count for name, count in counts.items() if count > 1} == {}
 
 
+def test_the_name_of_a_class_is_the_name_of_one_class() -> None:
+    counts = Counter(
+        node.name
+        for path in PRODUCT_FILES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name: count for name, count in counts.items() if count > 1} == {}
+
+
 def test_no_function_is_longer_than_a_page() -> None:
     """Schemas of nodes are lists of inputs, and a kernel of Triton is one function."""
     long = {

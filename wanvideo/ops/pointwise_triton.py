@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .pointwise import ByToken, Vectors
-from .triton_launch import Launcher
+from .triton_launch import KernelLauncher
 
 
 @triton.jit
@@ -96,10 +96,10 @@ def _add_kernel(
     tl.store(at, tl.load(at, mask=inside, other=0.0) + change, mask=inside)
 
 
-_norm = Launcher(_norm_kernel)
-_add_norm = Launcher(_add_norm_kernel)
-_rms_norm = Launcher(_rms_norm_kernel)
-_add = Launcher(_add_kernel)
+_norm = KernelLauncher(_norm_kernel)
+_add_norm = KernelLauncher(_add_norm_kernel)
+_rms_norm = KernelLauncher(_rms_norm_kernel)
+_add = KernelLauncher(_add_kernel)
 
 
 def norm(x: torch.Tensor, scale: Vectors, shift: Vectors, eps: float, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ _TAKES_ALL = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (
 """Whether a compiled kernel is launched with all arguments; older Triton launches it without the constants."""
 
 
-class Launcher:
+class KernelLauncher:
     """A kernel whose parameters are tensors, then numbers, then constants.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.triton_launch import Launcher
+from ..ops.triton_launch import KernelLauncher
 from .formats.block_scaled import GROUPS, BlockScaledWeight
 
 _NUMBERS = 2048
@@ -66,7 +66,7 @@ def _dequantize_kernel(
     tl.store(out + row[:, None] * columns + column, numbers.to(out.dtype.element_ty), mask=wanted)
 
 
-_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
+_dequantize = KernelLauncher(_dequantize_kernel, enable_fp_fusion=False)
 
 
 def dequantize(weight: BlockScaledWeight, dtype: torch.dtype) -> torch.Tensor:

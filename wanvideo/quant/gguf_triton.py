@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.triton_launch import Launcher
+from ..ops.triton_launch import KernelLauncher
 from .formats.gguf_blocks import BLOCKS, GgufWeight
 
 _WARPS = 4
@@ -240,7 +240,7 @@ def _dequantize_kernel(
         _four_or_five(at, to, first, columns, True, True, RAGGED)
 
 
-_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
+_dequantize = KernelLauncher(_dequantize_kernel, enable_fp_fusion=False)
 
 
 def dequantize(

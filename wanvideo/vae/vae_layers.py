@@ -127,7 +127,7 @@ class Residual:
         return self.second(y, run, x if self.shortcut is None else self.shortcut(x))
 
 
-class Attention:
+class FrameAttention:
     """Each pixel of a frame attends to all of the frame, with one head."""
 
     def __init__(self, name: str, weights: Weights):
@@ -242,7 +242,7 @@ class Weights:
         return lambda x: F.linear(x, weight, bias)
 
 
-class Group:
+class LayerGroup:
     """Layers with a shortcut around them, which copies or averages neighbours where they change the resolution."""
 
     def __init__(self, name: str, inner: Iterable[str], weights: Weights):
@@ -269,11 +269,11 @@ def make_layer(name: str, weights: Weights) -> Layer:
     if f"{name}.weight" in weights.tensors:
         return CausalConv(name, weights)
     if f"{name}.to_qkv.weight" in weights.tensors:
-        return Attention(name, weights)
+        return FrameAttention(name, weights)
     if f"{name}.resample.1.weight" in weights.tensors:
         return Upsample(name, weights) if name.startswith("decoder.") else Downsample(name, weights)
     inner = inner_layers(name, weights.tensors)
-    return Group(name, inner, weights) if inner else Residual(name, weights)
+    return LayerGroup(name, inner, weights) if inner else Residual(name, weights)
 
 
 def add_to_neighbours(y: torch.Tensor, x: torch.Tensor, frames: int, pixels: int) -> torch.Tensor:

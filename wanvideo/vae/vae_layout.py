@@ -56,7 +56,7 @@ KINDS = {"2.1": VAEKind(1, False), "2.2": VAEKind(2, True)}
 
 
 @dataclass(frozen=True)
-class Conv:
+class ConvShape:
     """The sizes of a convolution that decide its memory.
 
     Args:
@@ -72,7 +72,7 @@ class Conv:
 
 
 @dataclass(frozen=True)
-class Stage:
+class VAEStage:
     """Layers that a piece goes through together.
 
     Args:
@@ -83,7 +83,7 @@ class Stage:
     """
 
     names: tuple[str, ...]
-    convs: tuple[Conv, ...]
+    convs: tuple[ConvShape, ...]
     frames: int
     least: int
 
@@ -148,7 +148,7 @@ def inner_layers(name: str, weights: Iterable[str]) -> tuple[str, ...]:
     return _numbered(f"{name}.{BLOCKS[_half_of(name)]}", weights)
 
 
-def stages_of(shapes: Shapes, half: Half) -> tuple[Stage, ...]:
+def stages_of(shapes: Shapes, half: Half) -> tuple[VAEStage, ...]:
     """The layers of a half; those of a decoder are cut where the resolution grows.
 
     Raises:
@@ -172,7 +172,7 @@ def stages_of(shapes: Shapes, half: Half) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def frames_at_once(stage: Stage, size: tuple[int, int], itemsize: int, piece_bytes: int) -> int:
+def frames_at_once(stage: VAEStage, size: tuple[int, int], itemsize: int, piece_bytes: int) -> int:
     """How many frames a stage takes at a time, for a latent of `size` rows and columns."""
     return max(1, piece_bytes // (stage.frame_bytes(size, itemsize) * stage.frames))
 
@@ -222,10 +222,10 @@ def _resamples(name: str, shapes: Shapes) -> bool:
     return f"{name}.resample.1.weight" in shapes
 
 
-def _stage(half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_head: bool) -> tuple[Stage, int]:
+def _stage(half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_head: bool) -> tuple[VAEStage, int]:
     """The stage of the layers `names` that begins at `scale` times the latent's resolution, and its final scale."""
     layers = [layer for name in names for layer in inner_layers(name, shapes) or (name,)]
-    convs: list[Conv] = []
+    convs: list[ConvShape] = []
     frames = 1
     for layer in layers:
         if _resamples(layer, shapes):
@@ -237,20 +237,20 @@ def _stage(half: Half, names: tuple[str, ...], scale: int, shapes: Shapes, with_
             convs += _convs_of(layer, scale, shapes)
     convs += _convs_of(f"{half}.head.2", scale, shapes) if with_head else ()
     least = 2 * frames if half == "decoder" else FRAMES + 3  # an encoder takes four frames, and the first one apart
-    return Stage(names, tuple(convs), frames, least), scale
+    return VAEStage(names, tuple(convs), frames, least), scale
 
 
-def _convs_of(layer: str, scale: int, shapes: Shapes) -> Iterator[Conv]:
+def _convs_of(layer: str, scale: int, shapes: Shapes) -> Iterator[ConvShape]:
     for name, shape in shapes.items():
         if name.startswith(f"{layer}.") and len(shape) == 5 and shape[2] == 3:
-            yield Conv(scale, shape[1], shape[0], 2)
+            yield ConvShape(scale, shape[1], shape[0], 2)
 
 
-def _resampling(layer: str, scale: int, shapes: Shapes) -> Iterator[Conv]:
+def _resampling(layer: str, scale: int, shapes: Shapes) -> Iterator[ConvShape]:
     """The convolution in space and, where the layer has one, the convolution over time at the coarser resolution."""
     after, before = shapes[f"{layer}.resample.1.weight"][:2]
     grows = _half_of(layer) == "decoder"
-    yield Conv(scale * 2 if grows else scale, before, after, 0)
+    yield ConvShape(scale * 2 if grows else scale, before, after, 0)
     if f"{layer}.time_conv.weight" in shapes:
         after, before = shapes[f"{layer}.time_conv.weight"][:2]
-        yield Conv(scale if grows else scale // 2, before, after, 2 if grows else 1)
+        yield ConvShape(scale if grows else scale // 2, before, after, 2 if grows else 1)

@@ -253,7 +253,7 @@ class Directions(nn.Module):
         return shares @ torch.linalg.qr(as_tensor(self.weight, torch.float32))[0].T
 
 
-class MotionEncoder(nn.Module):
+class FaceMotionEncoder(nn.Module):
     """Encodes face images [n, 3, pixels, pixels] in -1..1 as motions [n, motion], in float32."""
 
     def __init__(self, face: Animate):
@@ -326,7 +326,7 @@ class AnimateModel(WanModel):
         super().__init__(config, *args, **options)
         face = config[Animate]
         self.pose_patch_embedding = PatchEmbedding(face.pose_dim, config.dim)
-        self.motion_encoder = MotionEncoder(face)
+        self.motion_encoder = FaceMotionEncoder(face)
         self.face_encoder = FaceEncoder(face, config.dim)
         adapters = (FaceAdapter(config) for _ in range(config.num_layers // _STRIDE))
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from testkit import gloo_group, vae_reference
 from testkit.tiny import relative_error, sentences
 from wan_parallel.distributed.protocol.requests import VAEOptions
-from wan_parallel.distributed.worker.vae_worker import Strip, Strips, share_frame
+from wan_parallel.distributed.worker.vae_worker import FrameStrips, Strip, share_frame
 from wan_parallel.wanvideo.example.vae_random import RELEASED, random_weights, vae_shapes
 from wan_parallel.wanvideo.vae.vae_coder import Decoder, Encoder
 from wan_parallel.wanvideo.vae.vae_layers import WholeFrame
@@ -131,7 +131,7 @@ def test_strips_of_2_to_4_ranks_are_the_whole(tmp_path):
         assert relative_error(latents, reference.encode(video(vae, 6, size))) <= EXACT, case
 
 
-def joined(parts: list[torch.Tensor | None], strips: Strips, scale: int) -> torch.Tensor:
+def joined(parts: list[torch.Tensor | None], strips: FrameStrips, scale: int) -> torch.Tensor:
     """The strips of the ranks that have one, side by side."""
     used = [part for part in parts if part is not None]
     assert [part.shape[1 + strips.axis] for part in used] == [scale * (stop - start) for start, stop in strips.parts]

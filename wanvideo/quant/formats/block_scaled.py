@@ -23,14 +23,14 @@ from .scales import INPUT_SCALES, SCALES, scale_info
 
 
 @dataclass(frozen=True)
-class Group:
+class ScaleGroup:
     """How many numbers of a row share a scale, and how many bytes hold these numbers."""
 
     numbers: int
     nbytes: int
 
 
-GROUPS = {"NVFP4": Group(16, 8), "MXFP8": Group(32, 32)}
+GROUPS = {"NVFP4": ScaleGroup(16, 8), "MXFP8": ScaleGroup(32, 32)}
 _TILE_ROWS, _TILE_GROUPS = 128, 4
 _WHOLE_SCALE, _SMOOTHING = ".weight_scale_2", ".pre_quant_scale"
 _STORED_AS = {"NVFP4": "U8", "MXFP8": "F8_E4M3"}
