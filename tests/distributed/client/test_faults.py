@@ -219,7 +219,8 @@ def test_cancel_after_cancel_after_cancel_is_right_in_the_end(own_pool, many_lay
 def test_poll_is_called_ten_times_a_second(own_pool, many_layers, long):
     calls = [time.monotonic()]
     own_pool.forward(many_layers, *long[0], poll=lambda: calls.append(time.monotonic()))
-    assert len(calls) >= 0.8 * long[1] / 0.1 / 2  # others may use the machine
+    seconds = time.monotonic() - calls[0]  # of this forward: another one may take twice as long beside others' work
+    assert len(calls) >= 0.8 * seconds / 0.1 / 2
     assert sorted(b - a for a, b in itertools.pairwise(calls))[len(calls) // 2] < 0.15
 
 
