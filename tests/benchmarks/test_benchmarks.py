@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import testkit
+from wan_parallel.distributed.client.pool import running
 from wan_parallel.tools.tiny_wan.judging import T2V_FILE, VAE_FILE
 
 FOLDER = testkit.ROOT / "benchmarks"
@@ -34,6 +35,13 @@ def program(name: str) -> ModuleType:
     module = sys.modules[spec.name] = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pools_of_others():
+    """Programs measure the start of a pool; what other files of tests left running starts anew when it is asked."""
+    while (pool := running()) is not None:
+        pool.close()
 
 
 @pytest.fixture
