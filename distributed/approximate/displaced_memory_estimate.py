@@ -9,6 +9,7 @@ GPU keeps all keys and values, however many GPUs there are.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,12 +125,16 @@ def patch_memory(
     )
 
 
-def capacity(device: str, num_gpus: int, fraction: float) -> int:
-    """Bytes that each worker may take: `fraction` of the smallest GPU or, on the CPU, of an equal part of the host's
-    memory."""
+def capacity(device: str, gpus: Sequence[int], fraction: float) -> int:
+    """Bytes that each worker may take: `fraction` of the smallest of the workers' GPUs or, on the CPU, of an equal part
+    of the host's memory.
+
+    Args:
+        gpus: the indices of the workers' GPUs.
+    """
     if device == "cuda":
-        return int(fraction * min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus)))
-    return int(fraction * host_memory() / num_gpus)
+        return int(fraction * min(torch.cuda.get_device_properties(i).total_memory for i in gpus))
+    return int(fraction * host_memory() / len(gpus))
 
 
 def host_memory() -> int:

@@ -84,7 +84,7 @@ def check_stream(need: PipeFusionMemory, settings: PoolSettings) -> None:
     Raises:
         TooLarge: with the figures.
     """
-    available = capacity(settings.device, settings.plan.num_gpus, settings.memory_fraction)
+    available = capacity(settings.device, settings.gpu_indices, settings.memory_fraction)
     if need.total <= available:
         return
     raise TooLarge(

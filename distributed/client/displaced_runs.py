@@ -116,7 +116,7 @@ class DisplacedRuns(SamplingRuns):
     def available(self) -> int:
         """Bytes that each worker may take."""
         pool = self.pool.settings
-        return capacity(pool.device, pool.plan.num_gpus, pool.memory_fraction)
+        return capacity(pool.device, pool.gpu_indices, pool.memory_fraction)
 
     def layout(self, grid: Grid, ranks: int) -> PatchLayout:
         """The patches of a video that `ranks` GPUs share.

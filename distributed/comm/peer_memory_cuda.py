@@ -48,7 +48,9 @@ class GpuPeerMemory(PeerMemory):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         super().__init__(group, device)
-        self.processors = tuple(torch.cuda.get_device_properties(rank).multi_processor_count for rank in self.members)
+        self.processors = tuple(
+            _gathered(torch.cuda.get_device_properties(device).multi_processor_count, group, device)
+        )
         self._computed = torch.cuda.Event()
         # two streams: copies within a GPU are kernels, which wait until the computation leaves them room
         self._out, self._to_itself = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -273,12 +275,17 @@ def _unreached(group: dist.ProcessGroup, device: torch.device) -> str:
     """Why this GPU does not reach those of the other ranks of this host; empty if it does. A collective call."""
     if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
         return "NCCL_P2P_DISABLE is set"
-    mine = torch.tensor([device.index], device=device)
-    every = [torch.empty_like(mine) for _ in dist.get_process_group_ranks(group)]
-    dist.all_gather(every, mine, group=group)
-    others = (index for index in (int(index) for index in every) if index != device.index)
+    others = (index for index in _gathered(device.index, group, device) if index != device.index)
     unreached = [index for index in others if not torch.cuda.can_device_access_peer(device, index)]
     return f"GPU {device.index} has no access to the memory of GPU {unreached[0]}" if unreached else ""
+
+
+def _gathered(number: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """The `number` of each rank of the group. A collective call."""
+    mine = torch.tensor([number], device=device)
+    every = [torch.empty_like(mine) for _ in dist.get_process_group_ranks(group)]
+    dist.all_gather(every, mine, group=group)
+    return [int(theirs) for theirs in every]
 
 
 class PeerMemoryError(RuntimeError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ from ..protocol.pool_errors import Failure, WorkerDied
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
 from ..shm.cancel import CancelMemory
+from . import network
+from .exits import death_of, deaths
 from .worker_processes import WorkerProcess, WorkerStart, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,7 @@ class Launcher:
             self._hear_client(news)
         zygote.process.join()
         if zygote.process.exitcode != 0:
-            reason = _exit_reason("The process that starts the workers", zygote.process)
-            raise _PoolEnded(Failure.of(WorkerDied(reason)))
+            raise _PoolEnded(deaths([_death("The process that starts the workers", zygote.process)]))
         self.processes = [*zygote.workers()]
 
     def _wait_until_ready(self) -> None:
@@ -185,8 +185,7 @@ class Launcher:
     def _check_alive(self) -> None:
         dead = [rank for rank, process in enumerate(self.processes) if process.exitcode is not None]
         if dead:
-            reasons = (_exit_reason(f"Worker rank {rank}", self.processes[rank]) for rank in dead)
-            raise _PoolEnded(Failure.of(WorkerDied(" ".join(reasons))))
+            raise _PoolEnded(deaths([_death(f"Worker rank {rank}", self.processes[rank]) for rank in dead]))
 
     def _tell_client(self, message: PoolFailed) -> None:
         try:
@@ -202,13 +201,9 @@ class Launcher:
             process.join(_JOIN_SECONDS)
 
 
-def _exit_reason(title: str, process: WorkerProcess) -> str:
-    code = process.exitcode
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = " (the system does that when host memory runs out)" if -code == signal.SIGKILL else ""
-        return f"{title} (pid {process.pid}) was ended by {name}{hint}."
-    return f"{title} (pid {process.pid}) ended with status {code}; its last words are in the console."
+def _death(title: str, process: WorkerProcess) -> WorkerDied:
+    assert process.exitcode is not None  # it has ended
+    return death_of(title, process.pid, process.exitcode)
 
 
 def _end_of(pid: int) -> list[int]:
@@ -225,13 +220,17 @@ def _end_of(pid: int) -> list[int]:
 def main(descriptor: str) -> int:
     """Entry of the launcher process; `descriptor` is its end of the client's socket pair."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="[WanParallel] %(message)s")
-    # Nothing of one host's pool needs a network: gloo and NCCL would otherwise listen on the first interface.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     client = Connection(int(descriptor))
     try:
         start = decode(client.recv_bytes())
     except EOFError:
         return 0
     assert isinstance(start, Start)
+    if len(start.locations) > 1:  # else nobody listens
+        try:
+            network.bind(os.environ, network.loopback())
+        except network.NetworkError as error:
+            log.error("%s", error)
+            client.send_bytes(encode(PoolFailed(Failure.of(error))))
+            return 1
     return Launcher(client, start).run()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,17 +16,22 @@ from typing import Any
 import torch
 
 from ..plan.degrees import PlanError
-from ..protocol.messages import Cancel, Message, PoolFailed, Start, decode, encode
+from ..protocol.messages import Cancel, Message, PoolFailed, PoolReady, Start, decode, encode
 from ..protocol.pool_errors import Failure, PoolError, WorkerDied
 from ..protocol.requests import Request
 from ..protocol.specs import PoolSettings, RankLocation, on_one_host
 from ..shm.arena import Arena
+from . import exits
+from .console import Console
 from .executor import Executor, RanksEnded
+from .gpu_choice import chosen_gpus
 
 MAX_GPUS = 8
 """What one machine has at most, and what was tried."""
 
 _CLOSE_SECONDS = 3.0
+_LAST_WORDS_SECONDS = 1.0
+"""How long to wait for what processes that end still say."""
 _BOOTSTRAP = Path(__file__).resolve().parents[2] / "bootstrap.py"
 
 
@@ -38,6 +43,19 @@ def check_num_gpus(num_gpus: int) -> None:
     """
     if not 1 <= num_gpus <= MAX_GPUS:
         raise PlanError(f"num_gpus is {num_gpus}. Choose 1 to {MAX_GPUS}.")
+
+
+def check_no_gpus(gpus: Sequence[str]) -> None:
+    """Check that nobody has named GPUs for workers that will run on the CPU.
+
+    Raises:
+        PlanError: somebody has.
+    """
+    if gpus:
+        raise PlanError(
+            f"gpus is {','.join(gpus)}, but the workers run on the CPU here, as device is cpu or torch finds no GPU. "
+            "Leave gpus empty, or set device to cuda and check nvidia-smi."
+        )
 
 
 def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
@@ -59,17 +77,23 @@ class _Launcher:
     """One start of the launcher, and our end of the line to it."""
 
     def __init__(self, start: Start):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, str(_BOOTSTRAP), "distributed.executors.launcher", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=worker_environment(os.environ),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
-            )
-        self.connection: Connection = Connection(ours.detach())
-        self.connection.send_bytes(encode(start))
+        self._starting, self._console = True, Console()
+        try:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, str(_BOOTSTRAP), "distributed.executors.launcher", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    env=worker_environment(os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stderr=self._console.descriptor,
+                    start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
+                )
+                self.connection: Connection = Connection(ours.detach())
+        finally:
+            self._console.given()
+        with contextlib.suppress(ConnectionError):  # it has ended already, and the first `receive` says how
+            self.connection.send_bytes(encode(start))
 
     def stop(self) -> None:
         """Hang up; the launcher then ends its workers and itself."""
@@ -80,22 +104,29 @@ class _Launcher:
             self.process.kill()
             self.process.wait()
 
-    def exit_reason(self) -> str:
-        """How the launcher ended, as a sentence."""
+    def ended(self) -> RanksEnded:
+        """The error that the launcher's end is."""
         try:
             code = self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"The pool's launcher (pid {self.process.pid}) closed its connection."
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        return f"The pool's launcher (pid {self.process.pid}) was ended {how}."
+            death = WorkerDied(f"The pool's launcher (pid {self.process.pid}) closed its connection.")
+        else:
+            death = exits.death_of("The pool's launcher", self.process.pid, code)
+        return self.failed(Failure.of(death))
 
-    def ended(self) -> RanksEnded:
-        """The error that the launcher's end is."""
-        return RanksEnded(Failure.of(WorkerDied(self.exit_reason())))
+    def failed(self, failure: Failure) -> RanksEnded:
+        """The error that a failure of the whole pool is, with the cause that the processes have named."""
+        crashed = exits.Crashed.__name__ in failure.kinds
+        said = self._console.last_lines(_LAST_WORDS_SECONDS if crashed else 0)
+        return RanksEnded(exits.with_cause(failure, said, self._starting))
+
+    def is_up(self) -> None:
+        """Note that all ranks have started."""
+        self._starting = False
 
 
 class LocalExecutor(Executor):
-    """Ranks on the GPUs of this machine, rank r on GPU r, or on its CPU.
+    """Ranks on the GPUs of this machine, or on its CPU.
 
     Messages go through the launcher (see launcher.py), and tensors through memory that all ranks map.
     """
@@ -121,22 +152,25 @@ class LocalExecutor(Executor):
         check_num_gpus(num_gpus)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and torch.cuda.device_count() < num_gpus:
-            raise PlanError(
-                f"num_gpus is {num_gpus}, but this machine shows {torch.cuda.device_count()} GPUs. "
-                "Lower num_gpus, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
-            )
-        return replace(settings, device=device)
+        if device == "cpu":
+            check_no_gpus(settings.gpus)
+            return replace(settings, device=device)
+        chosen = chosen_gpus(settings.gpus, num_gpus)
+        first = chosen == tuple(range(num_gpus))  # settings that mean the same are one pool
+        return replace(settings, device=device, gpus=() if first else tuple(map(str, chosen)))
 
     def locations(self, settings: PoolSettings) -> tuple[RankLocation, ...]:
         """See `Executor`."""
-        return on_one_host(settings.plan.num_gpus)
+        return on_one_host(settings.plan.num_gpus, settings.gpu_indices)
 
     def start(self, settings: PoolSettings) -> None:
         """See `Executor`."""
         if not hasattr(os, "memfd_create"):
             raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
-        self._launcher = _Launcher(Start(settings, self.locations(settings), os.getpid()))
+        try:
+            self._launcher = _Launcher(Start(settings, self.locations(settings), os.getpid()))
+        except (OSError, RuntimeError) as error:  # no file, process or thread more (threads: RuntimeError)
+            raise exits.refused(error) from error
 
     def send(self, message: Request[Any] | Cancel) -> None:
         """See `Executor`."""
@@ -156,7 +190,9 @@ class LocalExecutor(Executor):
         except (EOFError, ConnectionError):
             raise launcher.ended() from None
         if isinstance(message, PoolFailed):
-            raise RanksEnded(message.failure)
+            raise launcher.failed(message.failure)
+        if isinstance(message, PoolReady):
+            launcher.is_up()
         return message
 
     def stop(self) -> None:

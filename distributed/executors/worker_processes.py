@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -145,14 +148,20 @@ def _fork(work: list[WorkerStart], pids: Connection) -> None:
 
     gc.freeze()  # a collection in a worker would otherwise write to all pages that the workers share
     context = multiprocessing.get_context("fork")
-    forked = []
+    forked: list[BaseProcess] = []
     for own in work:
         foreign = [pids, *(other.connection for other in work if other is not own)]
         arguments = (os.getppid(), os.getpid(), foreign, own)
         process = context.Process(target=_forked, args=arguments, name="wan-parallel-worker")
-        process.start()
-        forked.append(process.pid)
-    pids.send(forked)
+        try:
+            process.start()
+        except OSError:  # the system starts no more processes
+            log.exception("A worker cannot be forked.")
+            for started in forked:
+                started.kill()
+            os._exit(1)  # multiprocessing would wait for the children, and these wait for this end
+        forked.append(process)
+    pids.send([process.pid for process in forked])
     os._exit(0)  # without waiting for its children
 
 

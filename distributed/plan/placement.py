@@ -189,7 +189,7 @@ def choose_placement(
         ranks: how many GPUs hold the same weights.
         shard, offload: "auto", "on" or "off" (see `ModelSpec`).
         host_room: bytes of host memory that all ranks together may take.
-        gpus: what a refusal calls the GPUs; 0, 1 ... without.
+        gpus: the ranks whose GPUs they are, for a refusal; 0, 1 ... without.
 
     Raises:
         PlacementError: it does not fit.
@@ -264,7 +264,7 @@ def _refusal(
     ways += ["set shard_weights to auto"] if shard == "off" and ranks > 1 else []
     ways += ["use fewer frames or a smaller size", "raise gpu_memory_fraction", "use more GPUs"]
     return (
-        f"GPU {gpus[least]} has {_gib(room[least])} for this model and needs {_gib(needed)} "
+        f"The GPU of rank {gpus[least]} has {_gib(room[least])} for this model and needs {_gib(needed)} "
         f"({_gib(weights)} of weights, {_gib(demand.activations)} of activations): "
         f"{_gib(needed - room[least])} are missing. "
         f"{ways[0][0].upper()}{ways[0][1:]}, {', '.join(ways[1:-1])}, or {ways[-1]}."

@@ -5,6 +5,7 @@ Imports no torch: the launcher reads them too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class PoolSettings:
             search.py).
         by_speed: GPUs of different kinds share a sequence after their measured speeds (see `planner.speeds_of`), which
             then are the plan's.
+        gpus: the ranks' GPUs, by rank: indices or UUIDs as a user names them, and indices once an executor has resolved
+            them. Empty: the first ones.
     """
 
     plan: ParallelPlan
@@ -40,6 +43,12 @@ class PoolSettings:
     pipeline_mode: str = "exact"
     auto: bool = False
     by_speed: bool = False
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def gpu_indices(self) -> tuple[int, ...]:
+        """The index of each rank's GPU, by rank, of settings that an executor has resolved."""
+        return tuple(map(int, self.gpus)) or tuple(range(self.plan.num_gpus))
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,9 @@ class RankLocation:
         return not self.host
 
 
-def on_one_host(num_gpus: int) -> tuple[RankLocation, ...]:
-    """The locations, by rank, of ranks that live on one machine, each on the GPU of its own number."""
-    return tuple(RankLocation("", index) for index in range(num_gpus))
+def on_one_host(num_gpus: int, gpus: Sequence[int] = ()) -> tuple[RankLocation, ...]:
+    """The locations, by rank, of ranks that live on one machine, on the GPUs of these indices or on the first ones."""
+    return tuple(RankLocation("", index) for index in gpus or range(num_gpus))
 
 
 @dataclass(frozen=True)

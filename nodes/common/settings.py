@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...distributed.executors.local import check_num_gpus
+from ...distributed.executors.gpu_choice import chosen_gpus
+from ...distributed.executors.local import check_no_gpus, check_num_gpus
 from ...distributed.plan.degrees import ParallelPlan, PlanError
 from ...distributed.protocol.specs import ModelSpec, PoolSettings
 from ...wanvideo.checkpoint.weight_source import file_stamp
@@ -53,6 +54,7 @@ class USPConfig:
     offload: str = "auto"
     parallel_plan: str = PLANS[0]
     gpu_shares: str = SHARES[0]
+    gpus: str = ""
 
     @property
     def plan(self) -> ParallelPlan:
@@ -102,6 +104,11 @@ class USPConfig:
         """Whether the workers will run on GPUs of this machine."""
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
+    @property
+    def gpu_names(self) -> tuple[str, ...]:
+        """The GPUs that are named for the workers: indices or UUIDs."""
+        return tuple(re.split(r"[\s,;]+", self.gpus.strip(" \t\n,;"))) if self.gpus.strip(" \t\n,;") else ()
+
     def validate(self) -> None:
         """Check all that can be checked of the widgets without a model.
 
@@ -131,19 +138,18 @@ class USPConfig:
     def _check_devices(self) -> None:
         if self.device not in DEVICES:
             raise SettingsError(f"device is {self.device}, which is none. Choose {', '.join(DEVICES)}.")
-        if not self.runs_on_cuda:
-            return
-        present = torch.cuda.device_count()
-        if present == 0:
+        if self.runs_on_cuda and torch.cuda.device_count() == 0:
             raise SettingsError(
                 "device is cuda, but torch finds no CUDA GPU. Check nvidia-smi and that torch is a CUDA "
                 "build, or set device to cpu."
             )
-        if self.num_gpus > present:
-            raise SettingsError(
-                f"num_gpus is {self.num_gpus}, but ComfyUI sees {_gpus(present)}. Set num_gpus to {present} "
-                "or less, or check nvidia-smi, CUDA_VISIBLE_DEVICES and ComfyUI's --cuda-device."
-            )
+        try:
+            if self.runs_on_cuda:
+                chosen_gpus(self.gpu_names, self.num_gpus)
+            else:
+                check_no_gpus(self.gpu_names)
+        except PlanError as error:
+            raise SettingsError(str(error)) from None
 
     def pool_settings(self) -> PoolSettings:
         """Return the settings of the pool of workers; equal settings share one pool."""
@@ -155,8 +161,14 @@ class USPConfig:
             overlap=self.overlap_p2p_comm,
             pipeline_mode=self.pipeline_mode if self.pipeline_parallel_size > 1 else "exact",
             auto=self.chooses_sizes,
-            by_speed=self.gpu_shares.strip() == "auto" and self.runs_on_cuda and _unlike_gpus(self.num_gpus),
+            by_speed=self.gpu_shares.strip() == "auto" and self.runs_on_cuda and self._has_unlike_gpus,
+            gpus=self.gpu_names,
         )
+
+    @property
+    def _has_unlike_gpus(self) -> bool:
+        chosen = chosen_gpus(self.gpu_names, self.num_gpus)
+        return len({torch.cuda.get_device_name(index) for index in chosen}) > 1
 
     def model_spec(
         self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", module: str = ""
@@ -210,9 +222,6 @@ class USPConfig:
             )
 
 
-def _unlike_gpus(count: int) -> bool:
-    return len({torch.cuda.get_device_name(index) for index in range(count)}) > 1
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count} GPUs"
+def place_of(pool: PoolSettings, rank: int) -> str:
+    """Return what stands before the name of a worker's GPU: its index, as `cuda:2 `; nothing for a CPU."""
+    return f"cuda:{pool.gpu_indices[rank]} " if pool.device == "cuda" else ""

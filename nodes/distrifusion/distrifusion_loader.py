@@ -46,7 +46,15 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
                 "for each other. Not exact, and it needs much host memory: XDit+USP WanVideo Model Loader is exact and "
                 "needs less. Meant for four GPUs or more without NVLink: try both."
             ),
-            inputs=[*_model(), *_patches(), *_hosts(), *_quality(), *_exchange(), shared_inputs.device()],
+            inputs=[
+                *_model(),
+                *_patches(),
+                *_hosts(),
+                *_quality(),
+                *_exchange(),
+                shared_inputs.device(),
+                shared_inputs.gpus(),
+            ],
             outputs=[
                 DISTRIFUSION_MODEL.Output(
                     display_name="model", tooltip="For Official DistriFusion Sampler, or any other MODEL input."
@@ -66,6 +74,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         rank: int | None = 0,
         split_cfg: bool | None = False,
         device: str | None = "auto",
+        gpus: str | None = "",
     ) -> bool | str:
         """Check the file, and the inputs that can contradict another input or this machine, before anything runs.
 
@@ -77,6 +86,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             "rank": rank,
             "split_cfg": split_cfg,
             "device": device,
+            "gpus": gpus,
         }
         found = check_widgets(DistriFusionConfig, named)
         return check_file(read_header, model) if found is True else found

@@ -33,6 +33,7 @@ class DistriFusionConfig:
     manager: str = "auto"
     gpu_memory_fraction: float = 0.9
     device: str = "auto"
+    gpus: str = ""
 
     @property
     def weight_dtype(self) -> str:
@@ -91,4 +92,5 @@ class DistriFusionConfig:
             device=self.device,
             parallel_plan="as_set",
             gpu_shares="even",
+            gpus=self.gpus,
         )

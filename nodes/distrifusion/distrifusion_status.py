@@ -18,6 +18,7 @@ from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
 from ..common import shared_inputs
+from ..common.settings import place_of
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..common.validation import new_fingerprint
 from ..model.model_patcher import displaced_runs
@@ -107,9 +108,9 @@ def _report(runs: DisplacedRuns, pool: PoolStatus, layout: PatchLayout, problem:
         f"{'fp8' if settings.fp8_buffers else runs.spec.compute_dtype}, manager {runs.manager}"
     )
     yield f"🎮 {plan.num_gpus} workers on {pool.settings.device}: {_state(pool)}"
-    yield from (f"  {line}" for line in map(_worker, pool.workers))
+    yield from (f"  {_worker(worker, place_of(pool.settings, worker.rank))}" for worker in pool.workers)
     if not pool.workers and pool.settings.device == "cuda":
-        yield from (f"  {_gpu(index)}" for index in range(plan.num_gpus))
+        yield from (f"  {_gpu(rank, at.device)}" for rank, at in enumerate(runs.pool.locations) if at.is_here)
     yield from _layout_lines(layout, runs.record, plan.data_parallel)
     if problem:
         yield f"  {problem}"
@@ -120,17 +121,18 @@ def _state(pool: PoolStatus) -> str:
     return "ready" if pool.state == "ready" else f"{pool.state}; they start with the next sampling step"
 
 
-def _worker(worker: WorkerStatus) -> str:
+def _worker(worker: WorkerStatus, place: str) -> str:
     return (
-        f"rank {worker.rank}: {worker.device}, {gib(worker.used)} used, {gib(worker.total - worker.used)} free, "
+        f"rank {worker.rank}: {place}{worker.device}, {gib(worker.used)} used, {gib(worker.total - worker.used)} free, "
         f"link: {worker.link}"
     )
 
 
-def _gpu(index: int) -> str:
+def _gpu(rank: int, index: int) -> str:
     """The line of a GPU without a worker, found out without a CUDA context, which would take memory on the GPU."""
     found = torch.cuda.get_device_properties(index)
-    return f"rank {index}: {found.name}, {gib(found.total_memory)}; what is free, and the link, once the workers run"
+    memory = f"{gib(found.total_memory)}; what is free, and the link, once the workers run"
+    return f"rank {rank}: cuda:{index} {found.name}, {memory}"
 
 
 def _layout_lines(layout: PatchLayout, record: RunRecord, groups: int) -> Iterator[str]:

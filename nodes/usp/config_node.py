@@ -42,6 +42,7 @@ class XDitUSPConfig(io.ComfyNode):
                 *_pipeline_mode(),
                 *_placement(),
                 *_plan(),
+                shared_inputs.gpus(),
             ],
             outputs=[
                 XDITUSPCONFIG.Output(
@@ -65,6 +66,7 @@ class XDitUSPConfig(io.ComfyNode):
         device: str | None = "auto",
         parallel_plan: str | None = PLANS[0],
         gpu_shares: str | None = SHARES[0],
+        gpus: str | None = "",
     ) -> bool | str:
         """Check the inputs that can contradict another input or this machine, before anything runs.
 
@@ -82,6 +84,7 @@ class XDitUSPConfig(io.ComfyNode):
             "device": device,
             "parallel_plan": parallel_plan,
             "gpu_shares": gpu_shares,
+            "gpus": gpus,
         }
         return check_widgets(USPConfig, named)
 

@@ -12,6 +12,7 @@ from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common import shared_inputs
+from ..common.settings import place_of
 from ..common.sockets import CATEGORY
 from ..common.validation import new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
@@ -76,7 +77,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
     plan, device = status.settings.plan, status.settings.device
     if status.state != "ready":
         return (
-            f"{status.state}: {plan.num_gpus} workers on {device}. They start with the next sampling step.\n"
+            f"{status.state}: {plan.num_gpus} workers on {_devices(status)}. They start with the next sampling step.\n"
             f"Weights will be {weights}, activations {spec.compute_dtype}."
         )
     lines = [
@@ -85,7 +86,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         forward_line(status),
         *shares_lines(status),
         *(line for index in range(len(status.workers[0].models)) for line in _model_lines(status, index)),
-        *(line for worker in status.workers for line in (_worker(worker), *worker_lines(status, worker))),
+        *(line for worker in status.workers for line in (_worker(status, worker), *worker_lines(status, worker))),
         f"torch {status.torch}, xfuser {status.xfuser or 'not installed'}, launcher pid {status.launcher_pid}",
     ]
     return "\n".join(lines)
@@ -124,10 +125,18 @@ def _plan(status: PoolStatus) -> str:
     return ", ".join([data, *(_degrees(model, status.settings.pipeline_mode) for model in models[-1:])])
 
 
-def _worker(worker: WorkerStatus) -> str:
+def _devices(status: PoolStatus) -> str:
+    """The kind of the workers' devices, or the GPUs that are named for them."""
+    if not status.settings.gpus:
+        return status.settings.device
+    return ", ".join(place_of(status.settings, rank).strip() for rank in range(status.settings.plan.num_gpus))
+
+
+def _worker(status: PoolStatus, worker: WorkerStatus) -> str:
     here, host = (sum(getattr(model, name) for model in worker.models) for name in ("device_bytes", "host_bytes"))
+    device = f"{place_of(status.settings, worker.rank)}{worker.device}"
     return (
-        f"rank {worker.rank}: {worker.device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
+        f"rank {worker.rank}: {device}, {_gib(worker.used)} of {_gib(worker.total)} in use, "
         f"weights {_size(here)} there and {_size(host)} in host memory, "
         f"{f'VAE {_size(worker.vae_bytes)}, ' if worker.vae_bytes else ''}"
         f"peak host memory while loading {_gib(worker.peak_private)}, pid {worker.pid}"

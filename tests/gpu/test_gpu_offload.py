@@ -158,7 +158,7 @@ def test_under_a_cap_as_many_blocks_as_fit_stay_and_the_others_stream(shared):
 
 @over("shared", [Shared(1, cap=0.4)], indirect=True, ids=str)
 def test_what_can_not_fit_is_refused_with_what_is_missing(shared):
-    with pytest.raises(PlacementError, match=r"GPU 0 has .* GiB are missing") as refusal:
+    with pytest.raises(PlacementError, match=r"GPU of rank 0 has .* GiB are missing") as refusal:
         shared.ensure_ready(replace(BIG, offload="auto"))
     assert tiny.sentences(str(refusal.value)) == 2
 

@@ -17,13 +17,13 @@ INPUTS = {  # what is new goes to the end of its node
         "num_gpus gpu_memory_fraction pipeline_parallel_size tensor_parallel_size data_parallel_size use_fp16 use_bf16 "
         "enable_activation_checkpointing enable_gradient_checkpointing max_batch_size max_sequence_length "
         "overlap_p2p_comm use_flash_attention use_sdpa ulysses_degree ring_degree device usp_backend pipeline_mode "
-        "shard_weights offload parallel_plan gpu_shares"
+        "shard_weights offload parallel_plan gpu_shares gpus"
     ),
     "XDitUSPWanVideoModelLoader": "model base_precision xdit_usp_config attention_mode lora vace_model fp8_mode",
     "XDitUSPStatus": "model after",
     "OfficialDistriFusionModelLoader": (
         "model precision quantization num_gpus patch_size patch_overlap split_mode world_size rank attention_mode "
-        "warmup_steps kv_buffers split_cfg manager gpu_memory_fraction device"
+        "warmup_steps kv_buffers split_cfg manager gpu_memory_fraction device gpus"
     ),
     "OfficialDistriFusionSampler": (
         "model positive negative latent_image seed steps cfg sampler_name scheduler denoise sync_frequency"

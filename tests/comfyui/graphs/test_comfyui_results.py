@@ -260,6 +260,9 @@ def test_unlike_shares_are_shown_and_checked_when_queued(server):
     with pytest.raises(QueueRefused) as refusal:
         server.queue({**plain(pool_model), **pool_model(gpu_shares="3"), "out": saved})
     assert 'gpu_shares is "3", and num_gpus is 2' in " ".join(refusal.value.texts)
+    with pytest.raises(QueueRefused) as refusal:
+        server.queue({**plain(pool_model), **pool_model(gpus="0,1"), "out": saved})
+    assert "gpus is 0,1, but the workers run on the CPU here" in " ".join(refusal.value.texts)
 
 
 def test_nodes_show_the_promised_inputs(server):
@@ -278,6 +281,7 @@ def test_nodes_show_the_promised_inputs(server):
         "offload",
         "parallel_plan",
         "gpu_shares",
+        "gpus",
     ]
     required = info["input"]["required"]
     limits = {name: (options["min"], options["max"]) for name, (_, options) in required.items() if "min" in options}

@@ -120,4 +120,4 @@ def test_weights_that_do_not_fit_alone_are_refused():
 
 
 def test_workers_on_the_cpu_share_the_hosts_memory():
-    assert capacity("cpu", 4, 0.5) == pytest.approx(capacity("cpu", 1, 1.0) / 8, abs=4)
+    assert capacity("cpu", range(4), 0.5) == pytest.approx(capacity("cpu", range(1), 1.0) / 8, abs=4)

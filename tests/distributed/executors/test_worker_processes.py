@@ -55,9 +55,9 @@ def test_workers_are_children_of_the_launcher_give_the_result_and_are_missed_by_
 
     def kill() -> None:
         if not killed:
-            killed.append(os.kill(victim, signal.SIGTERM))
+            killed.append(os.kill(victim, signal.SIGRTMIN + 6))
 
-    with pytest.raises(WorkerDied, match=rf"rank 1 \(pid {victim}\) was ended by SIGTERM"):
+    with pytest.raises(WorkerDied, match=rf"rank 1 \(pid {victim}\) was ended by SIGRTMIN\+6"):
         while True:
             pool.forward(spec, *tiny.inputs(size=(6, 40, 40)), poll=kill)
     assert not wait_until_gone(everybody, 5)

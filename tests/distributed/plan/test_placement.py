@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused_with_what_is_missing_where(room, options, 
     with pytest.raises(PlacementError) as refusal:
         choose_placement(DEMAND, rooms, 4, **options)
     text = str(refusal.value)
-    assert text.startswith(f"GPU 1 has {room:.2f} GiB") and "0.10 GiB are missing" in text
+    assert text.startswith(f"The GPU of rank 1 has {room:.2f} GiB") and "0.10 GiB are missing" in text
     assert way.lower() in text.lower() and sentences(text) == 2
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import testkit
 import torch
 from testkit.tiny import sentences
-from wan_parallel.nodes.common.settings import SettingsError, USPConfig
+from wan_parallel.nodes.common.settings import SettingsError, USPConfig, place_of
 from wan_parallel.wanvideo.base.config import PRESETS
 
 CPU = USPConfig(device="cpu")
@@ -37,6 +38,7 @@ def test_the_defaults_are_accepted():
         {"gpu_shares": "2, nan"},
         {"gpu_shares": "fast, slow"},
         {"gpu_shares": ""},
+        {"gpus": "0,1"},
     ],
     ids=str,
 )
@@ -71,6 +73,34 @@ def test_only_gpus_of_different_kinds_are_measured(monkeypatch, written, names, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
     assert USPConfig(device="cuda", gpu_shares=written).pool_settings().by_speed is by_speed
+
+
+@pytest.mark.parametrize(
+    "written, names",
+    [
+        ("", ()),
+        (" , ", ()),
+        ("0,2,3", ("0", "2", "3")),
+        (" 1; GPU-4234abcd  cuda:3,", ("1", "GPU-4234abcd", "cuda:3")),
+    ],
+)
+def test_gpus_reach_the_pool_and_only_those_are_compared(monkeypatch, written, names):
+    compared = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: compared.append(index) or "H200")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"{index + 2}234abcd-0")
+    )
+    config = USPConfig(device="cuda", gpus=written)
+    config.validate()
+    assert config.pool_settings().gpus == names
+    assert compared == ([0, 1] if not names else [0, 2] if names[0] == "0" else [1, 2])
+
+
+def test_the_status_names_the_gpu_of_each_rank():
+    pool = USPConfig(device="cuda", gpu_shares="even", gpus="3,1").pool_settings()
+    assert [place_of(pool, rank) for rank in (0, 1)] == ["cuda:3 ", "cuda:1 "]
+    assert place_of(replace(pool, gpus=()), 1) == "cuda:1 " and place_of(replace(pool, device="cpu"), 1) == ""
 
 
 @pytest.mark.parametrize("present", [0, 1])

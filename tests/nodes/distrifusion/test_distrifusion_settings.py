@@ -15,7 +15,13 @@ CPU = DistriFusionConfig(device="cpu")
 
 @pytest.mark.parametrize(
     "widgets",
-    [{"world_size": 4}, {"rank": 1}, {"num_gpus": 3, "world_size": 3, "split_cfg": True}, {"device": "tpu"}],
+    [
+        {"world_size": 4},
+        {"rank": 1},
+        {"num_gpus": 3, "world_size": 3, "split_cfg": True},
+        {"device": "tpu"},
+        {"gpus": "1,2"},
+    ],
     ids=str,
 )
 def test_widgets_that_cannot_work_are_refused_in_two_sentences(widgets):
@@ -35,6 +41,10 @@ def test_the_widgets_reach_pool_model_and_patches(checkpoint):
     spec = replace(config, precision="fp32", quantization="fp8_e4m3fn").model_spec(checkpoint)
     assert (spec.weight_dtype, spec.compute_dtype) == ("fp8_e4m3fn", "fp32")
     assert config.model_spec(checkpoint).weight_dtype == "bf16"
+
+
+def test_the_gpus_reach_the_pool():
+    assert DistriFusionConfig(device="cuda", gpus="2,3").pool_settings().gpus == ("2", "3")
 
 
 def test_an_exact_and_a_displaced_model_of_one_size_share_the_workers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -77,11 +77,23 @@ def open_files(pid: int) -> set[str]:
 def listening(pids: Iterable[int]) -> list[str]:
     """Local addresses (hexadecimal, as /proc has them) of the TCP and UDP sockets on which `pids` wait for others."""
     inodes = {name[8:-1] for pid in pids for name in open_files(pid) if name.startswith("socket:[")}
-    addresses = []
+    return [address for address, inode in _waiting() if inode in inodes]
+
+
+def all_listening() -> list[str]:
+    """As `listening`, of all processes of this network namespace."""
+    return [address for address, _ in _waiting()]
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+"""Addresses of the loopback, as `listening` gives them."""
+
+
+def _waiting() -> Iterator[tuple[str, str]]:
+    """The address and the inode of each socket that waits for others."""
     for table, waiting in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
         path = Path("/proc/net") / table
         for line in path.read_text().splitlines()[1:] if path.exists() else ():
             fields = line.split()
-            if fields[9] in inodes and fields[3] == waiting:
-                addresses.append(fields[1].partition(":")[0])
-    return addresses
+            if fields[3] == waiting:
+                yield fields[1].partition(":")[0], fields[9]
