@@ -36,7 +36,8 @@ def chosen_gpus(names: Sequence[str], num_gpus: int) -> tuple[int, ...]:
     for name in names:
         index = _index_of(name, present)
         if index in chosen:
-            raise PlanError(f"gpus names GPU {index} twice ({chosen[index]}, {name}). Name each GPU once.")
+            twice = f"{_short(chosen[index])}, {_short(name)}"
+            raise PlanError(f"gpus names GPU {index} twice ({twice}). Name each GPU once.")
         chosen[index] = name
     if len(chosen) < num_gpus:
         raise PlanError(
@@ -46,25 +47,42 @@ def chosen_gpus(names: Sequence[str], num_gpus: int) -> tuple[int, ...]:
     return tuple(chosen)[:num_gpus]
 
 
+def check_no_gpus(names: Sequence[str]) -> None:
+    """Check that nobody has named GPUs for workers that will run on the CPU.
+
+    Raises:
+        PlanError: somebody has.
+    """
+    if names:
+        raise PlanError(
+            f"gpus is {_short(','.join(names))}, but the workers run on the CPU here, as device is cpu or torch finds "
+            "no GPU. Leave gpus empty, or set device to cuda and check nvidia-smi."
+        )
+
+
 def _index_of(name: str, present: int) -> int:
     if name.upper().startswith(_UUID_KINDS):
         fitting = [index for index in range(present) if _uuid(index).startswith(name[4:].lower())]
         if len(fitting) > 1:
+            several = " and ".join(map(str, fitting))
             raise PlanError(
-                f"gpus names {name}, which the UUIDs of GPUs {' and '.join(map(str, fitting))} begin with. Write more "
-                "of it."
+                f"gpus names {_short(name)}, which the UUIDs of GPUs {several} begin with. Write more of it."
             )
     else:
         index = name.lower().removeprefix("cuda:")
         if not (index.isascii() and index.isdecimal()):
             raise PlanError(
-                f"gpus has {name}, which is neither an index nor a UUID. Write indices such as 0,2,3, or UUIDs as "
-                "nvidia-smi -L lists them (their beginnings are enough), or leave gpus empty for the first GPUs."
+                f"gpus has {_short(name)}, which is neither an index nor a UUID. Write indices such as 0,2,3, or UUIDs "
+                "as nvidia-smi -L lists them (their beginnings are enough), or leave gpus empty for the first GPUs."
             )
         fitting = [int(index)] if len(index) < 4 and int(index) < present else []
     if not fitting:
-        raise PlanError(f"gpus names {name}, which is no GPU that ComfyUI sees. {_there_are(present)}")
+        raise PlanError(f"gpus names {_short(name)}, which is no GPU that ComfyUI sees. {_there_are(present)}")
     return fitting[0]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _there_are(present: int) -> str:

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..shm.arena import Arena
 from . import exits
 from .console import Console
 from .executor import Executor, RanksEnded
-from .gpu_choice import chosen_gpus
+from .gpu_choice import check_no_gpus, chosen_gpus
 
 MAX_GPUS = 8
 """What one machine has at most, and what was tried."""
@@ -43,19 +43,6 @@ def check_num_gpus(num_gpus: int) -> None:
     """
     if not 1 <= num_gpus <= MAX_GPUS:
         raise PlanError(f"num_gpus is {num_gpus}. Choose 1 to {MAX_GPUS}.")
-
-
-def check_no_gpus(gpus: Sequence[str]) -> None:
-    """Check that nobody has named GPUs for workers that will run on the CPU.
-
-    Raises:
-        PlanError: somebody has.
-    """
-    if gpus:
-        raise PlanError(
-            f"gpus is {','.join(gpus)}, but the workers run on the CPU here, as device is cpu or torch finds no GPU. "
-            "Leave gpus empty, or set device to cuda and check nvidia-smi."
-        )
 
 
 def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...distributed.executors.gpu_choice import chosen_gpus
-from ...distributed.executors.local import check_no_gpus, check_num_gpus
+from ...distributed.executors.gpu_choice import check_no_gpus, chosen_gpus
+from ...distributed.executors.local import check_num_gpus
 from ...distributed.plan.degrees import ParallelPlan, PlanError
 from ...distributed.protocol.specs import ModelSpec, PoolSettings
 from ...wanvideo.checkpoint.weight_source import file_stamp

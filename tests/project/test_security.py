@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import shutil
@@ -53,6 +54,13 @@ def test_every_variable_and_file_that_the_page_names_is_there():
     assert files and [name for name in files if not (ROOT / name).exists()] == []
 
 
+def anonymous_memory(pid: int) -> Iterator[str]:
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the folder's own descriptor is gone again
+            if "memfd:" in os.readlink(entry):
+                yield str(entry)
+
+
 READ = """
 import sys
 for path in sys.argv[1:]:
@@ -71,8 +79,8 @@ def test_no_other_user_opens_what_the_processes_share():
     try:
         with pool.session():
             pass
-        folders = [Path(f"/proc/{pid}/fd") for pid in (os.getpid(), pool.launcher_pid, *descendants(pool.launcher_pid))]
-        shared = [str(entry) for folder in folders for entry in folder.iterdir() if "memfd:" in os.readlink(entry)]
+        pids = (os.getpid(), pool.launcher_pid, *descendants(pool.launcher_pid))
+        shared = [path for pid in pids for path in anonymous_memory(pid)]
         assert len(shared) >= 3  # an arena, the store, the cancel flag
         reads_all = [
             f"--{kind}-caps=-all,+dac_read_search" for kind in ("inh", "ambient")
