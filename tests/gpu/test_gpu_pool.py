@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from testkit import tiny
+from testkit.processes import LOOPBACK, descendants, listening
 from testkit.tiny import relative_error
 from wan_parallel.distributed.client.failures import WorkerDied
 from wan_parallel.distributed.client.pool import acquire
@@ -259,3 +260,16 @@ def test_unload_gives_the_gpu_memory_back(shared):
     held = min(worker.used for worker in shared.status().workers)
     shared.unload()
     assert held - min(worker.used for worker in shared.status().workers) >= 2 * 2**30
+
+
+def test_ranks_live_on_the_gpus_that_are_named_and_listen_on_the_loopback_alone(monkeypatch, spec, model):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA GPUs")
+    for name, value in {"NCCL_SOCKET_IFNAME": "nowhere9", "NCCL_COMM_ID": "192.0.2.1:29500"}.items():
+        monkeypatch.setenv(name, value)
+    first = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    pool, given = acquire(PoolSettings(ParallelPlan(2), device="cuda", gpus=("1", first))), tiny.inputs()
+    assert relative_error(pool.forward(spec, *given), model(*given)) <= 1e-3
+    assert [at.device for at in pool.locations] == [1, 0]
+    assert set(listening({pool.launcher_pid, *descendants(pool.launcher_pid)})) <= LOOPBACK
+    pool.close()
