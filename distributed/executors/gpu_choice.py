@@ -25,6 +25,11 @@ def chosen_gpus(names: Sequence[str], num_gpus: int) -> tuple[int, ...]:
         PlanError: a GPU is named that is not there, or twice, or too few are.
     """
     present = torch.cuda.device_count()
+    if not present:
+        raise PlanError(
+            "device is cuda, but torch finds no CUDA GPU. Check nvidia-smi, CUDA_VISIBLE_DEVICES and that torch is a "
+            "CUDA build, or set device to cpu."
+        )
     if not names:
         if num_gpus > present:
             raise PlanError(
@@ -89,8 +94,6 @@ def _there_are(present: int) -> str:
     """What GPUs there are, as a sentence."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES, which ComfyUI's --cuda-device sets, is {visible})"
-    if not present:
-        return f"There are none{shown}: check nvidia-smi, or leave gpus empty."
     found = (f"{index} ({torch.cuda.get_device_name(index)}, GPU-{_uuid(index)[:8]})" for index in range(present))
     return f"Choose among {', '.join(found)}{shown}."
 

@@ -138,11 +138,6 @@ class USPConfig:
     def _check_devices(self) -> None:
         if self.device not in DEVICES:
             raise SettingsError(f"device is {self.device}, which is none. Choose {', '.join(DEVICES)}.")
-        if self.runs_on_cuda and torch.cuda.device_count() == 0:
-            raise SettingsError(
-                "device is cuda, but torch finds no CUDA GPU. Check nvidia-smi and that torch is a CUDA "
-                "build, or set device to cpu."
-            )
         try:
             if self.runs_on_cuda:
                 chosen_gpus(self.gpu_names, self.num_gpus)

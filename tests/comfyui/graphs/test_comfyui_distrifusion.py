@@ -19,7 +19,16 @@ from testkit.tiny import relative_error
 
 SEEDS = itertools.count(5000)
 STEPS = 8
-OPTIONAL = ["attention_mode", "warmup_steps", "kv_buffers", "split_cfg", "manager", "gpu_memory_fraction", "device"]
+OPTIONAL = [
+    "attention_mode",
+    "warmup_steps",
+    "kv_buffers",
+    "split_cfg",
+    "manager",
+    "gpu_memory_fraction",
+    "device",
+    "gpus",
+]
 SAMPLER = {"steps": STEPS, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "sync_frequency": 10}
 
 

@@ -268,7 +268,7 @@ def test_a_degree_beyond_the_heads_is_refused_and_the_pool_goes_on(pool_of, spec
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_more_gpus_than_there_are_are_refused():
-    with pytest.raises(PlanError, match="num_gpus is 2, but this machine shows 0 GPUs") as refusal:
+    with pytest.raises(PlanError, match="device is cuda, but torch finds no CUDA GPU") as refusal:
         acquire(PoolSettings(ParallelPlan(2), device="cuda"))
     assert tiny.sentences(str(refusal.value)) == 2
 
