@@ -45,10 +45,12 @@ class Console:
         begun = b""
         with os.fdopen(self._read, "rb", buffering=0) as source:
             while data := source.read(2**16):
-                with contextlib.suppress(OSError), open(2, "wb", closefd=False) as console:  # there may be none
-                    console.write(data)
                 *whole, begun = (begun + data).split(b"\n")
+                begun = begun[-_LENGTH:]
                 self._keep(whole)
+                with contextlib.suppress(OSError):  # there may be no console
+                    while data:
+                        data = data[os.write(2, data) :]
         self._keep([begun])
 
     def _keep(self, lines: list[bytes]) -> None:

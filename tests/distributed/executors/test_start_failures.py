@@ -16,6 +16,7 @@ from testkit.processes import descendants, wait_until_gone
 from testkit.tiny import sentences
 from wan_parallel.distributed.client.pool import Pool
 from wan_parallel.distributed.executors import exits, local
+from wan_parallel.distributed.executors.console import Console
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.pool_errors import Failure, PoolError, WorkerDied
 from wan_parallel.distributed.protocol.specs import PoolSettings
@@ -152,3 +153,14 @@ def test_what_libraries_say_is_understood(words, remedy):
     told = exits.with_cause(Failure(f"Rank 0 could not start: {words}", ("RuntimeError",), False), [], starting=True)
     assert remedy in told.text and sentences(told.text) >= 2
     assert isinstance(told.for_the_user(), exits.StartError)
+
+
+def test_what_processes_write_reaches_the_console_and_its_last_lines_are_kept(capfd):
+    console = Console()
+    for text in (b"first\n[WanParallel rank 0] Loading.\nhal", b"f a line\n", b"x" * 10**6, b"\nlast"):
+        os.write(console.descriptor, text)
+    console.given()
+    lines = console.last_lines(5)
+    assert lines[:2] == ["first", "half a line"] and lines[-1] == "last" and len(lines) == 4
+    assert len(lines[2]) == 300
+    assert capfd.readouterr().err == "first\n[WanParallel rank 0] Loading.\nhalf a line\n" + "x" * 10**6 + "\nlast"
