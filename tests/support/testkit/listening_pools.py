@@ -36,7 +36,7 @@ POOLS = {
 
 
 def main(checkpoint: str, *kinds: str) -> None:
-    spec, given = ModelSpec(checkpoint, "fp32", "fp32"), tiny.inputs(size=(3, 8, 8), batch=2)
+    spec, given = ModelSpec(checkpoint, "fp32", "fp32"), tiny.inputs(size=(4, 8, 8), batch=2)
     expected = WanModel.from_checkpoint(checkpoint)(*given)
     for kind in kinds:
         settings, approximate = POOLS[kind]
