@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,22 @@ from wan_parallel.distributed.protocol.specs import PoolSettings
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_{name}, ({value}, resource.getrlimit(resource.RLIMIT_{name})[1]))
+sys.path.insert(0, {root!r})
+import bootstrap
+bootstrap.load_pack()
+if __name__ == "__main__":
+    from wan_parallel.distributed.executors import launcher
+    sys.exit(launcher.main(sys.argv[2]))
+"""
+FORKS_ONCE = """
+import errno, os, sys
+fork, forked = os.fork, []
+def fork_once():
+    if forked:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    forked.append(pid := fork())
+    return pid
+os.fork = fork_once
 sys.path.insert(0, {root!r})
 import bootstrap
 bootstrap.load_pack()
@@ -72,12 +89,27 @@ def test_few_open_files_are_named_with_their_number(checkpoint):
     assert "Too many open files. A process may have 16 open files here (ulimit -n)" in ended.stderr
 
 
-@pytest.mark.parametrize("limit", [3, 8])  # for the launcher; for one worker of two
+@pytest.mark.parametrize("limit", [3, 8])  # for the launcher; for the workers
 def test_few_processes_are_named_with_their_number(checkpoint, limit):
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs root, to count the processes of a user who has no others, and setpriv")
     ended = client(checkpoint, "setpriv", *NOBODY, *READS_ALL, "prlimit", f"--nproc={limit}:{limit}")
     assert f"for this user, who may have {limit} (ulimit -u)" in ended.stderr.splitlines()[-1]
+
+
+def test_one_worker_of_two_that_starts_keeps_nobody_waiting(monkeypatch, tmp_path):
+    program = tmp_path / "launcher.py"
+    program.write_text(FORKS_ONCE.format(root=str(testkit.ROOT)))
+    monkeypatch.setattr(local, "_BOOTSTRAP", program)
+    pool, everybody, deadline = Pool(PoolSettings(ParallelPlan(2), device="cpu")), set(), time.monotonic() + 60
+
+    def poll() -> None:
+        everybody.update(descendants(pool.launcher_pid))
+        assert time.monotonic() < deadline, "the start hangs"
+
+    with pytest.raises(exits.StartError, match="Resource temporarily unavailable"), pool.session(poll):
+        pass
+    assert everybody and not wait_until_gone(everybody, 5)
 
 
 def test_nobody_with_full_folders_and_a_home_that_is_read_only_gets_results(checkpoint, tmp_path):
