@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base.config import WanConfig
-from ..base.tensor_info import CheckpointError, TensorInfo, listed
+from ..base.regular_file import FileIdentity
+from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, listed
 from ..base.variant import TensorShapes, read_variants, registered
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import format_name, logical_tensors
@@ -30,18 +31,33 @@ FLOW_RVS = "flow_rvs"
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a checkpoint: its DiT's configuration, the DiT's `tensors` by original names, and the metadata."""
+    """The header of a checkpoint: its DiT's configuration, the DiT's `tensors` by original names, and the metadata.
+
+    `identities` tells each of the files from a changed one, by its path; `stamp` changes with any of the files.
+    """
 
     path: str
     prefix: str
     config: WanConfig
     tensors: Mapping[str, LogicalTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[str, FileIdentity] = field(default_factory=dict)
+    stamp: str = ""
 
     @property
     def is_flow_rvs(self) -> bool:
         """Whether ComfyUI's note in the file says FlowRVS, a model that ComfyUI samples in a way of its own."""
         return _note(self.metadata).get("model_type") == FLOW_RVS
+
+    def joined(self, config: WanConfig, tensors: Mapping[str, LogicalTensor], module: FileHeader) -> Header:
+        """The header of the model that this one is with the `tensors` of another file, whose header is `module`."""
+        return replace(
+            self,
+            config=config,
+            tensors={**self.tensors, **tensors},
+            identities={**self.identities, **module.identities},
+            stamp=f"{self.stamp}+{module.stamp}",
+        )
 
     @property
     def format(self) -> str:
@@ -73,7 +89,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     _refuse_other_kinds(path, file_header.metadata)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
-    header = Header(path, prefix, config, tensors, file_header.metadata)
+    header = Header(path, prefix, config, tensors, file_header.metadata, file_header.identities, file_header.stamp)
     if header.is_flow_rvs and config.variant != "text-to-video":
         raise CheckpointError(
             f"{Path(path).name} is noted to be FlowRVS, but has the tensors of a Wan {config.variant} model. {_LATER}"
