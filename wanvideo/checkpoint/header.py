@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ..base.config import WanConfig
 from ..base.regular_file import FileIdentity
-from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, listed
+from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, listed, shortened
 from ..base.variant import TensorShapes, read_variants, registered
 from ..quant.format import LogicalTensor
-from ..quant.formats.registry import format_name, logical_tensors
+from ..quant.formats.registry import MAX_NOTE, format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, original_name
 from .file_header import read_file_header
 
@@ -119,9 +119,10 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
 
 def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
     """ComfyUI's note about the model in the metadata of a file; empty without a note or with another program's."""
+    text = metadata.get("config", "{}")
     try:
-        note = json.loads(metadata.get("config", "{}"))["transformer"]
-    except (ValueError, KeyError, TypeError):
+        note = json.loads(text)["transformer"] if len(text) <= MAX_NOTE else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 
@@ -129,7 +130,7 @@ def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
 def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
     """Refuse variants without code here that have the tensors of another variant, recognised by ComfyUI's note."""
     note = _note(metadata)
-    kind = str(note.get("model_type", "t2v"))
+    kind = shortened(str(note.get("model_type", "t2v")))
     name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
     if note.get("causal_ar"):
         raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")
