@@ -52,6 +52,7 @@ print(json.dumps({
     "served meanwhile": asyncio.run(served_meanwhile()),
 }))
 """
+LISTED = ["a.safetensors", "sub/b.gguf", "Wan/transformer"]
 WRONG = ["../secret.safetensors", "", ".", "..", "a\0b", "x" * 10_000, 5, True, {"a": 1}, ["a.safetensors"]]
 
 
@@ -76,7 +77,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def report(root: Path, **asked: list) -> dict:
+@pytest.fixture(scope="module")
+def asked(root: Path) -> dict[str, list]:
+    """The names and paths that each function is asked for: those that it finds come first."""
+    lora, linked = str(root / "loras" / "l.safetensors"), os.path.realpath(root / "loras" / "linked.safetensors")
+    models = root / "diffusion_models"
+    secret, absent, above = (
+        str(root / name) for name in ("secret.safetensors", "absent.safetensors", "loras/../secret")
+    )
+    inside = [str(models / "a.safetensors"), "sub/../a.safetensors", "/a.safetensors", "sub"]
+    module, folder = str(models / "sub" / "b.gguf"), str(models / "Wan" / "transformer")
+    return {
+        "model_path": [*LISTED, secret, absent, *inside, *WRONG],
+        "listed_lora": [lora, linked, module, secret, absent, above, "l.safetensors", *WRONG],
+        "listed_model": [module, folder, lora, secret, absent, above, "a.safetensors", *WRONG],
+    }
+
+
+@pytest.fixture(scope="module")
+def found(root: Path, asked: dict[str, list]) -> dict:
+    """The words of `REPORT`, from a process of its own."""
     folder = testkit.ROOT / "tests" / "support"
     command = [sys.executable, "-c", REPORT, str(root), json.dumps(asked)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -84,40 +104,24 @@ def report(root: Path, **asked: list) -> dict:
     return json.loads(done.stdout)
 
 
-def test_names_of_the_list_have_paths_and_all_others_one_refusal(root):
-    secret, absent = str(root / "secret.safetensors"), str(root / "absent.safetensors")
-    inside = [
-        str(root / "diffusion_models" / "a.safetensors"),
-        "sub/../a.safetensors",
-        "/a.safetensors",
-        "sub",
-        "/etc/passwd",
-    ]
-    listed = ["a.safetensors", "sub/b.gguf", "Wan/transformer"]
-    found = report(root, model_path=[*listed, secret, absent, *inside, *WRONG])
-    assert sorted(found["names"]) == sorted(listed)
-    assert found["model_path"][:3] == [str(root / "diffusion_models" / name) for name in listed]
-    refusals = found["model_path"][3:]
+def test_names_of_the_list_have_paths(root, found):
+    assert sorted(found["names"]) == sorted(LISTED)
+    assert found["model_path"][:3] == [str(root / "diffusion_models" / name) for name in LISTED]
+
+
+@pytest.mark.parametrize("kind", ["listed_lora", "listed_model"])
+def test_paths_from_other_nodes_are_those_of_listed_files(asked, found, kind):
+    assert found[kind][:2] == asked[kind][:2]
+
+
+@pytest.mark.parametrize("kind, right", [("model_path", 3), ("listed_lora", 2), ("listed_model", 2)])
+def test_everything_else_has_one_refusal(found, kind, right):
+    refusals = found[kind][right:]
     assert all(text.startswith("refused: ") and len(text) < 300 for text in refusals)
     assert len({text.partition(" is not in the list of ")[2] for text in refusals}) == 1
-    assert refusals[0].replace("secret", "absent") == refusals[1]
+    there, gone = (next(text for text in refusals if f"{name}.safetensors" in text) for name in ("secret", "absent"))
+    assert there.replace("secret", "absent") == gone
 
 
-def test_paths_from_other_nodes_are_those_of_listed_files(root):
-    lora, linked = str(root / "loras" / "l.safetensors"), os.path.realpath(root / "loras" / "linked.safetensors")
-    module, folder = str(root / "diffusion_models" / "sub" / "b.gguf"), str(root / "diffusion_models/Wan/transformer")
-    outside = [
-        str(root / "secret.safetensors"),
-        str(root / "loras" / ".." / "secret.safetensors"),
-        "l.safetensors",
-        *WRONG,
-    ]
-    found = report(root, listed_lora=[lora, linked, module, *outside], listed_model=[module, folder, lora, *outside])
-    assert found["listed_lora"][:2] == [lora, linked] and found["listed_model"][:2] == [module, folder]
-    for texts in (found["listed_lora"][2:], found["listed_model"][2:]):
-        assert all(text.startswith("refused: ") for text in texts)
-        assert len({text.partition(" is not in the list of ")[2] for text in texts}) == 1
-
-
-def test_the_server_goes_on_while_a_file_is_checked(root):
-    assert report(root)["served meanwhile"] is True
+def test_the_server_goes_on_while_a_file_is_checked(found):
+    assert found["served meanwhile"] is True
