@@ -19,7 +19,9 @@ import testkit
 from safetensors.torch import load_file
 
 ROOT = testkit.ROOT
-HELPER_NODES = Path(__file__).with_name("helper_nodes.py")
+HELPER_NODES = {
+    f"wan_test_{name}": Path(__file__).with_name(name) for name in ("helper_nodes.py", "nodes_of_others.py")
+}
 START_SECONDS = 120
 PROMPT_SECONDS = 120
 
@@ -67,7 +69,7 @@ class ComfyServer:
     def start(self) -> None:
         custom_nodes = self.base / "custom_nodes"
         custom_nodes.mkdir(parents=True, exist_ok=True)
-        for link, target in (("My-Wan-Pack", ROOT), ("wan_test_helpers.py", HELPER_NODES)):
+        for link, target in (("My-Wan-Pack", ROOT), *HELPER_NODES.items()):
             if not (custom_nodes / link).is_symlink():
                 (custom_nodes / link).symlink_to(target)
         (self.base / "output").mkdir(exist_ok=True)
