@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 ROOT = testkit.ROOT
 HELPER_NODES = {
-    f"wan_test_{name}": Path(__file__).with_name(name) for name in ("helper_nodes.py", "nodes_of_others.py")
+    "wan_test_helpers.py": Path(__file__).with_name("helper_nodes.py"),
+    "wan_test_others.py": Path(__file__).parent / "inside" / "nodes_of_others.py",
 }
 START_SECONDS = 120
 PROMPT_SECONDS = 120
