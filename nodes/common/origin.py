@@ -9,7 +9,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 _PACK = Path(__file__).resolve().parents[2]
+_PYTHON, _TORCH = (Path(module.__file__).resolve().parent for module in (os, torch))
 _IN_CUSTOM_NODES = re.compile(r"custom_nodes[/\\.]([^/\\.]+)")
 _LOCALS = ".<locals>"
 
@@ -37,25 +40,27 @@ def origins_of(codes: Iterable[object]) -> str:
 
 
 def asking_code() -> str:
-    """Name the function, and its pack, that has led to the running code; "" where it is neither a node pack's nor one
-    of ComfyUI's own nodes.
+    """Name the function, and its pack, that has called this pack's running code; "" where it is no node's.
 
     Returns:
         Such as "magcache_forward in ComfyUI-MagCache".
     """
     frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        path = code.co_filename
-        if "comfy_extras" in path or ("custom_nodes" in path and not _is_ours(path)):
-            name = getattr(code, "co_qualname", code.co_name).partition(_LOCALS)[0]  # no co_qualname in Python 3.10
-            return f"{name} in {_pack_of(path)}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    while _only_passes_on(frame.f_code.co_filename) and frame.f_back is not None:
+        frame = frame.f_back
+    code = frame.f_code
+    if "custom_nodes" not in code.co_filename and "comfy_extras" not in code.co_filename:
+        return ""
+    name = getattr(code, "co_qualname", code.co_name).partition(_LOCALS)[0]  # Python 3.10 has no co_qualname
+    return f"{name} in {_pack_of(code.co_filename)}"
 
 
-def _is_ours(path: str) -> bool:
-    return _PACK in Path(os.path.realpath(path)).parents
+def _only_passes_on(path: str) -> bool:
+    """Whether the code in a file acts for others: this pack's, Python's, torch's, and what sets attributes for nodes in
+    ComfyUI."""
+    file = Path(os.path.realpath(path))
+    for_nodes = file.parts[-2:] in (("comfy", "utils.py"), ("comfy", "model_patcher.py"))
+    return for_nodes or any(folder in file.parents for folder in (_PACK, _PYTHON, _TORCH))
 
 
 def _pack_of(module: str) -> str:

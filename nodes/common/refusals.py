@@ -103,10 +103,11 @@ def refuse_patch(name: str, patches: Iterable[object]) -> NoReturn:
 
 def refuse_replacement(name: str, replacements: Iterable[object]) -> NoReturn:
     """Refuse blocks, or attention inside blocks, that a node replaces; `name` is ComfyUI's name for the place."""
+    instead = " (to skip layers use ComfyUI's SkipLayerGuidanceDiT, which works here)" if name == "dit" else ""
     refuse(
         "A node replaces transformer blocks or their attention by its own code "
         f"(patches_replace: {name} by {origins_of(replacements)})",
-        f"Remove that node, {_STOCK}.",
+        f"Remove that node{instead}, {_STOCK}.",
     )
 
 

@@ -7,6 +7,7 @@ import types
 from importlib import util
 
 import pytest
+import torch
 from wan_parallel.nodes.common.origin import asking_code, origin_of, origins_of
 
 
@@ -50,10 +51,18 @@ def module_in(folder, text):
     return module
 
 
-def test_whoever_asks_is_named_by_the_nearest_node(tmp_path):
-    outer = module_in(tmp_path / "custom_nodes" / "Outer", "def run(inner, ask):\n    return inner(ask)\n")
+def test_whoever_calls_is_named_through_what_only_passes_on(tmp_path):
+    passing = "def run(inner, ask):\n    return inner(ask)\n"
     inner = module_in(tmp_path / "custom_nodes" / "Inner-Pack", "def reach(ask):\n    return ask()\n")
     stock = module_in(tmp_path / "comfy_extras", "def extra(ask):\n    return ask()\n")
-    assert outer.run(inner.reach, asking_code) == "reach in Inner-Pack"
+    outer = module_in(tmp_path / "custom_nodes" / "Outer", passing)
+    between = module_in(tmp_path / "comfy", passing)
+    part = torch.nn.Identity()
+    part.forward = asking_code
+    assert outer.run(inner.reach, part) == "reach in Inner-Pack"
     assert stock.extra(asking_code) == "extra in comfy_extras.nodes"
+    assert outer.run(lambda ask: between.run(lambda _: ask(), ask), asking_code) == ""  # ComfyUI's samplers, say
+
+
+def test_nobody_is_named_where_no_node_calls():
     assert asking_code() == ""
