@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 _PACK = Path(__file__).resolve().parents[2]
-_PYTHON, _TORCH = (Path(module.__file__).resolve().parent for module in (os, torch))
+_PYTHON, _TORCH = (Path(module.__file__ or "").resolve().parent for module in (os, torch))
 _IN_CUSTOM_NODES = re.compile(r"custom_nodes[/\\.]([^/\\.]+)")
 _LOCALS = ".<locals>"
 
