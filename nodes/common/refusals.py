@@ -152,10 +152,10 @@ def refuse_injection(key: str) -> NoReturn:
 
 # What serves the purpose for which nodes reach for a part, by a word in the part's path.
 _INSTEAD = {
-    "forward_orig": "for a cache (TeaCache, MagCache) use ComfyUI's EasyCache, which works here",
-    "rope": "for other positions use ComfyUI's ScaleROPE, which works here",
-    "attn": "for another attention kernel choose attention_mode in the loader",
-    "lora": "for a LoRA use LoraLoaderModelOnly",
+    "forward_orig": "a cache that works here is ComfyUI's EasyCache",
+    "rope": "ComfyUI's ScaleROPE, which moves positions, works here",
+    "attn": "attention_mode in the loader chooses another attention kernel",
+    "lora": "LoraLoaderModelOnly takes LoRAs",
 }
 
 

@@ -1,6 +1,10 @@
 """Nodes that do to a MODEL what nodes of other packs do; linked into ComfyUI's custom_nodes for a run."""
 
+from unittest import mock
+
+import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import LoRAAdapter
 
 
@@ -39,4 +43,66 @@ class PatchParts:
         return (patched,)
 
 
-NODE_CLASS_MAPPINGS = {"PatchParts": PatchParts}
+class CompileParts:
+    """torch.compile on the whole transformer or on each block, as an object patch or while the model runs."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        choice = {"blocks": ("BOOLEAN", {"default": True}), "patched": ("BOOLEAN", {"default": True})}
+        return {"required": {"model": ("MODEL",), **choice}}
+
+    def patch(self, model, blocks, patched):
+        compiling = model.clone()
+        count = len(compiling.get_model_object("diffusion_model").blocks)
+        names = [f"diffusion_model.blocks.{i}" for i in range(count)] if blocks else ["diffusion_model"]
+        compiled = {name: torch.compile(compiling.get_model_object(name), fullgraph=True) for name in names}
+
+        def wrapper(executor, *args, **kwargs):
+            kept = {name: comfy.utils.get_attr(executor.class_obj, name) for name in names}
+            try:
+                for name in names:
+                    comfy.utils.set_attr(executor.class_obj, name, compiled[name])
+                return executor(*args, **kwargs)
+            finally:
+                for name in names:
+                    comfy.utils.set_attr(executor.class_obj, name, kept[name])
+
+        if patched:
+            for name in names:
+                compiling.add_object_patch(name, compiled[name])
+        else:
+            compiling.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "compile", wrapper)
+        return (compiling,)
+
+
+class CacheInside:
+    """Replaces the inner forward while the model runs, as caches do that decide by the first block."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        cached = model.clone()
+        transformer = cached.get_model_object("diffusion_model")
+
+        def forward(self, x, t, context, **_options):
+            return self.unpatchify(self.head(self.patch_embedding(x), self.time_embedding(t)), x.shape[2:])
+
+        def wrapper(function, given):
+            with mock.patch.multiple(transformer, forward_orig=forward.__get__(transformer)):
+                return function(given["input"], given["timestep"], **given["c"])
+
+        cached.set_model_unet_function_wrapper(wrapper)
+        return (cached,)
+
+
+NODE_CLASS_MAPPINGS = {"PatchParts": PatchParts, "CompileParts": CompileParts, "CacheInside": CacheInside}
