@@ -55,6 +55,7 @@ def asking_code() -> str:
     return f"{name} in {_pack_of(code.co_filename)}"
 
 
+@functools.cache
 def _only_passes_on(path: str) -> bool:
     """Whether the code in a file acts for others: this pack's, Python's, torch's, and what sets attributes for nodes in
     ComfyUI."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any, TypeGuard
 
 import torch
@@ -151,10 +152,11 @@ class RemoteBlocks(RemotePart):
 def is_compiled(value: object) -> TypeGuard[Any]:
     """Whether `value` is what torch.compile makes of a `RemotePart` or of one of its methods."""
     if type(value).__name__ == "OptimizedModule":  # the class that torch.compile makes; some packs patch its attributes
-        inner = object.__getattribute__(value, "_modules").get("_orig_mod")
-    else:
-        inner = getattr(getattr(value, "_torchdynamo_orig_callable", None), "__self__", None)
-    return isinstance(inner, RemotePart)
+        return isinstance(object.__getattribute__(value, "_modules").get("_orig_mod"), RemotePart)
+    method = None if isinstance(value, MethodType) else getattr(value, "_torchdynamo_orig_callable", None)
+    # torch takes the function out of a method that is kept out of dynamo
+    ours = str(getattr(method, "__module__", "")).startswith(f"{__package__}.")
+    return ours or isinstance(getattr(method, "__self__", None), RemotePart)
 
 
 @functools.cache

@@ -206,6 +206,8 @@ def compiled(path: str) -> dict:
     comfy.utils.set_attr(base, "diffusion_model", torch.compile(model, **options))
     results.append(base.diffusion_model(*inputs))
     model.compile(**options)
+    model.forward = torch.compile(model.forward, **options)
+    patcher.add_object_patch("diffusion_model.forward", torch.compile(model.forward, **options))
     results.append(base.diffusion_model(*inputs))
     return {
         "results": [bool((result == 0.5).all()) for result in results],
