@@ -34,7 +34,7 @@ def found(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("parts")
     files = [tiny.write_checkpoint(folder / f"{name}.safetensors", config) for name, config in CONFIGS.items()]
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "-s", str(SCRIPT), str(ROOT), *files]
-    done = subprocess.run(command, cwd=comfyui_dir, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=comfyui_dir, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
