@@ -38,6 +38,7 @@ from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
+from .file_notes import tell_ignored
 from .model_patcher import RemoteModelPatcher
 from .sampled_forward import sampled_forward
 from .shared_device import EVERYTHING, free_shared_gpu
@@ -61,6 +62,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     Raises:
         CheckpointError: this ComfyUI takes the file for another kind of model, or for a Wan model of other sampling.
     """
+    tell_ignored(header)
     tensors = {
         name: torch.empty(info.shape, dtype=_FILE_DTYPES.get(info.dtype, torch.bfloat16), device="meta")
         for name, info in header.tensors.items()

@@ -14,6 +14,7 @@ from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
+from .dit_names import without_strays
 from .file_header import read_file_header
 from .header import Header
 
@@ -62,6 +63,7 @@ def with_infinitetalk(base: Header, path: str) -> Header:
 
 def _blocks(path: str, layers: int) -> Mapping[str, LogicalTensor]:
     """The tensors of the first `layers` blocks."""
-    tensors = logical_tensors(path, read_file_header(path))
+    own, _ = without_strays(read_file_header(path), "")
+    tensors = logical_tensors(path, own)
     blocks = {f"{_BLOCKS}{i}." for i in range(layers)}
     return {key: info for key, info in tensors.items() if key[: key.find(".", len(_BLOCKS)) + 1] in blocks}

@@ -16,9 +16,11 @@ from ..base.tensor_info import CheckpointError, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
+from .dit_names import without_strays
 from .file_header import read_file_header
-from .header import PREFIXES, Header, read_header
+from .header import Header, read_header
 from .infinitetalk_module import is_infinitetalk, with_infinitetalk
+from .patch_shapes import with_patch_shapes
 
 _MARKER = "vace_blocks.0.after_proj.weight"
 _PARTS = ("vace_blocks.", "vace_patch_embedding.")
@@ -44,7 +46,7 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
     """
     file_header = read_file_header(path)
     name, raw = Path(path).name, file_header.tensors
-    prefix = next((p for p in PREFIXES if p + _MARKER in raw), None)
+    prefix = next((key.removesuffix(_MARKER) for key in raw if key.endswith(_MARKER)), None)
     if prefix is None:
         raise CheckpointError(
             f"{name} is no VACE module: it has no tensor {_MARKER}. "
@@ -54,7 +56,9 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
         raise CheckpointError(
             f"{name} is a whole VACE model, not a module. Choose it as model, and disconnect vace_model."
         )
-    return {key.removeprefix(prefix): info for key, info in logical_tensors(path, file_header, prefix).items()}
+    own, _ = without_strays(file_header, prefix)
+    tensors = {key.removeprefix(prefix): info for key, info in logical_tensors(path, own, prefix).items()}
+    return with_patch_shapes(tensors, _MARKER)
 
 
 def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) -> Header:
