@@ -31,6 +31,7 @@ from ...wanvideo.base.conditioning import Conditioning, check, extended
 from ...wanvideo.base.grid import sequence_of
 from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import FLOW_RVS, Header
+from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
 from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import file_stamp
 from ..common import refusals
@@ -124,7 +125,7 @@ class RemoteWan(torch.nn.Module):
         self._let_go = self._keep(spec)
         self._tensors = dict(tensors)
         # no module: ComfyUI would try to move its weight to a device
-        self.patch_embedding = types.SimpleNamespace(weight=tensors["patch_embedding.weight"])
+        self.patch_embedding = types.SimpleNamespace(weight=tensors[PATCH_EMBEDDING])
 
     def __getattr__(self, name: str) -> Any:
         if name in _MODULES:
@@ -194,10 +195,19 @@ class RemoteWan(torch.nn.Module):
         plain = self._plain
         if plain.module:
             refusals.refuse("InfiniteTalk and a VACE module belong to one model", "Disconnect vace_model.")
-        spec = replace(plain, module=module, stamp=f"{plain.stamp}+{file_stamp(module)}")
+        self._become(replace(self.spec, module=module, stamp=f"{plain.stamp}+{file_stamp(module)}"))
+
+    def widen(self, in_dim: int) -> None:
+        """Run with an input of `in_dim` channels from now on, for a control LoRA; 0 is the number in the file."""
+        if in_dim != self.spec.in_dim:
+            self._become(replace(self.spec, in_dim=in_dim))
+
+    def _become(self, spec: ModelSpec) -> None:
+        """Run as the model `spec` from now on, in place of the model that this object ran as before."""
         if spec == self.spec:
             return
-        self.header, self.spec = read_model(plain.path, module), spec
+        self.header, self.spec = read_model(spec.path, spec.module, spec.in_dim), spec
+        self.patch_embedding.weight = torch.empty(self.header.tensors[PATCH_EMBEDDING].shape, device="meta")
         if self.runs is not None:
             self.runs.change_model(self.header, spec)
         let_go, self._let_go = self._let_go, self._keep(spec)

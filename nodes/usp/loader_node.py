@@ -200,5 +200,6 @@ def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteM
     if strength == 0:
         return patcher
     weights = comfy.utils.load_torch_file(path, safe_load=True)
-    weights = with_native_names(name, weights, patcher.remote.header.tensors)
+    header = patcher.remote.header
+    weights = with_native_names(name, weights, header.tensors, header.path)
     return comfy.sd.load_lora_for_models(patcher, None, weights, float(strength), 0.0)[0]

@@ -110,6 +110,10 @@ def _write_models(folder: Path) -> None:
     for kind in loras.ADAPTERS:
         loras.write_adapter(lora_files / f"{kind}.safetensors", TINY, kind)
     loras.write_distilled(lora_files / "distilled.safetensors", TINY)
+    loras.write_control(lora_files / "control.safetensors", TINY, channels=32)
+    loras.write_control(lora_files / "control-twice.safetensors", TINY, channels=48, seed=9)
+    loras.write_control(lora_files / "control-narrow.safetensors", TINY, channels=8)
+    loras.write_both_experts(lora_files / "both-experts.safetensors", TINY)
     loras.write_lora(lora_files / "four-heads.safetensors", FOUR_HEADS)
     loras.write_lora(lora_files / "deeper.safetensors", replace(TINY, num_layers=3), seed=6)
     tiny.write_weights(lora_files / "other-model.safetensors", {"lora_unet_down_0.lora_up.weight": torch.ones(4, 2)})

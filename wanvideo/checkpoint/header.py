@@ -22,7 +22,7 @@ from .diffusers_names import has_diffusers_names, with_original_names
 from .dit_names import HEAD, find_prefix, without_strays, without_wrappers
 from .file_header import is_gguf, read_file_header
 from .other_files import is_lora, module_name, other_kind
-from .patch_shapes import with_patch_shapes, with_shapes
+from .patch_shapes import PATCH_EMBEDDING, with_patch_shapes, with_shapes
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
@@ -144,9 +144,9 @@ def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
     name = Path(path).name
     shapes = TensorShapes(name, tensors)
-    if is_gguf(path) and "patch_embedding.weight" not in tensors:
+    if is_gguf(path) and PATCH_EMBEDDING not in tensors:
         raise CheckpointError(
-            f"{name} lacks patch_embedding.weight, the one weight of five dimensions, as its conversion to GGUF ended "
+            f"{name} lacks {PATCH_EMBEDDING}, the one weight of five dimensions, as its conversion to GGUF ended "
             "before the step that adds such weights (fix_5d_tensors). Use a GGUF file with this tensor: those of "
             "city96 and QuantStack have it."
         )

@@ -14,10 +14,11 @@ from operator import mul
 
 from ..base.shapes import Shapes
 from ..base.tensor_info import elements
-from ..quant.format import LogicalTensor
+from ..quant.format import LogicalTensor, PaddedTensor
 
+PATCH_EMBEDDING = "patch_embedding.weight"
 _PATCH = (1, 2, 2)
-_PATCH_EMBEDDING = re.compile(r"(\w+_)?patch_embedding(_\w+)?\.weight")
+_PATCH_EMBEDDINGS = re.compile(r"(\w+_)?patch_embedding(_\w+)?\.weight")
 _DIMENSIONS = 2 + len(_PATCH)
 
 
@@ -32,7 +33,7 @@ def with_patch_shapes(tensors: Mapping[str, LogicalTensor], like: str) -> dict[s
     shapes: Shapes = {}
     for name, info in tensors.items():
         channels, rest = divmod(elements(info.shape), 4 * width or 1)
-        if _PATCH_EMBEDDING.fullmatch(name) and channels and not rest:
+        if _PATCH_EMBEDDINGS.fullmatch(name) and channels and not rest:
             shapes[name] = (width, channels, *_PATCH)
     return with_shapes(tensors, shapes)
 
@@ -41,6 +42,11 @@ def with_shapes(tensors: Mapping[str, LogicalTensor], shapes: Shapes) -> dict[st
     """The tensors, with the dimensions of `shapes` where a file has neighbouring dimensions merged, or lacks those of
     size 1."""
     return {name: _shaped(info, shapes.get(name, info.shape)) for name, info in tensors.items()}
+
+
+def with_channels(tensors: Mapping[str, LogicalTensor], in_dim: int) -> dict[str, LogicalTensor]:
+    """The tensors of a Wan DiT, with a patch embedding of `in_dim` channels: those of the file, and zeros."""
+    return {**tensors, PATCH_EMBEDDING: PaddedTensor.of(tensors[PATCH_EMBEDDING], in_dim)}
 
 
 def _shaped(info: LogicalTensor, shape: tuple[int, ...]) -> LogicalTensor:

@@ -20,22 +20,30 @@ from .dit_names import without_strays
 from .file_header import read_file_header
 from .header import Header, read_header
 from .infinitetalk_module import is_infinitetalk, with_infinitetalk
-from .patch_shapes import with_patch_shapes
+from .patch_shapes import with_channels, with_patch_shapes
 
 _MARKER = "vace_blocks.0.after_proj.weight"
 _PARTS = ("vace_blocks.", "vace_patch_embedding.")
 
 
-def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
+def read_model(path: str | os.PathLike[str], module: str = "", in_dim: int = 0) -> Header:
     """Read the header of the model at `path`, joined with `module`, the file of a VACE module or InfiniteTalk's layers.
+
+    Args:
+        in_dim: channels of the model's input where a control LoRA widens the patch embedding, whose further weights
+            are zeros before the LoRA is merged; 0 is the number in the file.
 
     Raises:
         CheckpointError: see `read_header`, `read_module`, `with_module` and `with_infinitetalk`.
     """
     header = read_header(path)
     if module and is_infinitetalk(read_file_header(module)):
-        return with_infinitetalk(header, module)
-    return with_module(header, module, read_module(module)) if module else header
+        header = with_infinitetalk(header, module)
+    elif module:
+        header = with_module(header, module, read_module(module))
+    if in_dim in (0, header.config.in_dim):
+        return header
+    return replace(header, config=header.config.having(in_dim=in_dim), tensors=with_channels(header.tensors, in_dim))
 
 
 def read_module(path: str) -> dict[str, LogicalTensor]:

@@ -52,13 +52,14 @@ class Checkpoint:
     Args:
         path: a file, a folder of shards, or one shard.
         module: the file of a module beside the model, VACE's or InfiniteTalk's.
+        in_dim: see `read_model`.
 
     Raises:
         CheckpointError: see `read_model`.
     """
 
-    def __init__(self, path: str, module: str = ""):
-        self.header = read_model(path, module)
+    def __init__(self, path: str, module: str = "", in_dim: int = 0):
+        self.header = read_model(path, module, in_dim)
         self.config = self.header.config
         self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
         self._mapped = functools.cache(map_file)
@@ -102,26 +103,30 @@ class RandomWeights:
         return weight * 0.02
 
 
-def open_weights(path: str, device: torch.device | str = "cpu", module: str = "") -> WeightSource:
+def open_weights(path: str, device: torch.device | str = "cpu", module: str = "", in_dim: int = 0) -> WeightSource:
     """Open a checkpoint file (`module`: a file beside it), or random weights for a path such as `random:14b`.
+
+    Args:
+        in_dim: see `read_model`; random weights have the channels of the released model.
 
     Raises:
         CheckpointError: see `read_model`.
     """
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
-    return Checkpoint(path, module)
+    return Checkpoint(path, module, in_dim)
 
 
-def model_config(path: str, module: str = "") -> WanConfig:
-    """Dimensions of a checkpoint (`module`: a file beside it) or of random weights, from the headers alone.
+def model_config(path: str, module: str = "", in_dim: int = 0) -> WanConfig:
+    """Dimensions of a checkpoint (`module`: a file beside it; `in_dim`: see `read_model`) or of random weights, from
+    the headers alone.
 
     Raises:
         CheckpointError: see `read_model`.
     """
     if path.startswith(RANDOM_PREFIX):
         return random_config(path.removeprefix(RANDOM_PREFIX))
-    return read_model(path, module).config
+    return read_model(path, module, in_dim).config
 
 
 def file_stamp(path: str) -> str:
@@ -156,15 +161,16 @@ def storage_bytes(config: WanConfig, header: Header | None, weight_dtype: torch.
     return sizes | {name: info.storage_bytes for name, info in tensors.items() if info.is_quantized}
 
 
-def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "") -> dict[str, int]:
-    """`storage_bytes` of the checkpoint `path` (`module`: a file beside it) or of random weights.
+def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "", in_dim: int = 0) -> dict[str, int]:
+    """`storage_bytes` of the checkpoint `path` (`module`: a file beside it; `in_dim`: see `read_model`) or of random
+    weights.
 
     Raises:
         CheckpointError: see `open_weights`.
     """
     if path.startswith(RANDOM_PREFIX):
         return storage_bytes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
-    header = read_model(path, module)
+    header = read_model(path, module, in_dim)
     return storage_bytes(header.config, header, weight_dtype)
 
 

@@ -166,3 +166,28 @@ class JoinedTensor(LogicalTensor):
     def load(self, read: Read) -> Weight:
         """Read the parts as one float tensor, on the CPU."""
         return torch.cat([as_tensor(part.load(read), torch.float32) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class PaddedTensor(LogicalTensor):
+    """A tensor of a model with more columns than the tensor `inner` of the file; the further columns are zeros."""
+
+    inner: LogicalTensor
+
+    @classmethod
+    def of(cls, inner: LogicalTensor, columns: int) -> PaddedTensor:
+        """Pad a tensor of any number of dimensions to this size of its second dimension."""
+        shape = (inner.shape[0], columns, *inner.shape[2:])
+        return cls(inner.dtype, shape, inner.file, inner.key, inner.offset, inner.nbytes, inner.format, inner)
+
+    @property
+    def is_quantized(self) -> bool:
+        """False, see `JoinedTensor.is_quantized`."""
+        return False
+
+    def load(self, read: Read) -> Weight:
+        """Read the tensor of the file, on the CPU, and add the zeros."""
+        weight = as_tensor(self.inner.load(read), torch.float32)
+        padded = weight.new_zeros(self.shape)
+        padded[:, : weight.shape[1]] = weight
+        return padded
