@@ -41,6 +41,7 @@ from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
 from .file_notes import tell_ignored
 from .model_patcher import RemoteModelPatcher
+from .nonfinite import explain
 from .sampled_forward import sampled_forward
 from .shared_device import EVERYTHING, free_shared_gpu
 from .weightless_model import weightless
@@ -256,7 +257,7 @@ class RemoteWan(torch.nn.Module):
             self.runs.check(tuple(whole.shape), forward)
         self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole))
         with self._step(whole, timestep, forward) as displaced:
-            return self.pool.forward(
+            result = self.pool.forward(
                 self.spec,
                 x,
                 timestep,
@@ -267,6 +268,10 @@ class RemoteWan(torch.nn.Module):
                 displaced=displaced,
                 conditioning=conditioning,
             )
+        inputs = {"latent": x, "timestep": timestep, "text": context}
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        explain(result, inputs, conditioning, self.spec, self.loras, poll)
+        return result
 
     def _ensure_ready(self, tokens: int, items: int) -> None:
         """Start the workers and load the model, while a text under the running node says so."""

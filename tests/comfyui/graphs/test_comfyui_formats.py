@@ -39,6 +39,23 @@ def test_a_lora_on_fp8_changes_the_result_and_leaves_it_again(server, file):
     assert torch.equal(sampled(server, model), before)
 
 
+@pytest.mark.parametrize("file", ["strays", "behind-model", "behind-model.model", "behind-net"])
+def test_prefixes_and_tensors_beside_the_model_change_nothing(server, file):
+    name = f"{file}.safetensors"
+    expected = sampled(server, {**stock_model(file=name), **lora("model", "plain.safetensors", 1.0)}, ksampler("lora"))
+    ours = sampled(server, {**pool_model(file=name), **lora("model", "plain.safetensors", 1.0)}, ksampler("lora"))
+    assert relative_error(ours, expected) <= EXACT
+    assert f"{name} has 3 tensors that no Wan model reads. Ignored, as ComfyUI does: " in server.log
+
+
+def test_weights_that_are_no_numbers_are_named_once(server):
+    for _ in range(2):
+        assert sampled(server, pool_model(file="with-nan.safetensors")).isnan().any()
+        server.free()
+    text = "with-nan.safetensors has numbers that are NaN or infinite in 1 tensors: blocks.1.ffn.2.weight."
+    assert server.log.count(text) == 1
+
+
 def test_gguf_files_and_diffusers_folders_are_listed_beside_what_comfyui_lists(server):
     options = server.get("/object_info/XDitUSPWanVideoModelLoader")
     required = options["XDitUSPWanVideoModelLoader"]["input"]["required"]["model"]
