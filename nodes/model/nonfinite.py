@@ -1,7 +1,7 @@
 """Says once where numbers come from that are none (NaN or infinite): the weights, a LoRA, the inputs or the precision.
 
-The results of forwards are looked at, which costs nothing beside a forward. The weights are looked at once a result has
-such numbers, as every step of a run then has them, from the first one on.
+The result of each forward is looked at, which takes a hundredth of a second. Where it has such numbers, the weights are
+read once more; every later step of the run would have them too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,19 @@ log = logging.getLogger(__name__)
 
 Poll = Callable[[], None]
 
-_told: set[tuple[ModelSpec, str]] = set()
-"""The models with their LoRAs (by uuid) whose results were found to have such numbers and explained."""
+_causes: dict[tuple[ModelSpec, str], str] = {}
+"""Why the results of a model with its LoRAs (by uuid) have such numbers, once they had some."""
+
+
+def refuse_explained(latent: torch.Tensor, spec: ModelSpec, loras: LoraSet | None) -> None:
+    """Refuse a latent with such numbers where the model itself has made them in an earlier step.
+
+    Raises:
+        ValueError: the latent is of this kind. The text is what `explain` has found.
+    """
+    cause = _causes.get(_key(spec, loras))
+    if cause is not None and not is_finite(latent):
+        raise ValueError(cause)
 
 
 def explain(
@@ -40,27 +51,29 @@ def explain(
         inputs: the latent, the timestep and the text, by the words of a user.
         poll: called now and then while weights are read; raises to give up.
     """
-    key = (spec, loras.uuid if loras is not None else "")
-    if key in _told or is_finite(result):
+    key = _key(spec, loras)
+    if key in _causes or is_finite(result):
         return
-    _told.add(key)
     given = {**inputs, **conditioning.tensors()}
     strangers = [name for name, tensor in given.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if strangers:
-        log.warning(
-            "The model %s was given numbers that are NaN or infinite (%s), so the result is too. "
-            "Look at the node that they come from.",
-            spec.name,
-            listed(strangers),
+        _causes[key] = (
+            f"The model {spec.name} was given numbers that are NaN or infinite ({listed(strangers)}), and so is its "
+            "result. Look at the node that they come from."
         )
-        return
-    log.warning(
-        "The result of %s has numbers that are NaN or infinite. Reading its weights once to find the cause.", spec.name
-    )
-    log.warning(" ".join(_causes(spec, loras, poll)))
+    else:
+        log.warning(
+            "The result of %s has numbers that are NaN or infinite. Reading its weights to find why.", spec.name
+        )
+        _causes[key] = " ".join(_found(spec, loras, poll))
+    log.warning(_causes[key])
 
 
-def _causes(spec: ModelSpec, loras: LoraSet | None, poll: Poll) -> Iterator[str]:
+def _key(spec: ModelSpec, loras: LoraSet | None) -> tuple[ModelSpec, str]:
+    return spec, loras.uuid if loras is not None else ""
+
+
+def _found(spec: ModelSpec, loras: LoraSet | None, poll: Poll) -> Iterator[str]:
     weights, changes = _nonfinite_weights(spec, poll), _nonfinite_deltas(loras, poll)
     if weights:
         yield (

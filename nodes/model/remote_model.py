@@ -41,7 +41,7 @@ from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
 from .file_notes import tell_ignored
 from .model_patcher import RemoteModelPatcher
-from .nonfinite import explain
+from .nonfinite import explain, refuse_explained
 from .sampled_forward import sampled_forward
 from .shared_device import EVERYTHING, free_shared_gpu
 from .weightless_model import weightless
@@ -207,7 +207,7 @@ class RemoteWan(torch.nn.Module):
         """Run as the model `spec` from now on, in place of the model that this object ran as before."""
         if spec == self.spec:
             return
-        self.header, self.spec = read_model(spec.path, spec.module, spec.in_dim), spec
+        self.header, self.spec = read_model(spec.path, spec.module, in_dim=spec.in_dim), spec
         self.patch_embedding.weight = torch.empty(self.header.tensors[PATCH_EMBEDDING].shape, device="meta")
         if self.runs is not None:
             self.runs.change_model(self.header, spec)
@@ -245,6 +245,7 @@ class RemoteWan(torch.nn.Module):
         timestep: torch.Tensor,
         context: torch.Tensor,
     ) -> torch.Tensor:
+        refuse_explained(x, self.spec, self.loras)
         check(self.header.config, x, conditioning)  # before any worker starts; the pool checks again
         whole, rest = extended(x, conditioning)  # as the workers will divide it
         forward = sampled_forward(

@@ -50,7 +50,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
     Raises:
         NotOnWorkers: a patch changes the shape of a weight.
     """
-    checkpoint = Checkpoint(spec.path, spec.module, spec.in_dim)
+    checkpoint = Checkpoint(spec.path, spec.module, in_dim=spec.in_dim)
     plain = Checkpoint(spec.path, spec.module)  # with the patch embedding that control LoRAs widen one after the other
     translated: dict[str, list[LoraDelta]] = {}
     left_out = []

@@ -41,6 +41,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         "an audio encoder",
         _OTHER_NODE.format("AudioEncoderLoader"),
     ),
+    (r"^(token_embd|blk\.0\.attn_q)\.", "a language model", f"{_WAN}."),
     (r"^(.*\.)?txt_in\.individual_token_refiner\.", "a HunyuanVideo model", f"{_WAN}."),
     (r"^(.*\.)?double_blocks\.0\.img_attn\.", "a Flux model", f"{_WAN}."),
     (r"^(.*\.)?(patchify_proj|adaln_single\.emb\.timestep_embedder\.linear_1)\.", "an LTX-Video model", f"{_WAN}."),

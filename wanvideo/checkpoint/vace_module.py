@@ -26,7 +26,7 @@ _MARKER = "vace_blocks.0.after_proj.weight"
 _PARTS = ("vace_blocks.", "vace_patch_embedding.")
 
 
-def read_model(path: str | os.PathLike[str], module: str = "", in_dim: int = 0) -> Header:
+def read_model(path: str | os.PathLike[str], module: str = "", *, in_dim: int = 0) -> Header:
     """Read the header of the model at `path`, joined with `module`, the file of a VACE module or InfiniteTalk's layers.
 
     Args:

@@ -58,8 +58,8 @@ class Checkpoint:
         CheckpointError: see `read_model`.
     """
 
-    def __init__(self, path: str, module: str = "", in_dim: int = 0):
-        self.header = read_model(path, module, in_dim)
+    def __init__(self, path: str, module: str = "", *, in_dim: int = 0):
+        self.header = read_model(path, module, in_dim=in_dim)
         self.config = self.header.config
         self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
         self._mapped = functools.cache(map_file)
@@ -103,7 +103,7 @@ class RandomWeights:
         return weight * 0.02
 
 
-def open_weights(path: str, device: torch.device | str = "cpu", module: str = "", in_dim: int = 0) -> WeightSource:
+def open_weights(path: str, device: torch.device | str = "cpu", module: str = "", *, in_dim: int = 0) -> WeightSource:
     """Open a checkpoint file (`module`: a file beside it), or random weights for a path such as `random:14b`.
 
     Args:
@@ -114,10 +114,10 @@ def open_weights(path: str, device: torch.device | str = "cpu", module: str = ""
     """
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
-    return Checkpoint(path, module, in_dim)
+    return Checkpoint(path, module, in_dim=in_dim)
 
 
-def model_config(path: str, module: str = "", in_dim: int = 0) -> WanConfig:
+def model_config(path: str, module: str = "", *, in_dim: int = 0) -> WanConfig:
     """Dimensions of a checkpoint (`module`: a file beside it; `in_dim`: see `read_model`) or of random weights, from
     the headers alone.
 
@@ -126,7 +126,7 @@ def model_config(path: str, module: str = "", in_dim: int = 0) -> WanConfig:
     """
     if path.startswith(RANDOM_PREFIX):
         return random_config(path.removeprefix(RANDOM_PREFIX))
-    return read_model(path, module, in_dim).config
+    return read_model(path, module, in_dim=in_dim).config
 
 
 def file_stamp(path: str) -> str:
@@ -161,7 +161,7 @@ def storage_bytes(config: WanConfig, header: Header | None, weight_dtype: torch.
     return sizes | {name: info.storage_bytes for name, info in tensors.items() if info.is_quantized}
 
 
-def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "", in_dim: int = 0) -> dict[str, int]:
+def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "", *, in_dim: int = 0) -> dict[str, int]:
     """`storage_bytes` of the checkpoint `path` (`module`: a file beside it; `in_dim`: see `read_model`) or of random
     weights.
 
@@ -170,7 +170,7 @@ def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "", in_
     """
     if path.startswith(RANDOM_PREFIX):
         return storage_bytes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
-    header = read_model(path, module, in_dim)
+    header = read_model(path, module, in_dim=in_dim)
     return storage_bytes(header.config, header, weight_dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 from testkit import tiny
 from wan_parallel.distributed.protocol.specs import ModelSpec
 from wan_parallel.distributed.weights.lora_transfer import LoraSet
-from wan_parallel.nodes.model.nonfinite import explain
+from wan_parallel.nodes.model.nonfinite import explain, refuse_explained
 from wan_parallel.wanvideo.base.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.base.lora import LowRank
 from wan_parallel.wanvideo.model.model import WanModel
@@ -44,6 +44,10 @@ def test_a_file_with_nan_is_named_with_its_tensors_once(tmp_path, caplog, value)
     assert "broken.safetensors has numbers that are NaN or infinite in 2 tensors" in first[-1]
     assert all(name in first[-1] for name in names) and "Download the file again" in first[-1]
     assert said(caplog, result, ModelSpec(path)) == []
+    refuse_explained(GIVEN.x, ModelSpec(path), None)  # the next run
+    with pytest.raises(ValueError, match="in 2 tensors") as error:
+        refuse_explained(result, ModelSpec(path), None)
+    assert tiny.sentences(str(error.value)) == 2
 
 
 def test_a_result_of_numbers_needs_no_word_and_no_reading(caplog):

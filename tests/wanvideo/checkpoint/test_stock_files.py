@@ -169,6 +169,7 @@ def test_a_quantised_format_of_another_program_is_named_with_what_to_take_instea
         ("double_blocks.0.img_attn.norm.key_norm.scale", "a Flux model", "Choose a Wan"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a Flux model", "Choose a Wan"),
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo model", "Choose a Wan"),
+        ("blk.0.attn_q.weight", "a language model", "Choose a Wan"),
         ("patchify_proj.weight", "an LTX-Video model", "Choose a Wan"),
         ("blocks.0.audio_cross_attn.proj.weight", "InfiniteTalk", "ModelPatchLoader"),
         ("lora_unet_blocks_0_ffn_0.lokr_w1", "a LoRA", "LoraLoaderModelOnly"),
@@ -226,18 +227,6 @@ def test_numbers_in_another_order_are_refused(tmp_path):
 
 
 # diffusers' Animate.
-
-
-def test_a_folder_of_diffusers_animate_is_the_original_model(tmp_path):
-    weights = tiny.random_weights(tiny.ANIMATE)
-    folder = tmp_path / "transformer"
-    folder.mkdir()
-    stored = {name: tensor.contiguous() for name, tensor in tiny.diffusers_weights(weights).items()}
-    tiny.write_weights(folder / "diffusion_pytorch_model.safetensors", stored)
-    source = open_weights(str(folder))
-    assert source.config == tiny.ANIMATE
-    for name, weight in weights.items():
-        assert torch.equal(source.tensor(name), weight), name
 
 
 def test_joined_tensors_of_a_quantised_folder_are_read(tmp_path):
