@@ -33,7 +33,6 @@ from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import FLOW_RVS, Header
 from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
 from ...wanvideo.checkpoint.vace_module import read_model
-from ...wanvideo.checkpoint.weight_source import file_stamp
 from ..common import refusals
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
@@ -186,8 +185,8 @@ class RemoteWan(torch.nn.Module):
             conditioning = infinitetalk.joined(conditioning, len(x))
         return self._on_workers(transformer_options, conditioning, x, timestep, context)
 
-    def _take_in(self, module: str) -> None:
-        """Run with the layers of InfiniteTalk in the file `module` from now on; a forward without audio skips them.
+    def _take_in(self, file: infinitetalk_patch.PatchFile) -> None:
+        """Run with the layers of InfiniteTalk in a file from now on; a forward without audio skips them.
 
         Raises:
             CheckpointError: the layers are for another model.
@@ -196,7 +195,7 @@ class RemoteWan(torch.nn.Module):
         plain = self._plain
         if plain.module:
             refusals.refuse("InfiniteTalk and a VACE module belong to one model", "Disconnect vace_model.")
-        self._become(replace(self.spec, module=module, stamp=f"{plain.stamp}+{file_stamp(module)}"))
+        self._become(replace(self.spec, module=file.path, stamp=f"{plain.stamp}+{file.stamp}"))
 
     def widen(self, in_dim: int) -> None:
         """Run with an input of `in_dim` channels from now on, for a control LoRA; 0 is the number in the file."""

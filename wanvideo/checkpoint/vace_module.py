@@ -7,12 +7,11 @@ Published for kijai's wrapper (`Wan2_1-VACE_module_14B_bf16.safetensors` and oth
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..base.config import PRESETS
-from ..base.tensor_info import CheckpointError, listed
+from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
@@ -34,13 +33,13 @@ def read_model(path: str | os.PathLike[str], module: str = "", *, in_dim: int = 
             are zeros before the LoRA is merged; 0 is the number in the file.
 
     Raises:
-        CheckpointError: see `read_header`, `read_module`, `with_module` and `with_infinitetalk`.
+        CheckpointError: see `read_header`, `with_module` and `with_infinitetalk`.
     """
     header = read_header(path)
-    if module and is_infinitetalk(read_file_header(module)):
-        header = with_infinitetalk(header, module)
-    elif module:
-        header = with_module(header, module, read_module(module))
+    if module:
+        file_header = read_file_header(module)
+        joined = with_infinitetalk if is_infinitetalk(file_header) else with_module
+        header = joined(header, module, file_header)
     if in_dim in (0, header.config.in_dim):
         return header
     return replace(header, config=header.config.having(in_dim=in_dim), tensors=with_channels(header.tensors, in_dim))
@@ -52,7 +51,10 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or no VACE module.
     """
-    file_header = read_file_header(path)
+    return _module_tensors(path, read_file_header(path))
+
+
+def _module_tensors(path: str, file_header: FileHeader) -> dict[str, LogicalTensor]:
     name, raw = Path(path).name, file_header.tensors
     prefix = next((key.removesuffix(_MARKER) for key in raw if key.endswith(_MARKER)), None)
     if prefix is None:
@@ -69,12 +71,13 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
     return with_patch_shapes(tensors, _MARKER)
 
 
-def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) -> Header:
-    """Join the model `base` and `module`, the tensors of a VACE module in the file `path`, to one model.
+def with_module(base: Header, path: str, file_header: FileHeader) -> Header:
+    """Join the model `base` and the VACE module in the file `path`, which has this header, to one model.
 
     Raises:
-        CheckpointError: the base is no text-to-video model, or the module is made for another size.
+        CheckpointError: the base is no text-to-video model, or the file is no module or made for another size.
     """
+    module = _module_tensors(path, file_header)
     name, base_name = Path(path).name, Path(base.path).name
     if base.config.variant != "text-to-video" or base.is_flow_rvs:
         kind = "a FlowRVS" if base.is_flow_rvs else f"an {base.config.variant}"
@@ -100,7 +103,7 @@ def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) ->
             f"{len(wrong)} tensors are missing, unknown or of another shape: {listed(wrong)}. "
             "Download it again, or use the module made for this model."
         )
-    return replace(base, config=config, tensors={**base.tensors, **module})
+    return base.joined(config, module, file_header)
 
 
 def _size(width: int) -> str:
