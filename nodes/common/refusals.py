@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ...wanvideo.base.variant import keys
+from .origin import asking_code, origins_of
 
 _STOCK = "or load the model with ComfyUI's Load Diffusion Model, which runs it on one GPU"
 
@@ -19,6 +20,10 @@ def refuse(what: str, instead: str) -> NoReturn:
     raise NotOnWorkers(f"{what}, but this model runs in the XDit+USP workers. {instead}")
 
 
+class PartOnWorkers(NotOnWorkers, AttributeError):
+    """The graph uses a part of the transformer. An AttributeError too, as which hasattr and getattr take it."""
+
+
 class WrongVariant(NotOnWorkers):
     """The graph conditions another variant of Wan than the one that is loaded."""
 
@@ -28,10 +33,14 @@ _HARMLESS_INPUTS = frozenset({"denoise_mask"})
 
 
 def refuse_variant(what: str, variant: str, node: str) -> NoReturn:
-    """Raise WrongVariant, as `node` has added `what`, for which a model of this variant has no input."""
+    """Raise WrongVariant, as the conditioning has `what`, for which a model of this variant has no input.
+
+    Args:
+        node: the node, or nodes, of ComfyUI for the variants that have such an input.
+    """
     raise WrongVariant(
         f"The conditioning carries {what}, but this is {_an(variant)} model, which has no input for it. "
-        f"Load a model of the variant that {node} is made for, or remove that node."
+        f"Remove the node that adds it, or load a model of a variant that takes it, as {node} needs."
     )
 
 
@@ -69,29 +78,36 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     Raises:
         NotOnWorkers: patches of attention or blocks, or an attention override.
     """
-    replaced = sorted(name for name, blocks in options.get("patches_replace", {}).items() if blocks and name != "dit")
-    if replaced:
-        refuse_replacement(replaced)
-    patched = sorted(name for name, patches in options.get("patches", {}).items() if patches)
-    if patched:
+    replaced = {name: blocks for name, blocks in options.get("patches_replace", {}).items() if name != "dit"}
+    for name, blocks in sorted(replaced.items()):
+        if blocks:
+            refuse_replacement(name, blocks.values())
+    for name, patches in sorted(options.get("patches", {}).items()):
+        if patches:
+            refuse_patch(name, patches)
+    override = options.get("optimized_attention_override")
+    if override is not None:
         refuse(
-            f"A node patches transformer blocks or their attention (patches: {', '.join(patched)}), "
-            "as Uni3C and NAGuidance do",
-            f"Remove that node, {_STOCK}.",
-        )
-    if options.get("optimized_attention_override") is not None:
-        refuse(
-            "A node overrides the attention function (optimized_attention_override)",
+            f"A node overrides the attention function (optimized_attention_override by {origins_of([override])})",
             "Remove that node and choose attention_mode in XDit+USP WanVideo Model Loader.",
         )
 
 
-def refuse_replacement(names: Sequence[str]) -> NoReturn:
-    """Refuse blocks, or attention inside blocks, that a node replaces; `names` are ComfyUI's names for them."""
+def refuse_patch(name: str, patches: Iterable[object]) -> NoReturn:
+    """Refuse code that a node has added to blocks or to their attention; `name` is ComfyUI's name for the place."""
     refuse(
-        "A node replaces transformer blocks or their attention by its own code (patches_replace: "
-        f"{', '.join(names)}), as PerturbedAttentionGuidance does",
+        f"A node patches transformer blocks or their attention (patches: {name} by {origins_of(patches)})",
         f"Remove that node, {_STOCK}.",
+    )
+
+
+def refuse_replacement(name: str, replacements: Iterable[object]) -> NoReturn:
+    """Refuse blocks, or attention inside blocks, that a node replaces; `name` is ComfyUI's name for the place."""
+    instead = " (to skip layers use ComfyUI's SkipLayerGuidanceDiT, which works here)" if name == "dit" else ""
+    refuse(
+        "A node replaces transformer blocks or their attention by its own code "
+        f"(patches_replace: {name} by {origins_of(replacements)})",
+        f"Remove that node{instead}, {_STOCK}.",
     )
 
 
@@ -134,17 +150,50 @@ def refuse_injection(key: str) -> NoReturn:
     )
 
 
-def refuse_module(name: str) -> NoReturn:
-    """Refuse to hand out a module of the transformer."""
-    refuse(
-        f"A node reaches into the transformer's modules (diffusion_model.{name})",
-        f"Remove that node (for a LoRA: use LoraLoaderModelOnly), {_STOCK}.",
-    )
+# What serves the purpose for which nodes reach for a part, by a word in the part's path.
+_INSTEAD = {
+    "forward_orig": "a cache that works here is ComfyUI's EasyCache",
+    "rope": "ComfyUI's ScaleROPE, which moves positions, works here",
+    "attn": "attention_mode in the loader chooses another attention kernel",
+    "lora": "LoraLoaderModelOnly takes LoRAs",
+}
+
+
+def _remove(path: str) -> str:
+    """The sentence that says what to do about a node that reaches for the part of the transformer at `path`."""
+    instead = next((advice for word, advice in _INSTEAD.items() if word in path), "")
+    return f"Remove that node{f' ({instead})' if instead else ''}, {_STOCK}."
+
+
+def _asker() -> str:
+    asker = asking_code()
+    return f"A node ({asker})" if asker else "A node"
+
+
+def refuse_part(path: str) -> NoReturn:
+    """Raise PartOnWorkers, as a node asks for the attribute `path` of the transformer, which has no value here."""
+    what = f"{_asker()} reaches for a part of the transformer (diffusion_model.{path})"
+    raise PartOnWorkers(f"{what}, but this model runs in the XDit+USP workers. {_remove(path)}")
+
+
+def refuse_call(path: str) -> NoReturn:
+    """Refuse to compute a part of the transformer."""
+    refuse(f"{_asker()} calls a part of the transformer (diffusion_model.{path})", _remove(path))
 
 
 def refuse_object_patch(name: str) -> NoReturn:
     """Refuse another object in the place of a part of the transformer."""
-    refuse(f"A node replaces a part of the transformer ({name})", f"Remove that node, {_STOCK}.")
+    refuse(f"{_asker()} replaces a part of the transformer ({name})", _remove(name))
+
+
+def refuse_weights() -> NoReturn:
+    """Refuse weights that a node puts into the transformer."""
+    refuse(f"{_asker()} puts weights of its own into the transformer", f"Remove that node, {_STOCK}.")
+
+
+def refuse_pickling() -> NoReturn:
+    """Refuse to write the transformer into a file or to another process as a Python object."""
+    refuse(f"{_asker()} pickles the model", f"Remove that node, {_STOCK}.")
 
 
 def refuse_weight_wrapper(name: str) -> NoReturn:

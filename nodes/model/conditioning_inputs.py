@@ -76,8 +76,9 @@ def skipped_blocks(transformer_options: Mapping[str, Any]) -> tuple[int, ...]:
         NotOnWorkers: a block is replaced by anything else.
     """
     replaced = transformer_options.get("patches_replace", {}).get("dit", {})
-    if not all(_only_skips(function) for function in replaced.values()):
-        refusals.refuse_replacement(["dit"])
+    others = [function for function in replaced.values() if not _only_skips(function)]
+    if others:
+        refusals.refuse_replacement("dit", others)
     return tuple(sorted(key[1] for key in replaced if key[0] == "double_block"))  # Wan has no others
 
 

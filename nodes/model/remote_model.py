@@ -8,7 +8,6 @@ model needs next to no memory, as its weights and activations lie in the workers
 from __future__ import annotations
 
 import logging
-import types
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +27,7 @@ from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
 from ...distributed.weights.lora_transfer import LoraSet
 from ...wanvideo.base.conditioning import Conditioning, check, extended
+from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.grid import sequence_of
 from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import FLOW_RVS, Header
@@ -41,6 +41,7 @@ from .conditioning_inputs import from_comfyui
 from .file_notes import tell_ignored
 from .model_patcher import RemoteModelPatcher
 from .nonfinite import explain, refuse_explained
+from .remote_parts import RemotePart
 from .sampled_forward import sampled_forward
 from .shared_device import EVERYTHING, free_shared_gpu
 from .weightless_model import weightless
@@ -49,8 +50,13 @@ log = logging.getLogger(__name__)
 
 # ComfyUI sees the logical weights: a quantised one is a float matrix to it, of its logical shape.
 _FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Modules of the transformer that other nodes look for. These modules are in the workers, so the answer is a refusal.
-_MODULES = frozenset({"blocks", "head", "text_embedding", "time_embedding", "time_projection", "rope_embedder"})
+# The methods of ComfyUI's WanModel that nodes replace or call, and its module without weights.
+_METHODS = frozenset({"forward_orig", "rope_encode", "unpatchify", "rope_embedder"})
+_SIZES = (
+    *("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "num_layers", "patch_size", "eps"),
+    *("window_size", "qk_norm", "cross_attn_norm", "vace_layers", "vace_in_dim"),
+)
+_OPTIONAL_MODULES = ("img_emb", "ref_conv")  # None in a WanModel that has no such module
 
 
 def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns | None = None) -> RemoteModelPatcher:
@@ -87,7 +93,8 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     del model_config.unet_config["disable_unet_model_creation"]
     if runs is None and pool.settings.pipeline_mode == "pipefusion":
         runs = PipeFusionRuns(header.config, spec, pool, header)
-    model.diffusion_model = RemoteWan(header, spec, pool, tensors, runs)
+    sizes = _native_sizes(model_config.unet_config, header.config)
+    model.diffusion_model = RemoteWan(header, spec, pool, tensors, sizes, runs)
     kind: type = type(model)
     model.__class__ = weightless(kind)
     return RemoteModelPatcher(
@@ -98,16 +105,15 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     )
 
 
-class RemoteWan(torch.nn.Module):
-    """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
+class RemoteWan(RemotePart):
+    """Stands in for ComfyUI's WanModel: its sizes, and a forward that asks the pool. Its modules are `RemotePart`s.
 
     `loras` are the LoRAs of the loaded MODEL, which the workers get with the next forward. `runs` are the MODEL's
     sampling runs; None where every forward is exact. `header` and `spec` describe the model as the workers have it,
-    with InfiniteTalk's layers once a forward has needed these layers.
+    with InfiniteTalk's layers once a forward has needed these layers. `sizes` are the plain attributes of WanModel.
     """
 
     dtype = torch.float32
-    patch_size = (1, 2, 2)
 
     def __init__(
         self,
@@ -115,31 +121,41 @@ class RemoteWan(torch.nn.Module):
         spec: ModelSpec,
         pool: Pool,
         tensors: Mapping[str, torch.Tensor],
+        sizes: Mapping[str, Any],
         runs: SamplingRuns | None = None,
     ):
-        super().__init__()
+        super().__init__("", dict(tensors))
+        self._sizes = dict(sizes)
+        vars(self).update(self._sizes, **{name: None for name in _OPTIONAL_MODULES if self.part(name) is None})
+        self.eval()
         self.header, self.spec, self.pool, self.runs, self._plain = header, spec, pool, runs, spec
-        self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.loras: LoraSet | None = None
         _pools.add(pool)
         self._let_go = self._keep(spec)
-        self._tensors = dict(tensors)
-        # no module: ComfyUI would try to move its weight to a device
-        self.patch_embedding = types.SimpleNamespace(weight=tensors[PATCH_EMBEDDING])
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _MODULES:
-            refusals.refuse_module(name)
-        return super().__getattr__(name)
+    def part(self, name: str) -> RemotePart | None:
+        """The module `name` of the transformer, or a stand-in for the method `name`; None where there is neither."""
+        if name in _METHODS and name not in self._made:
+            self._made[name] = RemotePart(name, {})
+        return super().part(name)
 
-    def state_dict(
-        self, *_args: Any, destination: Any = None, prefix: str = "", **_options: Any
-    ) -> Any:  # as torch's own overloads have it
-        """The names and shapes of the weights as tensors on the meta device, which LoRA loaders look up."""
-        destination = {} if destination is None else destination
-        destination.update((prefix + name, tensor) for name, tensor in self._tensors.items())
-        return destination
+    def _must_stay(self, name: str, value: object) -> bool:
+        return name in {"__class__", *self._tensors, *self._below, *_METHODS, *self.__dict__.get("_sizes", ())}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteWan:
+        """Another model of the same workers, as the weights of one model are never changed for another."""
+        copied = RemoteWan(self.header, self.spec, self.pool, self._tensors, self._sizes, self.runs)
+        copied._plain, copied.loras = self._plain, self.loras
+        memo[id(self)] = copied
+        return copied
+
+    def __copy__(self) -> RemoteWan:
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refusals.refuse_pickling()
+
+    @torch.compiler.disable  # dynamo must never look into the pool
     def forward(
         self,
         x: torch.Tensor,
@@ -207,7 +223,8 @@ class RemoteWan(torch.nn.Module):
         if spec == self.spec:
             return
         self.header, self.spec = read_model(spec.path, spec.module, in_dim=spec.in_dim), spec
-        self.patch_embedding.weight = torch.empty(self.header.tensors[PATCH_EMBEDDING].shape, device="meta")
+        part, _, weight = PATCH_EMBEDDING.partition(".")
+        self._below[part][weight] = torch.empty(self.header.tensors[PATCH_EMBEDDING].shape, device="meta")
         if self.runs is not None:
             self.runs.change_model(self.header, spec)
         let_go, self._let_go = self._let_go, self._keep(spec)
@@ -313,6 +330,12 @@ class RemoteWan(torch.nn.Module):
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         freed = bool(self.pool.offload_others(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
         return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
+
+
+def _native_sizes(unet_config: Mapping[str, Any], config: WanConfig) -> dict[str, Any]:
+    """The plain attributes of ComfyUI's WanModel that ComfyUI makes by `unet_config`."""
+    sizes = {name: unet_config[name] for name in _SIZES if name in unet_config}
+    return {**sizes, "model_type": "i2v" if config.image_dim else "t2v", "text_dim": config.text_dim, "text_len": 512}
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

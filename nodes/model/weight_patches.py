@@ -64,7 +64,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
         if any(_reshape_of(entry[1]) is not None for entry in entries):
             translated[name] = [_computed(entries, plain.tensor(name), shape, key, spec)]
         else:
-            fitting = [entry for entry in entries if fits(entry[1], shape)]
+            fitting = [entry for entry in entries if fits(entry[1], region(name, shape, entry[3]))]
             translated[name] = _translated(fitting, shape, key, checkpoint, spec)
     if left_out:
         log.info("ComfyUI applies no LoRA to %s, so these workers do not either.", listed(left_out))
@@ -135,15 +135,20 @@ def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]) -
     """Log how much of a LoRA fits the model's `tensors`, unless all of it fits.
 
     Args:
-        patches: the argument of `ModelPatcher.add_patches`. The offset that a key may have is ignored.
+        patches: the argument of `ModelPatcher.add_patches`. A key is the name of a weight, or a tuple of this name, an
+            offset (see `region`) and, where the patch has one, a function.
 
     Raises:
-        NotOnWorkers: no patch fits.
+        NotOnWorkers: no patch fits, or an offset lies outside its weight.
     """
-    touched = {key.removeprefix(PREFIX): patch for key, patch in patches.items() if isinstance(key, str)}
-    touched = {name: patch for name, patch in touched.items() if name in tensors}
-    misfits = [name for name, patch in touched.items() if not fits(patch, tensors[name].shape)]
-    if len(misfits) == len(touched) and not any(isinstance(key, tuple) for key in patches):
+    targets = [(*_target(key), patch) for key, patch in patches.items()]
+    touched = [
+        (name, fits(patch, region(name, tensors[name].shape, offset)))
+        for name, offset, patch in targets
+        if name in tensors
+    ]
+    misfits = [name for name, fitting in touched if not fitting]
+    if len(misfits) == len(touched):
         counts = f"of the {len(tensors)} weights of this model"
         what = (
             f"A LoRA has tensors for {len(touched)} {counts}, and none has its weight's shape ({listed(misfits)})"
@@ -161,6 +166,33 @@ def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]) -
             len(touched) - len(misfits),
             len(touched),
             listed(misfits),
+        )
+
+
+def _target(key: Any) -> tuple[str, Any]:
+    """The name of the weight without prefix, and the offset, that a key of `ModelPatcher.add_patches` names."""
+    name, offset = (key, None) if isinstance(key, str) else (key[0], key[1])
+    return name.removeprefix(PREFIX), offset
+
+
+def region(name: str, shape: Sequence[int], offset: Any) -> tuple[int, ...]:
+    """The shape of the part of a weight of `shape` that a patch changes.
+
+    Args:
+        offset: the dimension, the start and the length of the part; None for the whole weight.
+
+    Raises:
+        NotOnWorkers: the part lies outside the weight.
+    """
+    if offset is None:
+        return tuple(shape)
+    try:
+        return tuple(torch.empty(shape, device="meta").narrow(*offset).shape)  # as ComfyUI takes the part
+    except (RuntimeError, TypeError, IndexError):
+        refuse(
+            f"A patch is for a part of {name} (dimension, start, length: {offset}) that lies outside this weight of "
+            f"shape {tuple(shape)}",
+            "Use a LoRA made for this kind and size of Wan.",
         )
 
 

@@ -10,10 +10,20 @@ import torch
 
 from ..common import refusals
 from .conditioning_inputs import check_start_image, latent_node
+from .remote_parts import RemotePart, is_compiled, say_that_nothing_is_compiled
 
 
 class _Weightless(comfy.model_base.BaseModel):
     """The methods of ComfyUI's Wan model that differ without weights. ComfyUI's class follows in the bases."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; refuse another transformer, and leave out a compiled one, which would run no faster."""
+        if name != "diffusion_model" or isinstance(value, RemotePart):
+            super().__setattr__(name, value)
+        elif is_compiled(value):
+            say_that_nothing_is_compiled()
+        else:
+            refusals.refuse_object_patch(name)
 
     def memory_required(self, *_args: Any, **_options: Any) -> float:
         """Return 0, as activations lie in the workers. ComfyUI then puts both branches of cfg into one batch."""

@@ -9,6 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..common import refusals
+from .remote_parts import is_compiled, say_that_nothing_is_compiled
 
 
 class WeightlessPatcher(ModelPatcher):
@@ -42,8 +43,14 @@ class WeightlessPatcher(ModelPatcher):
             refusals.refuse_injection(key)
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        """Replace a part of the model in this process, such as its sampling; refuse a part of the transformer."""
-        if name.startswith("diffusion_model."):
+        """Replace a part of the model in this process, such as its sampling; refuse a part of the transformer.
+
+        What torch.compile makes of the transformer or of a part is left out, as nothing of it runs here.
+        """
+        if name.partition(".")[0] == "diffusion_model":
+            if is_compiled(obj):
+                say_that_nothing_is_compiled()
+                return
             refusals.refuse_object_patch(name)
         super().add_object_patch(name, obj)
 

@@ -38,15 +38,28 @@ def test_inputs_of_other_variants_are_refused(inputs, named):
     assert sentences(str(refusal.value)) >= 2
 
 
+def left_by(module, method):
+    """A function as a node's method makes and leaves it in a MODEL."""
+
+    def patch():
+        raise AssertionError("not on workers")
+
+    patch.__module__, patch.__qualname__ = module, f"{method}.<locals>.patch"
+    return patch
+
+
+HYPERTILE = r"patches: attn1_patch by HyperTile.patch in comfy_extras.nodes_hypertile\)"
+
+
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"patches_replace": {"attn1": {("middle", 0): object()}}}, "PerturbedAttentionGuidance"),
+        ({"patches_replace": {"attn1": {("middle", 0): object()}}}, "patches_replace: attn1 by object in builtins"),
         ({"patches_replace": {"dit": {("double_block", 3): object()}}}, "patches_replace: dit"),
         ({"patches_replace": {"dit": {("double_block", 3): lambda args, extra: extra}}}, "patches_replace: dit"),
         ({"patches_replace": {"dit": {("double_block", 3): lambda args: args}}}, "patches_replace: dit"),
-        ({"patches": {"attn1_patch": [object()]}}, "attn1_patch"),
-        ({"optimized_attention_override": object()}, "attention_mode"),
+        ({"patches": {"attn1_patch": [left_by("comfy_extras.nodes_hypertile", "HyperTile.patch")]}}, HYPERTILE),
+        ({"optimized_attention_override": object()}, "optimized_attention_override by object .* attention_mode"),
         ({"rope_options": {"scale_x": 2.0, "bend": 1.0}}, "rope_options: bend"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -19,7 +19,10 @@ import testkit
 from safetensors.torch import load_file
 
 ROOT = testkit.ROOT
-HELPER_NODES = Path(__file__).with_name("helper_nodes.py")
+HELPER_NODES = {
+    "wan_test_helpers.py": Path(__file__).with_name("helper_nodes.py"),
+    "wan_test_others.py": Path(__file__).parent / "inside" / "nodes_of_others.py",
+}
 START_SECONDS = 120
 PROMPT_SECONDS = 120
 
@@ -67,7 +70,7 @@ class ComfyServer:
     def start(self) -> None:
         custom_nodes = self.base / "custom_nodes"
         custom_nodes.mkdir(parents=True, exist_ok=True)
-        for link, target in (("My-Wan-Pack", ROOT), ("wan_test_helpers.py", HELPER_NODES)):
+        for link, target in (("My-Wan-Pack", ROOT), *HELPER_NODES.items()):
             if not (custom_nodes / link).is_symlink():
                 (custom_nodes / link).symlink_to(target)
         (self.base / "output").mkdir(exist_ok=True)
