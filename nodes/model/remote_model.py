@@ -35,11 +35,11 @@ from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
 from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import file_stamp
 from ..common import refusals
+from ..common.file_notes import tell_ignored
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
-from .file_notes import tell_ignored
 from .model_patcher import RemoteModelPatcher
 from .nonfinite import explain, refuse_explained
 from .sampled_forward import sampled_forward
