@@ -34,11 +34,11 @@ from ...wanvideo.checkpoint.header import FLOW_RVS, Header
 from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
 from ...wanvideo.checkpoint.vace_module import read_model
 from ..common import refusals
+from ..common.file_notes import tell_ignored
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
-from .file_notes import tell_ignored
 from .model_patcher import RemoteModelPatcher
 from .nonfinite import explain, refuse_explained
 from .remote_parts import RemotePart

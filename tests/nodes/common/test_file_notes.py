@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from testkit import tiny
-from wan_parallel.nodes.model.file_notes import tell_ignored
+from wan_parallel.nodes.common.file_notes import tell_ignored
 from wan_parallel.wanvideo.checkpoint.header import read_header
 
 
