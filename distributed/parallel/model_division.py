@@ -37,7 +37,8 @@ def held_parameters(config: WanConfig, plan: ParallelPlan) -> int:
 
 def most_held(config: WanConfig, spec: ModelSpec, plan: ParallelPlan) -> int:
     """How many bytes of a model's weights the rank with the most bytes holds."""
-    return _of_largest_part(config, plan, storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module))
+    sizes = storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module, in_dim=spec.in_dim)
+    return _of_largest_part(config, plan, sizes)
 
 
 def _of_largest_part(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) -> int:

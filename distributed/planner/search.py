@@ -205,7 +205,7 @@ def placed(request: PlanRequest, plan: ParallelPlan, room: Room) -> tuple[Demand
 
 @functools.lru_cache(maxsize=16)
 def _held_sizes(spec: ModelSpec) -> Mapping[str, int]:
-    return storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module)
+    return storage_bytes_of(spec.path, WEIGHT_DTYPES[spec.weight_dtype], spec.module, in_dim=spec.in_dim)
 
 
 def _fitting(

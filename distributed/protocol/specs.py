@@ -95,6 +95,8 @@ class ModelSpec:
         fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/model/fp8_mode.py).
         module: file beside the model, of a VACE module or of InfiniteTalk's layers (see
             `wanvideo.checkpoint.vace_module`), or "".
+        in_dim: channels of the model's input where a control LoRA widens the patch embedding; 0 is the number in the
+            file.
     """
 
     path: str
@@ -110,6 +112,7 @@ class ModelSpec:
     offload: str = "auto"
     fp8_mode: str = "disabled"
     module: str = ""
+    in_dim: int = 0
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ NO_LORAS = LoraSet("", dict)
 
 def room_for(weights: Mapping[str, Sequence[LoraDelta]]) -> int:
     """Bytes of an arena that takes these deltas."""
-    return needed(tensor for changes in weights.values() for change in changes for tensor in _tensors(change))
+    return needed(tensor for changes in weights.values() for change in changes for tensor in tensors_of(change))
 
 
 def write_deltas(arena: Arena, weights: Mapping[str, Sequence[LoraDelta]]) -> dict[str, tuple[LoraRef, ...]]:
@@ -52,14 +52,15 @@ def read_delta(reader: ArenaReader, arena: ArenaRef, ref: LoraRef) -> LoraDelta:
 
 
 def _write(arena: Arena, change: LoraDelta) -> LoraRef:
-    refs = tuple(arena.write(tensor) for tensor in _tensors(change))
+    refs = tuple(arena.write(tensor) for tensor in tensors_of(change))
     kind = type(change).__name__
     if isinstance(change, LowRank | Difference):
         return LoraRef(kind, refs, change.scale, change.base_scale)
     return LoraRef(kind, refs)
 
 
-def _tensors(change: LoraDelta) -> tuple[torch.Tensor, ...]:
+def tensors_of(change: LoraDelta) -> tuple[torch.Tensor, ...]:
+    """The tensors that a delta is made of."""
     match change:
         case LowRank():
             return change.up, change.down

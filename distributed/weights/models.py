@@ -206,7 +206,7 @@ class Models:
         """The source of the weights, and the model without weights as it runs on this rank's device."""
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device, spec.module, spec.stamp)
+        source = open_weights(spec.path, self.device, spec.module, spec.stamp, in_dim=spec.in_dim)
         with torch.device("meta"):
             model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)
         use_fp8(model, spec.fp8_mode, self.device)

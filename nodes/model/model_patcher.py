@@ -17,7 +17,7 @@ from ...distributed.client.displaced_runs import DisplacedRuns
 from ...distributed.weights.lora_transfer import LoraSet
 from . import infinitetalk_patch
 from .shared_device import EVERYTHING, SharedDevice
-from .weight_patches import check_fit, for_workers, refuse_foreign
+from .weight_patches import check_fit, for_workers, refuse_foreign, widened_channels
 from .weightless_patcher import WeightlessPatcher
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class RemoteModelPatcher(WeightlessPatcher):
         return infinitetalk_patch.loaded_elsewhere(options, super().model_patches_models())
 
     def _hand_over_patches(self) -> None:
+        self.remote.widen(widened_channels(self.patches, self.remote.state_dict()))
         if not self.patches:
             self.remote.loras = None
             return
@@ -115,10 +116,13 @@ class RemoteModelPatcher(WeightlessPatcher):
         """Add LoRA patches as ComfyUI does.
 
         Raises:
-            NotOnWorkers: the patches bring the weights of another model, or fit no weight of this model.
+            NotOnWorkers: the patches bring the weights of another model, fit no weight of this model, or give a weight
+                another shape (see `widened_channels`).
         """
         for patch in patches.values():
             refuse_foreign(patch)
         if strength_patch:
-            check_fit(patches, self.remote.header.tensors)
-        return super().add_patches(patches, strength_patch, strength_model)
+            check_fit(patches, self.remote.state_dict())
+        added = super().add_patches(patches, strength_patch, strength_model)
+        widened_channels(self.patches, self.remote.state_dict())
+        return added

@@ -31,13 +31,16 @@ from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.grid import sequence_of
 from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import FLOW_RVS, Header
+from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
 from ...wanvideo.checkpoint.vace_module import read_model
 from ..common import refusals
+from ..common.file_notes import tell_ignored
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
 from .model_patcher import RemoteModelPatcher
+from .nonfinite import explain, refuse_explained
 from .remote_parts import RemotePart
 from .sampled_forward import sampled_forward
 from .shared_device import EVERYTHING, free_shared_gpu
@@ -66,6 +69,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     Raises:
         CheckpointError: this ComfyUI takes the file for another kind of model, or for a Wan model of other sampling.
     """
+    tell_ignored(header)
     tensors = {
         name: torch.empty(info.shape, dtype=_FILE_DTYPES.get(info.dtype, torch.bfloat16), device="meta")
         for name, info in header.tensors.items()
@@ -207,10 +211,20 @@ class RemoteWan(RemotePart):
         plain = self._plain
         if plain.module:
             refusals.refuse("InfiniteTalk and a VACE module belong to one model", "Disconnect vace_model.")
-        spec = replace(plain, module=file.path, stamp=f"{plain.stamp}+{file.stamp}")
+        self._become(replace(self.spec, module=file.path, stamp=f"{plain.stamp}+{file.stamp}"))
+
+    def widen(self, in_dim: int) -> None:
+        """Run with an input of `in_dim` channels from now on, for a control LoRA; 0 is the number in the file."""
+        if in_dim != self.spec.in_dim:
+            self._become(replace(self.spec, in_dim=in_dim))
+
+    def _become(self, spec: ModelSpec) -> None:
+        """Run as the model `spec` from now on, in place of the model that this object ran as before."""
         if spec == self.spec:
             return
-        self.header, self.spec = read_model(plain.path, file.path), spec
+        self.header, self.spec = read_model(spec.path, spec.module, in_dim=spec.in_dim), spec
+        part, _, weight = PATCH_EMBEDDING.partition(".")
+        self._below[part][weight] = torch.empty(self.header.tensors[PATCH_EMBEDDING].shape, device="meta")
         if self.runs is not None:
             self.runs.change_model(self.header, spec)
         let_go, self._let_go = self._let_go, self._keep(spec)
@@ -247,6 +261,7 @@ class RemoteWan(RemotePart):
         timestep: torch.Tensor,
         context: torch.Tensor,
     ) -> torch.Tensor:
+        refuse_explained(x, self.spec, self.loras)
         check(self.header.config, x, conditioning)  # before any worker starts; the pool checks again
         whole, rest = extended(x, conditioning)  # as the workers will divide it
         forward = sampled_forward(
@@ -259,7 +274,7 @@ class RemoteWan(RemotePart):
             self.runs.check(tuple(whole.shape), forward)
         self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole))
         with self._step(whole, timestep, forward) as displaced:
-            return self.pool.forward(
+            result = self.pool.forward(
                 self.spec,
                 x,
                 timestep,
@@ -270,6 +285,10 @@ class RemoteWan(RemotePart):
                 displaced=displaced,
                 conditioning=conditioning,
             )
+        inputs = {"latent": x, "timestep": timestep, "text": context}
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        explain(result, inputs, conditioning, self.spec, self.loras, poll)
+        return result
 
     def _ensure_ready(self, tokens: int, items: int) -> None:
         """Start the workers and load the model, while a text under the running node says so."""

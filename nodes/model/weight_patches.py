@@ -17,9 +17,10 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.base.lora import Difference, LoraDelta, LowRank, Replacement
-from ...wanvideo.base.tensor_info import TensorInfo, listed
+from ...wanvideo.base.tensor_info import listed
+from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
 from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, storage_dtype
-from ...wanvideo.quant.quantized import as_tensor
+from ...wanvideo.quant.quantized import Weight, as_tensor
 from ..common.refusals import refuse, refuse_merging
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
     Raises:
         NotOnWorkers: a patch changes the shape of a weight.
     """
-    checkpoint = Checkpoint(spec.path, spec.module, spec.stamp)
+    checkpoint = Checkpoint(spec.path, spec.module, spec.stamp, in_dim=spec.in_dim)
+    plain = Checkpoint(spec.path, spec.module)  # with the patch embedding that control LoRAs widen one after the other
     translated: dict[str, list[LoraDelta]] = {}
     left_out = []
     for key, entries in patches.items():
@@ -59,23 +61,65 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
             left_out.append(name)
             continue
         shape = checkpoint.header.tensors[name].shape
-        fitting = [entry for entry in entries if fits(entry[1], region(name, shape, entry[3]))]
-        translated[name] = _translated(fitting, key, checkpoint, spec)
+        if any(_reshape_of(entry[1]) is not None for entry in entries):
+            translated[name] = [_computed(entries, plain.tensor(name), shape, key, spec)]
+        else:
+            fitting = [entry for entry in entries if fits(entry[1], region(name, shape, entry[3]))]
+            translated[name] = _translated(fitting, shape, key, checkpoint, spec)
     if left_out:
         log.info("ComfyUI applies no LoRA to %s, so these workers do not either.", listed(left_out))
     return {name: changes for name, changes in translated.items() if changes}
 
 
-def _translated(entries: Sequence[Entry], key: str, checkpoint: Checkpoint, spec: ModelSpec) -> list[LoraDelta]:
+def widened_channels(patches: Mapping[str, Sequence[Entry]], tensors: Mapping[str, torch.Tensor]) -> int:
+    """The channels of the model's input with these patches, where control LoRAs (`reshape_weight`) widen the patch
+    embedding; 0 where none does.
+
+    Args:
+        tensors: the weights of the file by their names without prefix, of which the shapes count.
+
+    Raises:
+        NotOnWorkers: a patch gives a weight another shape than that of a patch embedding of more channels.
+    """
+    channels = 0
+    for key, entries in patches.items():
+        if key.removeprefix(PREFIX) not in tensors:
+            continue
+        name, shape = key.removeprefix(PREFIX), tuple(tensors[key.removeprefix(PREFIX)].shape)
+        for reshape in filter(None, (_reshape_of(entry[1]) for entry in entries)):
+            if name == PATCH_EMBEDDING and _widens(reshape, shape):
+                channels = max(channels, reshape[1])
+            elif reshape != shape:
+                refuse(
+                    f"A LoRA changes the shape of {name} from {list(shape)} to {list(reshape)}, and only a patch "
+                    "embedding may get more channels",
+                    "Use a LoRA made for a model of this size and variant.",
+                )
+    return channels if channels > tensors[PATCH_EMBEDDING].shape[1] else 0
+
+
+def _reshape_of(patch: object) -> tuple[int, ...] | None:
+    """The shape that a control LoRA gives its weight before the LoRA is added; None for any other patch."""
+    reshape = patch.weights[5] if isinstance(patch, LoRAAdapter) else None
+    return None if reshape is None else tuple(int(size) for size in torch.tensor(reshape).flatten())
+
+
+def _widens(reshape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether `reshape` is a patch embedding's `shape` with as many channels or more."""
+    return (
+        len(reshape) == len(shape) and reshape[1] >= shape[1] and (reshape[0], *reshape[2:]) == (shape[0], *shape[2:])
+    )
+
+
+def _translated(
+    entries: Sequence[Entry], shape: Sequence[int], key: str, checkpoint: Checkpoint, spec: ModelSpec
+) -> list[LoraDelta]:
     """The patches of one weight for the workers. Where only ComfyUI can compute a patch, the one `Replacement` is the
     weight after all patches."""
     plain = [patch for entry in entries if (patch := _plain(entry)) is not None]
     if len(plain) == len(entries):
         return plain
-    name = key.removeprefix(PREFIX)
-    weight = as_tensor(checkpoint.tensor(name), torch.float32)
-    dtype = storage_dtype(name, weight.ndim, WEIGHT_DTYPES[spec.weight_dtype])
-    return [_computed(entries, weight, key, dtype)]
+    return [_computed(entries, checkpoint.tensor(key.removeprefix(PREFIX)), shape, key, spec)]
 
 
 def is_patchable(name: str) -> bool:
@@ -87,7 +131,7 @@ def is_patchable(name: str) -> bool:
     return name.endswith((".weight", ".bias"))
 
 
-def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, TensorInfo]) -> None:
+def check_fit(patches: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Log how much of a LoRA fits the model's `tensors`, unless all of it fits.
 
     Args:
@@ -201,12 +245,13 @@ def _sendable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in DTYPES.values() else tensor.to(torch.float32)
 
 
-def _computed(entries: Sequence[Entry], weight: torch.Tensor, key: str, dtype: torch.dtype) -> Replacement:
-    """The weight after all of its entries, computed by ComfyUI in float32; it travels in `dtype`."""
-    result = comfy.lora.calculate_weight(list(entries), weight.to(torch.float32, copy=True), key)
-    if result.shape != weight.shape:
+def _computed(entries: Sequence[Entry], weight: Weight, shape: Sequence[int], key: str, spec: ModelSpec) -> Replacement:
+    """The weight after all of its entries, computed by ComfyUI in float32; it travels in the dtype of the model."""
+    dense = as_tensor(weight, torch.float32)
+    result = comfy.lora.calculate_weight(list(entries), dense.to(torch.float32, copy=True), key)
+    if result.shape != torch.Size(shape):
         refuse(
-            f"A LoRA changes the shape of {key} from {tuple(weight.shape)} to {tuple(result.shape)}",
+            f"A LoRA changes the shape of {key} from {tuple(shape)} to {tuple(result.shape)}",
             "Use a LoRA made for a model of this variant.",
         )
-    return Replacement(result.to(dtype))
+    return Replacement(result.to(storage_dtype(key, result.ndim, WEIGHT_DTYPES[spec.weight_dtype])))

@@ -203,5 +203,6 @@ def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteM
         )
     if strength == 0:
         return patcher
-    weights = with_native_names(name, read_lora(path), patcher.remote.header.tensors)
+    header = patcher.remote.header
+    weights = with_native_names(name, read_lora(path), header.tensors, header.path)
     return comfy.sd.load_lora_for_models(patcher, None, weights, float(strength), 0.0)[0]

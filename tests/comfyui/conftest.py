@@ -101,10 +101,15 @@ def _write_models(folder: Path) -> None:
     for kind in loras.ADAPTERS:
         loras.write_adapter(lora_files / f"{kind}.safetensors", TINY, kind)
     loras.write_distilled(lora_files / "distilled.safetensors", TINY)
+    loras.write_control(lora_files / "control.safetensors", TINY, channels=32)
+    loras.write_control(lora_files / "control-twice.safetensors", TINY, channels=48, seed=9)
+    loras.write_control(lora_files / "control-narrow.safetensors", TINY, channels=8)
+    loras.write_both_experts(lora_files / "both-experts.safetensors", TINY)
     loras.write_lora(lora_files / "four-heads.safetensors", FOUR_HEADS)
     loras.write_lora(lora_files / "deeper.safetensors", replace(TINY, num_layers=3), seed=6)
     tiny.write_weights(lora_files / "other-model.safetensors", {"lora_unet_down_0.lora_up.weight": torch.ones(4, 2)})
     _write_formats(models)
+    _write_strays(models)
     _write_wrong_files(models)
 
 
@@ -130,6 +135,22 @@ def _write_formats(models: Path) -> None:
     tiny.write_weights(models / "tiny-Q4_K-meant.safetensors", meant)
     format_files.write_shards(models / "Tiny-Diffusers" / "transformer", TINY)
     (models / "cut-short.gguf").write_bytes((models / "tiny-Q4_K.gguf").read_bytes()[:200_000])
+
+
+def _write_strays(models: Path) -> None:
+    """Files that ComfyUI loads, with other things around a Wan DiT; and a DiT with a weight that is NaN."""
+    weights = tiny.random_weights(TINY)
+    strays = {
+        "freqs": torch.ones(64, 8),
+        "counter": torch.zeros(1, dtype=torch.int64),
+        "vae.conv.weight": torch.ones(3),
+    }
+    tiny.write_weights(models / "strays.safetensors", weights | strays)
+    for prefix in ("model.", "model.model.", "net."):
+        own = {prefix + name: tensor for name, tensor in (weights | strays).items()}
+        tiny.write_weights(models / f"behind-{prefix}safetensors", own | {"first_stage_model.x": torch.ones(3)})
+    weights["blocks.1.ffn.2.weight"][3, 4] = torch.nan
+    tiny.write_weights(models / "with-nan.safetensors", weights)
 
 
 def _write_wrong_files(models: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from ..quant.format import JoinedTensor, LogicalTensor
+
 MARKER = "condition_embedder.time_embedder.linear_1.weight"
 """The name of a tensor that only diffusers' layout has."""
 
@@ -55,11 +57,65 @@ _TO_MODEL = {ours: theirs for theirs, ours in _MODEL.items()}
 _TO_BLOCK = {ours: theirs for theirs, ours in _BLOCK.items()}
 _IN_BLOCK = re.compile(r"((?:vace_)?blocks\.\d+\.)(.*)")
 
+_CONVOLUTIONS = "motion_encoder.enc.net_app.convs"
+_ANIMATE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"face_adapter\.(\d+)\.to_q\.", r"face_adapter.fuser_blocks.\1.linear1_q."),
+        (r"face_adapter\.(\d+)\.to_out\.", r"face_adapter.fuser_blocks.\1.linear2."),
+        (r"face_adapter\.(\d+)\.norm_([qk])\.", r"face_adapter.fuser_blocks.\1.\2_norm."),
+        (r"face_encoder\.(conv\w+)\.(?!conv\.)", r"face_encoder.\1.conv."),
+        (r"motion_encoder\.motion_synthesis_weight$", "motion_encoder.dec.direction.weight"),
+        (r"motion_encoder\.motion_network\.", "motion_encoder.enc.fc."),
+        (r"motion_encoder\.conv_in\.act_fn\.", f"{_CONVOLUTIONS}.0.1."),
+        (r"motion_encoder\.conv_in\.", f"{_CONVOLUTIONS}.0.0."),
+    )
+)
+"""Starts of diffusers' names of Animate's tensors, and of the original names."""
+_HALVING = re.compile(r"motion_encoder\.res_blocks\.(\d+)\.(conv1|conv2|conv_skip)\.(weight|act_fn\.bias)")
+_HALVING_PARTS = {
+    ("conv1", "weight"): "conv1.0.weight",
+    ("conv1", "act_fn.bias"): "conv1.1.bias",
+    ("conv2", "weight"): "conv2.1.weight",  # a blur comes before it
+    ("conv2", "act_fn.bias"): "conv2.2.bias",
+    ("conv_skip", "weight"): "skip.1.weight",
+}
+_LAST_CONVOLUTION = "motion_encoder.conv_out."
+_KEYS = re.compile(r"face_adapter\.(\d+)\.to_k\.(weight|bias)")
+
+
+def with_original_names(tensors: Mapping[str, LogicalTensor]) -> dict[str, LogicalTensor]:
+    """The tensors of a model in diffusers' layout by their original names.
+
+    Keys and values of Animate's face adapters are two tensors there, which are joined to the original one.
+    """
+    last = 1 + len({match[1] for name in tensors if (match := _HALVING.fullmatch(name))})
+    renamed: dict[str, LogicalTensor] = {}
+    joined: set[str] = set()
+    for name, info in tensors.items():
+        keys = _KEYS.fullmatch(name)
+        values = name.replace("to_k", "to_v")
+        if keys is not None and values in tensors and tensors[values].shape[1:] == info.shape[1:]:
+            original = f"face_adapter.fuser_blocks.{keys[1]}.linear1_kv.{keys[2]}"
+            renamed[original] = JoinedTensor.of([info, tensors[values]])
+            joined.add(values)
+        elif name not in joined:
+            renamed[original_name(name).replace(_LAST_CONVOLUTION, f"{_CONVOLUTIONS}.{last}.")] = info
+    for name in joined:
+        renamed.pop(name, None)  # values that the file has in front of the keys
+    return renamed
+
 
 def original_name(name: str) -> str:
     """The original name of a tensor that diffusers calls `name`; a name that both share is returned as it is."""
-    block = _IN_BLOCK.fullmatch(name)
-    return block[1] + _renamed(block[2], _BLOCK) if block else _renamed(name, _MODEL)
+    if block := _IN_BLOCK.fullmatch(name):
+        return block[1] + _renamed(block[2], _BLOCK)
+    if halving := _HALVING.fullmatch(name):
+        return f"{_CONVOLUTIONS}.{int(halving[1]) + 1}.{_HALVING_PARTS.get((halving[2], halving[3]), halving[3])}"
+    for pattern, replacement in _ANIMATE:
+        if pattern.match(name):
+            return pattern.sub(replacement, name, count=1)
+    return _renamed(name, _MODEL)
 
 
 def diffusers_name(name: str) -> str:

@@ -17,12 +17,15 @@ from ..base.regular_file import FileIdentity
 from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, listed, shortened
 from ..base.variant import TensorShapes, read_variants, registered
 from ..quant.format import LogicalTensor
+from ..quant.formats.foreign import foreign_format
 from ..quant.formats.registry import MAX_NOTE, format_name, logical_tensors
-from .diffusers_names import has_diffusers_names, original_name
-from .file_header import read_file_header
+from .diffusers_names import has_diffusers_names, with_original_names
+from .dit_names import HEAD, find_prefix, without_strays, without_wrappers
+from .file_header import is_gguf, read_file_header
+from .other_files import is_lora, module_name, other_kind
+from .patch_shapes import PATCH_EMBEDDING, with_patch_shapes, with_shapes
 
 HEAD_DIM = 128  # every released Wan; ComfyUI derives the number of heads from it as well
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _LATER = "Use a file of a variant and format that the README lists; this kind comes in a later version."
 
 FLOW_RVS = "flow_rvs"
@@ -34,6 +37,7 @@ class Header:
     """The header of a checkpoint: its DiT's configuration, the DiT's `tensors` by original names, and the metadata.
 
     `identities` tells each of the files from a changed one, by its path; `stamp` changes with any of the files.
+    `ignored` are the names of tensors in the file that no Wan model reads (see `without_strays`).
     """
 
     path: str
@@ -43,6 +47,7 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
     identities: Mapping[str, FileIdentity] = field(default_factory=dict)
     stamp: str = ""
+    ignored: tuple[str, ...] = ()
 
     @property
     def is_flow_rvs(self) -> bool:
@@ -79,17 +84,19 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             or format that is not there yet.
     """
     path = os.fspath(path)
-    file_header = read_file_header(path)
-    prefix = _find_prefix(path, file_header.tensors)
-    renamed = has_diffusers_names(file_header.tensors, prefix)
-    tensors = {
-        original_name(name.removeprefix(prefix)) if renamed else name.removeprefix(prefix): info
-        for name, info in logical_tensors(path, file_header, prefix).items()
-    }
+    file_header = without_wrappers(read_file_header(path))
+    prefix = _prefix_of(path, file_header.tensors)
+    file_header, ignored = without_strays(file_header, prefix)
+    tensors = {name.removeprefix(prefix): info for name, info in logical_tensors(path, file_header, prefix).items()}
+    if has_diffusers_names(tensors, ""):
+        tensors = with_original_names(tensors)
     _refuse_other_kinds(path, file_header.metadata)
+    tensors = with_patch_shapes(tensors, HEAD)
     config = _config_from(path, tensors)
+    tensors = with_shapes(tensors, config.shapes())
     _check_complete(path, tensors, config)
-    header = Header(path, prefix, config, tensors, file_header.metadata, file_header.identities, file_header.stamp)
+    identities, stamp = file_header.identities, file_header.stamp
+    header = Header(path, prefix, config, tensors, file_header.metadata, identities, stamp, ignored)
     if header.is_flow_rvs and config.variant != "text-to-video":
         raise CheckpointError(
             f"{Path(path).name} is noted to be FlowRVS, but has the tensors of a Wan {config.variant} model. {_LATER}"
@@ -97,23 +104,34 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return header
 
 
-def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
-    for prefix in PREFIXES:
-        if f"{prefix}head.modulation" in raw and f"{prefix}blocks.0.self_attn.q.weight" in raw:
-            return prefix
-        if has_diffusers_names(raw, prefix):
-            return prefix
+def _prefix_of(path: str, raw: Mapping[str, object]) -> str:
+    """The prefix of the DiT's names (see `find_prefix`).
+
+    Raises:
+        CheckpointError: the file is another program's quantised format, holds no Wan DiT, or several.
+    """
     name = Path(path).name
-    if any("lora_" in key or key.endswith((".diff", ".diff_b")) for key in raw):
-        raise CheckpointError(f"{name} is a LoRA. Load it with LoraLoaderModelOnly behind the model loader.")
+    foreign = foreign_format(raw)
+    if foreign is not None:
+        raise CheckpointError(
+            f"{name} is quantised in the format {foreign}, which neither ComfyUI itself nor this version reads. "
+            "Use the fp8_scaled, GGUF or bf16 version of the model."
+        )
+    prefix = find_prefix(path, raw)
+    if prefix is not None:
+        return prefix
     if any(key.endswith("vace_blocks.0.after_proj.weight") for key in raw):
         raise CheckpointError(
             f"{name} is a VACE module without its Wan model. Choose a text-to-video model of the same size here, and "
             "the module in XDit+USP VACE Module Select, which plugs into vace_model."
         )
+    if is_lora(raw):
+        raise CheckpointError(f"{name} is a LoRA. Load it with LoraLoaderModelOnly behind the model loader.")
+    what, advice = other_kind(raw) or ("", "")
+    if what:
+        raise CheckpointError(f"{name} is {what}, not a Wan video model. {advice}")
     raise CheckpointError(
-        f"{name} is not a Wan video model: it has no head.modulation and self-attention blocks. "
-        "Choose a Wan 2.1 or 2.2 file."
+        f"{name} is not a Wan video model: it has no {HEAD} and self-attention blocks. Choose a Wan 2.1 or 2.2 file."
     )
 
 
@@ -142,6 +160,12 @@ def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
 def _config_from(path: str, tensors: Mapping[str, TensorInfo]) -> WanConfig:
     name = Path(path).name
     shapes = TensorShapes(name, tensors)
+    if is_gguf(path) and PATCH_EMBEDDING not in tensors:
+        raise CheckpointError(
+            f"{name} lacks {PATCH_EMBEDDING}, the one weight of five dimensions, as its conversion to GGUF ended "
+            "before the step that adds such weights (fix_5d_tensors). Use a GGUF file with this tensor: those of "
+            "city96 and QuantStack have it."
+        )
     dim = shapes.needed("head.modulation", 3)[-1]
     if dim % HEAD_DIM:
         raise CheckpointError(
@@ -174,11 +198,23 @@ def _check_complete(path: str, tensors: Mapping[str, TensorInfo], config: WanCon
     constants = [key for key in tensors if any(variant.is_constant(key) for variant in config.variants)]
     unknown = [key for key in tensors if key not in expected and key not in constants]
     if unknown:
-        raise CheckpointError(
-            f"{name} has {len(unknown)} tensors of an unknown Wan variant: {listed(unknown)}. {_LATER}"
-        )
+        what, advice = _what_are(unknown)
+        raise CheckpointError(f"{name} has {len(unknown)} tensors {what}: {listed(unknown)}. {advice}")
     if config.in_dim < config.out_dim or not all(variant.divides(config) for variant in config.variants):
         raise CheckpointError(
             f"{name} is an unknown Wan variant: {config.in_dim} channels in, {config.out_dim} out, "
             f"{config.num_layers} layers, {TensorShapes(name, tensors).blocks('vace_blocks')} of VACE. {_LATER}"
         )
+
+
+def _what_are(unknown: list[str]) -> tuple[str, str]:
+    """What the tensors `unknown` are that a Wan model has beside its own, in words for a refusal, and what to do."""
+    if all("scale" in name.rpartition(".")[2] for name in unknown):
+        return (
+            "that scale quantised weights in a way that neither ComfyUI nor this version knows",
+            "Use the fp8_scaled, GGUF or bf16 version of the model.",
+        )
+    if is_lora(unknown):
+        return "of a LoRA that is not merged into the weights", "Use the model and the LoRA as two files."
+    module = module_name(unknown)
+    return (f"of {module}, which this version does not run" if module else "of an unknown Wan variant"), _LATER

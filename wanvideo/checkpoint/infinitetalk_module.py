@@ -13,6 +13,7 @@ from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
+from .dit_names import without_strays
 from .header import Header
 
 MARKERS = ("audio_proj.proj1.weight", "blocks.0.audio_cross_attn.proj.weight")
@@ -60,6 +61,7 @@ def with_infinitetalk(base: Header, path: str, file_header: FileHeader) -> Heade
 
 def _blocks(path: str, file_header: FileHeader, layers: int) -> Mapping[str, LogicalTensor]:
     """The tensors of the first `layers` blocks."""
-    tensors = logical_tensors(path, file_header)
+    own, _ = without_strays(file_header, "")
+    tensors = logical_tensors(path, own)
     blocks = {f"{_BLOCKS}{i}." for i in range(layers)}
     return {key: info for key, info in tensors.items() if key[: key.find(".", len(_BLOCKS)) + 1] in blocks}

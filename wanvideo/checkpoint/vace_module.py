@@ -7,6 +7,7 @@ Published for kijai's wrapper (`Wan2_1-VACE_module_14B_bf16.safetensors` and oth
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ..base.config import PRESETS
@@ -14,26 +15,34 @@ from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
+from .dit_names import without_strays
 from .file_header import read_file_header
-from .header import PREFIXES, Header, read_header
+from .header import Header, read_header
 from .infinitetalk_module import is_infinitetalk, with_infinitetalk
+from .patch_shapes import with_channels, with_patch_shapes
 
 _MARKER = "vace_blocks.0.after_proj.weight"
 _PARTS = ("vace_blocks.", "vace_patch_embedding.")
 
 
-def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
+def read_model(path: str | os.PathLike[str], module: str = "", *, in_dim: int = 0) -> Header:
     """Read the header of the model at `path`, joined with `module`, the file of a VACE module or InfiniteTalk's layers.
+
+    Args:
+        in_dim: channels of the model's input where a control LoRA widens the patch embedding, whose further weights
+            are zeros before the LoRA is merged; 0 is the number in the file.
 
     Raises:
         CheckpointError: see `read_header`, `with_module` and `with_infinitetalk`.
     """
     header = read_header(path)
-    if not module:
+    if module:
+        file_header = read_file_header(module)
+        joined = with_infinitetalk if is_infinitetalk(file_header) else with_module
+        header = joined(header, module, file_header)
+    if in_dim in (0, header.config.in_dim):
         return header
-    file_header = read_file_header(module)
-    joined = with_infinitetalk if is_infinitetalk(file_header) else with_module
-    return joined(header, module, file_header)
+    return replace(header, config=header.config.having(in_dim=in_dim), tensors=with_channels(header.tensors, in_dim))
 
 
 def read_module(path: str) -> dict[str, LogicalTensor]:
@@ -47,7 +56,7 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
 
 def _module_tensors(path: str, file_header: FileHeader) -> dict[str, LogicalTensor]:
     name, raw = Path(path).name, file_header.tensors
-    prefix = next((p for p in PREFIXES if p + _MARKER in raw), None)
+    prefix = next((key.removesuffix(_MARKER) for key in raw if key.endswith(_MARKER)), None)
     if prefix is None:
         raise CheckpointError(
             f"{name} is no VACE module: it has no tensor {_MARKER}. "
@@ -57,7 +66,9 @@ def _module_tensors(path: str, file_header: FileHeader) -> dict[str, LogicalTens
         raise CheckpointError(
             f"{name} is a whole VACE model, not a module. Choose it as model, and disconnect vace_model."
         )
-    return {key.removeprefix(prefix): info for key, info in logical_tensors(path, file_header, prefix).items()}
+    own, _ = without_strays(file_header, prefix)
+    tensors = {key.removeprefix(prefix): info for key, info in logical_tensors(path, own, prefix).items()}
+    return with_patch_shapes(tensors, _MARKER)
 
 
 def with_module(base: Header, path: str, file_header: FileHeader) -> Header:

@@ -53,14 +53,15 @@ class Checkpoint:
     Args:
         path: a file, a folder of shards, or one shard.
         module: the file of a module beside the model, VACE's or InfiniteTalk's.
+        in_dim: see `read_model`.
         stamp: the stamp of the header by which the model was chosen (see `Header`); "" takes the files as they are.
 
     Raises:
         CheckpointError: see `read_model`; or the files are not those of the stamp.
     """
 
-    def __init__(self, path: str, module: str = "", stamp: str = ""):
-        self.header = read_model(path, module)
+    def __init__(self, path: str, module: str = "", stamp: str = "", *, in_dim: int = 0):
+        self.header = read_model(path, module, in_dim=in_dim)
         if stamp not in ("", self.header.stamp):
             raise changed(path, "after it was queued")
         self.config = self.header.config
@@ -118,27 +119,33 @@ class RandomWeights:
         """Do nothing: there is no file."""
 
 
-def open_weights(path: str, device: torch.device | str = "cpu", module: str = "", stamp: str = "") -> WeightSource:
+def open_weights(
+    path: str, device: torch.device | str = "cpu", module: str = "", stamp: str = "", *, in_dim: int = 0
+) -> WeightSource:
     """Open a checkpoint file (`module` and `stamp`: see `Checkpoint`), or random weights for a path such as
     `random:14b`.
+
+    Args:
+        in_dim: see `read_model`; random weights have the channels of the released model.
 
     Raises:
         CheckpointError: see `Checkpoint`.
     """
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
-    return Checkpoint(path, module, stamp)
+    return Checkpoint(path, module, stamp, in_dim=in_dim)
 
 
-def model_config(path: str, module: str = "", stamp: str = "") -> WanConfig:
-    """Dimensions of a checkpoint (`module` and `stamp`: see `Checkpoint`) or of random weights, from the headers alone.
+def model_config(path: str, module: str = "", stamp: str = "", *, in_dim: int = 0) -> WanConfig:
+    """Dimensions of a checkpoint (`module`, `stamp` and `in_dim`: see `Checkpoint`) or of random weights, from the
+    headers alone.
 
     Raises:
         CheckpointError: see `Checkpoint`.
     """
     if path.startswith(RANDOM_PREFIX):
         return random_config(path.removeprefix(RANDOM_PREFIX))
-    return Checkpoint(path, module, stamp).config
+    return Checkpoint(path, module, stamp, in_dim=in_dim).config
 
 
 def file_stamp(path: str) -> str:
@@ -175,15 +182,16 @@ def storage_bytes(config: WanConfig, header: Header | None, weight_dtype: torch.
     return sizes | {name: info.storage_bytes for name, info in tensors.items() if info.is_quantized}
 
 
-def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "") -> dict[str, int]:
-    """`storage_bytes` of the checkpoint `path` (`module`: a file beside it) or of random weights.
+def storage_bytes_of(path: str, weight_dtype: torch.dtype, module: str = "", *, in_dim: int = 0) -> dict[str, int]:
+    """`storage_bytes` of the checkpoint `path` (`module`: a file beside it; `in_dim`: see `read_model`) or of random
+    weights.
 
     Raises:
         CheckpointError: see `open_weights`.
     """
     if path.startswith(RANDOM_PREFIX):
         return storage_bytes(random_config(path.removeprefix(RANDOM_PREFIX)), None, weight_dtype)
-    header = read_model(path, module)
+    header = read_model(path, module, in_dim=in_dim)
     return storage_bytes(header.config, header, weight_dtype)
 
 

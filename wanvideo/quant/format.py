@@ -8,7 +8,7 @@ classes defined there (see formats/registry.py), and name none of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from ..base.tensor_info import TensorInfo
-from .quantized import QuantizedWeight, Weight
+from .quantized import QuantizedWeight, Weight, as_tensor
 
 Read = Callable[[TensorInfo], torch.Tensor]
 """A function that reads a tensor as its file stores the tensor, on the CPU. A GGUF tensor in no float type comes as its
@@ -139,4 +139,55 @@ class LogicalTensor(TensorInfo):
         weight = self.format.load(self, read)
         if isinstance(weight, QuantizedWeight) and len(self.shape) != 2:
             return weight.dequantize(torch.float32).view(self.shape)
+        if isinstance(weight, torch.Tensor) and weight.shape != self.shape:
+            return weight.reshape(self.shape)  # a file may have dimensions merged, see checkpoint/patch_shapes.py
         return weight
+
+
+@dataclass(frozen=True)
+class JoinedTensor(LogicalTensor):
+    """A tensor of a model that a file has as several tensors: `parts`, one below the other. Its fields but `shape` and
+    `nbytes` are those of the first part."""
+
+    parts: tuple[LogicalTensor, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[LogicalTensor]) -> JoinedTensor:
+        """Join tensors whose shapes agree but for their first dimension."""
+        first, nbytes = parts[0], sum(part.nbytes for part in parts)
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return cls(first.dtype, shape, first.file, first.key, first.offset, nbytes, first.format, tuple(parts))
+
+    @property
+    def is_quantized(self) -> bool:
+        """False: parts that the file has quantised are dequantised while the model is loaded."""
+        return False
+
+    def load(self, read: Read) -> Weight:
+        """Read the parts as one float tensor, on the CPU."""
+        return torch.cat([as_tensor(part.load(read), torch.float32) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class PaddedTensor(LogicalTensor):
+    """A tensor of a model with more columns than the tensor `inner` of the file; the further columns are zeros."""
+
+    inner: LogicalTensor
+
+    @classmethod
+    def of(cls, inner: LogicalTensor, columns: int) -> PaddedTensor:
+        """Pad a tensor of any number of dimensions to this size of its second dimension."""
+        shape = (inner.shape[0], columns, *inner.shape[2:])
+        return cls(inner.dtype, shape, inner.file, inner.key, inner.offset, inner.nbytes, inner.format, inner)
+
+    @property
+    def is_quantized(self) -> bool:
+        """False, see `JoinedTensor.is_quantized`."""
+        return False
+
+    def load(self, read: Read) -> Weight:
+        """Read the tensor of the file, on the CPU, and add the zeros."""
+        weight = as_tensor(self.inner.load(read), torch.float32)
+        padded = weight.new_zeros(self.shape)
+        padded[:, : weight.shape[1]] = weight
+        return padded

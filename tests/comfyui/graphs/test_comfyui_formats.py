@@ -6,6 +6,7 @@ import pytest
 import torch
 from testkit.comfyui.comfy_server import ComfyServer, QueueRefused
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stock_model, video
+from testkit.comfyui.refusals import error_text
 from testkit.tiny import relative_error
 
 EXACT = 1e-5  # relative error of fp32 arithmetic in another order
@@ -37,6 +38,23 @@ def test_a_lora_on_fp8_changes_the_result_and_leaves_it_again(server, file):
     print(f"the LoRA changes {change:.2f}, rounding again {error:.3f}")
     assert error < 0.1 and change > 3 * error
     assert torch.equal(sampled(server, model), before)
+
+
+@pytest.mark.parametrize("file", ["strays", "behind-model", "behind-model.model", "behind-net"])
+def test_prefixes_and_tensors_beside_the_model_change_nothing(server, file):
+    name = f"{file}.safetensors"
+    expected = sampled(server, {**stock_model(file=name), **lora("model", "plain.safetensors", 1.0)}, ksampler("lora"))
+    ours = sampled(server, {**pool_model(file=name), **lora("model", "plain.safetensors", 1.0)}, ksampler("lora"))
+    assert relative_error(ours, expected) <= EXACT
+    assert f"{name} has 3 tensors that no Wan model reads. Ignored, as ComfyUI does: " in server.log
+
+
+def test_weights_that_are_no_numbers_are_named_in_the_first_step_and_refused_in_the_next(server):
+    text = "with-nan.safetensors has numbers that are NaN or infinite in 1 tensors: blocks.1.ffn.2.weight."
+    model = pool_model(file="with-nan.safetensors")
+    assert sampled(server, model, ksampler(steps=1)).isnan().any()
+    assert server.log.count(text) == 1
+    assert text in error_text(server, {**model, **ksampler()})
 
 
 def test_gguf_files_and_diffusers_folders_are_listed_beside_what_comfyui_lists(server):

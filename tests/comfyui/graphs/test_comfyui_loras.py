@@ -8,6 +8,7 @@ from testkit.comfyui import loras
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, stage, stock_model, video
 from testkit.comfyui.refusals import error_text
 from testkit.comfyui.results import EXACT, assert_same, plain, sampled
+from testkit.comfyui.variants import IMAGES, sampler
 from testkit.tiny import relative_error
 
 STOCK_FILES = [*loras.STOCK_NAMES, *loras.ADAPTERS, "distilled"]
@@ -101,6 +102,50 @@ def test_a_lora_on_quantised_weights(server, file, model):
     assert error < 0.1 and change > 3 * error
     server.free()
     assert torch.equal(sampled(server, {**plain(pool_model), **ours}), before)
+
+
+# Control LoRAs, which give the patch embedding more channels.
+
+
+def controlled(loader) -> dict:
+    given = {"positive": link("positive"), "negative": link("negative"), "vae": link("vae"), "pixels": link("control")}
+    nodes = {**loader(), **conditions(), **IMAGES, "ip2p": node("InstructPixToPixConditioning", **given)}
+    return {**nodes, **lora("model", "control.safetensors", 0.8), **sampler("ip2p", model="lora")}
+
+
+def test_a_control_lora_widens_the_model_and_leaves_nothing_behind(server, without_lora):
+    before = sampled(server, plain(pool_model))
+    with_video = assert_same(server, controlled)
+    no_video = {**lora("model", "control.safetensors", 0.8), **ksampler(model="lora")}
+    without_video = assert_same(server, lambda loader: {**plain(loader), **no_video})
+    assert relative_error(without_video, with_video) > 0.01
+    server.free()  # a cached result would prove nothing
+    assert torch.equal(sampled(server, plain(pool_model)), before)
+    assert relative_error(before, without_lora) <= EXACT
+
+
+def test_control_loras_widen_one_after_the_other_beside_other_loras(server):
+    def graph(loader):
+        nodes, last = plain(loader), "model"
+        for i, file in enumerate(("distilled", "control", "control-twice")):
+            nodes |= lora(last, f"{file}.safetensors", 0.8, name=(last := f"lora{i}"))
+        return {**nodes, **ksampler(model=last)}
+
+    assert_same(server, graph)
+
+
+def test_a_control_lora_of_fewer_channels_is_refused(server):
+    text = error_text(server, stock_lora("control-narrow"))
+    assert "from [256, 16, 1, 2, 2] to [256, 8, 1, 2, 2], and only a patch embedding may get more channels" in text
+
+
+def test_the_low_noise_expert_takes_its_half_of_a_lora_for_both(server):
+    low = {"file": "tiny-low.safetensors"}
+    stock = {**plain(stock_model), **stock_model(**low), **lora("model", "native peft.safetensors", 0.8)}
+    chosen = node("WanVideoLoraList", name="both-experts.safetensors", strength=0.8, blocks="")
+    ours = {**plain(pool_model), **pool_model(**low, loader={"lora": link("loras")}), "loras": chosen}
+    native = sampled(server, {**stock, **ksampler(model="lora")})
+    assert relative_error(sampled(server, ours), native) <= EXACT
 
 
 # LoRAs for other models.

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from testkit import tiny
-from wan_parallel.nodes.model.lora_names import with_native_names
+from wan_parallel.nodes.model.lora_names import expert_of, with_native_names
 from wan_parallel.wanvideo.checkpoint.diffusers_names import diffusers_name, original_name
 from wan_parallel.wanvideo.variants.vace import Vace
 
@@ -60,3 +60,60 @@ def test_a_lora_for_another_model_is_refused():
     with pytest.raises(ValueError, match=r"none of its 2 tensors belongs to this one \(a.lora_A.weight, b\)") as error:
         with_native_names("sdxl", {"a.lora_A.weight": 1, "b": 2}, WEIGHTS)
     assert tiny.sentences(str(error.value)) == 2
+
+
+# Files with a LoRA for each expert of Wan 2.2.
+
+HIGH, LOW = "wan2.2_t2v_high_noise_14B_fp16.safetensors", "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    "high, low",
+    [
+        ("transformer.blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q"),
+        ("base_model.model.transformer.blocks.0.attn1.to_q", "base_model.model.transformer_2.blocks.0.attn1.to_q"),
+        ("diffusion_model.transformer_1.blocks.0.self_attn.q", "diffusion_model.transformer_2.blocks.0.self_attn.q"),
+        ("pipe.dit.blocks.0.self_attn.q", "pipe.dit2.blocks.0.self_attn.q"),
+        ("high_noise_model.blocks.0.self_attn.q", "low_noise_model.blocks.0.self_attn.q"),
+    ],
+)
+def test_each_expert_takes_its_half_of_a_file_for_both(high, low):
+    lora = {f"{high}.lora_A.weight": "high", f"{low}.lora_A.weight": "low"}
+    for model, half in ((HIGH, "high"), (LOW, "low")):
+        taken = with_native_names("both", lora, WEIGHTS, f"/models/{model}")
+        assert taken == {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": half}
+    with pytest.raises(ValueError, match="one half for the high-noise") as error:
+        with_native_names("both", lora, WEIGHTS, "/models/wan.safetensors")
+    assert "wan.safetensors" in str(error.value) and tiny.sentences(str(error.value)) == 2
+
+
+def test_a_file_for_one_expert_is_taken_by_the_model_that_it_is_given_to(caplog):
+    lora = {"transformer_2.blocks.0.attn1.to_q.lora_A.weight": 7}
+    with caplog.at_level(logging.INFO):
+        for model in (HIGH, LOW, "wan.safetensors"):
+            assert list(with_native_names("low", lora, WEIGHTS, model).values()) == [7]
+    assert "the half for the low-noise model is taken for wan.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path, expert",
+    [
+        (f"/m/{HIGH}", "high"),
+        (f"/m/{LOW}", "low"),
+        ("/m/Wan2_2-I2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors", "low"),
+        ("/m/low_noise_model/diffusion_pytorch_model-00001-of-00006.safetensors", "low"),
+        ("/m/Wan2.2/transformer_2", "low"),
+        ("/m/wan-slow-highway.safetensors", None),
+        ("/m/wan-high-and-low.safetensors", None),
+        ("/m/wan2.1_t2v_14B.safetensors", None),
+    ],
+)
+def test_an_expert_is_known_by_the_name_of_its_file_or_folder(path, expert):
+    assert expert_of(path) == expert
+
+
+def test_the_first_of_two_diffusers_folders_is_the_high_noise_expert(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    assert expert_of(str(tmp_path / "transformer")) is None
+    (tmp_path / "transformer_2").mkdir()
+    assert expert_of(str(tmp_path / "transformer")) == "high"

@@ -97,8 +97,7 @@ def _scaled(weights: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _diffusers(path: Path, weights: Tensors) -> Written:
-    stored = {tiny.diffusers_name(name): weight for name, weight in weights.items()}
-    return tiny.write_weights(path.with_suffix(".safetensors"), stored), weights
+    return tiny.write_weights(path.with_suffix(".safetensors"), tiny.diffusers_weights(weights)), weights
 
 
 def _gguf(path: Path, weights: Tensors) -> Written:
@@ -113,7 +112,7 @@ FORMATS: dict[str, Callable[[Path, Tensors], Written]] = {
     "GGUF Q8_0": _gguf,
     "diffusers": _diffusers,
 }
-DIFFUSERS = ("t2v", "5b", "i2v-2.2", "i2v-2.1", "flf2v", "vace")
+DIFFUSERS = ("t2v", "5b", "i2v-2.2", "i2v-2.1", "flf2v", "vace", "animate")
 """Variants that diffusers has a class for."""
 
 

@@ -18,6 +18,7 @@ from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.grid import grid_of, patchify
 from wan_parallel.wanvideo.base.options import Options, RopeOptions
 from wan_parallel.wanvideo.checkpoint.header import read_header
+from wan_parallel.wanvideo.checkpoint.weight_source import open_weights
 from wan_parallel.wanvideo.model.model import WanModel, model_class
 from wan_parallel.wanvideo.variants.animate import Animate
 from wan_parallel.wanvideo.variants.fun_camera import FunCamera
@@ -347,6 +348,16 @@ def test_files_with_the_names_of_diffusers_are_the_same_model(tmp_path, single, 
     inputs = given(tiny.VARIANTS[name])
     out = WanModel.from_checkpoint(str(tmp_path / "model.safetensors"))(*inputs)
     assert torch.equal(out, single(name)(*inputs)) or tiny.relative_error(out, single(name)(*inputs)) <= 1e-6
+
+
+def test_the_folder_that_diffusers_writes_for_animate_is_the_same_model(tmp_path, models):
+    folder = tmp_path / "transformer"
+    tiny.diffusers_model(models["animate"], tiny.ANIMATE).save_pretrained(folder, max_shard_size="5MB")
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 2
+    theirs, ours = open_weights(str(folder)), open_weights(models["animate"])
+    assert theirs.config == tiny.ANIMATE
+    for name in tiny.ANIMATE.shapes():
+        assert torch.equal(theirs.tensor(name), ours.tensor(name)), name
 
 
 # By displaced patches.

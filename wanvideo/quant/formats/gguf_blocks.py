@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from ...base.tensor_info import TensorInfo
+from ...base.tensor_info import TensorInfo, elements
 from ...ops.pointwise import triton_in_use
 from ..format import Format, Read, StoredTensor
 from ..quantized import QuantizedWeight, Weight, covering
@@ -233,7 +233,8 @@ class GgufBlocks(Format):
 
     def load(self, info: TensorInfo, read: Read) -> Weight:
         """Read a `GgufWeight`."""
-        block, columns = BLOCKS[self.dtype], info.shape[-1]
+        block = BLOCKS[self.dtype]
+        columns = info.shape[-1] if len(info.shape) <= 2 else elements(info.shape[1:])
         return GgufWeight(self.dtype, read(info).view(-1, columns // block.numbers * block.nbytes), columns)
 
 

@@ -38,7 +38,8 @@ def logical_tensors(path: str, file_header: FileHeader, prefix: str = "") -> dic
             stored = StoredTensor(path, name, info, {}, {})
         else:
             companions = {end: tensors[layer + end] for end in ends if layer + end in tensors}
-            stored = StoredTensor(path, name, info, companions, notes.get(layer, {}))
+            note = notes.get(layer, notes.get(layer.removeprefix(prefix), {}))  # ComfyUI takes both
+            stored = StoredTensor(path, name, info, companions, note)
         format = _recognised(stored)
         shape = format.logical_shape(info)
         logical[name] = LogicalTensor(info.dtype, shape, info.file, info.key, info.offset, info.nbytes, format)

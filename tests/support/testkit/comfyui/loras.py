@@ -153,7 +153,42 @@ def _dora(module: str, shape: tuple[int, int], normal: Callable[..., torch.Tenso
     }
 
 
-ADAPTERS = {"LoKr": _lokr, "LoHa": _loha, "DoRA": _dora}
+def _rare(module: str, shape: tuple[int, int], normal: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    """OFT on queries, BOFT on keys, GLoRA on values, and differences of the norm beside an attention's output."""
+    rows, columns = shape
+    layer = module.rpartition(".")[2]
+    if layer == "q":
+        return {f"{module}.oft_blocks": normal(rows // 32, 32, 32), f"{module}.rescale": 1 + normal(rows, 1)}
+    if layer == "k":
+        return {f"{module}.oft_blocks": normal(2, rows // 16, 16, 16)}
+    if layer == "v":
+        wide, thin = (rows, 4), (4, columns)
+        sizes = {"a1": thin, "a2": (columns, 4), "b1": wide, "b2": thin}
+        return {f"{module}.{part}.weight": normal(*size) for part, size in sizes.items()}
+    if module.endswith("self_attn.o"):
+        norm = module.replace("self_attn.o", "norm3")
+        return {f"{norm}.w_norm": normal(rows), f"{norm}.b_norm": normal(rows)}
+    return {}
+
+
+ADAPTERS = {"LoKr": _lokr, "LoHa": _loha, "DoRA": _dora, "rare": _rare}
+
+
+def write_control(path: Path, config: WanConfig, channels: int, rank: int = 4, seed: int = 8) -> None:
+    """As control LoRAs are published: pairs for the blocks and for a patch embedding of `channels`."""
+    normal, module = _normal(seed), "diffusion_model.patch_embedding"
+    tensors = _pairs(config, rank, seed, STOCK_NAMES["native peft"])
+    tensors[f"{module}.{B}"] = normal(config.dim, rank, 1, 1, 1)
+    tensors[f"{module}.{A}"] = 3 * normal(rank, channels, 1, 2, 2)
+    tensors[f"{module}.diff_b"] = normal(config.dim)
+    tensors[f"{module}.reshape_weight"] = torch.tensor([config.dim, channels, 1, 2, 2])
+    save_file(tensors, path)
+
+
+def write_both_experts(path: Path, config: WanConfig, seed: int = 3) -> None:
+    """As diffusers has a LoRA for both experts of Wan 2.2; the half for the low-noise one is that of "native peft"."""
+    high = _pairs(config, 4, seed + 1, _named("transformer.", B, A, diffusers=True))
+    save_file(high | _pairs(config, 4, seed, _named("transformer_2.", B, A, diffusers=True)), path)
 
 
 def write_adapter(path: Path, config: WanConfig, kind: str, seed: int = 5) -> None:
