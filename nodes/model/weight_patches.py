@@ -7,6 +7,7 @@ LoCon with a middle matrix, ...) on the weight as the file has it; the resulting
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,8 +87,11 @@ def widened_channels(patches: Mapping[str, Sequence[Entry]], tensors: Mapping[st
         if key.removeprefix(PREFIX) not in tensors:
             continue
         name, shape = key.removeprefix(PREFIX), tuple(tensors[key.removeprefix(PREFIX)].shape)
-        for reshape in filter(None, (_reshape_of(entry[1]) for entry in entries)):
-            if name == PATCH_EMBEDDING and _widens(reshape, shape):
+        for patch in (entry[1] for entry in entries):
+            reshape = _reshape_of(patch)
+            if reshape is None:
+                continue
+            if name == PATCH_EMBEDDING and _widens(patch, reshape, shape):
                 channels = max(channels, reshape[1])
             elif reshape != shape:
                 refuse(
@@ -101,14 +105,18 @@ def widened_channels(patches: Mapping[str, Sequence[Entry]], tensors: Mapping[st
 def _reshape_of(patch: object) -> tuple[int, ...] | None:
     """The shape that a control LoRA gives its weight before the LoRA is added; None for any other patch."""
     reshape = patch.weights[5] if isinstance(patch, LoRAAdapter) else None
-    return None if reshape is None else tuple(int(size) for size in torch.tensor(reshape).flatten())
+    if reshape is None:
+        return None
+    return tuple(torch.tensor(reshape, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0).long().flatten().tolist())
 
 
-def _widens(reshape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether `reshape` is a patch embedding's `shape` with as many channels or more."""
-    return (
-        len(reshape) == len(shape) and reshape[1] >= shape[1] and (reshape[0], *reshape[2:]) == (shape[0], *shape[2:])
-    )
+def _widens(patch: LoRAAdapter, reshape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether `reshape` is a patch embedding's `shape` with as many channels or more, and the LoRA `patch` has numbers
+    for all of them."""
+    up, down, *_ = patch.weights
+    full = up.shape[0] * down.flatten(1).shape[1] == math.prod(reshape)
+    others = (reshape[0], *reshape[2:]) == (shape[0], *shape[2:])
+    return full and others and len(reshape) == len(shape) and reshape[1] >= shape[1]
 
 
 def _translated(

@@ -104,6 +104,7 @@ def _write_models(folder: Path) -> None:
     loras.write_control(lora_files / "control.safetensors", TINY, channels=32)
     loras.write_control(lora_files / "control-twice.safetensors", TINY, channels=48, seed=9)
     loras.write_control(lora_files / "control-narrow.safetensors", TINY, channels=8)
+    loras.write_control(lora_files / "control-endless.safetensors", TINY, channels=32, told=2**40)
     loras.write_both_experts(lora_files / "both-experts.safetensors", TINY)
     loras.write_lora(lora_files / "four-heads.safetensors", FOUR_HEADS)
     loras.write_lora(lora_files / "deeper.safetensors", replace(TINY, num_layers=3), seed=6)

@@ -62,6 +62,11 @@ def find_prefix(path: str, names: Mapping[str, object]) -> str | None:
     )
 
 
+def own_names(names: Mapping[str, object], prefix: str) -> list[str]:
+    """The names behind `prefix`, without those of other models of a pipeline."""
+    return [name for name in names if name.startswith(prefix) and not _OTHER_PART.match(name.removeprefix(prefix))]
+
+
 def without_strays(file_header: FileHeader, prefix: str) -> tuple[FileHeader, tuple[str, ...]]:
     """The header of a file without the tensors that ComfyUI ignores without harm, and the names of these tensors.
 

@@ -20,7 +20,7 @@ from ..quant.format import LogicalTensor
 from ..quant.formats.foreign import foreign_format
 from ..quant.formats.registry import MAX_NOTE, format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, with_original_names
-from .dit_names import HEAD, find_prefix, without_strays, without_wrappers
+from .dit_names import HEAD, find_prefix, own_names, without_strays, without_wrappers
 from .file_header import is_gguf, read_file_header
 from .other_files import is_lora, module_name, other_kind
 from .patch_shapes import PATCH_EMBEDDING, with_patch_shapes, with_shapes
@@ -111,13 +111,13 @@ def _prefix_of(path: str, raw: Mapping[str, object]) -> str:
         CheckpointError: the file is another program's quantised format, holds no Wan DiT, or several.
     """
     name = Path(path).name
-    foreign = foreign_format(raw)
+    prefix = find_prefix(path, raw)
+    foreign = foreign_format(own_names(raw, prefix or ""))
     if foreign is not None:
         raise CheckpointError(
             f"{name} is quantised in the format {foreign}, which neither ComfyUI itself nor this version reads. "
             "Use the fp8_scaled, GGUF or bf16 version of the model."
         )
-    prefix = find_prefix(path, raw)
     if prefix is not None:
         return prefix
     if any(key.endswith("vace_blocks.0.after_proj.weight") for key in raw):

@@ -134,9 +134,10 @@ def test_control_loras_widen_one_after_the_other_beside_other_loras(server):
     assert_same(server, graph)
 
 
-def test_a_control_lora_of_fewer_channels_is_refused(server):
-    text = error_text(server, stock_lora("control-narrow"))
-    assert "from [256, 16, 1, 2, 2] to [256, 8, 1, 2, 2], and only a patch embedding may get more channels" in text
+@pytest.mark.parametrize("file, channels", [("control-narrow", 8), ("control-endless", 2**40)])
+def test_a_control_lora_of_fewer_channels_or_without_their_numbers_is_refused(server, file, channels):
+    text = error_text(server, stock_lora(file))
+    assert f"from [256, 16, 1, 2, 2] to [256, {channels}, 1, 2, 2], and only a patch embedding may get more" in text
 
 
 def test_the_low_noise_expert_takes_its_half_of_a_lora_for_both(server):

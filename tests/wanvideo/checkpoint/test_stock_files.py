@@ -158,6 +158,12 @@ def test_a_quantised_format_of_another_program_is_named_with_what_to_take_instea
         assert what in text and "fp8_scaled" in text
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_the_format_of_another_model_in_the_file_does_not_matter(tmp_path, prefix, expected):
+    other = {f"{prefix}text_encoders.t5.shared.weight.absmax": torch.ones(3), "text_encoders.x.qweight": torch.ones(3)}
+    assert torch.equal(result(tiny.write_weights(tmp_path / "wan.safetensors", with_prefix(prefix) | other)), expected)
+
+
 @pytest.mark.parametrize(
     "name, what, node",
     [

@@ -174,14 +174,16 @@ def _rare(module: str, shape: tuple[int, int], normal: Callable[..., torch.Tenso
 ADAPTERS = {"LoKr": _lokr, "LoHa": _loha, "DoRA": _dora, "rare": _rare}
 
 
-def write_control(path: Path, config: WanConfig, channels: int, rank: int = 4, seed: int = 8) -> None:
+def write_control(
+    path: Path, config: WanConfig, channels: int, rank: int = 4, seed: int = 8, told: int | None = None
+) -> None:
     """As control LoRAs are published: pairs for the blocks and for a patch embedding of `channels`."""
     normal, module = _normal(seed), "diffusion_model.patch_embedding"
     tensors = _pairs(config, rank, seed, STOCK_NAMES["native peft"])
     tensors[f"{module}.{B}"] = normal(config.dim, rank, 1, 1, 1)
     tensors[f"{module}.{A}"] = 3 * normal(rank, channels, 1, 2, 2)
     tensors[f"{module}.diff_b"] = normal(config.dim)
-    tensors[f"{module}.reshape_weight"] = torch.tensor([config.dim, channels, 1, 2, 2])
+    tensors[f"{module}.reshape_weight"] = torch.tensor([config.dim, told or channels, 1, 2, 2])
     save_file(tensors, path)
 
 
