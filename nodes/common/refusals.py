@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from ...wanvideo.base.user_error import UserError
 from ...wanvideo.base.variant import keys
 
 _STOCK = "or load the model with ComfyUI's Load Diffusion Model, which runs it on one GPU"
 
 
-class NotOnWorkers(RuntimeError):
+class NotOnWorkers(UserError, RuntimeError):
     """The graph uses a feature that needs the weights or the blocks in the ComfyUI process."""
 
 

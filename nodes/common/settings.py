@@ -11,6 +11,7 @@ import torch
 from ...distributed.executors.local import check_num_gpus
 from ...distributed.plan.degrees import ParallelPlan, PlanError
 from ...distributed.protocol.specs import ModelSpec, PoolSettings
+from ...wanvideo.base.user_error import UserError
 from ...wanvideo.checkpoint.weight_source import file_stamp
 
 TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
@@ -22,7 +23,7 @@ SHARES = ("auto", "even")
 ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """Widget values contradict each other or this machine. The text says which widgets, and what to do."""
 
 

@@ -17,6 +17,7 @@ from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
+from ...wanvideo.base.user_error import InputError
 from ..common import shared_inputs
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..common.validation import new_fingerprint
@@ -63,11 +64,11 @@ class OfficialDistriFusionStatus(io.ComfyNode):
         """Return the status as text, and the patches as a picture over `frame` [B, H, W, 3].
 
         Raises:
-            ValueError: the MODEL does not run by patches.
+            InputError: the MODEL does not run by patches.
         """
         runs = displaced_runs(model)
         if runs is None:
-            raise ValueError(
+            raise InputError(
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from ...wanvideo.base.tensor_info import listed
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.diffusers_names import diffusers_name
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,13 @@ def with_native_names(name: str, lora: Mapping[str, Value], weights: Iterable[st
     """Return the tensors of the LoRA file `name` that belong to a model with these `weights`, under ComfyUI's names.
 
     Raises:
-        ValueError: no tensor belongs to the model.
+        InputError: no tensor belongs to the model.
     """
     modules = _modules(weights)
     found = {key: native for key in lora if (native := _native(key, modules)) is not None}
     strangers = [key for key in lora if key not in found]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"LoRA {name} is for another model: none of its {len(lora)} tensors belongs to this one "
             f"({listed(strangers)}). Choose a LoRA that was made for Wan."
         )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import comfy.model_base
 import torch
 
+from ...wanvideo.base.user_error import InputError
 from ..common import refusals
 from .conditioning_inputs import check_start_image, latent_node
+
+log = logging.getLogger(__name__)
 
 
 class _Weightless(comfy.model_base.BaseModel):
     """The methods of ComfyUI's Wan model that differ without weights. ComfyUI's class follows in the bases."""
+
+    warned = ""
+    """The warning that the run under way has had: each conditioning would give it again."""
 
     def memory_required(self, *_args: Any, **_options: Any) -> float:
         """Return 0, as activations lie in the workers. ComfyUI then puts both branches of cfg into one batch."""
@@ -27,7 +34,10 @@ class _Weightless(comfy.model_base.BaseModel):
     def concat_cond(self, **inputs: Any) -> torch.Tensor | None:
         """Return the channels of a start image as ComfyUI does; refuse an image without channels in the model."""
         self._check_channels(inputs["noise"])
-        check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
+        warning = check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
+        if warning and warning != self.warned:
+            self.warned = warning
+            log.warning(warning)
         return super().concat_cond(**inputs)
 
     def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:
@@ -38,7 +48,7 @@ class _Weightless(comfy.model_base.BaseModel):
         config = self.diffusion_model.header.config
         wanted = self.diffusion_model.out_dim
         if latent.ndim != 5 or latent.shape[1] != wanted:
-            raise ValueError(
+            raise InputError(
                 f"The latent has the shape {list(latent.shape)}, but this {config.variant} model takes videos of "
                 f"{wanted} channels ([batch, {wanted}, frames, height, width]). Connect {latent_node(config)}, or a "
                 "video encoded with this model's own VAE."

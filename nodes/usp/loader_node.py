@@ -12,6 +12,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ...distributed.client.pool import acquire
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import storage_format
@@ -171,7 +172,7 @@ def _workers(config: USPConfig, num_heads: int) -> str:
 
 def _check_config(config: object) -> None:
     if not isinstance(config, USPConfig):
-        raise ValueError(
+        raise InputError(
             "xdit_usp_config does not hold the settings of an XDit+USP Config node. Connect that node to it."
         )
     config.validate()
@@ -181,19 +182,19 @@ def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteM
     """Apply one entry of a WANVIDLORA list as LoraLoaderModelOnly does, with the names of more training scripts known.
 
     Raises:
-        ValueError: the entry asks for something that LoraLoaderModelOnly cannot do, its file is not there, or the file
+        InputError: the entry asks for something that LoraLoaderModelOnly cannot do, its file is not there, or the file
             is for another model.
     """
     path, strength = entry.get("path"), entry.get("strength", 1.0)
     name = entry.get("name") or os.path.basename(str(path))
     if not path or not os.path.isfile(path):
-        raise ValueError(f"The LoRA file of {name} is not there: {path}. Choose the LoRA again in its select node.")
+        raise InputError(f"The LoRA file of {name} is not there: {path}. Choose the LoRA again in its select node.")
     if not isinstance(strength, (int, float)):
-        raise ValueError(
+        raise InputError(
             f"LoRA {name} has a strength for each step, which this loader cannot apply. Give it one strength."
         )
     if entry.get("blocks") or entry.get("layer_filter"):
-        raise ValueError(
+        raise InputError(
             f"LoRA {name} is limited to some blocks or layers, which this loader cannot do. "
             "Disconnect the block selection, or use a LoRA made for these layers."
         )

@@ -15,6 +15,7 @@ from comfy_api.latest import io
 
 from ...distributed.client.pool import Pool, acquire, running
 from ...distributed.client.vae_client import VAEWeights, decode, encode
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.vae.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
 from ...wanvideo.vae.vae_ops import VAEError
 from ..common.settings import USPConfig
@@ -151,7 +152,7 @@ def find_pool(workers: object) -> Pool:
     """Return the pool of a MODEL or of a config of this pack; without either, a pool that runs.
 
     Raises:
-        ValueError: the MODEL is from another loader, or no pool runs.
+        InputError: the MODEL is from another loader, or no pool runs.
     """
     if isinstance(workers, RemoteModelPatcher):
         return workers.remote.pool
@@ -159,13 +160,13 @@ def find_pool(workers: object) -> Pool:
         workers.validate()
         return acquire(workers.pool_settings())
     if workers is not None:
-        raise ValueError(
+        raise InputError(
             "The MODEL at workers does not run in workers of ours. Connect that of XDit+USP WanVideo Model Loader, an "
             "XDit+USP Config, or nothing."
         )
     pool = running()
     if pool is None:
-        raise ValueError(
+        raise InputError(
             "No workers run that could decode this video. Connect the MODEL of XDit+USP WanVideo Model Loader or an "
             "XDit+USP Config to workers, which starts them."
         )

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ...distributed.client.pool import PoolStatus
 from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common import shared_inputs
 from ..common.sockets import CATEGORY
@@ -58,10 +59,10 @@ class XDitUSPStatus(io.ComfyNode):
         """Return the status as text and as a picture.
 
         Raises:
-            ValueError: the MODEL is from another loader.
+            InputError: the MODEL is from another loader.
         """
         if not isinstance(model, RemoteModelPatcher):
-            raise ValueError(
+            raise InputError(
                 "This MODEL does not run in workers, so there is no status. "
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )

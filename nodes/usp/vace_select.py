@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from comfy_api.latest import io
 
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.vace_module import read_module
 from ..common import shared_inputs
 from ..common.model_files import model_path
@@ -62,7 +63,7 @@ def module_path(vace_model: object) -> str:
     """Return the file that a VACEPATH (a mapping with `path`, or a list of one such mapping) names; "" for no VACEPATH.
 
     Raises:
-        ValueError: the VACEPATH names several files, or none.
+        InputError: the VACEPATH names several files, or none.
     """
     if vace_model is None or vace_model == []:
         return ""
@@ -70,6 +71,6 @@ def module_path(vace_model: object) -> str:
     paths = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
     if len(paths) == 1 and isinstance(paths[0], str):
         return paths[0]
-    raise ValueError(
+    raise InputError(
         "vace_model does not name one VACE module. Connect XDit+USP VACE Module Select to it, or a node like it."
     )

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+SHOWN_MODULE = "WanParallel"
+"""The module of all errors for a user, as ComfyUI and tracebacks show it in front of the class."""
+
 
 class UserError(Exception):
     """An error whose text says in one sentence what is wrong and in another what to do.
 
     Subclasses are registered by their name, under which an error of a worker arrives in ComfyUI's process as an object
     of the same class. Their constructors take the text alone.
+
+    ComfyUI shows an error's class with its module, which for this pack is a path. The module of a subclass is therefore
+    called `SHOWN_MODULE`, and a user reads "WanParallel.PlanError: ...". No such module exists, so errors cannot be
+    pickled: they travel as `distributed.protocol.pool_errors.Failure`.
     """
 
     _classes: ClassVar[dict[str, type[UserError]]] = {}
+    _defined_in: ClassVar[str] = __name__
 
     def __init_subclass__(cls) -> None:
         """Register the subclass.
@@ -21,9 +29,11 @@ class UserError(Exception):
             TypeError: another module has a subclass of this name.
         """
         super().__init_subclass__()
+        cls._defined_in = cls.__module__
+        cls.__module__ = SHOWN_MODULE
         known = UserError._classes.setdefault(cls.__name__, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"{known.__module__} has a UserError named {cls.__name__} too. Rename one of them.")
+        if (known._defined_in, known.__qualname__) != (cls._defined_in, cls.__qualname__):
+            raise TypeError(f"{known._defined_in} has a UserError named {cls.__name__} too. Rename one of them.")
         UserError._classes[cls.__name__] = cls
 
     @classmethod
@@ -36,3 +46,7 @@ class UserError(Exception):
     def known(kinds: tuple[str, ...]) -> type[UserError] | None:
         """The first of the named classes that this process has imported; None if it has none of them."""
         return next((UserError._classes[kind] for kind in kinds if kind in UserError._classes), None)
+
+
+class InputError(UserError, ValueError):
+    """An input of a node or of a forward has a wrong value, type or shape. The text names the input."""

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..base.user_error import InputError
+
 TEXT_LENGTH = 512
 """Slots of a Wan text embedding; those behind the last word are zero."""
 
@@ -36,18 +38,18 @@ def tokenize(prompt: str) -> list[str]:
     """The words of a prompt, lower case, without commas and full stops; none for an empty prompt.
 
     Raises:
-        ValueError: a word is not in VOCABULARY, or there are more than TEXT_LENGTH words. The text lists the
+        InputError: a word is not in VOCABULARY, or there are more than TEXT_LENGTH words. The text lists the
             words known.
     """
     words = re.sub(r"[.,;:!?]", " ", prompt.lower()).split()
     unknown = list(dict.fromkeys(word for word in words if word not in VOCABULARY))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"The tiny Wan model does not know {_quoted(unknown)}. Write a prompt such as '{EXAMPLE}' with "
             f"these words alone: {', '.join(VOCABULARY)}."
         )
     if len(words) > TEXT_LENGTH:
-        raise ValueError(
+        raise InputError(
             f"The prompt has {len(words)} words, and the tiny Wan model reads at most {TEXT_LENGTH}. "
             f"Shorten it, for example to '{EXAMPLE}'; the words known are {', '.join(VOCABULARY)}."
         )
@@ -58,7 +60,7 @@ def encode(prompt: str) -> torch.Tensor:
     """The embedding of a prompt, float32 [TEXT_LENGTH, TEXT_DIM] on the CPU; all zeros for an empty prompt.
 
     Raises:
-        ValueError: see `tokenize`.
+        InputError: see `tokenize`.
     """
     words = tokenize(prompt)
     embedding = torch.zeros(TEXT_LENGTH, TEXT_DIM)
