@@ -14,6 +14,7 @@ from nodes import common_ksampler  # ComfyUI's, not this folder
 from ...distributed.client.displaced_runs import DisplacedRuns
 from ...wanvideo.base.user_error import InputError
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
+from ..common.validation import checks_inputs
 from ..model.model_patcher import RemoteModelPatcher, displaced_runs
 from ..model.sampled_forward import SYNC_FREQUENCY, sampled_forward
 
@@ -55,6 +56,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checks_inputs
     def execute(
         cls,
         model: object,

@@ -20,7 +20,7 @@ from ...wanvideo.base.grid import Grid
 from ...wanvideo.base.user_error import InputError
 from ..common import shared_inputs
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..common.validation import new_fingerprint
+from ..common.validation import checks_inputs, new_fingerprint
 from ..model.model_patcher import displaced_runs
 from .distrifusion_loader import availability
 from .patch_picture import draw_layout
@@ -60,6 +60,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
         return new_fingerprint()
 
     @classmethod
+    @checks_inputs
     def execute(cls, model: object, after: object = None, frame: torch.Tensor | None = None) -> io.NodeOutput:
         """Return the status as text, and the patches as a picture over `frame` [B, H, W, 3].
 

@@ -16,10 +16,11 @@ from comfy_api.latest import io
 from ...distributed.client.pool import Pool, acquire, running
 from ...distributed.client.vae_client import VAEWeights, decode, encode
 from ...wanvideo.base.user_error import InputError
-from ...wanvideo.vae.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
+from ...wanvideo.vae.vae_layout import HALVES, Half, check_latent, frames_of, kind_of, latent_frames, weights_of
 from ...wanvideo.vae.vae_ops import VAEError
 from ..common.settings import USPConfig
 from ..common.sockets import CATEGORY
+from ..common.validation import checks_inputs
 from ..model.model_patcher import RemoteModelPatcher
 from ..model.shared_device import free_shared_gpu
 
@@ -54,12 +55,14 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checks_inputs
     def execute(
         cls, samples: Mapping[str, Any], vae: Any, precision: str = "auto", workers: object = None
     ) -> io.NodeOutput:
         """Return the frames, on the device and in the dtype that VAE Decode gives them."""
-        weights, latent = vae_weights(vae, "decoder"), samples["samples"]
-        pool, total = find_pool(workers), len(latent) * frames_of(latent.shape[2])
+        pool, weights, latent = find_pool(workers), vae_weights(vae, "decoder"), samples["samples"]
+        check_latent(weights.shapes, tuple(latent.shape))
+        total = len(latent) * frames_of(latent.shape[2])
         decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(total))
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
         return io.NodeOutput(_as_comfyui_has_it(decoded.frames.flatten(0, 1), vae))
@@ -88,10 +91,12 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checks_inputs
     def execute(cls, pixels: torch.Tensor, vae: Any, precision: str = "auto", workers: object = None) -> io.NodeOutput:
         """Return the latent, on the device and in the dtype that VAE Encode gives it."""
-        weights, frames = vae_weights(vae, "encoder"), vae.vae_encode_crop_pixels(pixels)[..., :3]
-        pool, total = find_pool(workers), latent_frames(len(frames))
+        pool, weights = find_pool(workers), vae_weights(vae, "encoder")
+        frames = vae.vae_encode_crop_pixels(pixels)[..., :3]
+        total = latent_frames(len(frames))
         latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(total))
         return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
 

@@ -14,7 +14,7 @@ from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common import shared_inputs
 from ..common.sockets import CATEGORY
-from ..common.validation import new_fingerprint
+from ..common.validation import checks_inputs, new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, shares_lines, worker_lines
 
@@ -55,6 +55,7 @@ class XDitUSPStatus(io.ComfyNode):
         return new_fingerprint()
 
     @classmethod
+    @checks_inputs
     def execute(cls, model: object, after: object = None) -> io.NodeOutput:
         """Return the status as text and as a picture.
 

@@ -14,7 +14,7 @@ from ...wanvideo.checkpoint.vace_module import read_module
 from ..common import shared_inputs
 from ..common.model_files import model_path
 from ..common.sockets import CATEGORY
-from ..common.validation import check_file, file_fingerprint
+from ..common.validation import check_file, checks_inputs, file_fingerprint
 
 VACEPATH = io.Custom("VACEPATH")
 
@@ -54,6 +54,7 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
         return file_fingerprint(vace_model)
 
     @classmethod
+    @checks_inputs
     def execute(cls, vace_model: str) -> io.NodeOutput:
         """Return the path of the file."""
         return io.NodeOutput([{"path": model_path(vace_model)}])
@@ -65,11 +66,11 @@ def module_path(vace_model: object) -> str:
     Raises:
         InputError: the VACEPATH names several files, or none.
     """
-    if vace_model is None or vace_model == []:
+    if vace_model is None or (isinstance(vace_model, list) and not vace_model):
         return ""
     entries = vace_model if isinstance(vace_model, list) else [vace_model]
     paths = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
-    if len(paths) == 1 and isinstance(paths[0], str):
+    if len(paths) == 1 and isinstance(paths[0], str) and paths[0]:
         return paths[0]
     raise InputError(
         "vace_model does not name one VACE module. Connect XDit+USP VACE Module Select to it, or a node like it."

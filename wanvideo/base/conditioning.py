@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from .config import WanConfig
+from .inputs import check_video
 from .options import PLAIN, Options
 from .user_error import InputError
 from .variant import Asked, inputs, registered
@@ -144,6 +145,7 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
     Raises:
         InputError: the model does not take one of the inputs, or an input has another shape than the latent asks for.
     """
+    check_video(config, x)
     batch, _, frames, height, width = x.shape
     asked = Asked(config, batch, frames, height, width, conditioning)
     expected = {given.name: given.shape(variant, asked) for variant, given in config.inputs}
@@ -153,6 +155,8 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
                 f"The conditioning has the input {name}, which this {config.variant} model does not take. "
                 "Use a model of the variant that the conditioning is made for."
             )
+        if tensor.is_complex():
+            raise InputError(f"The conditioning's {name} holds complex numbers. Look at the node that it comes from.")
         shape = expected[name]
         fits = tensor.ndim == len(shape) and all(
             want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)

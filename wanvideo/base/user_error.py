@@ -1,11 +1,26 @@
-"""The base class of errors whose text is written for a user. Imports nothing, so that every process can read it."""
+"""The base class of errors whose text is written for a user. Imports no torch, so that every process can read it."""
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 SHOWN_MODULE = "WanParallel"
 """The module of all errors for a user, as ComfyUI and tracebacks show it in front of the class."""
+_LONGEST = 60  # characters of a value in a sentence
+_WIDEST = 100  # bits of a whole number in a sentence
+
+
+def shown(value: object) -> str:
+    """Write a value for a sentence, however long or strange it is: on one line, in characters that print."""
+    if isinstance(value, str):
+        cut = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+        return f'"{cut}"' if cut.isprintable() else json.dumps(cut)
+    if isinstance(value, int) and value.bit_length() > _WIDEST:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return str(value)
+    return f"a value of type {type(value).__name__}"
 
 
 class UserError(Exception):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..base.user_error import InputError
+from ..base.user_error import InputError, shown
 
 TEXT_LENGTH = 512
 """Slots of a Wan text embedding; those behind the last word are zero."""
@@ -30,6 +30,8 @@ VOCABULARY = ("a", "and", "moves", "over", "background", *COLOURS, *SHAPES, *DIR
 
 NEIGHBOUR_WEIGHT = 0.5  # powers of two, so that every sum is exact in 16 bits too
 PLACE_WEIGHT = 0.5
+
+_MOST_QUOTED = 5  # words in a sentence
 
 EXAMPLE = "a red circle moves right over a blue background"
 
@@ -89,4 +91,5 @@ def signs(name: str) -> torch.Tensor:
 
 
 def _quoted(words: Sequence[str]) -> str:
-    return ", ".join(f"'{word}'" for word in words)
+    more = ["..."] if len(words) > _MOST_QUOTED else []
+    return ", ".join([shown(word) for word in words[:_MOST_QUOTED]] + more)
