@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ...wanvideo.base.inputs import check_numbers
+from ...wanvideo.base.inputs import OVERFLOW, check_numbers
 from ...wanvideo.base.user_error import InputError, shown
 
 Input = Any
@@ -89,7 +89,7 @@ def _latent(given: Input, value: Any) -> object:
     samples = value.get("samples") if isinstance(value, Mapping) else None
     if not isinstance(samples, torch.Tensor):
         _refuse(given, value, "Connect a sampler, VAE Encode, or a node that makes an empty latent")
-    check_numbers(f"The latent at {given.id}", samples)
+    check_numbers(f"The latent at {given.id}", samples, OVERFLOW)
     mask = value.get("noise_mask")
     if mask is not None:
         if not isinstance(mask, torch.Tensor):
@@ -101,7 +101,7 @@ def _latent(given: Input, value: Any) -> object:
 def _image(given: Input, value: object) -> object:
     if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.shape[-1] < 3:
         _refuse(given, value, "Connect images, which are tensors of [frames, height, width, 3]")
-    check_numbers(f"The images at {given.id}", value)
+    check_numbers(f"The video at {given.id}", value)
     return value
 
 

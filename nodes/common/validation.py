@@ -17,6 +17,8 @@ from .input_values import Input, checked_values
 from .model_files import model_path
 from .settings import SettingsError
 
+_LONGEST_NAME = 1000  # characters; a file's own name has 255 at most
+
 
 class Settings(Protocol):
     """Widgets of a node that can check themselves."""
@@ -60,7 +62,7 @@ def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
     """Check a model file by reading its header; returns True, or a sentence on what is wrong."""
     if name is None:
         return True
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
         return f"{shown(name)} is no name of a file. Choose a file from the list."
     try:
         read(model_path(name))

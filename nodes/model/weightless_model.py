@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_base
 import torch
 
+from ...wanvideo.base.inputs import OVERFLOW, check_numbers
 from ...wanvideo.base.user_error import InputError
 from ..common import refusals
 from .conditioning_inputs import check_start_image, latent_node
@@ -29,6 +30,8 @@ class _Weightless(comfy.model_base.BaseModel):
     def process_latent_in(self, latent: torch.Tensor) -> torch.Tensor:
         """Normalise a latent as ComfyUI does; refuse a latent of another model."""
         self._check_channels(latent)
+        if latent.is_floating_point() or latent.is_complex():  # ComfyUI makes floating-point numbers of whole ones
+            check_numbers("The latent", latent, OVERFLOW)
         return super().process_latent_in(latent)
 
     def concat_cond(self, **inputs: Any) -> torch.Tensor | None:

@@ -166,8 +166,8 @@ def find_pool(workers: object) -> Pool:
         return acquire(workers.pool_settings())
     if workers is not None:
         raise InputError(
-            "The MODEL at workers does not run in workers of ours. Connect that of XDit+USP WanVideo Model Loader, an "
-            "XDit+USP Config, or nothing."
+            "What is connected to workers does not run in workers of ours. Connect the MODEL of XDit+USP WanVideo "
+            "Model Loader, an XDit+USP Config, or nothing."
         )
     pool = running()
     if pool is None:

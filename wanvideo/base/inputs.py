@@ -10,33 +10,33 @@ from .config import WanConfig
 from .user_error import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_OVERFLOW = (
+LOOK = "Look at the node that it comes from."
+OVERFLOW = (
     "If a sampling step has made it, set use_bf16 in place of use_fp16, whose numbers overflow sooner, or lower cfg or "
     "the strength of a LoRA; else look at the node that it comes from."
 )
 
 
-def check_numbers(name: str, tensor: torch.Tensor) -> None:
+def check_numbers(name: str, tensor: torch.Tensor, remedy: str = LOOK) -> None:
     """Check that a tensor holds at least one floating-point number, and only finite ones.
 
     Args:
-        name: of the tensor, at the begin of a sentence.
+        name: of the tensor, at the beginning of a sentence.
+        remedy: what to do about NaN and infinity.
 
     Raises:
         InputError: the tensor is empty, holds other numbers, or holds NaN or infinity.
     """
     shape = list(tensor.shape)
     if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
-        kind = f"{str(tensor.dtype).removeprefix('torch.')} {'on meta' if tensor.is_meta else tensor.layout}"
-        raise InputError(
-            f"{name} is a tensor of {kind.removesuffix(' torch.strided')}, and floating-point numbers are needed. "
-            "Look at the node that it comes from."
-        )
+        kind = f"{tensor.dtype}, {'without data' if tensor.is_meta else tensor.layout}"
+        kind = kind.removesuffix(", torch.strided").replace("torch.", "")
+        raise InputError(f"{name} is a tensor of {kind}, and floating-point numbers are needed. {LOOK}")
     if not tensor.numel():
-        raise InputError(f"{name} is empty: its shape is {shape}. Look at the node that it comes from.")
+        raise InputError(f"{name} is empty: its shape is {shape}. {LOOK}")
     low, high = (float(end) for end in torch.aminmax(tensor.detach()))
     if not math.isfinite(low) or not math.isfinite(high):
-        raise InputError(f"{name} holds numbers that are NaN or infinite. {_OVERFLOW}")
+        raise InputError(f"{name} holds numbers that are NaN or infinite. {remedy}")
 
 
 def check_video(config: WanConfig, x: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ def check_inputs(config: WanConfig, x: torch.Tensor, context: torch.Tensor) -> N
             f"The text conditioning has shape {tuple(context.shape)}, but this model takes [{len(x)}, tokens, "
             f"{config.text_dim}]. Use CLIPLoader with type wan and the umt5-xxl text encoder."
         )
-    check_numbers("The latent", x)
+    check_numbers("The latent", x, OVERFLOW)
     check_numbers("The text conditioning", context)
 
 

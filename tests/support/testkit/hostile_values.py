@@ -1,6 +1,6 @@
 """Values that nobody picks by hand, for every input of every node. Runs by itself, with stand-ins for ComfyUI:
 
-    python -m testkit.comfyui.hostile
+    python -m testkit.hostile_values
 
 Each value is either refused in words that name the input, or is one that the input allows. Prints the number of values.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from testkit.comfyui import stub
 from testkit.tiny import sentences
 
