@@ -40,7 +40,7 @@ class _Weightless(comfy.model_base.BaseModel):
         warning = check_start_image(self.diffusion_model.header.config, inputs.get("concat_latent_image"))
         if warning and warning != self.warned:
             self.warned = warning
-            log.warning(warning)
+            log.warning("%s", warning)
         return super().concat_cond(**inputs)
 
     def state_dict_for_saving(self, *_args: Any, **_options: Any) -> None:

@@ -95,6 +95,8 @@ def test_a_run_without_faults_reads_like_one(start_comfyui: Callable[..., ComfyS
     server.free()
     time.sleep(1)
     run(server, GRAPHS["text to video"])
+    server.queue({**slow, **ksampler(seed=9)})
+    time.sleep(1.5)
     processes = descendants(server.pid)
     server.stop(end)
     assert wait_until_gone(processes, 15) == set()
