@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .common.console import name_the_pack
 from .distrifusion.distrifusion_loader import OfficialDistriFusionModelLoader
 from .distrifusion.distrifusion_sampler import OfficialDistriFusionSampler
 from .distrifusion.distrifusion_status import OfficialDistriFusionStatus
@@ -19,7 +20,8 @@ class WanParallelExtension(ComfyExtension):
     """Config -> loader -> any stock node that takes a MODEL; the status node reads a MODEL of ours."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Return the nodes in the order in which ComfyUI registers them."""
+        """Return the nodes in the order in which ComfyUI registers them, and let the pack's log lines name the pack."""
+        name_the_pack(__package__.rpartition(".")[0])
         return [
             XDitUSPConfig,
             XDitUSPWanVideoModelLoader,

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -202,6 +203,7 @@ def main(join: bytes, connection: Connection) -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {told.rank}] %(message)s", force=True
     )
+    warnings.simplefilter("ignore", FutureWarning)  # libraries to their own programmers, such as torch.jit in yunchang
     try:
         join_world(told.rank, told.settings, told.locations, told.rendezvous)
         worker = Worker(told.rank, told.settings, CancelBarrier(told.barrier), told.locations)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from ...wanvideo.base.user_error import UserError
 from ...wanvideo.base.variant import keys
 from .origin import asking_code, origins_of
 
 _STOCK = "or load the model with ComfyUI's Load Diffusion Model, which runs it on one GPU"
 
 
-class NotOnWorkers(RuntimeError):
+class NotOnWorkers(UserError, RuntimeError):
     """The graph uses a feature that needs the weights or the blocks in the ComfyUI process."""
 
 

@@ -12,6 +12,7 @@ from ...distributed.executors.gpu_choice import check_no_gpus, chosen_gpus
 from ...distributed.executors.local import check_num_gpus
 from ...distributed.plan.degrees import ParallelPlan, PlanError
 from ...distributed.protocol.specs import ModelSpec, PoolSettings
+from ...wanvideo.base.user_error import UserError, shown
 
 TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
 FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
@@ -19,10 +20,14 @@ WEIGHT_PRECISIONS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 DEVICES = ("auto", "cuda", "cpu")
 PLANS = ("auto", "as_set")
 SHARES = ("auto", "even")
+_LARGEST = 10**6
+"""Shares beyond this number are rounded as fractions are, to parts of a thousand of the largest."""
+_MOST_UNLIKE = 1000
+"""The largest ratio of two shares: a video has some ten thousand tokens to share out."""
 ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """Widget values contradict each other or this machine. The text says which widgets, and what to do."""
 
 
@@ -83,12 +88,17 @@ class USPConfig:
             numbers = []
         if len(numbers) != self.num_gpus or not all(0 < number < math.inf for number in numbers):
             raise SettingsError(
-                f'gpu_shares is "{self.gpu_shares}", and num_gpus is {self.num_gpus}. Write auto, even, or '
+                f"gpu_shares is {shown(self.gpu_shares)}, and num_gpus is {self.num_gpus}. Write auto, even, or "
                 f"{'1 number' if self.num_gpus == 1 else f'{self.num_gpus} numbers'} above 0, such as "
                 f"{', '.join(['2', *['1'] * (self.num_gpus - 1)])}."
             )
-        if not all(number.is_integer() for number in numbers):
-            numbers = [max(1.0, round(1000 * number / max(numbers))) for number in numbers]
+        if max(numbers) / min(numbers) > _MOST_UNLIKE:
+            raise SettingsError(
+                f"gpu_shares is {shown(self.gpu_shares)}, which gives one GPU more than {_MOST_UNLIKE} times the "
+                "share of another. Write shares that are nearer to each other, or use fewer GPUs."
+            )
+        if not all(number.is_integer() and number <= _LARGEST for number in numbers):
+            numbers = [max(1.0, round(1000 * (number / max(numbers)))) for number in numbers]
         speeds = tuple(int(number) // math.gcd(*map(int, numbers)) for number in numbers)
         return speeds if len(set(speeds)) > 1 else ()
 

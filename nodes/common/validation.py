@@ -6,13 +6,18 @@ ComfyUI gives None for an input that is linked to another node: its value is kno
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from ...wanvideo.base.tensor_info import CheckpointError
+from ...wanvideo.base.user_error import InputError, shown
 from ...wanvideo.checkpoint.weight_source import file_stamp
+from .input_values import Input, checked_values
 from .model_files import model_path
 from .settings import SettingsError
+
+_LONGEST_NAME = 1000  # characters; a file's own name has 255 at most
 
 
 class Settings(Protocol):
@@ -22,13 +27,33 @@ class Settings(Protocol):
         """Raise SettingsError where the widgets contradict each other or this machine."""
 
 
-def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any]) -> bool | str:
-    """Check the widgets that make up a node's settings; returns True, or a sentence on what is wrong."""
-    if None in widgets.values():
-        return True
+def checks_inputs(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the `execute` of a node, which then gets only values that the node's schema allows.
+
+    Raises:
+        InputError: a value is not allowed (see `checked_values`).
+    """
+
+    @functools.wraps(execute)
+    def checked(cls: Any, **values: Any) -> Any:
+        return execute(cls, **checked_values(cls.define_schema().inputs, values))
+
+    return checked
+
+
+def check_widgets(inputs: Iterable[Input], settings: Callable[..., Settings], widgets: Mapping[str, Any]) -> bool | str:
+    """Check the widgets that make up a node's settings; returns True, or a sentence on what is wrong.
+
+    Args:
+        inputs: of the node's schema.
+        widgets: of those inputs; where one is linked, the others are checked alone, not together.
+    """
+    known = {name: value for name, value in widgets.items() if value is not None}
     try:
-        settings(**widgets).validate()
-    except SettingsError as error:
+        known = checked_values(inputs, known)
+        if len(known) == len(widgets):
+            settings(**known).validate()
+    except (InputError, SettingsError) as error:
         return str(error)
     return True
 
@@ -36,7 +61,11 @@ def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any])
 async def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
     """Check a model file by reading its header in a thread, as ComfyUI's server answers nobody meanwhile; returns True,
     or a sentence on what is wrong."""
-    return True if name is None else await asyncio.to_thread(_checked, read, name)
+    if name is None:
+        return True
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+        return f"{shown(name)} is no name of a file. Choose a file from the list."
+    return await asyncio.to_thread(_checked, read, name)
 
 
 def _checked(read: Callable[[str], object], name: str) -> bool | str:

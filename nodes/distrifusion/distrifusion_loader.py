@@ -20,7 +20,7 @@ from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common import shared_inputs
 from ..common.model_files import model_path
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..common.validation import check_file, check_widgets, file_fingerprint
+from ..common.validation import check_file, check_widgets, checks_inputs, file_fingerprint
 from ..model.remote_model import build_model
 from .distrifusion_settings import KV_BUFFERS, PRECISIONS, QUANTIZATIONS, DistriFusionConfig
 
@@ -88,7 +88,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             "device": device,
             "gpus": gpus,
         }
-        found = check_widgets(DistriFusionConfig, named)
+        found = check_widgets(cls.define_schema().inputs, DistriFusionConfig, named)
         return await check_file(read_header, model) if found is True else found
 
     @classmethod
@@ -97,6 +97,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         return file_fingerprint(model)
 
     @classmethod
+    @checks_inputs
     def execute(cls, model: str, **widgets: Any) -> io.NodeOutput:
         """Return a MODEL whose weights are read with its first sampling step, and what it needs of each GPU."""
         config = DistriFusionConfig(**widgets)

@@ -12,7 +12,9 @@ from comfy_api.latest import io
 from nodes import common_ksampler  # ComfyUI's, not this folder
 
 from ...distributed.client.displaced_runs import DisplacedRuns
+from ...wanvideo.base.user_error import InputError
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
+from ..common.validation import checks_inputs
 from ..model.model_patcher import RemoteModelPatcher, displaced_runs
 from ..model.sampled_forward import SYNC_FREQUENCY, sampled_forward
 
@@ -54,6 +56,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checks_inputs
     def execute(
         cls,
         model: object,
@@ -71,7 +74,7 @@ class OfficialDistriFusionSampler(io.ComfyNode):
         """Sample as KSampler does.
 
         Raises:
-            ValueError: `model` is not from the DistriFusion loader.
+            InputError: `model` is not from the DistriFusion loader.
             PlanError: the video cannot be cut like this, or does not fit into memory.
         """
         patcher, runs = with_sync_frequency(model, sync_frequency)
@@ -133,12 +136,12 @@ def with_sync_frequency(model: object, frequency: int) -> tuple[RemoteModelPatch
     """Clone a DistriFusion MODEL so that every `frequency`-th step is synchronous; returns it and its sampling runs.
 
     Raises:
-        ValueError: `model` has no patches.
+        InputError: `model` has no patches.
     """
     runs = displaced_runs(model)
     if not isinstance(model, RemoteModelPatcher) or runs is None:
         loader = "XDit+USP WanVideo Model Loader" if isinstance(model, RemoteModelPatcher) else "a stock loader"
-        raise ValueError(
+        raise InputError(
             f"This MODEL comes from {loader} and has no patches to synchronise. "
             "Connect Official DistriFusion Model Loader, or sample this MODEL with KSampler."
         )

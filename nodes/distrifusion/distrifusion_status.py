@@ -17,10 +17,11 @@ from ...distributed.client.pool import PoolStatus
 from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
+from ...wanvideo.base.user_error import InputError
 from ..common import shared_inputs
 from ..common.settings import place_of
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
-from ..common.validation import new_fingerprint
+from ..common.validation import checks_inputs, new_fingerprint
 from ..model.model_patcher import displaced_runs
 from .distrifusion_loader import availability
 from .patch_picture import draw_layout
@@ -60,15 +61,16 @@ class OfficialDistriFusionStatus(io.ComfyNode):
         return new_fingerprint()
 
     @classmethod
+    @checks_inputs
     def execute(cls, model: object, after: object = None, frame: torch.Tensor | None = None) -> io.NodeOutput:
         """Return the status as text, and the patches as a picture over `frame` [B, H, W, 3].
 
         Raises:
-            ValueError: the MODEL does not run by patches.
+            InputError: the MODEL does not run by patches.
         """
         runs = displaced_runs(model)
         if runs is None:
-            raise ValueError(
+            raise InputError(
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )

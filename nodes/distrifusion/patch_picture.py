@@ -26,7 +26,7 @@ def draw_layout(layout: PatchLayout, caption: str, frame: torch.Tensor | None = 
         float32 [1, height, 992, 3] from 0 to 1.
     """
     picture = _background(layout, frame)
-    height = min(_TALLEST, round(_WIDTH * picture.height / picture.width))
+    height = max(1, min(_TALLEST, round(_WIDTH * picture.height / picture.width)))
     by_time = any(patch.frames != (0, layout.grid.frames) for patch in layout.patches)
     by_rows = any(patch.rows != (0, layout.grid.rows) for patch in layout.patches)
     show_frame, show_strip = by_rows or not by_time, by_time
@@ -63,7 +63,7 @@ def _title(layout: PatchLayout, part: object) -> str:
 
 def _frame(layout: PatchLayout, picture: Image.Image, height: int) -> Image.Image:
     """The patches of latent frame 0 over the picture."""
-    width = min(_WIDTH, round(height * picture.width / picture.height))
+    width = max(1, min(_WIDTH, round(height * picture.width / picture.height)))
     base = picture.resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")
     unit = height / layout.grid.rows
     boxes = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.example.tiny_text import EXAMPLE, VOCABULARY, encode, tokenize
+from ..common.input_values import checked_values
 from ..common.sockets import CATEGORY
+from ..common.validation import checks_inputs
 
 
 class TinyWanTextEncode(io.ComfyNode):
@@ -43,12 +46,13 @@ class TinyWanTextEncode(io.ComfyNode):
         if prompt is None:  # linked: known in execute only
             return True
         try:
-            tokenize(prompt)
-        except ValueError as error:
+            tokenize(checked_values(cls.define_schema().inputs, {"prompt": prompt})["prompt"])
+        except InputError as error:
             return str(error)
         return True
 
     @classmethod
+    @checks_inputs
     def execute(cls, prompt: str) -> io.NodeOutput:
         """Return the conditioning of a prompt."""
         return io.NodeOutput([[encode(prompt).unsqueeze(0), {}]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
@@ -12,16 +11,17 @@ from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.options import PLAIN_ROPE, Options, RopeOptions
 from ..common import refusals
 
-log = logging.getLogger(__name__)
-
 
 def latent_node(config: WanConfig) -> str:
     """The node whose latent and conditioning a model of this variant takes."""
     return config.kind.latent_node(config)
 
 
-def check_start_image(config: WanConfig, image: object | None) -> None:
-    """Refuse a start image (or control video) for which the model has no channels; log where a start image is missing.
+def check_start_image(config: WanConfig, image: object | None) -> str:
+    """Refuse a start image (or control video) for which the model has no channels.
+
+    Returns:
+        A warning where the model has channels for a start image and there is none; "" otherwise.
 
     Raises:
         WrongVariant: a text-to-video or VACE model is given a start image.
@@ -31,12 +31,12 @@ def check_start_image(config: WanConfig, image: object | None) -> None:
         refusals.refuse_variant(
             "a start image or control video (concat_latent_image)", config.variant, "WanImageToVideo"
         )
-    if image is None and takes_image:  # ComfyUI puts zeros there
-        log.warning(
-            "This is an %s model, and the conditioning has no image for it. Connect %s with an image or video.",
-            config.variant,
-            latent_node(config),
-        )
+    if image is not None or not takes_image:
+        return ""
+    return (  # ComfyUI puts zeros there
+        f"This is an {config.variant} model, and the conditioning has no image for it. "
+        f"Connect {latent_node(config)} with an image or video."
+    )
 
 
 def from_comfyui(config: WanConfig, transformer_options: Mapping[str, Any], inputs: Mapping[str, Any]) -> Conditioning:

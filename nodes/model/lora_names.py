@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...wanvideo.base.tensor_info import listed
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.diffusers_names import diffusers_name
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def of_expert(name: str, lora: Mapping[str, Value], model: str) -> Mapping[str, 
     one expert alone.
 
     Raises:
-        ValueError: the LoRA has tensors for both experts, and the name of the model's file tells neither.
+        InputError: the LoRA has tensors for both experts, and the name of the model's file tells neither.
     """
     split = {key: match for key in lora if (match := _OF_EXPERT.fullmatch(key))}
     if not split:
@@ -73,7 +74,7 @@ def of_expert(name: str, lora: Mapping[str, Value], model: str) -> Mapping[str, 
     only = [expert for expert, half in halves.items() if half]
     expert = only[0] if len(only) == 1 else expert_of(model)
     if expert is None:
-        raise ValueError(
+        raise InputError(
             f"LoRA {name} has one half for the high-noise and one for the low-noise model, and the name of "
             f"{Path(model).name} does not tell which of them it is. Give that file a name with the word high or low."
         )
@@ -90,13 +91,13 @@ def with_native_names(
         model: the path of the model, whose name tells which expert of Wan 2.2 it is.
 
     Raises:
-        ValueError: no tensor belongs to the model, or see `of_expert`.
+        InputError: no tensor belongs to the model, or see `of_expert`.
     """
     lora, modules = of_expert(name, lora, model), _modules(weights)
     found = {key: native for key in lora if (native := _native(key, modules)) is not None}
     strangers = [key for key in lora if key not in found]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"LoRA {name} is for another model: none of its {len(lora)} tensors belongs to this one "
             f"({listed(strangers)}). Choose a LoRA that was made for Wan."
         )

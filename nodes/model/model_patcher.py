@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
@@ -53,6 +54,7 @@ class RemoteModelPatcher(WeightlessPatcher):
     def pre_run(self) -> None:
         """Begin to sample: hand the patches over, and begin a new run."""
         self._hand_over_patches()
+        self.model.warned = ""
         if self.remote.runs is not None:
             self.remote.runs.begin()
         super().pre_run()
@@ -75,8 +77,13 @@ class RemoteModelPatcher(WeightlessPatcher):
         return self.shared_device.held()[0]
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, **options: Any) -> int:
-        """Load as a whole, however little memory ComfyUI has left: there is nothing to split in this process."""
-        return super().partially_load(device_to, EVERYTHING, **options)
+        """Load as a whole, however little memory ComfyUI has left: there is nothing to split in this process.
+
+        ComfyUI loads as a whole what is smaller than the memory it is given, and shows that memory in the console. For
+        memory without limit it gives 1e32 bytes, so the device's free memory stands in for that.
+        """
+        free = min(extra_memory, comfy.model_management.get_free_memory(device_to))
+        return super().partially_load(device_to, max(free, self.model_size() + 1), **options)
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_options: Any) -> int:
         """Let weights of `memory_to_free` bytes, or all, leave ComfyUI's device; returns the bytes that did."""

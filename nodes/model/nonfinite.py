@@ -15,6 +15,7 @@ from ...distributed.protocol.specs import ModelSpec
 from ...distributed.weights.lora_transfer import LoraSet, tensors_of
 from ...wanvideo.base.conditioning import Conditioning
 from ...wanvideo.base.tensor_info import listed
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.weight_source import RANDOM_PREFIX, open_weights
 from ...wanvideo.quant.finite import is_finite
 
@@ -30,11 +31,11 @@ def refuse_explained(latent: torch.Tensor, spec: ModelSpec, loras: LoraSet | Non
     """Refuse a latent with such numbers where the model itself has made them in an earlier step.
 
     Raises:
-        ValueError: the latent is of this kind. The text is what `explain` has found.
+        InputError: the latent is of this kind. The text is what `explain` has found.
     """
     cause = _causes.get(_key(spec, loras))
     if cause is not None and not is_finite(latent):
-        raise ValueError(cause)
+        raise InputError(cause)
 
 
 def explain(

@@ -11,7 +11,7 @@ from ...distributed.protocol.specs import PIPELINE_MODES
 from ..common import shared_inputs
 from ..common.settings import PLANS, SHARES, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
-from ..common.validation import check_widgets
+from ..common.validation import check_widgets, checks_inputs
 
 
 class XDitUSPConfig(io.ComfyNode):
@@ -86,9 +86,10 @@ class XDitUSPConfig(io.ComfyNode):
             "gpu_shares": gpu_shares,
             "gpus": gpus,
         }
-        return check_widgets(USPConfig, named)
+        return check_widgets(cls.define_schema().inputs, USPConfig, named)
 
     @classmethod
+    @checks_inputs
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Return the settings, once they are checked."""
         config = USPConfig(**widgets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import comfy.sd
 from comfy_api.latest import io
 
 from ...distributed.client.pool import acquire
+from ...wanvideo.base.user_error import InputError, shown
 from ...wanvideo.checkpoint.header import read_header
 from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import storage_format
@@ -19,7 +21,7 @@ from ..common import shared_inputs
 from ..common.model_files import listed_lora, model_path
 from ..common.settings import WEIGHT_PRECISIONS, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
-from ..common.validation import check_file, file_fingerprint
+from ..common.validation import check_file, checks_inputs, file_fingerprint
 from ..model.lora_file import read_lora
 from ..model.lora_names import with_native_names
 from ..model.model_patcher import RemoteModelPatcher
@@ -73,6 +75,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         return file_fingerprint(model)
 
     @classmethod
+    @checks_inputs
     def execute(
         cls,
         model: str,
@@ -85,7 +88,8 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         """Return a MODEL whose weights are read with its first sampling step."""
         _check_config(xdit_usp_config)
-        header = read_model(model_path(model), module := module_path(vace_model))
+        loras, module = _lora_entries(lora), module_path(vace_model)
+        header = read_model(model_path(model), module)
         weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
         spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, module, header.stamp)
         pool = acquire(xdit_usp_config.pool_settings())
@@ -98,7 +102,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             spec.compute_dtype,
         )
         patcher = build_model(header, spec, pool)
-        for entry in _lora_entries(lora):
+        for entry in loras:
             patcher = _with_lora(patcher, entry)
         return io.NodeOutput(patcher)
 
@@ -171,33 +175,43 @@ def _workers(config: USPConfig, num_heads: int) -> str:
 
 def _check_config(config: object) -> None:
     if not isinstance(config, USPConfig):
-        raise ValueError(
+        raise InputError(
             "xdit_usp_config does not hold the settings of an XDit+USP Config node. Connect that node to it."
         )
     config.validate()
 
 
 def _lora_entries(lora: object) -> Sequence[Mapping[str, Any]]:
-    if lora is None or (isinstance(lora, (list, tuple)) and all(isinstance(entry, Mapping) for entry in lora)):
-        return lora or ()
-    raise ValueError("lora does not hold a list of LoRAs. Connect WanVideo Lora Select to it, or a node like it.")
+    """The entries of a WANVIDLORA, which is a list of mappings; none for None.
+
+    Raises:
+        InputError: `lora` is anything else.
+    """
+    entries = [] if lora is None else lora
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise InputError(
+            f"lora cannot be {shown(lora)}. Connect WanVideo Lora Select, or LoraLoaderModelOnly behind this node."
+        )
+    return entries
 
 
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
     """Apply one entry of a WANVIDLORA list as LoraLoaderModelOnly does, with the names of more training scripts known.
 
     Raises:
-        ValueError: the entry asks for something that LoraLoaderModelOnly cannot do, or its file is for another model.
+        InputError: the entry asks for something that LoraLoaderModelOnly cannot do, or its file is for another model.
         CheckpointError: its file is not one of ComfyUI's LoRAs, or is damaged.
     """
     path, strength = listed_lora(entry.get("path")), entry.get("strength", 1.0)
-    name = entry.get("name") or os.path.basename(path)
-    if not isinstance(strength, (int, float)):
-        raise ValueError(
+    name = str(entry.get("name") or os.path.basename(path))
+    if isinstance(strength, (list, tuple)):
+        raise InputError(
             f"LoRA {name} has a strength for each step, which this loader cannot apply. Give it one strength."
         )
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise InputError(f"LoRA {name} has the strength {shown(strength)}. Give it a number, such as 1.")
     if entry.get("blocks") or entry.get("layer_filter"):
-        raise ValueError(
+        raise InputError(
             f"LoRA {name} is limited to some blocks or layers, which this loader cannot do. "
             "Disconnect the block selection, or use a LoRA made for these layers."
         )

@@ -15,10 +15,12 @@ from comfy_api.latest import io
 
 from ...distributed.client.pool import Pool, acquire, running
 from ...distributed.client.vae_client import VAEWeights, decode, encode
-from ...wanvideo.vae.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
+from ...wanvideo.base.user_error import InputError
+from ...wanvideo.vae.vae_layout import HALVES, Half, check_latent, frames_of, kind_of, latent_frames, weights_of
 from ...wanvideo.vae.vae_ops import VAEError
 from ..common.settings import USPConfig
 from ..common.sockets import CATEGORY
+from ..common.validation import checks_inputs
 from ..model.model_patcher import RemoteModelPatcher
 from ..model.shared_device import free_shared_gpu
 
@@ -53,12 +55,14 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checks_inputs
     def execute(
         cls, samples: Mapping[str, Any], vae: Any, precision: str = "auto", workers: object = None
     ) -> io.NodeOutput:
         """Return the frames, on the device and in the dtype that VAE Decode gives them."""
-        weights, latent = vae_weights(vae, "decoder"), samples["samples"]
-        pool, total = find_pool(workers), len(latent) * frames_of(latent.shape[2])
+        pool, weights, latent = find_pool(workers), vae_weights(vae, "decoder"), samples["samples"]
+        check_latent(weights.shapes, tuple(latent.shape))
+        total = len(latent) * frames_of(latent.shape[2])
         decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(total))
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
         return io.NodeOutput(_as_comfyui_has_it(decoded.frames.flatten(0, 1), vae))
@@ -87,10 +91,12 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checks_inputs
     def execute(cls, pixels: torch.Tensor, vae: Any, precision: str = "auto", workers: object = None) -> io.NodeOutput:
         """Return the latent, on the device and in the dtype that VAE Encode gives it."""
-        weights, frames = vae_weights(vae, "encoder"), vae.vae_encode_crop_pixels(pixels)[..., :3]
-        pool, total = find_pool(workers), latent_frames(len(frames))
+        pool, weights = find_pool(workers), vae_weights(vae, "encoder")
+        frames = vae.vae_encode_crop_pixels(pixels)[..., :3]
+        total = latent_frames(len(frames))
         latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(total))
         return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
 
@@ -151,7 +157,7 @@ def find_pool(workers: object) -> Pool:
     """Return the pool of a MODEL or of a config of this pack; without either, a pool that runs.
 
     Raises:
-        ValueError: the MODEL is from another loader, or no pool runs.
+        InputError: the MODEL is from another loader, or no pool runs.
     """
     if isinstance(workers, RemoteModelPatcher):
         return workers.remote.pool
@@ -159,13 +165,13 @@ def find_pool(workers: object) -> Pool:
         workers.validate()
         return acquire(workers.pool_settings())
     if workers is not None:
-        raise ValueError(
-            "The MODEL at workers does not run in workers of ours. Connect that of XDit+USP WanVideo Model Loader, an "
-            "XDit+USP Config, or nothing."
+        raise InputError(
+            "What is connected to workers does not run in workers of ours. Connect the MODEL of XDit+USP WanVideo "
+            "Model Loader, an XDit+USP Config, or nothing."
         )
     pool = running()
     if pool is None:
-        raise ValueError(
+        raise InputError(
             "No workers run that could decode this video. Connect the MODEL of XDit+USP WanVideo Model Loader or an "
             "XDit+USP Config to workers, which starts them."
         )

@@ -10,11 +10,12 @@ from comfy_api.latest import io, ui
 from ...distributed.client.pool import PoolStatus
 from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common import shared_inputs
 from ..common.settings import place_of
 from ..common.sockets import CATEGORY
-from ..common.validation import new_fingerprint
+from ..common.validation import checks_inputs, new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
 from .status_figures import draw_status, forward_line, shares_lines, worker_lines
 
@@ -55,14 +56,15 @@ class XDitUSPStatus(io.ComfyNode):
         return new_fingerprint()
 
     @classmethod
+    @checks_inputs
     def execute(cls, model: object, after: object = None) -> io.NodeOutput:
         """Return the status as text and as a picture.
 
         Raises:
-            ValueError: the MODEL is from another loader.
+            InputError: the MODEL is from another loader.
         """
         if not isinstance(model, RemoteModelPatcher):
-            raise ValueError(
+            raise InputError(
                 "This MODEL does not run in workers, so there is no status. "
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )

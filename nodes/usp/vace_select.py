@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 from comfy_api.latest import io
 
+from ...wanvideo.base.user_error import InputError
 from ...wanvideo.checkpoint.vace_module import read_module
 from ..common import shared_inputs
 from ..common.model_files import listed_model, model_path
 from ..common.sockets import CATEGORY
-from ..common.validation import check_file, file_fingerprint
+from ..common.validation import check_file, checks_inputs, file_fingerprint
 
 VACEPATH = io.Custom("VACEPATH")
 
@@ -53,6 +54,7 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
         return file_fingerprint(vace_model)
 
     @classmethod
+    @checks_inputs
     def execute(cls, vace_model: str) -> io.NodeOutput:
         """Return the path of the file."""
         return io.NodeOutput([{"path": model_path(vace_model)}])
@@ -62,15 +64,15 @@ def module_path(vace_model: object) -> str:
     """Return the file that a VACEPATH (a mapping with `path`, or a list of one such mapping) names; "" for no VACEPATH.
 
     Raises:
-        ValueError: the VACEPATH names several files, or none.
+        InputError: the VACEPATH names several files, or none.
         CheckpointError: the file is not one of ComfyUI's models.
     """
-    if vace_model is None or vace_model == []:
+    if vace_model is None or (isinstance(vace_model, list) and not vace_model):
         return ""
     entries = vace_model if isinstance(vace_model, list) else [vace_model]
     paths = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
-    if len(paths) == 1 and isinstance(paths[0], str):
+    if len(paths) == 1 and isinstance(paths[0], str) and paths[0]:
         return listed_model(paths[0])
-    raise ValueError(
+    raise InputError(
         "vace_model does not name one VACE module. Connect XDit+USP VACE Module Select to it, or a node like it."
     )

@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 
 from .config import WanConfig
+from .inputs import check_video
 from .options import PLAIN, Options
+from .user_error import InputError
 from .variant import Asked, inputs, registered
 
 Computed = TypeVar("Computed")
@@ -141,30 +143,33 @@ def check(config: WanConfig, x: torch.Tensor, conditioning: Conditioning) -> Non
     """Check that a conditioning fits the model and the latent x [B, in_dim, T, H, W].
 
     Raises:
-        ValueError: the model does not take one of the inputs, or an input has another shape than the latent asks for.
+        InputError: the model does not take one of the inputs, or an input has another shape than the latent asks for.
     """
+    check_video(config, x)
     batch, _, frames, height, width = x.shape
     asked = Asked(config, batch, frames, height, width, conditioning)
     expected = {given.name: given.shape(variant, asked) for variant, given in config.inputs}
     for name, tensor in conditioning.given.items():
         if name not in expected:
-            raise ValueError(
+            raise InputError(
                 f"The conditioning has the input {name}, which this {config.variant} model does not take. "
                 "Use a model of the variant that the conditioning is made for."
             )
+        if tensor.is_complex():
+            raise InputError(f"The conditioning's {name} holds complex numbers. Look at the node that it comes from.")
         shape = expected[name]
         fits = tensor.ndim == len(shape) and all(
             want in (None, got) for got, want in zip(tensor.shape, shape, strict=True)
         )
         if not fits:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(
+            raise InputError(
                 f"The conditioning's {name} has shape {tuple(tensor.shape)}, but a latent of shape {tuple(x.shape)} "
                 f"needs [{wanted}]. Give the conditioning node and the latent the same width, height and length."
             )
     context_videos, channels = conditioning.context_videos, config.context_channels
     if context_videos is not None and context_videos.shape[2] not in {4 * count for count in channels}:
-        raise ValueError(
+        raise InputError(
             f"The conditioning's further videos have {context_videos.shape[2] // 4} channels, but this "
             f"{config.variant} model takes {' or '.join(map(str, channels))}. Encode them with the model's "
             "own VAE."
@@ -177,10 +182,10 @@ def check_no_subjects(conditioning: Conditioning) -> None:
     """Check that the conditioning has no extra frames, which have no part in the other inputs of some variants.
 
     Raises:
-        ValueError: the conditioning has extra frames.
+        InputError: the conditioning has extra frames.
     """
     if conditioning.extra_frames is not None:
-        raise ValueError(
+        raise InputError(
             "Subject images (WanPhantomSubjectToVideo) cannot be joined with VACE, a camera path or S2V. "
             "Remove one of them."
         )

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..base.user_error import InputError, shown
+
 TEXT_LENGTH = 512
 """Slots of a Wan text embedding; those behind the last word are zero."""
 
@@ -29,6 +31,8 @@ VOCABULARY = ("a", "and", "moves", "over", "background", *COLOURS, *SHAPES, *DIR
 NEIGHBOUR_WEIGHT = 0.5  # powers of two, so that every sum is exact in 16 bits too
 PLACE_WEIGHT = 0.5
 
+_MOST_QUOTED = 5  # words in a sentence
+
 EXAMPLE = "a red circle moves right over a blue background"
 
 
@@ -36,18 +40,18 @@ def tokenize(prompt: str) -> list[str]:
     """The words of a prompt, lower case, without commas and full stops; none for an empty prompt.
 
     Raises:
-        ValueError: a word is not in VOCABULARY, or there are more than TEXT_LENGTH words. The text lists the
+        InputError: a word is not in VOCABULARY, or there are more than TEXT_LENGTH words. The text lists the
             words known.
     """
     words = re.sub(r"[.,;:!?]", " ", prompt.lower()).split()
     unknown = list(dict.fromkeys(word for word in words if word not in VOCABULARY))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"The tiny Wan model does not know {_quoted(unknown)}. Write a prompt such as '{EXAMPLE}' with "
             f"these words alone: {', '.join(VOCABULARY)}."
         )
     if len(words) > TEXT_LENGTH:
-        raise ValueError(
+        raise InputError(
             f"The prompt has {len(words)} words, and the tiny Wan model reads at most {TEXT_LENGTH}. "
             f"Shorten it, for example to '{EXAMPLE}'; the words known are {', '.join(VOCABULARY)}."
         )
@@ -58,7 +62,7 @@ def encode(prompt: str) -> torch.Tensor:
     """The embedding of a prompt, float32 [TEXT_LENGTH, TEXT_DIM] on the CPU; all zeros for an empty prompt.
 
     Raises:
-        ValueError: see `tokenize`.
+        InputError: see `tokenize`.
     """
     words = tokenize(prompt)
     embedding = torch.zeros(TEXT_LENGTH, TEXT_DIM)
@@ -87,4 +91,5 @@ def signs(name: str) -> torch.Tensor:
 
 
 def _quoted(words: Sequence[str]) -> str:
-    return ", ".join(f"'{word}'" for word in words)
+    more = ["..."] if len(words) > _MOST_QUOTED else []
+    return ", ".join([shown(word) for word in words[:_MOST_QUOTED]] + more)

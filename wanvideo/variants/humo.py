@@ -17,6 +17,7 @@ from ..base.conditioning import Conditioning
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part
 from ..base.shapes import Shapes, attention, linear, norm
+from ..base.user_error import InputError
 from ..base.variant import Asked, Input, Key, Shape, SideAttention, TensorShapes, Variant, attention_splits
 from ..model.layers import Attention, Block, BlockInputs, LayerNorm, Linear
 from ..model.model import WanModel
@@ -100,11 +101,11 @@ class Humo(Variant):
         """Check that the audio of a frame has as many numbers as the projection takes.
 
         Raises:
-            ValueError: the audio has another number.
+            InputError: the audio has another number.
         """
         audio = conditioning.audio
         if audio is not None and audio[0, 0].numel() != self.features:
-            raise ValueError(
+            raise InputError(
                 f"The audio embedding has {audio[0, 0].numel()} numbers for each latent frame, but this HuMo "
                 f"model takes {self.features}. Use the audio encoder that WanHuMoImageToVideo is made for."
             )

@@ -25,6 +25,7 @@ from ..base.conditioning import Conditioning
 from ..base.config import WanConfig
 from ..base.grid import Grid, Part
 from ..base.shapes import Shapes, linear, norm
+from ..base.user_error import InputError
 from ..base.variant import Input, SideAttention, TensorShapes, Variant, paired_attention_splits
 from ..model.frames import Run, few_keys, runs_of
 from ..model.layers import Block, BlockInputs, LayerNorm, Linear, OverSequence
@@ -101,18 +102,18 @@ class InfiniteTalk(Variant):
         """Check the speech against the rest of the conditioning.
 
         Raises:
-            ValueError: the conditioning has tokens beside the video's, or a number of masks other than two or three.
+            InputError: the conditioning has tokens beside the video's, or a number of masks other than two or three.
         """
         if conditioning.audio is None:
             return
         if conditioning.extra_frames is not None or conditioning.context_videos is not None:
-            raise ValueError(
+            raise InputError(
                 "InfiniteTalk cannot be joined with subject images or further videos (WanPhantomSubjectToVideo, "
                 "BerniniConditioning). Remove one of them."
             )
         masks = 2 if conditioning.speakers is None else conditioning.speakers.shape[1]
         if masks not in (2, 3):
-            raise ValueError(
+            raise InputError(
                 f"WanInfiniteTalkToVideo was given {masks} masks, but two speakers need 2, or 3 with one of nobody. "
                 "Connect one mask to mask_1 and one to mask_2."
             )

@@ -24,6 +24,7 @@ from ..base.config import WanConfig
 from ..base.grid import Grid, Part, pad_to_patch, patchify
 from ..base.options import ContextGrid, RopeOptions
 from ..base.shapes import Shapes, attention, convolution, linear, patch_embedding
+from ..base.user_error import InputError
 from ..base.variant import GATHERED, Input, Key, SideAttention, TensorShapes, Variant, attention_splits
 from ..model.frames import (
     CausalConvolution,
@@ -170,24 +171,24 @@ class S2V(Variant):
         """Check that subject and motion frames fit into whole tokens, and that the audio divides the video evenly.
 
         Raises:
-            ValueError: a size or the length of the audio does not fit, or the conditioning has extra frames.
+            InputError: a size or the length of the audio does not fit, or the conditioning has extra frames.
         """
         check_no_subjects(conditioning)
         frames, height, width = x.shape[-3:]
         if with_context_grids(x, conditioning).options.context_grids and (height % 2 or width % 2):
-            raise ValueError(
+            raise InputError(
                 f"The latent is {width} x {height}, but beside a reference S2V takes even sizes alone. "
                 "Use a width and a height that are multiples of 16 pixels."
             )
         if conditioning.motion_frames is not None and min(height, width) < 8:
-            raise ValueError(
+            raise InputError(
                 f"The latent is {width} x {height}, but to go on with a video S2V needs 8 x 8 at least. "
                 "Use a width and a height of at least 64 pixels."
             )
         if conditioning.audio is not None:
             audio_frames = -(-min(4 * frames, conditioning.audio.shape[-1]) // 4)
             if not audio_frames or frames * -(-height // 2) * -(-width // 2) % audio_frames:
-                raise ValueError(
+                raise InputError(
                     f"The sound lasts for {audio_frames} of {frames} latent frames, which do not divide the video "
                     "evenly. Use a shorter length, or a longer sound."
                 )

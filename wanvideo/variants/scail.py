@@ -19,6 +19,7 @@ from ..base.config import WanConfig
 from ..base.grid import Grid, Part, frames_of, pad_to_patch, patchify
 from ..base.options import RopeOptions
 from ..base.shapes import Shapes, patch_embedding
+from ..base.user_error import InputError
 from ..base.variant import Input, Key, TensorShapes, Variant
 from ..model.context_tokens import context_tokens_of
 from ..model.layers import PatchEmbedding
@@ -135,14 +136,14 @@ class Scail2(Scail):
         """Check that the masks cover the references and each frame of the video.
 
         Raises:
-            ValueError: the masks have more or fewer frames.
+            InputError: the masks have more or fewer frames.
         """
         if conditioning.mask is None:
             return
         around = (conditioning.reference, conditioning.extra_frames)
         wanted = x.shape[2] + sum(tensor.shape[2] for tensor in around if tensor is not None)
         if conditioning.mask.shape[2] != wanted:
-            raise ValueError(
+            raise InputError(
                 f"The conditioning's mask has {conditioning.mask.shape[2]} latent frames, but the reference images and "
                 f"the video have {wanted}. Give the conditioning node the length of the latent."
             )

@@ -39,6 +39,11 @@ def test_the_defaults_are_accepted():
         {"gpu_shares": "fast, slow"},
         {"gpu_shares": ""},
         {"gpus": "0,1"},
+        {"gpu_shares": "1e308,1"},
+        {"gpu_shares": "1e308, 1.5"},
+        {"gpu_shares": "5e-324, 1"},
+        {"gpu_shares": "-1, -1"},
+        {"gpu_shares": "1, \0" * 50_000},
     ],
     ids=str,
 )
@@ -58,6 +63,8 @@ def test_what_cannot_work_is_refused_in_two_sentences(widgets):
         ("1:2", (1, 2)),
         ("1.5 1", (1000, 667)),
         ("5,5", ()),
+        ("2e300, 1e300", (2, 1)),
+        ("1000, 1", (1000, 1)),
     ],
 )
 def test_shares_of_the_gpus(written, speeds):

@@ -20,3 +20,9 @@ def test_the_picture_of_a_layout(mode, ranks):
     grey = draw_layout(layout, "a layout")
     colours = {tuple(colour) for colour in (grey[0, ::2, 30::9] * 255).int().flatten(0, 1).tolist()}
     assert len(colours) > ranks
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1)])
+def test_a_frame_of_any_size_has_a_picture(size):
+    layout = split_grid(Grid(2, 4, 4), PatchSplit("spatial", 32, 0), 2, 16)
+    assert draw_layout(layout, "a layout", torch.rand(*size, 3)).shape[2:] == (992, 3)

@@ -101,11 +101,11 @@ class ComfyServer:
         self.stop()
         raise RuntimeError(f"ComfyUI did not come up in {START_SECONDS} s:\n{self.log[-4000:]}")
 
-    def stop(self) -> None:
-        """End the server as Ctrl-C does, and by force if that takes too long."""
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End the server as Ctrl-C does, or by another signal, and by force if that takes too long."""
         if self._process is None or self._process.poll() is not None:
             return
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(how)
         try:
             self._process.wait(15)
         except subprocess.TimeoutExpired:

@@ -137,8 +137,28 @@ class WantRoom:
         return (samples,)
 
 
+ODD_VALUES = {
+    "object": object(),
+    "nan": float("nan"),
+    "huge": 10**400,
+    "text": "garbage",
+    "list": [1, [2]],
+    "none": None,
+    "two": 2,
+    "no samples": {"samples": None},
+    "no frames": {"samples": torch.zeros(1, 16, 0, 4, 4)},
+    "no videos": {"samples": torch.zeros(0, 16, 2, 4, 4)},
+    "complex latent": {"samples": torch.ones(1, 16, 2, 4, 4, dtype=torch.complex64)},
+    "latent of NaN": {"samples": torch.full((1, 16, 2, 4, 4), float("nan"))},
+    "latent": {"samples": torch.ones(1, 16, 2, 5, 3)},
+    "grey images": torch.ones(5, 8, 8, 1),
+    "images of NaN": torch.full((5, 16, 16, 3), float("nan")),
+    "text of NaN": [[torch.full((1, 512, 4096), float("nan")), {}]],
+}
+
+
 class AnyThing:
-    """Something that is of every type and of no use."""
+    """Something that is of every type, and mostly of no use."""
 
     RETURN_TYPES = ("*",)
     FUNCTION = "make"
@@ -146,10 +166,16 @@ class AnyThing:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {}}
+        return {"required": {}, "optional": {"kind": ("STRING", {"default": "object"})}}
 
-    def make(self):
-        return (object(),)
+    def make(self, kind="object"):
+        return (copy.copy(ODD_VALUES[kind]),)
+
+
+class OddLatent(AnyThing):
+    """One of `ODD_VALUES` as a LATENT: stock samplers take no output of every type in older versions."""
+
+    RETURN_TYPES = ("LATENT",)
 
 
 class NoCLIP:
@@ -369,6 +395,7 @@ NODE_CLASS_MAPPINGS = {
         WanVideoLoraList,
         WantRoom,
         AnyThing,
+        OddLatent,
         NoCLIP,
         PoolingVAE,
         NarrowWan22VAE,

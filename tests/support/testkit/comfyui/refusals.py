@@ -22,4 +22,4 @@ def error_text(server: ComfyServer, graph: dict) -> str:
     """Run `graph`, which must fail, and return what the user reads."""
     outcome = server.run({**PLAIN, **OUTPUT, **graph})
     assert outcome.state == "error"
-    return outcome.message
+    return outcome.message.strip()

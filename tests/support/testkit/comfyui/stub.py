@@ -15,6 +15,10 @@ MODULES = (
 )
 
 
+_IO_TYPES = {"AnyType": "*"}
+"""ComfyUI's names of types that are not their own in capital letters."""
+
+
 class _Kind:
     """A type of input or output, such as `io.Int`: what it is called with is kept."""
 
@@ -22,7 +26,9 @@ class _Kind:
         self.name = name
 
     def Input(self, input_id: str, **given: Any) -> SimpleNamespace:
-        return SimpleNamespace(id=input_id, kind=self.name, **given)
+        io_type = _IO_TYPES.get(self.name, self.name.upper())
+        given = {"optional": False, **given}
+        return SimpleNamespace(id=input_id, kind=self.name, get_io_type=lambda: io_type, **given)
 
     def Output(self, **given: Any) -> SimpleNamespace:
         return SimpleNamespace(kind=self.name, **given)
@@ -41,8 +47,12 @@ def install() -> None:
     """Put the stand-ins where `import` looks first. For a process of its own, as nothing takes them away again."""
     for name in MODULES:
         sys.modules[name] = MagicMock(name=name)
+        package, _, module = name.rpartition(".")
+        if package:
+            setattr(sys.modules[package], module, sys.modules[name])
     sys.modules["comfy.model_base"].BaseModel = type("BaseModel", (), {})
     sys.modules["comfy.model_patcher"].ModelPatcher = type("ModelPatcher", (), {})
     sys.modules["comfy_api.latest"].ComfyExtension = type("ComfyExtension", (), {})
     sys.modules["comfy_api.latest"].io = _IO("io")
+    sys.modules["comfy.samplers"].KSampler = SimpleNamespace(SAMPLERS=["euler"], SCHEDULERS=["simple"])
     sys.modules["folder_paths"].get_filename_list.return_value = ["a.safetensors"]
