@@ -11,6 +11,7 @@ from .example.tiny_text_node import TinyWanTextEncode
 from .usp.config_node import XDitUSPConfig
 from .usp.loader_node import XDitUSPWanVideoModelLoader
 from .usp.parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
+from .usp.sparse_node import XDitUSPSparseAttention
 from .usp.status import XDitUSPStatus
 from .usp.vace_select import XDitUSPVACEModuleSelect
 
@@ -31,4 +32,5 @@ class WanParallelExtension(ComfyExtension):
             WanVideoParallelVAEDecode,
             WanVideoParallelVAEEncode,
             XDitUSPVACEModuleSelect,
+            XDitUSPSparseAttention,
         ]

@@ -67,7 +67,7 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     """Refuse code that ComfyUI's own Wan model would run inside the blocks. Skipped blocks are not refused.
 
     Raises:
-        NotOnWorkers: patches of attention or blocks, or an attention override.
+        NotOnWorkers: patches of attention or blocks.
     """
     replaced = sorted(name for name, blocks in options.get("patches_replace", {}).items() if blocks and name != "dit")
     if replaced:
@@ -78,11 +78,6 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
             f"A node patches transformer blocks or their attention (patches: {', '.join(patched)}), "
             "as Uni3C and NAGuidance do",
             f"Remove that node, {_STOCK}.",
-        )
-    if options.get("optimized_attention_override") is not None:
-        refuse(
-            "A node overrides the attention function (optimized_attention_override)",
-            "Remove that node and choose attention_mode in XDit+USP WanVideo Model Loader.",
         )
 
 

@@ -19,7 +19,7 @@ WEIGHT_PRECISIONS = ("fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 DEVICES = ("auto", "cuda", "cpu")
 PLANS = ("auto", "as_set")
 SHARES = ("auto", "even")
-ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
+ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn", "comfy_kitchen_int8")
 
 
 class SettingsError(ValueError):

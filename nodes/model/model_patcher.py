@@ -53,6 +53,7 @@ class RemoteModelPatcher(WeightlessPatcher):
     def pre_run(self) -> None:
         """Begin to sample: hand the patches over, and begin a new run."""
         self._hand_over_patches()
+        self.remote.percent_to_sigma = self.get_model_object("model_sampling").percent_to_sigma
         if self.remote.runs is not None:
             self.remote.runs.begin()
         super().pre_run()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,16 +27,19 @@ from ...distributed.client.sampling_runs import SampledForward, SamplingRuns
 from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
 from ...distributed.weights.lora_transfer import LoraSet
+from ...wanvideo.base.attention_choice import AttentionChoice
 from ...wanvideo.base.conditioning import Conditioning, check, extended
 from ...wanvideo.base.grid import sequence_of
 from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import FLOW_RVS, Header
 from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import file_stamp
+from ...wanvideo.model.fp8_mode import ATTENTION
 from ..common import refusals
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
+from .attention_override import attention_choice
 from .conditioning_inputs import from_comfyui
 from .model_patcher import RemoteModelPatcher
 from .sampled_forward import sampled_forward
@@ -85,6 +88,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
     if runs is None and pool.settings.pipeline_mode == "pipefusion":
         runs = PipeFusionRuns(header.config, spec, pool, header)
     model.diffusion_model = RemoteWan(header, spec, pool, tensors, runs)
+    model.diffusion_model.percent_to_sigma = model.model_sampling.percent_to_sigma
     kind: type = type(model)
     model.__class__ = weightless(kind)
     return RemoteModelPatcher(
@@ -99,7 +103,8 @@ class RemoteWan(torch.nn.Module):
     """Stands in for ComfyUI's WanModel: the attributes that ComfyUI reads, and a forward that asks the pool.
 
     `loras` are the LoRAs of the loaded MODEL, which the workers get with the next forward. `runs` are the MODEL's
-    sampling runs; None where every forward is exact. `header` and `spec` describe the model as the workers have it,
+    sampling runs; None where every forward is exact. `percent_to_sigma` is that of the sampling of the MODEL that is
+    sampled. `header` and `spec` describe the model as the workers have it,
     with InfiniteTalk's layers once a forward has needed these layers.
     """
 
@@ -118,6 +123,7 @@ class RemoteWan(torch.nn.Module):
         self.header, self.spec, self.pool, self.runs, self._plain = header, spec, pool, runs, spec
         self.in_dim, self.out_dim = header.config.in_dim, header.config.out_dim
         self.loras: LoraSet | None = None
+        self.percent_to_sigma: Callable[[float], float] = float
         _pools.add(pool)
         self._let_go = self._keep(spec)
         self._tensors = dict(tensors)
@@ -233,6 +239,8 @@ class RemoteWan(torch.nn.Module):
         context: torch.Tensor,
     ) -> torch.Tensor:
         check(self.header.config, x, conditioning)  # before any worker starts; the pool checks again
+        attention = attention_choice(options, self.percent_to_sigma)
+        self._check_attention(attention)
         whole, rest = extended(x, conditioning)  # as the workers will divide it
         forward = sampled_forward(
             options,
@@ -242,7 +250,7 @@ class RemoteWan(torch.nn.Module):
         )
         if self.runs is not None:
             self.runs.check(tuple(whole.shape), forward)
-        self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole))
+        self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole), attention)
         with self._step(whole, timestep, forward) as displaced:
             return self.pool.forward(
                 self.spec,
@@ -254,9 +262,33 @@ class RemoteWan(torch.nn.Module):
                 make_room=self._make_room,
                 displaced=displaced,
                 conditioning=conditioning,
+                attention=attention,
             )
 
-    def _ensure_ready(self, tokens: int, items: int) -> None:
+    def check_sparse(self) -> None:
+        """Refuse sparse attention for a MODEL whose forwards are not all exact.
+
+        Raises:
+            NotOnWorkers: forwards of this MODEL use keys of the step before.
+        """
+        if self.runs is not None:
+            refusals.refuse(
+                "Sparse attention needs the keys of all tokens, and DistriFusion and PipeFusion keep those of stale "
+                "patches",
+                "Use XDit+USP WanVideo Model Loader with pipeline_mode exact, or remove the sparse attention node.",
+            )
+
+    def _check_attention(self, attention: AttentionChoice) -> None:
+        if attention.sparse is not None:
+            self.check_sparse()
+        if attention.kernel and self.spec.fp8_mode == ATTENTION:
+            refusals.refuse(
+                f"Model Attention Backend asks for {attention.kernel}, and fp8_mode is {ATTENTION}, which has a kernel "
+                "of its own",
+                "Remove that node, or set fp8_mode to linear.",
+            )
+
+    def _ensure_ready(self, tokens: int, items: int, attention: AttentionChoice) -> None:
         """Start the workers and load the model, while a text under the running node says so."""
         with LoadingText(self.spec, self.pool) as text:
 
@@ -264,7 +296,7 @@ class RemoteWan(torch.nn.Module):
                 text.show()
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
-            self.pool.ensure_ready(self.spec, poll, self._make_room, tokens=tokens, items=items)
+            self.pool.ensure_ready(self.spec, poll, self._make_room, tokens=tokens, items=items, attention=attention)
 
     def _step(
         self, x: torch.Tensor, timestep: torch.Tensor, forward: SampledForward

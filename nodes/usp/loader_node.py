@@ -53,8 +53,9 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                 *_model(),
                 XDITUSPCONFIG.Input("xdit_usp_config", tooltip="From XDit+USP Config."),
                 shared_inputs.attention_mode(
-                    "auto: the fastest exact kernel that is installed. sageattn quantises its inputs: "
-                    "faster, and not exact. XDit+USP Status says which one runs."
+                    "auto: the fastest exact kernel that is installed. sageattn and comfy_kitchen_int8 are lossy: they "
+                    "quantise their inputs; comfy_kitchen_int8 is for GPUs without FlashAttention-3 (sm_75 to sm_89, "
+                    "sm_120). XDit+USP Status says which one runs."
                 ),
                 *_additions(),
                 _fp8_mode(),

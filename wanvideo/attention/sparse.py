@@ -222,5 +222,5 @@ def _trials(device: torch.device, dtype: torch.dtype) -> list[Trial]:
         ("all blocks", plain, {"tau": never, "sink_q": all_blocks}),
         ("neighbours alone", plain, {"tau": never}),
         ("exact tokens at the end", plain, {"tau": never, "sink_blocks": ends, "sink_q": ends}),
-        ("a fixed share of blocks", apart, {"topk_ratio": 3 / blocks}),
+        ("a fixed share of blocks", apart, {"tau": never, "topk_ratio": 3 / blocks}),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from .user_error import UserError
@@ -103,8 +104,27 @@ class SparseSettings:
 
     def describe(self) -> str:
         """The choice of key blocks, in words for a user."""
-        kept = f"keep {100 * self.keep:g} %" if self.keep else f"tau {self.tau:g}, about {self.expected_kept:.0%} kept"
-        return f"{kept} of the key blocks and {self.extra_tokens} tokens" if self.extra_tokens else kept
+        kept = f"{100 * self.keep:g} %" if self.keep else f"tau {self.tau:g}, about {100 * self.expected_kept:.2g} %"
+        more = f" and {self.extra_tokens} tokens" if self.extra_tokens else ""
+        return f"{kept} of the key blocks{more} exact"
+
+
+def blocks_in(text: str) -> tuple[int, ...]:
+    """The numbers in a list such as `0, 1, 47-49`, in their order.
+
+    Raises:
+        SparseError: the text is no such list.
+    """
+    blocks: set[int] = set()
+    for part in filter(None, re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip()))):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if found is None:
+            raise SparseError(
+                f'dense_blocks has "{part[:40]}", which is no number of a block. Write it like 0, 1, 38-39.'
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        blocks.update(range(min(first, last), max(first, last) + 1))
+    return tuple(sorted(blocks))
 
 
 def sparse_bytes(tokens: int, heads: int) -> int:

@@ -46,7 +46,6 @@ def test_inputs_of_other_variants_are_refused(inputs, named):
         ({"patches_replace": {"dit": {("double_block", 3): lambda args, extra: extra}}}, "patches_replace: dit"),
         ({"patches_replace": {"dit": {("double_block", 3): lambda args: args}}}, "patches_replace: dit"),
         ({"patches": {"attn1_patch": [object()]}}, "attn1_patch"),
-        ({"optimized_attention_override": object()}, "attention_mode"),
         ({"rope_options": {"scale_x": 2.0, "bend": 1.0}}, "rope_options: bend"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
