@@ -12,10 +12,13 @@ BLOCK = 64
 """Tokens of a block, the unit in which sparse attention chooses keys (Sol-Attn, arXiv 2607.24027)."""
 _EVER = 1e9
 """A sigma above those of every sampler."""
-_OVERHEAD, _PER_KEPT, _PER_TOKEN = 0.056, 2.11, 6e-4
+_OVERHEAD, _PER_KEPT, _EXTRA = 0.056, 2.11, 0.075
 """The time of sparse attention relative to FlashAttention-3: a constant, a part in proportion to the share of the key
-blocks that are kept, and a part in proportion to the extra tokens. One H200, 75,600 tokens, 40 heads of 128: 46 ms with
-10 % kept, 83 with 20 %, 119 with 30 %, 191 with 50 %, where FlashAttention-3 takes 172; 128 extra tokens take 13."""
+blocks that are kept, and a constant for extra tokens, however many. One H200, 75,600 tokens, 40 heads of 128: 46 ms
+with 10 % kept, 83 with 20 %, 119 with 30 %, 191 with 50 %, where FlashAttention-3 takes 172; 64 to 256 extra tokens
+take 12.5."""
+_BYTES = 730
+"""Bytes for each token and head: what the kernel rounds, and what it sums up and sorts of it."""
 
 
 class SparseError(UserError, ValueError):
@@ -98,7 +101,7 @@ class SparseSettings:
 
     def cost(self, num_layers: int) -> float:
         """The expected time of all self-attention of a sparse forward, relative to dense attention."""
-        sparse = _OVERHEAD + _PER_KEPT * self.expected_kept + _PER_TOKEN * self.extra_tokens
+        sparse = _OVERHEAD + _PER_KEPT * self.expected_kept + (_EXTRA if self.extra_tokens else 0)
         dense = len(set(self.dense_blocks)) / num_layers
         return dense + (1 - dense) * sparse
 
@@ -130,10 +133,10 @@ def blocks_in(text: str) -> tuple[int, ...]:
 def sparse_bytes(tokens: int, heads: int) -> int:
     """Bytes that the sparse kernel takes beside queries, keys, values and output of `tokens` tokens and `heads` heads.
 
-    Measured with comfy-kitchen 0.2.40: 2.0 GiB with 75,600 tokens and 40 heads, 0.85 GiB with 32,760 tokens.
+    Measured with comfy-kitchen 0.2.40 and extra tokens: 1.97 GiB with 75,600 tokens and 40 heads, 1.03 with 20, and
+    0.85 GiB with 32,760 tokens and 40 heads; without extra tokens a quarter less.
     """
-    blocks = -(-tokens // BLOCK)
-    return heads * (670 * tokens + 4 * blocks * blocks)
+    return _BYTES * heads * tokens
 
 
 @dataclass(frozen=True)
