@@ -139,7 +139,7 @@ def workload_of(
     """
     sparse = attention.sparse
     if sparse is None:
-        return Workload(spec, tokens, items)
+        return Workload(spec, tokens, items, kernel=attention.kernel)
     layers = config_of(spec).num_layers
     sparse.validate(layers)
     if displaced is not None:
@@ -148,7 +148,7 @@ def workload_of(
             "Use a loader or a config without it, or switch the sparse attention node off."
         )
     short = tokens and tokens < sparse.min_tokens
-    return Workload(spec, tokens, items, None if short else sparse.cost(layers))
+    return Workload(spec, tokens, items, None if short else sparse.cost(layers), attention.kernel)
 
 
 @functools.lru_cache(maxsize=16)

@@ -66,10 +66,13 @@ def sparse_bytes_on_rank(config: WanConfig, plan: ParallelPlan, tokens: int) -> 
     return sparse_bytes(tokens, heads)
 
 
-def without_ring(plan: ParallelPlan, num_heads: int) -> ParallelPlan:
-    """The plan for sparse attention, which needs all keys of a head on one GPU.
+def without_ring(plan: ParallelPlan, num_heads: int, what: str) -> ParallelPlan:
+    """The plan for attention that needs all keys of a head on one GPU.
 
     This plan where it has no ring, else one without a ring, if the degrees are left open.
+
+    Args:
+        what: needs them, in words that begin a sentence.
 
     Raises:
         PlanError: the degrees that are set leave a ring.
@@ -79,13 +82,12 @@ def without_ring(plan: ParallelPlan, num_heads: int) -> ParallelPlan:
         return plan
     if plan.ring_degree > 1 or plan.ulysses_degree not in (0, plan.sequence_ranks):
         raise PlanError(
-            "Sparse attention needs all keys of a head on one GPU, and the plan has a ring "
-            f"({plan.describe(num_heads)}). "
-            "Set ulysses_degree and ring_degree to 0, or switch the sparse attention node off."
+            f"{what} needs all keys of a head on one GPU, and the plan has a ring ({plan.describe(num_heads)}). "
+            "Set ulysses_degree and ring_degree to 0, or do without it."
         )
     if num_heads // plan.tensor_parallel < max(sizes):
         raise PlanError(
-            f"Sparse attention needs all keys of a head on one GPU, and {num_heads // plan.tensor_parallel} heads are "
-            f"too few for {max(sizes)} GPUs. Use fewer GPUs, or switch the sparse attention node off."
+            f"{what} needs all keys of a head on one GPU, and {num_heads // plan.tensor_parallel} heads are too few "
+            f"for {max(sizes)} GPUs. Use fewer GPUs, or do without it."
         )
     return replace(plan, ring_degree=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from ...wanvideo.attention.kernels import WITHOUT_LSE
 from ...wanvideo.base.config import WanConfig
 from ..parallel.model_division import check_plan, without_ring
 from ..plan.degrees import ParallelPlan, PlanError
@@ -28,12 +29,22 @@ class Workload:
         items: batch items.
         sparse_cost: time of sparse self-attention, relative to dense attention (see `SparseSettings.cost`); None where
             self-attention is dense.
+        kernel: the kernel of dense attention; "" is that of `spec`.
     """
 
     spec: ModelSpec
     tokens: int
     items: int
     sparse_cost: float | None = None
+    kernel: str = ""
+
+    @property
+    def ringless(self) -> str:
+        """What needs a plan without a ring, in words that begin a sentence; "" where nothing does."""
+        if self.sparse_cost is not None:
+            return "Sparse attention"
+        name = self.kernel or self.spec.attention
+        return f"The attention kernel {name}" if name in WITHOUT_LSE else ""
 
 
 class Planner:
@@ -78,7 +89,7 @@ class Planner:
     def _as_set(self, config: WanConfig, workload: Workload) -> ParallelPlan:
         """The plan of a pool whose sizes are all set."""
         plan = self.settings.plan
-        return plan if workload.sparse_cost is None else without_ring(plan, config.num_heads)
+        return without_ring(plan, config.num_heads, workload.ringless) if workload.ringless else plan
 
     def recall(self, config: WanConfig, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
         """The plan for forwards of this workload, if a plan was chosen before and changing to it moves no weights.
@@ -128,7 +139,7 @@ class Planner:
         return nearest_text(self._request(config, workload), slowest(profiles), room_of(profiles))
 
     def _request(self, config: WanConfig, workload: Workload) -> PlanRequest:
-        given = workload.spec, workload.tokens, workload.items, workload.sparse_cost
+        given = workload.spec, workload.tokens, workload.items, workload.sparse_cost, workload.ringless
         return PlanRequest(self.settings.plan, self.settings, config, *given)
 
 

@@ -72,7 +72,7 @@ class PlanRequest:
         asked: sizes that the user has set. Sizes left at 1, and degrees left at 0, are free where `settings.auto` is
             on.
         settings: of the pool; `settings.plan` does not count.
-        sparse_cost: as in `Workload`.
+        sparse_cost, ringless: as in `Workload`.
     """
 
     asked: ParallelPlan
@@ -82,6 +82,7 @@ class PlanRequest:
     tokens: int
     items: int
     sparse_cost: float | None = None
+    ringless: str = ""
 
     @property
     def work(self) -> Work:
@@ -109,8 +110,8 @@ def possible(request: PlanRequest) -> list[ParallelPlan]:
     plans, refusals = [], []
     for plan in request.asked.completions() if request.settings.auto else [request.asked]:
         try:
-            if request.sparse_cost is not None:
-                plan = without_ring(plan, request.config.num_heads)
+            if request.ringless:
+                plan = without_ring(plan, request.config.num_heads, request.ringless)
             check_plan(request.config, request.spec, replace(request.settings, plan=plan))
         except PlanError as error:
             refusals.append(error)

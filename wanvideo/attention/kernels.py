@@ -406,6 +406,8 @@ _SOURCES: dict[str, _Source] = {
 }
 
 KERNEL_NAMES = ("auto", *_SOURCES)
+WITHOUT_LSE = frozenset({"comfy_kitchen_int8"})
+"""Kernels that never give a log-sum-exp."""
 
 # Self-attention of fp8_mode, by device type; chosen there alone. e4m3 rounds each number by 2.6 % on average: queries,
 # keys, exponentials and values together move the output of normal numbers by about 5 %.

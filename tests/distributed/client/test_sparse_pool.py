@@ -98,7 +98,7 @@ def test_the_automatic_plan_has_no_ring_where_attention_is_sparse():
     """12 heads on 8 GPUs: Ulysses 4 x ring 2 is faster where attention is dense."""
     settings = PoolSettings(ParallelPlan(8), auto=True)
     dense = PlanRequest(ParallelPlan(8), settings, PRESETS["1.3b"], BIG, 32760, 1)
-    sparse = replace(dense, sparse_cost=0.3)
+    sparse = replace(dense, sparse_cost=0.3, ringless="Sparse attention")
     assert any(plan.sequence_degrees(12).ring > 1 for plan in possible(dense))
     assert possible(sparse) and all(plan.sequence_degrees(12).ring == 1 for plan in possible(sparse))
     best = choose(sparse, FAST, Room((2**37,) * 8))[0].plan
@@ -112,6 +112,17 @@ def test_a_plan_that_is_set_changes_where_a_degree_is_open_and_comes_back():
     assert str(without.sequence_degrees(12)) == "Ulysses 8 x ring 1"
     assert planner.recall(config, dense, without) == ParallelPlan(8)
     assert without.holds_as(ParallelPlan(8))  # no weights move
+
+
+def test_a_kernel_without_a_log_sum_exp_has_a_plan_without_a_ring():
+    planner, config = Planner(PoolSettings(ParallelPlan(8))), PRESETS["1.3b"]
+    named = Workload(replace(BIG, attention="comfy_kitchen_int8"), 32760, 1)
+    below = workload_of(BIG, 32760, 1, AttentionChoice(kernel="comfy_kitchen_int8"))
+    for workload in (named, below):
+        assert planner.recall(config, workload, ParallelPlan(8)).sequence_degrees(12).ring == 1
+        assert all(plan.sequence_degrees(12).ring == 1 for plan in possible(planner._request(config, workload)))
+    with pytest.raises(PlanError, match="The attention kernel comfy_kitchen_int8 needs all keys"):
+        Planner(PoolSettings(ParallelPlan(8, ring_degree=2))).check(config, named)
 
 
 def test_all_steps_of_a_run_have_one_plan():

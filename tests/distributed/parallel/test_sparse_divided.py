@@ -56,7 +56,7 @@ CASES = {
     "ulysses, threshold": Case(ULYSSES, AttentionChoice(TAU, 0.5)),
     "ulysses, one exchange after the other": Case(ULYSSES, overlap=False),
     "unlike speeds": Case(replace(ULYSSES, speeds=(4, 1, 1, 2))),
-    "tensor x ulysses": Case(without_ring(ParallelPlan(4, tensor_parallel=2), 6)),
+    "tensor x ulysses": Case(without_ring(ParallelPlan(4, tensor_parallel=2), 6, "It")),
     "pipeline x ulysses": Case(ParallelPlan(4, pipeline_parallel=2), batch=2),
     "data x ulysses": Case(ParallelPlan(4, data_parallel=2, ring_degree=1), batch=3),
     "an item fewer than data-parallel groups": Case(ParallelPlan(4, data_parallel=2, ring_degree=1)),
@@ -131,7 +131,7 @@ def test_a_plan_whose_degrees_are_open_has_no_ring_for_sparse_attention(heads, g
     if gpus % data:
         return
     plan = ParallelPlan(gpus, data_parallel=data)
-    found = without_ring(plan, heads)
+    found = without_ring(plan, heads, "It")
     found.validate()
     for ranks in (found.sequence_ranks, found.sequence_ranks * data):
         assert found.sequence_degrees(heads, ranks).ring == 1
@@ -144,10 +144,10 @@ def test_a_plan_whose_degrees_are_open_has_no_ring_for_sparse_attention(heads, g
 )
 def test_a_ring_that_is_set_is_refused_in_words(plan):
     with pytest.raises(PlanError, match=r"all keys of a head on one GPU.*ring \d.*\. Set ulysses_degree") as refusal:
-        without_ring(plan, 12)
+        without_ring(plan, 12, "Sparse attention")
     assert tiny.sentences(str(refusal.value)) == 2
 
 
 def test_more_gpus_than_heads_are_refused_in_words():
     with pytest.raises(PlanError, match=r"3 heads are too few for 4 GPUs\. Use fewer"):
-        without_ring(ParallelPlan(4), 3)
+        without_ring(ParallelPlan(4), 3, "Sparse attention")
