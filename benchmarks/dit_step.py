@@ -24,13 +24,13 @@ import torch
 from benchlib.busy import busy
 from benchlib.flops import latent_size
 from benchlib.rows import Row, Timing, make_row, publish
+from benchlib.sparse_names import DENSE, attention_of
 from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import CHOICES
 from wan_parallel.distributed.protocol.reports import ModelStatus, WorkerStatus
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.attention.kernels import KERNEL_NAMES
-from wan_parallel.wanvideo.base.attention_choice import PLAIN_ATTENTION, AttentionChoice, SparseSettings
 from wan_parallel.wanvideo.base.config import PRESETS
 from wan_parallel.wanvideo.base.grid import grid_of
 from wan_parallel.wanvideo.checkpoint.header import read_header
@@ -41,7 +41,6 @@ log = logging.getLogger("dit_step")
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DENSE = "dense"
 LOSSY_KERNELS = ("sageattn", "comfy_kitchen_int8")
 FP8_MODES = dict(zip(("off", "linear", "attention"), MODES, strict=True))
 
@@ -145,23 +144,6 @@ def spec_of(options: argparse.Namespace) -> ModelSpec:
 def is_lossy(spec: ModelSpec, model: ModelStatus) -> bool:
     """Whether something is computed below the asked precision on purpose."""
     return model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype or bool(model.fp8)
-
-
-def attention_of(sparse: str) -> AttentionChoice:
-    """The attention that is called dense, keep=0.1 or tau=1.3,extra=256."""
-    if sparse == DENSE:
-        return PLAIN_ATTENTION
-    given = dict(part.split("=") for part in sparse.split(","))
-    unknown = given.keys() - {"keep", "tau", "extra"}
-    if unknown or not given.keys() & {"keep", "tau"}:
-        raise ValueError(f"--sparse is {sparse}. Use keep=SHARE or tau=THRESHOLD, and extra=TOKENS behind it.")
-    settings = SparseSettings(
-        tau=float(given.get("tau", 1.3)),
-        keep=float(given.get("keep", 0)),
-        extra_tokens=int(given.get("extra", 0)),
-        min_tokens=0,
-    )
-    return AttentionChoice(settings)
 
 
 def our_row(
