@@ -145,7 +145,7 @@ def workload_of(
     if displaced is not None:
         raise PlanError(
             f"Sparse attention needs the keys of all tokens, which the strategy {displaced.strategy} does not have. "
-            "Use a loader or a config without it, or switch the sparse attention node off."
+            "Use a loader or a config without it, or remove the sparse attention node."
         )
     short = tokens and tokens < sparse.min_tokens
     return Workload(spec, tokens, items, None if short else sparse.cost(layers), attention.kernel)

@@ -79,7 +79,7 @@ class Planner:
         if workload.sparse_cost is not None and self.settings.pipeline_mode == "pipefusion":
             raise PlanError(
                 "PipeFusion keeps the keys of stale patches, which sparse attention cannot take. "
-                "Set pipeline_mode to exact, or switch the sparse attention node off."
+                "Set pipeline_mode to exact, or remove the sparse attention node."
             )
         if not self.settings.auto:
             check_plan(config, workload.spec, replace(self.settings, plan=self._as_set(config, workload)))

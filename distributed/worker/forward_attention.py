@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...wanvideo.attention import sparse as sparse_attention
 from ...wanvideo.attention.kernels import AttentionKernel, get_kernel
@@ -61,7 +61,7 @@ class AttentionKernels:
 
     def __init__(self, models: Models):
         self._models = models
-        self._ready: set[tuple[str, str, int]] = set()
+        self._ready: dict[tuple[str, str, int], Any] = {}
 
     def of(
         self, choice: AttentionChoice, model: WanModel, grid: Grid, options: Options, heads: int, items: int
@@ -101,12 +101,11 @@ class AttentionKernels:
     def _together(self, name: str, model: WanModel, load: Callable[[], Kernel]) -> Kernel:
         """Load a kernel on all ranks or on none: where GPUs are unlike, the others would wait for one that fails."""
         key = name, str(model.compute_dtype), model.config.head_dim
-        if key in self._ready:
-            return load()
-        with self._models.all_or_none():
-            kernel = load()
-        self._ready.add(key)
-        return kernel
+        if key not in self._ready:
+            with self._models.all_or_none():
+                kernel = load()
+            self._ready[key] = kernel
+        return self._ready[key]
 
 
 def exact_tokens(grid: Grid, options: Options) -> ExactTokens:

@@ -25,7 +25,7 @@ HEAD_DIM = 128
 _OLDEST_GPU = (8, 0)
 _ALIGNMENT = 16
 """The kernel loads so many bytes at once, from addresses that divide by this number."""
-_WAY_OUT = "Switch the sparse attention node off, or run the model elsewhere."
+_WAY_OUT = "Remove the sparse attention node."
 _BOUND = 0.1
 """Greatest relative error against the plain reference on normal numbers: the kernel rounds queries and keys to int8."""
 
@@ -139,7 +139,7 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
     if dtype not in SIXTEEN_BIT:
         return (
             f"Sparse attention computes in 16 bit, and the activations are {str(dtype).removeprefix('torch.')}. "
-            "Switch use_bf16 or use_fp16 on in XDit+USP Config, or the sparse attention node off."
+            "Switch use_bf16 or use_fp16 on in XDit+USP Config, or remove the sparse attention node."
         )
     if head_dim != HEAD_DIM:
         return f"Sparse attention needs heads of {HEAD_DIM} numbers, and this model's have {head_dim}. {_WAY_OUT}"
@@ -186,7 +186,7 @@ def _try_out(function: Function, reference: Function, device: torch.device, dtyp
         if not error <= _BOUND:  # NaN must not pass
             raise AttentionError(
                 f"Sparse attention is wrong on {name}: with {what} it is off by {error:.1e}. "
-                f"Install another version of comfy-kitchen than {kitchen.version()}, or switch the node off."
+                f"Install another comfy-kitchen than {kitchen.version()}, or remove the sparse attention node."
             )
     _tried.add((device, dtype))
 
