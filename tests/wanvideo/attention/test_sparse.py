@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from testkit import tiny
-from wan_parallel.distributed.worker.forward_attention import exact_tokens
+from wan_parallel.distributed.worker.forward_attention import ForwardAttention, exact_tokens
 from wan_parallel.wanvideo.attention import kitchen, sparse
 from wan_parallel.wanvideo.attention.kernels import AttentionError, get_kernel
 from wan_parallel.wanvideo.attention.sparse import ExactTokens, SparseAttention
@@ -120,6 +120,15 @@ def test_further_frames_lie_behind_the_video():
     given = tiny.conditioning(tiny.TINY, x).having(extra_frames=torch.randn(1, 16, 2, 8, 8))
     longer, given = extended(x, given)
     assert exact_tokens(sequence_of(longer, given.options), given.options) == ExactTokens(0, 32)
+
+
+def test_a_variants_own_block_counts_as_the_block_of_the_video_before_it():
+    attention, told = SimpleNamespace(block=0), []
+    tell = ForwardAttention(sparse=attention).telling(lambda number: told.append((number, attention.block)), 4)
+    for number in (0, 4, 1, 2, 5, 3):  # VACE's blocks have the numbers behind those of the video
+        tell(number)
+        told.append(attention.block)
+    assert told[1::2] == [0, 0, 1, 2, 2, 3] and [number for number, _ in told[::2]] == [0, 4, 1, 2, 5, 3]
 
 
 # The trial before the first use.
