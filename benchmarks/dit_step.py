@@ -9,6 +9,7 @@ workers, timed by the caller, with the latent on the first GPU as ComfyUI has it
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import torch
 from benchlib.busy import busy
 from benchlib.flops import latent_size
 from benchlib.rows import Row, Timing, make_row, publish
+from benchlib.sparse_names import DENSE, attention_of
 from wan_parallel.distributed.client.pool import Pool, acquire
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import CHOICES
@@ -39,7 +41,7 @@ log = logging.getLogger("dit_step")
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LOSSY_KERNELS = ("sageattn",)
+LOSSY_KERNELS = ("sageattn", "comfy_kitchen_int8")
 FP8_MODES = dict(zip(("off", "linear", "attention"), MODES, strict=True))
 
 
@@ -97,7 +99,8 @@ def _ours(options: argparse.Namespace) -> list[Row]:
     more = {"shares": options.gpu_shares or None, "busy": options.busy or None}
     with busy(options.busy, torch.device(pool.settings.device)):
         try:
-            return [our_row(pool, spec, res, options, **more) for res in options.res.split(",")]
+            cases = itertools.product(options.res.split(","), options.sparse)
+            return [our_row(pool, spec, res, options, sparse, **more) for res, sparse in cases]
         finally:
             pool.close()
 
@@ -143,19 +146,22 @@ def is_lossy(spec: ModelSpec, model: ModelStatus) -> bool:
     return model.kernel in LOSSY_KERNELS or spec.weight_dtype != spec.compute_dtype or bool(model.fp8)
 
 
-def our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, **more: object) -> Row:
-    """Time forwards of one resolution."""
+def our_row(
+    pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, sparse: str = DENSE, **more: object
+) -> Row:
+    """Time forwards of one resolution; `sparse` as `attention_of` takes it."""
     config = model_config(spec.path)
     device, dtype = torch.device(pool.settings.device), DTYPES[options.precision]
     batch = options.batch
     x = torch.randn(batch, config.in_dim, *latent_size(res, options.size), device=device, dtype=dtype)
     context = torch.randn(batch, 512, config.text_dim, device=device, dtype=dtype)
     timestep = torch.full((batch,), 500.0, device=device)
-    pool.ensure_ready(spec, tokens=grid_of(x).tokens, items=batch)
+    attention = attention_of(sparse)
+    pool.ensure_ready(spec, tokens=grid_of(x).tokens, items=batch, attention=attention)
     times, hops = [], []
     for _ in range(options.iters + 1):
         start = time.perf_counter()
-        out = pool.forward(spec, x, timestep, context)
+        out = pool.forward(spec, x, timestep, context, attention=attention)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -173,7 +179,8 @@ def our_row(pool: Pool, spec: ModelSpec, res: str, options: argparse.Namespace, 
         peak_bytes=_peak_bytes(workers, device),
         precision=options.precision,
         attention=model.kernel,
-        lossy=is_lossy(spec, model),
+        lossy=is_lossy(spec, model) or sparse != DENSE,
+        sparse=None if sparse == DENSE else sparse,
         finite=bool(torch.isfinite(out).all()),
         backend=model.backend,
         ulysses=model.ulysses,
@@ -244,6 +251,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options_of_ours(parser)
     parser.add_argument("--res", default="480p,720p", help="comma-separated: 480p, 720p or FRAMESxROWSxCOLUMNS")
+    parser.add_argument("--sparse", nargs="+", default=[DENSE], help="lossy: such as dense keep=0.1 tau=1.3,extra=256")
     parser.add_argument("--iters", type=int, default=5, help="timed forwards, after one that is not")
     parser.add_argument("--batch", type=int, default=1, help="items of a forward; 2 are the branches of cfg")
     parser.add_argument("--peers", nargs="?", const="all", default="", help=f"all, or of {', '.join(PEERS)}")

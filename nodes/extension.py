@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .common.console import name_the_pack
+from .common.log_lines import name_the_pack
 from .distrifusion.distrifusion_loader import OfficialDistriFusionModelLoader
 from .distrifusion.distrifusion_sampler import OfficialDistriFusionSampler
 from .distrifusion.distrifusion_status import OfficialDistriFusionStatus
@@ -12,6 +12,7 @@ from .example.tiny_text_node import TinyWanTextEncode
 from .usp.config_node import XDitUSPConfig
 from .usp.loader_node import XDitUSPWanVideoModelLoader
 from .usp.parallel_vae import WanVideoParallelVAEDecode, WanVideoParallelVAEEncode
+from .usp.sparse_node import XDitUSPSparseAttention
 from .usp.status import XDitUSPStatus
 from .usp.vace_select import XDitUSPVACEModuleSelect
 
@@ -33,4 +34,5 @@ class WanParallelExtension(ComfyExtension):
             WanVideoParallelVAEDecode,
             WanVideoParallelVAEEncode,
             XDitUSPVACEModuleSelect,
+            XDitUSPSparseAttention,
         ]

@@ -24,6 +24,7 @@ PACKAGES = (
     "sageattention",
     "distrifuser",
     "distvae",
+    "comfy-kitchen",
     "triton",
 )
 
@@ -50,7 +51,8 @@ class Row(Line):
     overlapped: whether Ulysses' exchanges ran beside the computation. strategy: its short name (see strategies.py),
     expected_s: what the cost model says, link: how the GPUs reach each other, link_gbps: what each sends while all of
     them do, shares: how much each GPU takes, in proportion, unless all take the same, busy: GPUs that had another
-    program (busy.py) too (these are ours only).
+    program (busy.py) too (these are ours only). sparse: what sparse self-attention kept, such as keep=0.1 (a share of
+    the key blocks) or tau=1.3 (a threshold, whose cost depends on the data); tflops_per_gpu counts dense attention.
     """
 
     lib: str
@@ -91,6 +93,7 @@ class Row(Line):
     link_gbps: float | None = None
     shares: str | None = None
     busy: str | None = None
+    sparse: str | None = None
 
 
 @dataclass(frozen=True)

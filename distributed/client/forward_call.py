@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...wanvideo.base.attention_choice import AttentionChoice
 from ...wanvideo.base.conditioning import Conditioning, check, core, extended
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.grid import Grid, grid_of, sequence_of, unpatchify
@@ -92,10 +93,12 @@ class SentForward:
     out: TensorRef
     conditioning: ConditioningRef | None
 
-    def request(self, spec: ModelSpec, displaced: Displaced | None) -> Callable[[int], Forward]:
+    def request(
+        self, spec: ModelSpec, displaced: Displaced | None, attention: AttentionChoice
+    ) -> Callable[[int], Forward]:
         """Makes the request of an id."""
         tensors = self.x, self.timestep, self.context, self.out
-        return lambda number: Forward(number, spec, self.arena.ref, *tensors, displaced, self.conditioning)
+        return lambda number: Forward(number, spec, self.arena.ref, *tensors, displaced, self.conditioning, attention)
 
     def result(self) -> torch.Tensor:
         """The workers' result, float32 [B, out_dim, frames, H, W] on the device of x."""

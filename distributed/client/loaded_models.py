@@ -129,9 +129,9 @@ class LoadedModels:
         self._client.wait_for_abandoned(poll)
         self.unload(self.unused, poll)
 
-    def load(self, spec: ModelSpec, tokens: int, poll: Poll | None) -> None:
-        """Load a model. `tokens` as in `requests.Load`."""
-        self._client.ask(lambda number: Load(number, spec, tokens), poll)
+    def load(self, spec: ModelSpec, tokens: int, poll: Poll | None, sparse: bool = False) -> None:
+        """Load a model. `tokens` and `sparse` as in `requests.Load`."""
+        self._client.ask(lambda number: Load(number, spec, tokens, sparse), poll)
 
     def unload(self, specs: Collection[ModelSpec], poll: Poll | None = None) -> None:
         """Let the workers forget these models, which are loaded."""

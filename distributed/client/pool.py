@@ -16,6 +16,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
+from ...wanvideo.base.attention_choice import PLAIN_ATTENTION, AttentionChoice
 from ...wanvideo.base.conditioning import NOTHING, Conditioning
 from ..comm.timing import RankTimes, rank_times
 from ..executors.executor import Executor
@@ -27,9 +28,10 @@ from ..protocol.requests import Displaced, Report, Request, Trim
 from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import Arena, ReusedArena
 from ..weights.lora_transfer import NO_LORAS, LoraSet
+from .attention_count import AttentionCount, AttentionCounter
 from .forward_call import ForwardInputs, sent_dtype
 from .loaded_models import LoadedModels
-from .preparation import MakeRoom, Preparation, config_of
+from .preparation import MakeRoom, Preparation, config_of, workload_of
 from .rpc import Answers, Poll, Turn, WorkerClient
 from .shared_conditioning import SharedConditioning
 
@@ -43,6 +45,7 @@ class PoolStatus:
         times: where the seconds of the last forward went, by rank. Empty, and the seconds 0, where there was none yet,
             or where the last one failed or was given up; `failed` tells which.
         plan_reason: why the plan was chosen; "" where it was set.
+        attention: how the last forwards computed self-attention; None where they left it to their models.
     """
 
     state: str
@@ -58,6 +61,7 @@ class PoolStatus:
     times: tuple[RankTimes, ...] = ()
     failed: bool = False
     plan_reason: str = ""
+    attention: AttentionCount | None = None
 
 
 def acquire(settings: PoolSettings) -> Pool:
@@ -153,10 +157,10 @@ class Pool:
         self._conditioning = SharedConditioning(self.make_arena)
         self.models = LoadedModels(self._client, self._arena)
         self._preparation = Preparation(settings, self._client, self.models)
-        self.last = LastForward()
+        self.last, self._attention = LastForward(), AttentionCounter()
         self._client.at_reply = (self.models.hear,)
         self._client.at_end = (
-            *(self.models.forget, self.last.forget),
+            *(self.models.forget, self.last.forget, self._attention.forget),
             *(self._arena.close, self._conditioning.close),
         )
         weakref.finalize(self, self._client.close)  # nothing of which holds this pool
@@ -201,13 +205,14 @@ class Pool:
         make_room: MakeRoom | None = None,
         tokens: int = 0,
         items: int = 1,
+        attention: AttentionChoice = PLAIN_ATTENTION,
     ) -> None:
         """Start the workers and load a model, as `forward` does by itself. Arguments and errors as there.
 
         `tokens` is the length of the video to come, beside which the weights must fit; 0 is 81 frames at 480p.
         `items` is how many there are in a forward, which an automatic plan depends on.
         """
-        workload = Workload(spec, tokens, items)
+        workload = workload_of(spec, tokens, items, attention)
         self._preparation.check(workload)
         with self._ready(workload, poll, make_room):
             pass
@@ -223,6 +228,7 @@ class Pool:
         make_room: MakeRoom | None = None,
         displaced: Displaced | None = None,
         conditioning: Conditioning = NOTHING,
+        attention: AttentionChoice = PLAIN_ATTENTION,
     ) -> torch.Tensor:
         """One DiT forward on all workers (see `WanModel.forward`).
 
@@ -237,6 +243,7 @@ class Pool:
             make_room: called with the bytes that each GPU will need, before a model is loaded on GPUs.
             displaced: the forward's part in displaced patch parallelism (see schedule.py); exact without.
             conditioning: further inputs of some variants, each with B items.
+            attention: sparse self-attention, or another dense kernel than the model's own.
 
         Returns:
             float32 [B, out_dim, T, H, W] on the device of x.
@@ -249,16 +256,19 @@ class Pool:
         """
         self._preparation.check(Workload(spec, 0, len(x)))
         inputs = ForwardInputs.checked(config_of(spec), x, timestep, context, conditioning)
-        with self._ready(Workload(spec, inputs.tokens, len(x)), poll, make_room, self.last.begin):
+        workload = workload_of(spec, inputs.tokens, len(x), attention, displaced)
+        self._preparation.check(workload)
+        with self._ready(workload, poll, make_room, self.last.begin):
             self.models.apply_lora(spec, loras or NO_LORAS, poll)
             started = time.perf_counter()
             self._client.wait_for_abandoned(poll)
             self._client.reset_after_abort(poll)
             sent = inputs.write(self._arena, self._conditioning, sent_dtype(spec), self.settings.device == "cuda")
-            answers = self._client.ask(sent.request(spec, displaced), poll)
+            answers = self._client.ask(sent.request(spec, displaced, attention), poll)
             self.models.came_back(spec)
             result = sent.result()
             self.last.end(answers, time.perf_counter() - started)
+            self._attention.count(attention, answers.outcomes[0].attention)
             return result
 
     @contextmanager
@@ -356,6 +366,7 @@ class Pool:
                 times=last.times,
                 failed=last.failed,
                 plan_reason=self._preparation.planner.reason,
+                attention=self._attention.count_now,
             )
 
     def probe(self, poll: Poll | None = None) -> tuple[DeviceProfile, ...]:

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from ...wanvideo.base.attention_choice import AttentionChoice
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.user_error import UserError
 from ...wanvideo.checkpoint.weight_source import model_config
 from ..parallel.model_division import most_held
-from ..plan.degrees import ParallelPlan
+from ..plan.degrees import ParallelPlan, PlanError
 from ..plan.placement import PlacementError
 from ..planner.planner import Planner, Workload
 from ..protocol.reports import DeviceProfile
-from ..protocol.requests import Probe, Reconfigure
+from ..protocol.requests import Displaced, Probe, Reconfigure
 from ..protocol.specs import ModelSpec, PoolSettings
 from .failures import OutOfMemory
 from .loaded_models import LoadedModels
@@ -60,7 +61,7 @@ class Preparation:
             Bytes for which room must be made before this is called again; None where all is ready.
         """
         self._client.start(self.settings, poll)
-        plan = self.planner.recall(workload, self.settings.plan)
+        plan = self.planner.recall(config_of(workload.spec), workload, self.settings.plan)
         if plan is None:
             if (room := self._room_for(workload.spec, made)) is not None:  # before it is counted
                 return room
@@ -108,7 +109,7 @@ class Preparation:
         log.info("Loading %s on %d workers.", spec.name, self.settings.plan.num_gpus)
         self._models.unload_unused(poll)
         try:
-            self._models.load(spec, workload.tokens, poll)
+            self._models.load(spec, workload.tokens, poll, workload.sparse_cost is not None)
         except PlacementError as error:
             raise PlacementError(f"{error}{self._ways_out(workload, poll)}") from None
         log.info("%s is loaded after %.1f s.", spec.name, time.perf_counter() - started)
@@ -119,6 +120,35 @@ class Preparation:
             return self.planner.ways_out(config_of(workload.spec), workload, self.probe(poll))
         except OutOfMemory:
             return ""
+
+
+def workload_of(
+    spec: ModelSpec, tokens: int, items: int, attention: AttentionChoice, displaced: Displaced | None = None
+) -> Workload:
+    """The kind of forward for which a plan is chosen.
+
+    All forwards of a run are taken for sparse whose sequence is long enough, so that the plan is the same in its dense
+    steps, and a refusal comes with the first one.
+
+    Args:
+        tokens: of a batch item; 0 is not known yet.
+
+    Raises:
+        SparseError: the settings of sparse attention do not fit the model.
+        PlanError: the forward takes part in an approximate strategy, which knows no sparse attention.
+    """
+    sparse = attention.sparse
+    if sparse is None:
+        return Workload(spec, tokens, items, kernel=attention.kernel)
+    layers = config_of(spec).num_layers
+    sparse.validate(layers)
+    if displaced is not None:
+        raise PlanError(
+            f"Sparse attention needs the keys of all tokens, which the strategy {displaced.strategy} does not have. "
+            "Use a loader or a config without it, or remove the sparse attention node."
+        )
+    short = tokens and tokens < sparse.min_tokens
+    return Workload(spec, tokens, items, None if short else sparse.cost(layers), attention.kernel)
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from ...wanvideo.attention.kernels import AttentionKernel
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.model.layers import SelfAttention
 from ...wanvideo.model.model import WanModel
@@ -29,7 +30,8 @@ class ExactStep(Step):
         """This rank's shard of the tokens, in one pass."""
         given = self.inputs
         start, stop = given.group.shard(given.grid.tokens)
-        attend = exact_attention(self.parallel, given.group, given.model, given.grid, items.stop - items.start)
+        batch = items.stop - items.start
+        attend = exact_attention(self.parallel, given.group, given.model, given.grid, batch, given.self_kernel)
         return [WorkItem(items, slice(start, stop), stop - start, attend)]
 
 
@@ -42,16 +44,24 @@ class Exact(Strategy, name=EXACT):
 
 
 def exact_attention(
-    parallel: ParallelGroups, group: SequenceGroup, model: WanModel, grid: Grid, batch: int
+    parallel: ParallelGroups,
+    group: SequenceGroup,
+    model: WanModel,
+    grid: Grid,
+    batch: int,
+    kernel: AttentionKernel | None = None,
 ) -> SelfAttention:
     """Exact self-attention of this rank's tokens to those of all ranks of `group`, for `batch` items at a time.
 
     A collective call of the group.
 
+    Args:
+        kernel: of self-attention; None is the model's own.
+
     Raises:
         BackendError: xfuser is to do it, and cannot share this sequence.
     """
-    kernel, heads, degrees = model.self_kernel, parallel.heads(model), group.degrees
+    kernel, heads, degrees = kernel or model.self_kernel, parallel.heads(model), group.degrees
     if degrees.ranks == 1:
         return kernel
     if degrees in parallel.xfuser_groups:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
+from ...wanvideo.base.attention_choice import sparse_bytes
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.weight_source import WEIGHT_DTYPES, storage_bytes_of
 from ..plan.degrees import ParallelPlan, PlanError, divisors
@@ -57,3 +59,36 @@ def parts_of(config: WanConfig, plan: ParallelPlan, sizes: Mapping[str, int]) ->
         for name, size in sizes.items()
     }
     return [{name: n for name, n in parts.items() if stage.holds(name, config)} for stage in stages]
+
+
+def sparse_bytes_on_rank(config: WanConfig, plan: ParallelPlan, tokens: int) -> int:
+    """Bytes that sparse attention to the `tokens` tokens of one video takes on the rank with most heads."""
+    heads = math.ceil(config.num_heads / (plan.tensor_parallel * plan.sequence_ranks))
+    return sparse_bytes(tokens, heads)
+
+
+def without_ring(plan: ParallelPlan, num_heads: int, what: str) -> ParallelPlan:
+    """The plan for attention that needs all keys of a head on one GPU.
+
+    This plan where it has no ring, else one without a ring, if the degrees are left open.
+
+    Args:
+        what: needs them, in words that begin a sentence.
+
+    Raises:
+        PlanError: the degrees that are set leave a ring.
+    """
+    sizes = {plan.sequence_ranks, plan.sequence_ranks * plan.data_parallel}
+    if all(plan.sequence_degrees(num_heads, ranks).ring == 1 for ranks in sizes):
+        return plan
+    if plan.ring_degree > 1 or plan.ulysses_degree not in (0, plan.sequence_ranks):
+        raise PlanError(
+            f"{what} needs all keys of a head on one GPU, and the plan has a ring ({plan.describe(num_heads)}). "
+            "Set ulysses_degree and ring_degree to 0, or do without it."
+        )
+    if num_heads // plan.tensor_parallel < max(sizes):
+        raise PlanError(
+            f"{what} needs all keys of a head on one GPU, and {num_heads // plan.tensor_parallel} heads are too few "
+            f"for {max(sizes)} GPUs. Use fewer GPUs, or do without it."
+        )
+    return replace(plan, ring_degree=1)

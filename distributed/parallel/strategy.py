@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...wanvideo.attention.kernels import AttentionKernel
 from ...wanvideo.base.conditioning import Conditioning
 from ...wanvideo.base.grid import Grid, Part
 from ...wanvideo.model.layers import SelfAttention
@@ -63,6 +64,7 @@ class StepInputs:
         group: the ranks that share the tokens.
         batches: the batch items of this rank, in slices that go through the model one after the other.
         asked: the part that the forward takes in an approximate run; None where it belongs to none.
+        kernel: the kernel of self-attention; None is the model's own.
     """
 
     model: WanModel
@@ -71,6 +73,12 @@ class StepInputs:
     group: SequenceGroup
     batches: Sequence[slice]
     asked: Displaced | None = None
+    kernel: AttentionKernel | None = None
+
+    @property
+    def self_kernel(self) -> AttentionKernel:
+        """The kernel of self-attention."""
+        return self.kernel or self.model.self_kernel
 
 
 class Step(ABC):

@@ -230,6 +230,8 @@ class ParallelPlan:
             if not asked_for or (self.ulysses_degree in (0, ulysses) and self.ring_degree in (0, ranks // ulysses))
         ]
         possible = [degrees for degrees in candidates if degrees.ulysses <= num_heads]
+        if self.ring_degree == 1:  # who wants no ring wants none in larger groups either
+            possible = [degrees for degrees in possible if degrees.ring == 1] or possible
         if not possible:
             raise PlanError(
                 f"{num_heads} heads cannot be shared by ulysses_degree {self.ulysses_degree}. "

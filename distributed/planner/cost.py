@@ -50,6 +50,7 @@ class Work:
         itemsize: bytes of the compute dtype.
         max_batch: items that go through the model at once.
         overlap: see `PoolSettings`.
+        self_attention: time of self-attention relative to dense attention, which sparse attention makes shorter.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Work:
     itemsize: int = 2
     max_batch: int = 1
     overlap: bool = True
+    self_attention: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def _block_compute(
     tensor, pace = plan.tensor_parallel, plan.token_cost(work.tokens, degrees.ranks)
     products, attention = block_flops(config, work.tokens, degrees.ranks, tensor)
     products *= pace
+    among_tokens = 4 * work.tokens * work.tokens * config.dim / degrees.ranks / tensor
+    attention -= (1 - work.self_attention) * among_tokens
     attention *= plan.attention_cost(degrees, config.num_heads // tensor)
     moved = _MEMORY_BYTES + _SIDE_ATTENTION_BYTES * config.side_attention.share
     moved *= math.ceil(work.tokens / degrees.ranks) * config.dim * pace

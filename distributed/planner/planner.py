@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from ...wanvideo.attention.kernels import WITHOUT_LSE
 from ...wanvideo.base.config import WanConfig
-from ..parallel.model_division import check_plan
+from ..parallel.model_division import check_plan, without_ring
 from ..plan.degrees import ParallelPlan, PlanError
 from ..protocol.machine import Machine
 from ..protocol.reports import DeviceProfile
@@ -21,12 +22,29 @@ _SPEED_STEP = 5  # percent
 
 @dataclass(frozen=True)
 class Workload:
-    """A kind of forward for which a plan is chosen: model, tokens of an item (0: 81 frames at 480p), and batch
-    items."""
+    """A kind of forward for which a plan is chosen.
+
+    Args:
+        tokens: of an item; 0 is 81 frames at 480p.
+        items: batch items.
+        sparse_cost: time of sparse self-attention, relative to dense attention (see `SparseSettings.cost`); None where
+            self-attention is dense.
+        kernel: the kernel of dense attention; "" is that of `spec`.
+    """
 
     spec: ModelSpec
     tokens: int
     items: int
+    sparse_cost: float | None = None
+    kernel: str = ""
+
+    @property
+    def ringless(self) -> str:
+        """What needs a plan without a ring, in words that begin a sentence; "" where nothing does."""
+        if self.sparse_cost is not None:
+            return "Sparse attention"
+        name = self.kernel or self.spec.attention
+        return f"The attention kernel {name}" if name in WITHOUT_LSE else ""
 
 
 class Planner:
@@ -58,12 +76,22 @@ class Planner:
         Raises:
             PlanError: it cannot. The text says why, and which sizes are nearest.
         """
+        if workload.sparse_cost is not None and self.settings.pipeline_mode == "pipefusion":
+            raise PlanError(
+                "PipeFusion keeps the keys of stale patches, which sparse attention cannot take. "
+                "Set pipeline_mode to exact, or remove the sparse attention node."
+            )
         if not self.settings.auto:
-            check_plan(config, workload.spec, self.settings)
+            check_plan(config, workload.spec, replace(self.settings, plan=self._as_set(config, workload)))
         else:
             possible(self._request(config, workload))
 
-    def recall(self, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
+    def _as_set(self, config: WanConfig, workload: Workload) -> ParallelPlan:
+        """The plan of a pool whose sizes are all set."""
+        plan = self.settings.plan
+        return without_ring(plan, config.num_heads, workload.ringless) if workload.ringless else plan
+
+    def recall(self, config: WanConfig, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
         """The plan for forwards of this workload, if a plan was chosen before and changing to it moves no weights.
 
         So kinds of forwards that alternate, such as steps with more and with fewer items, have a plan each.
@@ -71,7 +99,7 @@ class Planner:
         if not self._speeds_known:
             return None
         if not self.settings.auto:
-            return current
+            return self._as_set(config, workload)
         plan = self._chosen.get(workload)
         return plan if plan is not None and plan.holds_as(current) else None
 
@@ -97,7 +125,7 @@ class Planner:
             plan, self._speeds_known = replace(self.settings.plan, speeds=speeds_of(profiles)), True
             self.settings = replace(self.settings, plan=plan)
         if not self.settings.auto:
-            return self.settings.plan
+            return self._as_set(config, workload)
         request, machine = self._request(config, workload), slowest(profiles)
         choices = choose(request, machine, room_of(profiles))
         taken = better(choices, current, loaded)
@@ -111,7 +139,8 @@ class Planner:
         return nearest_text(self._request(config, workload), slowest(profiles), room_of(profiles))
 
     def _request(self, config: WanConfig, workload: Workload) -> PlanRequest:
-        return PlanRequest(self.settings.plan, self.settings, config, workload.spec, workload.tokens, workload.items)
+        given = workload.spec, workload.tokens, workload.items, workload.sparse_cost, workload.ringless
+        return PlanRequest(self.settings.plan, self.settings, config, *given)
 
 
 def resolved(settings: PoolSettings) -> PoolSettings:

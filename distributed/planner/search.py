@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, storage_bytes_of
-from ..parallel.model_division import check_plan, parts_of
+from ..parallel.model_division import check_plan, parts_of, sparse_bytes_on_rank, without_ring
 from ..plan.degrees import ParallelPlan, PlanError
 from ..plan.placement import (
     REFERENCE_TOKENS,
@@ -72,6 +72,7 @@ class PlanRequest:
         asked: sizes that the user has set. Sizes left at 1, and degrees left at 0, are free where `settings.auto` is
             on.
         settings: of the pool; `settings.plan` does not count.
+        sparse_cost, ringless: as in `Workload`.
     """
 
     asked: ParallelPlan
@@ -80,6 +81,8 @@ class PlanRequest:
     spec: ModelSpec
     tokens: int
     items: int
+    sparse_cost: float | None = None
+    ringless: str = ""
 
     @property
     def work(self) -> Work:
@@ -90,6 +93,7 @@ class PlanRequest:
             DTYPES[self.spec.compute_dtype].itemsize,
             self.spec.max_batch,
             self.settings.overlap,
+            1.0 if self.sparse_cost is None else self.sparse_cost,
         )
 
     def free(self) -> PlanRequest:
@@ -106,6 +110,8 @@ def possible(request: PlanRequest) -> list[ParallelPlan]:
     plans, refusals = [], []
     for plan in request.asked.completions() if request.settings.auto else [request.asked]:
         try:
+            if request.ringless:
+                plan = without_ring(plan, request.config.num_heads, request.ringless)
             check_plan(request.config, request.spec, replace(request.settings, plan=plan))
         except PlanError as error:
             refusals.append(error)
@@ -194,7 +200,10 @@ def placed(request: PlanRequest, plan: ParallelPlan, room: Room) -> tuple[Demand
     for ranks in plan.replicas():
         own = [plan.tokens_of(rank, work.tokens) for rank in ranks]
         size = work.itemsize, spec.slice_tokens
-        activations = [activation_bytes(request.config, tokens, spec.max_batch, *size) for tokens in own]
+        more = 0
+        if request.sparse_cost is not None:
+            more = spec.max_batch * sparse_bytes_on_rank(request.config, plan, work.tokens)
+        activations = [activation_bytes(request.config, tokens, spec.max_batch, *size) + more for tokens in own]
         demand = demand_of(parts[plan.mesh.coords(ranks[0]).stage], request.config, max(activations), unit)
         there = room_beside([room.devices[rank] for rank in ranks], activations)
         on_host = room.host * len(ranks) // plan.num_gpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .pool_errors import Failure
-from .reports import DeviceProfile, Exchange, HeldWeights, WaitTimes, WorkerStatus
+from .reports import AttentionUse, DeviceProfile, Exchange, HeldWeights, WaitTimes, WorkerStatus
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class ForwardDone:
     Args:
         waits: where the device stood still meanwhile.
         exchange: what was exchanged with the other patches; None in an exact forward.
+        attention: how self-attention was computed; None where the request asked for the model's own.
     """
 
     waits: tuple[WaitTimes, ...]
     exchange: Exchange | None = None
+    attention: AttentionUse | None = None
 
 
 @dataclass(frozen=True)

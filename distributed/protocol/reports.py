@@ -121,6 +121,24 @@ class DeviceProfile:
 
 
 @dataclass(frozen=True)
+class AttentionUse:
+    """The self-attention of one forward whose attention was asked for beyond what its model has.
+
+    Args:
+        dense: the kernel of dense attention.
+        sparse_blocks: how many blocks of the model were sparse, of `blocks`.
+        chosen: what sparse attention computes exactly, in words; "" where none was asked for.
+        why_dense: why all blocks were dense although sparse attention was asked for, in words.
+    """
+
+    dense: str
+    sparse_blocks: int
+    blocks: int
+    chosen: str = ""
+    why_dense: str = ""
+
+
+@dataclass(frozen=True)
 class Exchange:
     """What a forward on stale keys and values exchanged with the other patches.
 

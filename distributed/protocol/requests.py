@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+from ...wanvideo.base.attention_choice import PLAIN_ATTENTION, AttentionChoice
 from ..plan.degrees import ParallelPlan, PatchSplit
 from .refs import ArenaRef, ConditioningRef, LoraRef, TensorRef
 from .replies import Done, ForwardDone
@@ -33,12 +34,14 @@ class Request(Generic[OutcomeT]):
 
 @dataclass(frozen=True)
 class Load(Request[Done]):
-    """Read a model. `tokens` is the length of the first video, beside which its weights must fit; 0 is unknown."""
+    """Read a model. `tokens` is the length of the first video, beside which its weights must fit; 0 is unknown.
+    `sparse` says that its self-attention is sparse, which takes more memory."""
 
     collective = True
 
     spec: ModelSpec
     tokens: int = 0
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Forward(Request[ForwardDone]):
     out: TensorRef
     displaced: Displaced | None = None
     conditioning: ConditioningRef | None = None
+    attention: AttentionChoice = PLAIN_ATTENTION
 
     @property
     def strategy(self) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, WeightSource, storage_bytes
+from ..parallel.model_division import sparse_bytes_on_rank
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..plan.degrees import ParallelPlan
@@ -26,11 +28,24 @@ from ..protocol.specs import ModelSpec
 from .device_memory import rounding_unit
 
 
+@dataclass(frozen=True)
+class Video:
+    """The video beside which the weights of a model must fit.
+
+    Args:
+        tokens: of the whole video; 0 is 81 frames at 480p.
+        sparse: whether its self-attention is sparse.
+    """
+
+    tokens: int = 0
+    sparse: bool = False
+
+
 def place_model(
     source: WeightSource,
     spec: ModelSpec,
     plan: ParallelPlan,
-    tokens: int,
+    video: Video,
     rooms: Sequence[int],
     host_room: int,
     device: torch.device,
@@ -40,7 +55,7 @@ def place_model(
     Every rank computes the placement of all parts, so that all ranks refuse alike, and know which ranks share blocks.
 
     Args:
-        tokens: of the whole video; 0 is 81 frames at 480p.
+        video: beside which the weights must fit.
         rooms: bytes that each rank's device has for the model, by rank.
         host_room: bytes of host memory that all ranks together may take.
         device: the device of one rank, for the kind of device.
@@ -51,7 +66,7 @@ def place_model(
     placed = {}
     for ranks in plan.replicas():
         sizes = sizes_on_rank(source, spec, plan, ranks[0])
-        activations = {rank: activations_on_rank(spec, source.config, plan, tokens, rank) for rank in ranks}
+        activations = {rank: activations_on_rank(spec, source.config, plan, video, rank) for rank in ranks}
         demand = demand_of(sizes, source.config, max(activations.values()), rounding_unit(device))
         there = room_beside([rooms[rank] for rank in ranks], list(activations.values()))
         on_host = host_room * len(ranks) // plan.num_gpus
@@ -73,10 +88,12 @@ def sizes_on_rank(source: WeightSource, spec: ModelSpec, plan: ParallelPlan, ran
     }
 
 
-def activations_on_rank(spec: ModelSpec, config: WanConfig, plan: ParallelPlan, tokens: int, rank: int) -> int:
-    """Expected bytes of a rank's activations for a video of `tokens` tokens; 0 is 81 frames at 480p."""
-    share = plan.tokens_of(rank, tokens or REFERENCE_TOKENS)
-    return activation_bytes(config, share, spec.max_batch, DTYPES[spec.compute_dtype].itemsize, spec.slice_tokens)
+def activations_on_rank(spec: ModelSpec, config: WanConfig, plan: ParallelPlan, video: Video, rank: int) -> int:
+    """Expected bytes of a rank's activations for a video."""
+    tokens = video.tokens or REFERENCE_TOKENS
+    share, itemsize = plan.tokens_of(rank, tokens), DTYPES[spec.compute_dtype].itemsize
+    own = activation_bytes(config, share, spec.max_batch, itemsize, spec.slice_tokens)
+    return own + (spec.max_batch * sparse_bytes_on_rank(config, plan, tokens) if video.sparse else 0)
 
 
 def resident_blocks(spec: ModelSpec, demand: Demand, placement: Placement, room: int) -> int:

@@ -35,7 +35,7 @@ from .block_store import BlockStore
 from .device_memory import release_cache
 from .loaded import LoadedModel, ModelMemory
 from .lora_merge import LoraMerge
-from .model_placement import activations_on_rank, place_model, resident_blocks, sizes_on_rank
+from .model_placement import Video, activations_on_rank, place_model, resident_blocks, sizes_on_rank
 from .offload import BlockOffloader
 from .prefetch import BlockPrefetcher
 from .weight_reader import WeightReader
@@ -64,13 +64,14 @@ class Models:
         self.share_groups: dict[int, ShareGroup] = {1: ShareGroup()}
         self.peak_private = 0
 
-    def load(self, spec: ModelSpec, tokens: int, join: Callable[[int], None]) -> None:
+    def load(self, spec: ModelSpec, tokens: int, join: Callable[[int], None], sparse: bool = False) -> None:
         """Load this rank's part of a model to where its weights fit, unless all ranks have loaded the model.
         Collective.
 
         Args:
             tokens: length of the first video, beside which the weights must fit; 0 is 81 frames at 480p.
             join: makes the process groups for a number of heads; a collective call.
+            sparse: whether self-attention will be sparse, which takes more memory.
 
         Raises:
             CheckpointError, AttentionError, PlanError: the model cannot run like this, or its file has changed.
@@ -79,15 +80,15 @@ class Models:
         rooms, host = self._agree_on_rooms(spec)
         if not rooms:
             return
-        with self._all_or_none():  # GPUs may be unlike
+        with self.all_or_none():  # GPUs may be unlike
             source, model = self._empty_model(spec)
         join(source.config.num_heads)
-        demand, placement = self._place(source, spec, tokens, rooms, host)
+        demand, placement = self._place(source, spec, Video(tokens, sparse), rooms, host)
         resident = resident_blocks(spec, demand, placement, rooms[self.rank])
         self._make_room(spec, demand, placement, resident, host)
         release_cache(self.device)
         blocks, reader = self._read(source, spec, model, placement, resident)
-        with self._all_or_none():  # a rank may have read before the file changed, and another rank after
+        with self.all_or_none():  # a rank may have read before the file changed, and another rank after
             source.check_unchanged()
         self.shard.apply(model)
         if self.shard.size == 1 and self.device.type != "meta":  # a norm of shards is collective; meta has no numbers
@@ -214,17 +215,17 @@ class Models:
         return source, model
 
     def _place(
-        self, source: WeightSource, spec: ModelSpec, tokens: int, rooms: Sequence[int], host: int
+        self, source: WeightSource, spec: ModelSpec, video: Video, rooms: Sequence[int], host: int
     ) -> tuple[Demand, Placement]:
         """Demand and placement of this rank's part of a model. Collective: makes the groups of ranks that share
         blocks."""
         plan = self.settings.plan
-        placed = place_model(source, spec, plan, tokens, rooms, host, self.device)
+        placed = place_model(source, spec, plan, video, rooms, host, self.device)
         most = max(placement.share for _, placement in placed.values())
         if most not in self.share_groups:
             self.share_groups[most] = join_share_group(plan.replicas(), self.rank)
         demand, placement = next(mine for ranks, mine in placed.items() if self.rank in ranks)
-        activations = activations_on_rank(spec, source.config, plan, tokens, self.rank)
+        activations = activations_on_rank(spec, source.config, plan, video, self.rank)
         return replace(demand, activations=activations), placement
 
     def _make_room(self, spec: ModelSpec, demand: Demand, placement: Placement, resident: int, host: int) -> None:
@@ -267,7 +268,7 @@ class Models:
         return blocks, reader
 
     @contextmanager
-    def _all_or_none(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """Let all ranks fail if any rank fails within the `with` block: the others would wait for it. Collective.
 
         Raises:

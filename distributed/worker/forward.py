@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +17,11 @@ from ..approximate import strategies as _strategies  # noqa: F401 (registers the
 from ..comm import timing
 from ..parallel.groups import ParallelGroups
 from ..parallel.pipeline import Flow
-from ..parallel.strategy import Step, StepInputs, Strategies, WorkItem
+from ..parallel.strategy import StepInputs, Strategies, WorkItem
 from ..plan.degrees import bounds
 from ..plan.ranks import RankCoords
 from ..protocol.refs import ArenaRef, TensorRef
-from ..protocol.reports import Exchange
+from ..protocol.reports import AttentionUse, Exchange
 from ..protocol.requests import Forward
 from ..protocol.specs import ModelSpec
 from ..shm.arena import ArenaReader
@@ -30,6 +30,7 @@ from ..weights.device_memory import MemoryMeter
 from ..weights.loaded import LoadedModel
 from ..weights.models import Models
 from ..weights.prefetch import BlockPrefetcher
+from .forward_attention import AttentionKernels, ForwardAttention
 
 _BLOCKS_AHEAD = 2
 """How far the host may run ahead of its GPU: else it had passed every cancel check before the first block ran."""
@@ -67,6 +68,7 @@ class ForwardRunner:
         self.rank, self.device = parallel.rank, parallel.device
         self.strategies = Strategies(parallel)
         self._conditioning_arena = ArenaReader()
+        self._kernels = AttentionKernels(models)
         self._kept: tuple[object, dict] = (None, {})  # what the model has computed from the conditioning of that key
 
     @property
@@ -89,15 +91,17 @@ class ForwardRunner:
         """Drop what models have computed from their conditioning."""
         self._kept = (None, {})
 
-    def run(self, request: Forward) -> Exchange | None:
+    def run(self, request: Forward) -> tuple[Exchange | None, AttentionUse | None]:
         """Run this rank's batch items and tokens, and write the result where the client reads it."""
         loaded, strategy = self.models.loaded[request.spec], self.strategies.named(request.strategy)
         model, tensors = loaded.model, self._tensors(request)
         inputs = self._step_inputs(request, loaded, tensors.x)
+        attention = self._attention(request, inputs)
+        inputs = replace(inputs, kernel=attention.self_kernel)
         tokens = patchify(pad_to_patch(tensors.x))
         step = strategy.begin(inputs)
         self.barrier.begin(request.id)
-        self._settle(request.spec, inputs, step, strategy.keeps_texts)
+        self._settle(request.spec, inputs, step.new_bytes + attention.nbytes, strategy.keeps_texts)
         self.memory.begin()
         work = [item for items in inputs.batches for item in step.work(items)]
         flow = self._flow(request.spec, loaded, inputs, work, len(tensors.x))
@@ -114,8 +118,9 @@ class ForwardRunner:
                         tensors.timestep[items],
                         tensors.context[items],
                         item.attend,
-                        flow.before_block,
+                        attention.telling(flow.before_block, model.config.num_layers),
                         inputs.conditioning.items(items),
+                        attention.cross_kernel,
                     )
                 finally:
                     item.finish()
@@ -125,7 +130,7 @@ class ForwardRunner:
                         _write(tensors.out, items, part, result)
         if self.device.type == "cpu":  # where weights may be the pages of the file
             loaded.source.check_unchanged()
-        return step.report()
+        return step.report(), attention.use
 
     def _tensors(self, request: Forward) -> Tensors:
         refs, out = (request.x, request.timestep, request.context), self.arena.view(request.arena, request.out)
@@ -145,12 +150,19 @@ class ForwardRunner:
         grid = sequence_of(x, conditioning.options)
         return StepInputs(model, conditioning, grid, group, batches, request.displaced)
 
-    def _settle(self, spec: ModelSpec, inputs: StepInputs, step: Step, keep_texts: bool) -> None:
-        """Put the weights in place, with room for what the forward takes and will keep."""
+    def _attention(self, request: Forward, inputs: StepInputs) -> ForwardAttention:
+        """The attention that the request asks for."""
+        model, group = inputs.model, inputs.group
+        heads = group.heads(self.parallel.heads(model))[group.ulysses_index]
+        items = max((items.stop - items.start for items in inputs.batches), default=1)
+        return self._kernels.of(request.attention, model, inputs.grid, inputs.conditioning.options, heads, items)
+
+    def _settle(self, spec: ModelSpec, inputs: StepInputs, more: int, keep_texts: bool) -> None:
+        """Put the weights in place, with room for what the forward takes and for `more` bytes."""
         start, stop = inputs.group.shard(inputs.grid.tokens)
         contexts = len(inputs.conditioning.options.vace_strengths)
         with timing.measure_wait(timing.WEIGHTS):
-            self.models.settle(spec, stop - start, step.new_bytes, contexts, keep_texts=keep_texts)
+            self.models.settle(spec, stop - start, more, contexts, keep_texts=keep_texts)
 
     def _batches(self, spec: ModelSpec, batch: int, data: int) -> list[slice]:
         """The batch items of a data-parallel group, as many in each slice as go through the model at once."""

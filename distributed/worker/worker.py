@@ -110,7 +110,7 @@ class Worker:
     def _do(self, request: AnyRequest) -> Outcome:
         match request:
             case Load():
-                self.models.load(request.spec, request.tokens, self.parallel.join)
+                self.models.load(request.spec, request.tokens, self.parallel.join, request.sparse)
             case ApplyLora():
                 self.models.apply_lora(request, self.arena)
             case Forward():
@@ -139,8 +139,8 @@ class Worker:
         """Run a forward, and tell what it exchanged and where its time went."""
         self.memory.last = None
         with timing.measuring(self.device) as recorder:
-            exchange = self.runner.run(request)
-            done = ForwardDone(recorder.waits(), exchange)
+            exchange, attention = self.runner.run(request)
+            done = ForwardDone(recorder.waits(), exchange, attention)
         self.memory.end(*held_bytes(self))
         return done
 

@@ -77,7 +77,7 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     """Refuse code that ComfyUI's own Wan model would run inside the blocks. Skipped blocks are not refused.
 
     Raises:
-        NotOnWorkers: patches of attention or blocks, or an attention override.
+        NotOnWorkers: patches of attention or blocks.
     """
     replaced = {name: blocks for name, blocks in options.get("patches_replace", {}).items() if name != "dit"}
     for name, blocks in sorted(replaced.items()):
@@ -86,12 +86,6 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     for name, patches in sorted(options.get("patches", {}).items()):
         if patches:
             refuse_patch(name, patches)
-    override = options.get("optimized_attention_override")
-    if override is not None:
-        refuse(
-            f"A node overrides the attention function (optimized_attention_override by {origins_of([override])})",
-            "Remove that node and choose attention_mode in XDit+USP WanVideo Model Loader.",
-        )
 
 
 def refuse_patch(name: str, patches: Iterable[object]) -> NoReturn:

@@ -24,7 +24,7 @@ _LARGEST = 10**6
 """Shares beyond this number are rounded as fractions are, to parts of a thousand of the largest."""
 _MOST_UNLIKE = 1000
 """The largest ratio of two shares: a video has some ten thousand tokens to share out."""
-ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn")
+ATTENTION_MODES = ("auto", *TORCH_KERNELS, *FLASH_KERNELS, "sageattn", "comfy_kitchen_int8")
 
 
 class SettingsError(UserError, ValueError):

@@ -17,8 +17,8 @@ from comfy_execution.utils import get_executing_context
 from ...distributed.client.displaced_runs import DisplacedRuns
 from ...distributed.weights.lora_transfer import LoraSet
 from . import infinitetalk_patch
+from .loras.weight_patches import check_fit, for_workers, refuse_foreign, widened_channels
 from .shared_device import EVERYTHING, SharedDevice
-from .weight_patches import check_fit, for_workers, refuse_foreign, widened_channels
 from .weightless_patcher import WeightlessPatcher
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class RemoteModelPatcher(WeightlessPatcher):
         """Begin to sample: hand the patches over, and begin a new run."""
         self._hand_over_patches()
         self.model.warned = ""
+        self.remote.percent_to_sigma = self.get_model_object("model_sampling").percent_to_sigma
         if self.remote.runs is not None:
             self.remote.runs.begin()
         super().pre_run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from ...distributed.client.sampling_runs import SampledForward, SamplingRuns
 from ...distributed.protocol.requests import Displaced
 from ...distributed.protocol.specs import ModelSpec
 from ...distributed.weights.lora_transfer import LoraSet
+from ...wanvideo.base.attention_choice import AttentionChoice
 from ...wanvideo.base.conditioning import Conditioning, check, extended
 from ...wanvideo.base.config import WanConfig
 from ...wanvideo.base.grid import sequence_of
@@ -38,6 +39,7 @@ from ..common.file_notes import tell_ignored
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText
 from . import infinitetalk_patch
+from .attention_override import attention_choice, refuse_attention
 from .conditioning_inputs import from_comfyui
 from .model_patcher import RemoteModelPatcher
 from .nonfinite import explain, refuse_explained
@@ -95,6 +97,7 @@ def build_model(header: Header, spec: ModelSpec, pool: Pool, runs: SamplingRuns 
         runs = PipeFusionRuns(header.config, spec, pool, header)
     sizes = _native_sizes(model_config.unet_config, header.config)
     model.diffusion_model = RemoteWan(header, spec, pool, tensors, sizes, runs)
+    model.diffusion_model.percent_to_sigma = model.model_sampling.percent_to_sigma
     kind: type = type(model)
     model.__class__ = weightless(kind)
     return RemoteModelPatcher(
@@ -109,8 +112,9 @@ class RemoteWan(RemotePart):
     """Stands in for ComfyUI's WanModel: its sizes, and a forward that asks the pool. Its modules are `RemotePart`s.
 
     `loras` are the LoRAs of the loaded MODEL, which the workers get with the next forward. `runs` are the MODEL's
-    sampling runs; None where every forward is exact. `header` and `spec` describe the model as the workers have it,
-    with InfiniteTalk's layers once a forward has needed these layers. `sizes` are the plain attributes of WanModel.
+    sampling runs; None where every forward is exact. `percent_to_sigma` is that of the sampling of the MODEL that is
+    sampled. `header` and `spec` describe the model as the workers have it, with InfiniteTalk's layers once a forward
+    has needed these layers. `sizes` are the plain attributes of WanModel.
     """
 
     dtype = torch.float32
@@ -130,6 +134,7 @@ class RemoteWan(RemotePart):
         self.eval()
         self.header, self.spec, self.pool, self.runs, self._plain = header, spec, pool, runs, spec
         self.loras: LoraSet | None = None
+        self.percent_to_sigma: Callable[[float], float] = float
         _pools.add(pool)
         self._let_go = self._keep(spec)
 
@@ -263,6 +268,8 @@ class RemoteWan(RemotePart):
     ) -> torch.Tensor:
         refuse_explained(x, self.spec, self.loras)
         check(self.header.config, x, conditioning)  # before any worker starts; the pool checks again
+        attention = attention_choice(options, self.percent_to_sigma)
+        refuse_attention(attention, self.spec, exact=self.runs is None)
         whole, rest = extended(x, conditioning)  # as the workers will divide it
         forward = sampled_forward(
             options,
@@ -272,7 +279,7 @@ class RemoteWan(RemotePart):
         )
         if self.runs is not None:
             self.runs.check(tuple(whole.shape), forward)
-        self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole))
+        self._ensure_ready(sequence_of(whole, rest.options).tokens, len(whole), attention)
         with self._step(whole, timestep, forward) as displaced:
             result = self.pool.forward(
                 self.spec,
@@ -284,13 +291,14 @@ class RemoteWan(RemotePart):
                 make_room=self._make_room,
                 displaced=displaced,
                 conditioning=conditioning,
+                attention=attention,
             )
         inputs = {"latent": x, "timestep": timestep, "text": context}
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         explain(result, inputs, conditioning, self.spec, self.loras, poll)
         return result
 
-    def _ensure_ready(self, tokens: int, items: int) -> None:
+    def _ensure_ready(self, tokens: int, items: int, attention: AttentionChoice) -> None:
         """Start the workers and load the model, while a text under the running node says so."""
         with LoadingText(self.spec, self.pool) as text:
 
@@ -298,7 +306,7 @@ class RemoteWan(RemotePart):
                 text.show()
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
-            self.pool.ensure_ready(self.spec, poll, self._make_room, tokens=tokens, items=items)
+            self.pool.ensure_ready(self.spec, poll, self._make_room, tokens=tokens, items=items, attention=attention)
 
     def _step(
         self, x: torch.Tensor, timestep: torch.Tensor, forward: SampledForward

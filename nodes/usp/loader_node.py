@@ -22,8 +22,8 @@ from ..common.model_files import listed_lora, model_path
 from ..common.settings import WEIGHT_PRECISIONS, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
 from ..common.validation import check_file, checks_inputs, file_fingerprint
-from ..model.lora_file import read_lora
-from ..model.lora_names import with_native_names
+from ..model.loras.lora_file import read_lora
+from ..model.loras.lora_names import with_native_names
 from ..model.model_patcher import RemoteModelPatcher
 from ..model.remote_model import build_model
 from .vace_select import VACEPATH, module_path
@@ -55,8 +55,9 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
                 *_model(),
                 XDITUSPCONFIG.Input("xdit_usp_config", tooltip="From XDit+USP Config."),
                 shared_inputs.attention_mode(
-                    "auto: the fastest exact kernel that is installed. sageattn quantises its inputs: "
-                    "faster, and not exact. XDit+USP Status says which one runs."
+                    "auto: the fastest exact kernel that is installed. sageattn and comfy_kitchen_int8 are lossy: they "
+                    "quantise their inputs; comfy_kitchen_int8 is for GPUs without FlashAttention-3 (sm_75 to sm_89, "
+                    "sm_120). XDit+USP Status says which one runs."
                 ),
                 *_additions(),
                 _fp8_mode(),

@@ -17,7 +17,7 @@ from ..common.settings import place_of
 from ..common.sockets import CATEGORY
 from ..common.validation import checks_inputs, new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
-from .status_figures import draw_status, forward_line, shares_lines, worker_lines
+from .status_figures import attention_lines, draw_status, forward_line, shares_lines, worker_lines
 
 
 class XDitUSPStatus(io.ComfyNode):
@@ -86,6 +86,7 @@ def report(status: PoolStatus, spec: ModelSpec, weights: str) -> str:
         f"{len(status.workers)} workers are ready on {device}, data parallel {plan.data_parallel}",
         f"sizes: {f'chosen: {status.plan_reason}' if status.plan_reason else 'as set'}",
         forward_line(status),
+        *attention_lines(status),
         *shares_lines(status),
         *(line for index in range(len(status.workers[0].models)) for line in _model_lines(status, index)),
         *(line for worker in status.workers for line in (_worker(status, worker), *worker_lines(status, worker))),

@@ -37,6 +37,23 @@ def forward_line(status: PoolStatus) -> str:
     )
 
 
+def attention_lines(status: PoolStatus) -> Iterator[str]:
+    """Say how the last forwards computed self-attention, where a node asked for more than the model's own kernel."""
+    count = status.attention
+    if count is None:
+        return
+    use, forwards = count.last, count.sparse + count.dense
+    if not use.chosen:
+        yield f"attention: {use.dense}, as a node behind the loader asks"
+        return
+    blocks = f"in {use.sparse_blocks} of {use.blocks} blocks" if use.sparse_blocks else "dense"
+    why = f" ({use.why_dense})" if use.why_dense else ""
+    yield (
+        f"self-attention (lossy): sparse with {use.chosen}; in the last forward {blocks}{why}, dense by {use.dense}; "
+        f"{count.sparse} of the last {forwards} forwards sparse"
+    )
+
+
 def shares_lines(status: PoolStatus) -> Iterator[str]:
     """Say how unlike GPUs share a video, and which shares are better if some GPUs computed for much longer."""
     plan = status.settings.plan

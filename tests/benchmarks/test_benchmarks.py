@@ -13,6 +13,7 @@ import pytest
 import testkit
 from wan_parallel.distributed.client.pool import running
 from wan_parallel.tools.tiny_wan.judging import T2V_FILE, VAE_FILE
+from wan_parallel.wanvideo.attention import kitchen
 
 FOLDER = testkit.ROOT / "benchmarks"
 
@@ -70,6 +71,15 @@ def test_dit_step(run, toy, tmp_path):
     for row in rows:
         assert row["finite"] and not row["lossy"] and row["ulysses"] == 2 and row["s"] > 0 and row["first_s"] > 0
         assert 0 < row["hop_s"] < row["s"] and "shares" not in row and "busy" not in row
+
+
+@pytest.mark.skipif(kitchen.refusal("") is not None, reason="comfy-kitchen is not installed")
+def test_sparse_steps(run, toy):
+    rows = run(
+        "dit_step", *toy, "--res", "2x16x16", "--gpus", 2, "--iters", 1, "--sparse", "dense", "keep=0.1,extra=64"
+    )
+    assert [row.get("sparse") for row in rows] == [None, "keep=0.1,extra=64"]
+    assert [row["lossy"] for row in rows] == [False, True] and all(row["finite"] for row in rows)
 
 
 def test_busy(run, toy):

@@ -27,7 +27,7 @@ class Script(Planner):
 
     plan: ParallelPlan
 
-    def recall(self, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
+    def recall(self, config: WanConfig, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
         return current if current == self.plan else None
 
     def choose(self, *_asked: object) -> ParallelPlan:

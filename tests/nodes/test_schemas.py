@@ -33,6 +33,9 @@ INPUTS = {  # what is new goes to the end of its node
     "WanVideoParallelVAEDecode": "samples vae precision workers",
     "WanVideoParallelVAEEncode": "pixels vae precision workers",
     "XDitUSPVACEModuleSelect": "vace_model",
+    "XDitUSPSparseAttention": (
+        "model method tau keep_percent start_percent end_percent dense_blocks min_tokens extra_tokens"
+    ),
 }
 REPORT = """
 import asyncio, json

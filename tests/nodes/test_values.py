@@ -11,7 +11,7 @@ import testkit
 
 def test_every_input_of_every_node_refuses_in_words_or_allows():
     folder = testkit.ROOT / "tests" / "support"
-    command = [sys.executable, "-m", "testkit.hostile_values"]
+    command = [sys.executable, "-m", "testkit.hostile.hostile_values"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     inputs, values = map(int, re.fullmatch(r"(\d+) inputs, (\d+) values\n", run.stdout).groups())

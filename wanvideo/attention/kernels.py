@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..base.packages import has_module
 from ..base.user_error import UserError
-from . import flash3, fp8_attention
+from . import flash3, fp8_attention, kitchen
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +262,20 @@ def _load_sageattn() -> Forward:
     return forward
 
 
+def _load_comfy_kitchen_int8() -> Forward:
+    package = importlib.import_module("comfy_kitchen")
+    func = package.int8_attention
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+        return func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2), None
+
+    return forward
+
+
+def _never() -> bool:
+    return False
+
+
 def _sageattn_has_lse() -> bool:
     """Whether SageAttention returns a log-sum-exp: version 1 ignores `return_lse` in its **kwargs."""
     return "return_lse" in inspect.signature(importlib.import_module("sageattention").sageattn).parameters
@@ -288,7 +302,8 @@ def _always() -> bool:
 
 @dataclass(frozen=True)
 class _Source:
-    """The package and the abilities of a kernel. `capabilities` are CUDA major versions; empty stands for all."""
+    """The package and the abilities of a kernel. `capabilities` are CUDA major versions; empty stands for all. `minors`
+    are major and minor versions beside these."""
 
     name: str
     load: Callable[[], Forward]
@@ -297,6 +312,7 @@ class _Source:
     install: str = ""
     device_types: frozenset[str] = frozenset({"cuda"})
     capabilities: frozenset[int] = frozenset()
+    minors: frozenset[tuple[int, int]] = frozenset()
     has_lse: Callable[[], bool] = _always
     lossy: bool = False
     bound: float = 5e-2
@@ -318,7 +334,7 @@ class _Source:
             )
         if device.type == "cuda" and self.capabilities:
             major, minor = torch.cuda.get_device_capability(device)
-            if major not in self.capabilities:
+            if major not in self.capabilities and (major, minor) not in self.minors:
                 return (
                     f"The attention kernel {self.name} does not run on sm_{major}{minor}, which "
                     f"{_spell_device(device)} is. Use the attention kernel auto, which picks one that does."
@@ -376,10 +392,22 @@ _SOURCES: dict[str, _Source] = {
             has_lse=_sageattn_has_lse,
             lossy=True,
         ),
+        _Source(
+            "comfy_kitchen_int8",
+            load=_load_comfy_kitchen_int8,
+            installed=lambda: kitchen.refusal("") is None,
+            install=kitchen.INSTALL,
+            capabilities=frozenset({8, 9, 10, 12}),
+            minors=frozenset({(7, 5)}),
+            has_lse=_never,
+            lossy=True,
+        ),
     )
 }
 
 KERNEL_NAMES = ("auto", *_SOURCES)
+WITHOUT_LSE = frozenset({"comfy_kitchen_int8"})
+"""Kernels that never give a log-sum-exp."""
 
 # Self-attention of fp8_mode, by device type; chosen there alone. e4m3 rounds each number by 2.6 % on average: queries,
 # keys, exponentials and values together move the output of normal numbers by about 5 %.

@@ -130,7 +130,11 @@ def extended(x: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor,
         frames.append(conditioning.extra_frames.to(x))
     if len(frames) == 1:
         return x, conditioning
-    options = dataclasses.replace(conditioning.options, reference_frames=0 if reference is None else reference.shape[2])
+    options = dataclasses.replace(
+        conditioning.options,
+        reference_frames=0 if reference is None else reference.shape[2],
+        extra_frames=0 if conditioning.extra_frames is None else conditioning.extra_frames.shape[2],
+    )
     return torch.cat(frames, dim=2), conditioning.having(options, reference=None, extra_frames=None)
 
 

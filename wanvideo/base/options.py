@@ -55,6 +55,7 @@ class Options:
 
     Args:
         reference_frames: frames in front of the latent that are embedded as a reference (see `extended`).
+        extra_frames: frames behind the latent that are not of the video (see `extended`).
         vace_strengths: the strength of each VACE control video.
         skip_blocks: indices of transformer blocks to leave out.
         rope: positions of the tokens.
@@ -72,6 +73,7 @@ class Options:
     context_grids: tuple[ContextGrid, ...] = ()
     fps: float = 0.0
     audio_scale: float = 1.0
+    extra_frames: int = 0
 
     @property
     def context_tokens(self) -> int:

@@ -167,6 +167,7 @@ class WanModel(nn.Module):
         attend: SelfAttention | None = None,
         before_block: Callable[[int], None] | None = None,
         conditioning: Conditioning = NOTHING,
+        kernel: AttentionKernel | None = None,
     ) -> torch.Tensor:
         """Run the DiT on the tokens `part` of a grid.
 
@@ -177,12 +178,13 @@ class WanModel(nn.Module):
                 grid, takes the model's own kernel.
             before_block: called with the number of each block (see `WanConfig.run_order`) before the block runs.
             conditioning: the conditioning that `extended` returned, for all tokens of the grid.
+            kernel: of cross-attention; None takes the model's own.
 
         Returns:
             float32 [B, n, out_dim*4]. For a `span` that ends before the last block, the residual stream [B, n, dim];
             where k side streams are `carried` on, the residual stream and these streams, [1 + k, B, n, dim].
         """
-        inputs, embedding = self._block_inputs(tokens, grid, part, timestep, context, attend, conditioning)
+        inputs, embedding = self._block_inputs(tokens, grid, part, timestep, context, attend, conditioning, kernel)
         if self.span.start == 0:
             x, carried = self.embed(tokens, grid, part, conditioning), []
         else:
@@ -211,6 +213,7 @@ class WanModel(nn.Module):
         context: torch.Tensor,
         attend: SelfAttention | None,
         conditioning: Conditioning,
+        kernel: AttentionKernel | None,
     ) -> tuple[BlockInputs, torch.Tensor]:
         """The arguments of every block beside the tokens, and the time embedding for the head (see `transform`)."""
         times, row_of_token = self.times(timestep.reshape(len(timestep), -1), grid, part, conditioning)
@@ -226,7 +229,7 @@ class WanModel(nn.Module):
             rope=sequence_table(grid.shape, self.config.head_dim, tokens.device, conditioning.options)[part],
             attend=attend or self.self_kernel,
             announce=getattr(attend, "announce", no_announcement),
-            kernel=self.kernel,
+            kernel=kernel or self.kernel,
             compute_dtype=self.compute_dtype,
             slice_tokens=self.slice_tokens,
             audio_context=self.audio_context(grid, part, conditioning, tokens.device),

@@ -228,13 +228,13 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
         if branch is None:
             raise StaleError.nothing_kept()
         groups = self._groups(group)
-        return StaleAttention(branch, group.index, inputs.model.self_kernel, groups, self.device)
+        return StaleAttention(branch, group.index, inputs.self_kernel, groups, self.device)
 
     def fill(self, step: Displaced, items: slice, inputs: StepInputs) -> FillAttention:
         """Exact self-attention of this rank's shard of some batch items, which keeps keys and values for the next
         step."""
         branch_ids, group = step.branch_ids[items], inputs.group
-        exact = exact_attention(self.parallel, group, inputs.model, inputs.grid, len(branch_ids))
+        exact = exact_attention(self.parallel, group, inputs.model, inputs.grid, len(branch_ids), inputs.self_kernel)
         branch = self._begun(branch_ids)
         groups = self._groups(group)
         if branch is None:

@@ -133,7 +133,7 @@ class StreamedStep(Step):
         Raises:
             StaleError: no keys and values of the step before are kept.
         """
-        grid, group, kernel = self.inputs.grid, self.inputs.group, self.inputs.model.self_kernel
+        grid, group, kernel = self.inputs.grid, self.inputs.group, self.inputs.self_kernel
         branch_ids, stale = self.step.branch_ids[items], self.step.kind == STALE
         if not self._has(branch_ids):
             if stale:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from testkit import hostile
 from testkit.comfyui.graphs import link, node, pool_model
 from testkit.comfyui.refusals import error_text, refused_text
+from testkit.hostile import hostile_files
 
 LISTED = "is not in the list of models/{}. Choose one of the list; press R in the browser where the file is new."
 
@@ -50,7 +50,7 @@ def test_paths_that_a_prompt_gives_for_the_output_of_a_node_are_refused(server, 
 
 def test_a_gguf_file_with_a_count_beyond_its_end_and_a_pipe_are_refused_at_once(server):
     models = server.base / "models" / "diffusion_models"
-    bomb = hostile.gguf_bytes([("x", 9, hostile.gguf_array(4, 2**31))], [])
+    bomb = hostile_files.gguf_bytes([("x", 9, hostile_files.gguf_array(4, 2**31))], [])
     (models / "bomb.gguf").write_bytes(bomb + bytes(1_800_000))
     os.mkfifo(models / "pipe.safetensors")
     try:

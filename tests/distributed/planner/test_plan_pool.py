@@ -31,7 +31,7 @@ class Script(Planner):
 
     plan: ParallelPlan
 
-    def recall(self, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
+    def recall(self, config: WanConfig, workload: Workload, current: ParallelPlan) -> ParallelPlan | None:
         return current if current == self.plan else None
 
     def choose(self, *_asked: object) -> ParallelPlan:
@@ -170,9 +170,13 @@ def test_kinds_of_forwards_that_take_turns_keep_a_plan_each_if_no_weights_move(m
     two, three, divided = Workload(model, 36, 2), Workload(model, 36, 3), Workload(model, 99, 1)
     tensor = ParallelPlan(4, tensor_parallel=2)
     planner._chosen = {two: halves, three: ParallelPlan(4), divided: tensor}
-    assert planner.recall(two, ParallelPlan(4)) == halves and planner.recall(three, halves) == ParallelPlan(4)
-    assert planner.recall(divided, tensor) == tensor and planner.recall(divided, halves) is None
-    assert planner.recall(Workload(model, 36, 4), halves) is None
+    assert planner.recall(FIVE_LAYERS, two, ParallelPlan(4)) == halves and planner.recall(
+        FIVE_LAYERS, three, halves
+    ) == ParallelPlan(4)
+    assert (
+        planner.recall(FIVE_LAYERS, divided, tensor) == tensor and planner.recall(FIVE_LAYERS, divided, halves) is None
+    )
+    assert planner.recall(FIVE_LAYERS, Workload(model, 36, 4), halves) is None
 
 
 def profiles(*kinds: tuple[str, float]) -> tuple[DeviceProfile, ...]:
@@ -194,9 +198,9 @@ def test_gpus_of_one_kind_are_alike_and_others_as_fast_as_they_are_measured():
 def test_speeds_are_measured_once_and_are_the_plans_from_then_on(auto):
     planner = Planner(PoolSettings(ParallelPlan(2), auto=auto, by_speed=True))
     workload, workers = Workload(ModelSpec("random:14b"), 32760, 1), profiles(("fast", 2e14), ("slow", 1e14))
-    assert planner.recall(workload, ParallelPlan(2)) is None
+    assert planner.recall(FIVE_LAYERS, workload, ParallelPlan(2)) is None
     plan = planner.choose(PRESETS["14b"], workload, workers, ParallelPlan(2), False)
-    assert plan == ParallelPlan(2, speeds=(100, 50)) == planner.recall(workload, plan)
+    assert plan == ParallelPlan(2, speeds=(100, 50)) == planner.recall(FIVE_LAYERS, workload, plan)
     assert planner.reason == "" or "at speeds 100:50" in planner.reason
 
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from testkit import hostile, tiny
-from wan_parallel.nodes.model.lora_file import read_lora
-from wan_parallel.nodes.model.lora_names import with_native_names
+from testkit import tiny
+from testkit.hostile import hostile_files
+from wan_parallel.nodes.model.loras.lora_file import read_lora
+from wan_parallel.nodes.model.loras.lora_names import with_native_names
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 
 LAYOUT = {
@@ -25,15 +26,15 @@ LAYOUT = {
 def test_mutated_lora_files(tmp_path):
     path, read = tmp_path / "lora.safetensors", 0
 
-    @hostile.seeded(120)
-    @given(st.one_of(hostile.other_layouts(LAYOUT), hostile.safetensors_bytes(LAYOUT)))
+    @hostile_files.seeded(120)
+    @given(st.one_of(hostile_files.other_layouts(LAYOUT), hostile_files.safetensors_bytes(LAYOUT)))
     def check(file: tuple[bytes, int]) -> None:
         nonlocal read
         raw, size = file
         path.write_bytes(raw)
         with open(path, "r+b") as opened:
             opened.truncate(size)
-        with hostile.harmless(tmp_path):
+        with hostile_files.harmless(tmp_path):
             try:
                 lora = with_native_names("lora", read_lora(str(path)), tiny.TINY.shapes())
             except (CheckpointError, ValueError) as error:

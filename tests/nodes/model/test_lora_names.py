@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from testkit import tiny
-from wan_parallel.nodes.model.lora_names import expert_of, with_native_names
+from wan_parallel.nodes.model.loras.lora_names import expert_of, with_native_names
 from wan_parallel.wanvideo.checkpoint.diffusers_names import diffusers_name, original_name
 from wan_parallel.wanvideo.variants.vace import Vace
 

@@ -59,7 +59,6 @@ HYPERTILE = r"patches: attn1_patch by HyperTile.patch in comfy_extras.nodes_hype
         ({"patches_replace": {"dit": {("double_block", 3): lambda args, extra: extra}}}, "patches_replace: dit"),
         ({"patches_replace": {"dit": {("double_block", 3): lambda args: args}}}, "patches_replace: dit"),
         ({"patches": {"attn1_patch": [left_by("comfy_extras.nodes_hypertile", "HyperTile.patch")]}}, HYPERTILE),
-        ({"optimized_attention_override": object()}, "optimized_attention_override by object .* attention_mode"),
         ({"rope_options": {"scale_x": 2.0, "bend": 1.0}}, "rope_options: bend"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

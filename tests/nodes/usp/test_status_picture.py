@@ -6,14 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from wan_parallel.distributed.client.attention_count import AttentionCount
 from wan_parallel.distributed.client.pool import PoolStatus
 from wan_parallel.distributed.comm.timing import RankTimes
 from wan_parallel.distributed.plan.degrees import ParallelPlan
-from wan_parallel.distributed.protocol.reports import MemoryUse, WorkerStatus
+from wan_parallel.distributed.protocol.reports import AttentionUse, MemoryUse, WorkerStatus
 from wan_parallel.distributed.protocol.specs import PoolSettings
 from wan_parallel.nodes.common.bar_chart import BAR, LEFT, RIGHT, ROW, WIDTH
 from wan_parallel.nodes.common.drawing import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW
-from wan_parallel.nodes.usp.status_figures import draw_status, forward_line, shares_lines, worker_lines
+from wan_parallel.nodes.usp.status_figures import (
+    attention_lines,
+    draw_status,
+    forward_line,
+    shares_lines,
+    worker_lines,
+)
 
 GIB = 2**30
 SECONDS = 2.0
@@ -138,3 +145,17 @@ def test_nothing_is_said_of_what_is_not_shared_by_speed(sizes):
     on_cpu = replace(status(2).settings, device="cpu")
     assert not list(shares_lines(status(2, settings=on_cpu, times=computing(1.0, 2.0))))
     assert not list(shares_lines(status(2, times=())))
+
+
+def test_the_status_says_whether_attention_was_sparse_and_why_not():
+    assert list(attention_lines(status(1))) == []
+    kept = "10 % of the key blocks exact"
+    ran = AttentionUse("flash_attn_3", 38, 40, kept)
+    (line,) = attention_lines(status(1, attention=AttentionCount(ran, 8, 2)))
+    assert f"(lossy): sparse with {kept}; in the last forward in 38 of 40 blocks, dense by flash_attn_3" in line
+    assert line.endswith("8 of the last 10 forwards sparse")
+    waits = AttentionUse("flash_attn_3", 0, 40, kept, "sigma 0.95 is outside of 0 to 0.9")
+    (line,) = attention_lines(status(1, attention=AttentionCount(waits, 0, 2)))
+    assert "in the last forward dense (sigma 0.95 is outside of 0 to 0.9)" in line
+    (line,) = attention_lines(status(1, attention=AttentionCount(AttentionUse("comfy_kitchen_int8", 0, 40))))
+    assert "comfy_kitchen_int8, as a node behind the loader asks" in line

@@ -17,6 +17,7 @@ from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings, on_
 from wan_parallel.distributed.shm.arena import Arena, needed
 from wan_parallel.distributed.shm.cancel import CancelBarrier, CancelMemory
 from wan_parallel.distributed.worker.worker import Worker
+from wan_parallel.wanvideo.base.attention_choice import PLAIN_ATTENTION, AttentionChoice
 from wan_parallel.wanvideo.base.conditioning import NOTHING, Conditioning
 from wan_parallel.wanvideo.base.grid import grid_of, unpatchify
 from wan_parallel.wanvideo.checkpoint.weight_source import model_config
@@ -45,6 +46,7 @@ class Job:
     overlap: bool = True
     slow: Slow = Slow()
     conditioning: Conditioning = NOTHING
+    attention: AttentionChoice = PLAIN_ATTENTION
 
     @property
     def settings(self) -> PoolSettings:
@@ -90,7 +92,7 @@ def request(number: int, job: Job, arena: Arena, further: SharedConditioning | N
     out = arena.allocate(torch.float32, (len(x), grid_of(x).tokens, channels * 4))
     arena.view(out).fill_(float("nan"))  # each number must be written
     conditioning = further.share(job.conditioning, torch.float32)
-    return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning)
+    return Forward(number, job.spec, arena.ref, *refs, out, job.displaced, conditioning, job.attention)
 
 
 def _work(

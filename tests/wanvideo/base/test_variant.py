@@ -169,7 +169,7 @@ def test_its_input_is_checked_translated_and_refused_elsewhere(config):
         check(config, x, Conditioning(depth=depth[:, :2]))
     with pytest.raises(ValueError, match="has the input depth, which this text-to-video model does not take"):
         check(tiny.TINY, x, Conditioning(depth=depth))
-    with pytest.raises(WrongVariant, match=r"carries a depth video \(depth_video\).* WanDepthToVideo is made for"):
+    with pytest.raises(WrongVariant, match=r"a depth video \(depth_video\).* takes it, as WanDepthToVideo needs"):
         refuse_inputs({"depth_video": depth}, "text-to-video")
     assert latent_node(config) == "WanDepthToVideo"
     with pytest.raises(WrongVariant, match="start image"):
@@ -231,12 +231,14 @@ def test_an_input_that_no_variant_has_is_refused():
 
 
 def test_the_tensors_of_a_variant_are_named_in_its_module_alone():
-    """Beside the readers of files that hold the layers alone, and the names that diffusers has for tensors."""
+    """Beside the readers of files that hold the layers alone, the names that diffusers has for tensors, and the
+    attributes of ComfyUI's class."""
     plain = {name.partition(".")[0] for name in tiny.FIRST_LAST.shapes()}
     parts = {name.partition(".")[0] for config in tiny.VARIANTS.values() for name in config.shapes()} - plain
     word = re.compile(rf"\b({'|'.join(sorted(parts))})\b")
-    readers = {f"checkpoint/{name}.py" for name in ("header", "vace_module", "infinitetalk_module", "diffusers_names")}
+    names = ("header", "vace_module", "infinitetalk_module", "diffusers_names")
+    readers = {"nodes/model/remote_model.py", *(f"wanvideo/checkpoint/{name}.py" for name in names)}
     files = [path for folder in ("wanvideo", "distributed", "nodes") for path in (ROOT / folder).rglob("*.py")]
     naming = {path for path in files if word.search(path.read_text())}
-    elsewhere = {str(path.relative_to(ROOT / "wanvideo")) for path in naming if path.parent.name != "variants"}
+    elsewhere = {str(path.relative_to(ROOT)) for path in naming if path.parent.name != "variants"}
     assert naming and elsewhere <= readers

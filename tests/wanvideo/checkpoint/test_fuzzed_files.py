@@ -13,7 +13,8 @@ import pytest
 import safetensors
 import torch
 from hypothesis import given
-from testkit import hostile, tiny
+from testkit import tiny
+from testkit.hostile import hostile_files
 from wan_parallel.wanvideo.base.config import WanConfig
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError, FileHeader
 from wan_parallel.wanvideo.checkpoint.file_header import read_file_header
@@ -54,8 +55,8 @@ def outcome(path: Path, loads: bool = True) -> FileHeader | str:
 def test_mutated_safetensors_headers(tmp_path):
     accepted = 0
 
-    @hostile.seeded(350)
-    @given(hostile.safetensors_bytes(LAYOUT))
+    @hostile_files.seeded(350)
+    @given(hostile_files.safetensors_bytes(LAYOUT))
     def check(file: tuple[bytes, int]) -> None:
         nonlocal accepted
         path = written(tmp_path / "wan.safetensors", *file)
@@ -64,7 +65,7 @@ def test_mutated_safetensors_headers(tmp_path):
                 refused = False
         except (safetensors.SafetensorError, OSError):
             refused = True
-        with hostile.harmless(tmp_path):
+        with hostile_files.harmless(tmp_path):
             found = outcome(path)
         if refused:
             with pytest.raises(CheckpointError):
@@ -78,11 +79,11 @@ def test_mutated_safetensors_headers(tmp_path):
 def test_safetensors_headers_of_models_that_are_none(tmp_path):
     """Headers that break no rule of the format, with other tensors than the variants have."""
 
-    @hostile.seeded(150)
-    @given(hostile.other_layouts(*VARIANTS))
+    @hostile_files.seeded(150)
+    @given(hostile_files.other_layouts(*VARIANTS))
     def check(file: tuple[bytes, int]) -> None:
         path = written(tmp_path / "wan.safetensors", *file)
-        with hostile.harmless(tmp_path):
+        with hostile_files.harmless(tmp_path):
             outcome(path, loads=False)
 
     check()
@@ -91,12 +92,12 @@ def test_safetensors_headers_of_models_that_are_none(tmp_path):
 def test_mutated_gguf_headers(tmp_path):
     accepted = 0
 
-    @hostile.seeded(300)
-    @given(hostile.gguf_files(LAYOUT))
+    @hostile_files.seeded(300)
+    @given(hostile_files.gguf_files(LAYOUT))
     def check(file: tuple[bytes, int]) -> None:
         nonlocal accepted
         path = written(tmp_path / "wan.gguf", *file)
-        with hostile.harmless(tmp_path):
+        with hostile_files.harmless(tmp_path):
             outcome(path)
         try:
             header = read_file_header(str(path))
@@ -122,20 +123,20 @@ def test_mutated_folders(tmp_path):
     places = {name: shard for shard, half in zip(shards, halves, strict=True) for name in half}
     for shard, half in zip(shards, halves, strict=True):
         tiny.write_weights(source / shard, {name: weights[name] for name in half})
-    (source / hostile.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    (source / hostile_files.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
     outside = tmp_path / "outside.safetensors"
     shutil.copy(source / shards[0], outside)
     accepted = number = 0
 
-    @hostile.seeded(200)
-    @given(hostile.folder_changes(outside))
+    @hostile_files.seeded(200)
+    @given(hostile_files.folder_changes(outside))
     def check(change: Callable[[Path], None]) -> None:
         nonlocal accepted, number
         number += 1
         folder = tmp_path / f"models-{number}" / "transformer"
         shutil.copytree(source, folder)
         change(folder)
-        with hostile.harmless(folder.parent):
+        with hostile_files.harmless(folder.parent):
             accepted += isinstance(outcome(folder), FileHeader)
         shutil.rmtree(folder.parent)
 

@@ -12,7 +12,8 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
-from testkit import format_files, hostile, tiny
+from testkit import format_files, tiny
+from testkit.hostile import hostile_files
 from wan_parallel.wanvideo.base.regular_file import open_regular
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.file_header import read_file_header
@@ -24,7 +25,7 @@ WEIGHT = "blocks.0.ffn.0.weight"
 
 def refusal(path: Path) -> str:
     """The message with which the file is refused, soon and without much memory."""
-    with hostile.harmless(path.parent), pytest.raises(CheckpointError) as error:
+    with hostile_files.harmless(path.parent), pytest.raises(CheckpointError) as error:
         read_header(path)
     assert tiny.sentences(str(error.value)) == 2
     return str(error.value)
@@ -36,13 +37,13 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("item, count", [(4, 2**31), (0, 2**63), (8, 2**60), (9, 2**40), (9, 200_000)])
 def test_an_array_longer_than_its_gguf_file_is_refused(tmp_path, item, count):
     path = tmp_path / "bomb.gguf"
-    path.write_bytes(hostile.gguf_bytes([("x", 9, hostile.gguf_array(item, count))], []) + bytes(1_800_000))
+    path.write_bytes(hostile_files.gguf_bytes([("x", 9, hostile_files.gguf_array(item, count))], []) + bytes(1_800_000))
     assert "is cut short or its header is corrupt" in refusal(path)
 
 
 def test_an_array_as_long_as_its_gguf_file_is_passed_over(tmp_path):
     path, count = tmp_path / "vocabulary.gguf", 2**35
-    raw = hostile.gguf_bytes([("x", 9, hostile.gguf_array(0, count))], [])
+    raw = hostile_files.gguf_bytes([("x", 9, hostile_files.gguf_array(0, count))], [])
     with open(path, "wb") as file:
         file.write(raw)
         file.truncate(len(raw) + count)
@@ -51,7 +52,7 @@ def test_an_array_as_long_as_its_gguf_file_is_passed_over(tmp_path):
 
 def test_texts_without_end_in_a_large_gguf_file_are_refused(tmp_path):
     path = tmp_path / "texts.gguf"
-    raw = hostile.gguf_bytes([("x", 9, hostile.gguf_array(8, 2**30))], [])
+    raw = hostile_files.gguf_bytes([("x", 9, hostile_files.gguf_array(8, 2**30))], [])
     with open(path, "wb") as file:
         file.write(raw)
         file.truncate(2**36)
@@ -61,7 +62,7 @@ def test_texts_without_end_in_a_large_gguf_file_are_refused(tmp_path):
 @pytest.mark.parametrize("counts", [(2**40, 0), (0, 2**40), (60_000, 0), (2**64 - 1, 2**64 - 1)])
 def test_more_tensors_or_fields_than_a_gguf_file_has_room_for_are_refused(tmp_path, counts):
     path = tmp_path / "counts.gguf"
-    path.write_bytes(hostile.gguf_bytes([], [], counts) + bytes(100_000))
+    path.write_bytes(hostile_files.gguf_bytes([], [], counts) + bytes(100_000))
     assert "is cut short or its header is corrupt" in refusal(path)
 
 
@@ -89,7 +90,7 @@ def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
     real.touch()
     before = os.stat(real)
     monkeypatch.setattr(os, "stat", lambda _path: before)
-    with hostile.harmless(tmp_path), pytest.raises(CheckpointError, match="a pipe or a device"):
+    with hostile_files.harmless(tmp_path), pytest.raises(CheckpointError, match="a pipe or a device"):
         open_regular(str(path))
 
 
@@ -151,7 +152,7 @@ def test_a_header_of_any_size_is_read_in_bounded_time_and_memory(tmp_path):
 
 def refusal_of_large(path: Path) -> str:
     """As `refusal`, of a file whose header has 20 MB."""
-    with hostile.harmless(path.parent, 20, 120_000_000), pytest.raises(CheckpointError) as error:
+    with hostile_files.harmless(path.parent, 20, 120_000_000), pytest.raises(CheckpointError) as error:
         read_header(path)
     return str(error.value)
 
@@ -227,7 +228,7 @@ def sharded(folder: Path, places: dict[str, str]) -> Path:
     """A folder with an index of these places."""
     folder.mkdir()
     save_file({"a": torch.zeros(2)}, folder / "one.safetensors")
-    (folder / hostile.INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / hostile_files.INDEX).write_text(json.dumps({"weight_map": places}))
     return folder
 
 
@@ -255,7 +256,7 @@ def test_a_shard_may_be_a_link_as_in_the_caches_of_huggingface_hub(tmp_path):
 
 def refusal_in(folder: Path) -> str:
     """The message with which a folder is refused; nothing outside of it is opened."""
-    with hostile.harmless(folder), pytest.raises(CheckpointError) as error:
+    with hostile_files.harmless(folder), pytest.raises(CheckpointError) as error:
         read_file_header(str(folder))
     assert tiny.sentences(str(error.value)) == 2
     return str(error.value)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from testkit import gloo_group, hostile, vae_reference
+from testkit import gloo_group, vae_reference
+from testkit.hostile import hostile_files
 from testkit.tiny import relative_error, sentences
 from wan_parallel.distributed.protocol.requests import VAEOptions
 from wan_parallel.distributed.worker.vae_worker import FrameStrips, Strip, share_frame
@@ -230,7 +231,7 @@ def test_weights_of_any_shapes_are_a_vae_or_refused():
     sizes = st.lists(st.sampled_from((0, 1, 3, 12, 64, 2**31)), max_size=6).map(tuple)
     known = [(name, half) for name in DIMS for half in HALVES]
 
-    @hostile.seeded(60)
+    @hostile_files.seeded(60)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         name, half = data.draw(st.sampled_from(known))

@@ -8,6 +8,7 @@ import os
 from unittest import mock
 
 import comfy.clip_vision
+import comfy.ldm.modules.attention
 import comfy.ldm.wan.vae2_2
 import comfy.model_management as management
 import comfy.sd
@@ -385,6 +386,83 @@ class RandomTracks:
         return ({"packed_masks": masks, "orig_size": (height, width), "n_frames": count, "scores": [1.0, 1.0]},)
 
 
+class SparseAttnPatch:
+    """The settings of ComfyUI's Model Sparse Attention, under its names."""
+
+    def __init__(self, **settings):
+        self.sink_conditioning, self.verbose, self.vsa, self.extra_tokens = "exact_kv_and_rows", False, False, 0
+        vars(self).update(settings)
+
+
+def make_attention_override(patch, previous):
+    """Sparse attention in the steps and blocks of `patch`, by comfy-kitchen's reference, which a CPU can run."""
+
+    def override(func, q, k, v, heads, **more):
+        options = more.get("transformer_options") or {}
+        sigma = float(options["sigmas"][0])
+        inside = patch.sigma_end <= sigma <= patch.sigma_start and options.get("block_index") not in patch.dense_blocks
+        if q.shape != k.shape or not inside:
+            return func(q, k, v, heads, **more) if previous is None else previous(func, q, k, v, heads, **more)
+        import comfy_kitchen
+
+        apart = ([x.unflatten(-1, (heads, -1))[:, :, i : i + 1] for x in (q, k, v)] for i in range(heads))
+        by_head = [comfy_kitchen.sol_attn(*one, tau=patch.tau, topk_ratio=patch.topk_ratio) for one in apart]
+        return torch.cat(by_head, dim=2).flatten(2)
+
+    return override
+
+
+class StockSparseAttention:
+    """Sets what ComfyUI's Model Sparse Attention sets, on ComfyUIs that have it and on others."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        numbers = {"tau": 1.0, "keep": 0.0, "start_percent": 0.0, "end_percent": 1.0}
+        return {
+            "required": {"model": ("MODEL",)},
+            "optional": {
+                **{name: ("FLOAT", {"default": value}) for name, value in numbers.items()},
+                "min_tokens": ("INT", {"default": 0}),
+                "vsa": ("BOOLEAN", {"default": False}),
+            },
+        }
+
+    def patch(self, model, tau=1.0, keep=0.0, start_percent=0.0, end_percent=1.0, min_tokens=0, vsa=False):
+        sampling, patched = model.get_model_object("model_sampling"), model.clone()
+        start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
+        settings = {"tau": tau, "topk_ratio": keep, "sigma_start": start, "sigma_end": end, "vsa": vsa}
+        patch = SparseAttnPatch(**settings, min_tokens=min_tokens, dense_blocks=set())
+        options = patched.model_options["transformer_options"]
+        previous = options.get("optimized_attention_override")
+        options["optimized_attention_override"] = make_attention_override(patch, previous)
+        return (patched,)
+
+
+class StockAttentionBackend:
+    """Sets what ComfyUI's Model Attention Backend sets for pytorch attention."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        patched, optimized_attention = model.clone(), comfy.ldm.modules.attention.attention_pytorch
+
+        def optimized_attention_override(_, *args, **kwargs):
+            return optimized_attention(*args, **kwargs)
+
+        patched.model_options["transformer_options"]["optimized_attention_override"] = optimized_attention_override
+        return (patched,)
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
@@ -407,5 +485,7 @@ NODE_CLASS_MAPPINGS = {
         RandomTracks,
         RandomMask,
         ChangedPatch,
+        StockSparseAttention,
+        StockAttentionBackend,
     )
 }

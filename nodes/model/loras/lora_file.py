@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ...wanvideo.base.tensor_info import FLOATS, CheckpointError, elements, shortened
-from ...wanvideo.checkpoint.mapped_file import MappedFile
-from ...wanvideo.checkpoint.safetensors_header import read_safetensors
+from ....wanvideo.base.tensor_info import FLOATS, CheckpointError, elements, shortened
+from ....wanvideo.checkpoint.mapped_file import MappedFile
+from ....wanvideo.checkpoint.safetensors_header import read_safetensors
 
 _TYPES = (*FLOATS, "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8")
 """The types of tensors that torch can convert to float."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import testkit  # noqa: F401 (registers wan_parallel)
-from wan_parallel.nodes.common.console import name_the_pack
+from wan_parallel.nodes.common.log_lines import name_the_pack
 from wan_parallel.nodes.common.refusals import WrongVariant
 from wan_parallel.nodes.common.settings import SettingsError
 from wan_parallel.wanvideo.base.user_error import InputError, UserError

@@ -16,13 +16,13 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ...distributed.protocol.specs import ModelSpec
-from ...wanvideo.base.lora import Difference, LoraDelta, LowRank, Replacement
-from ...wanvideo.base.tensor_info import listed
-from ...wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
-from ...wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, storage_dtype
-from ...wanvideo.quant.quantized import Weight, as_tensor
-from ..common.refusals import refuse, refuse_merging
+from ....distributed.protocol.specs import ModelSpec
+from ....wanvideo.base.lora import Difference, LoraDelta, LowRank, Replacement
+from ....wanvideo.base.tensor_info import listed
+from ....wanvideo.checkpoint.patch_shapes import PATCH_EMBEDDING
+from ....wanvideo.checkpoint.weight_source import DTYPES, WEIGHT_DTYPES, Checkpoint, storage_dtype
+from ....wanvideo.quant.quantized import Weight, as_tensor
+from ...common.refusals import refuse, refuse_merging
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from ...wanvideo.base.tensor_info import listed
-from ...wanvideo.base.user_error import InputError
-from ...wanvideo.checkpoint.diffusers_names import diffusers_name
+from ....wanvideo.base.tensor_info import listed
+from ....wanvideo.base.user_error import InputError
+from ....wanvideo.checkpoint.diffusers_names import diffusers_name
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Values that nobody picks by hand, for every input of every node. Runs by itself, with stand-ins for ComfyUI:
 
-    python -m testkit.hostile_values
+    python -m testkit.hostile.hostile_values
 
 Each value is either refused in words that name the input, or is one that the input allows. Prints the number of values.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,18 @@ def check(node: Any, node_input: Any, value: Any) -> None:
     _check_when_queued(node, name, value, looked_at)
 
 
+async def _result(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
 def _check_when_queued(node: Any, name: str, value: Any, looked_at: bool) -> None:
     """What is refused when it runs is refused when it is queued, where the node checks the input then."""
     validate = getattr(node, "validate_inputs", None)
     if validate is None or looked_at or value is None or name not in inspect.signature(validate).parameters:
         return
     text = validate(**{name: value})
+    if inspect.isawaitable(text):
+        text = asyncio.run(_result(text))
     assert isinstance(text, str) and sentences(text) >= 2 and text.isprintable(), text
 
 

@@ -1,0 +1,1 @@
+"""Values and files that nobody makes by hand, for property tests."""
