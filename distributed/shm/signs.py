@@ -52,12 +52,14 @@ class Mark(IntFlag):
         WAITING: other ranks have to do something first.
         FIRST: the first of its kind, which may build kernels and connections.
         PAGE_LOCKING: the system locks memory for the GPUs' copy engines, a second for each GiB.
+        DEVICE: the GPU has to finish something first.
     """
 
     NONE = 0
     WAITING = 1
     FIRST = 2
     PAGE_LOCKING = 4
+    DEVICE = 8
 
 
 _WORDS = {
@@ -81,6 +83,7 @@ _WORDS = {
 _MARK_WORDS = {
     Mark.FIRST: "for the first time in this size",
     Mark.PAGE_LOCKING: "page-locking memory",
+    Mark.DEVICE: "waiting for its GPU",
     Mark.WAITING: "waiting for other ranks",
 }
 
