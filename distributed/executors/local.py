@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,14 +18,18 @@ import torch
 
 from ..plan.degrees import PlanError
 from ..protocol.messages import Cancel, Message, PoolFailed, PoolReady, Start, decode, encode
-from ..protocol.pool_errors import Failure, PoolError, WorkerDied
+from ..protocol.pool_errors import Failure, PoolError, WorkerDied, WorkerSilent
 from ..protocol.requests import Request
+from ..protocol.silence import Silence, SilenceLimits
 from ..protocol.specs import PoolSettings, RankLocation, on_one_host
 from ..shm.arena import Arena
+from ..shm.signs import LAUNCHER, SignsTable
 from . import exits
 from .console import Console
 from .executor import Executor, RanksEnded
 from .gpu_choice import check_no_gpus, chosen_gpus
+from .mailboxes import Inbox, Outbox
+from .silence_watch import Observed, SilenceWatch
 
 MAX_GPUS = 8
 """What one machine has at most, and what was tried."""
@@ -32,6 +37,7 @@ MAX_GPUS = 8
 _CLOSE_SECONDS = 3.0
 _LAST_WORDS_SECONDS = 1.0
 """How long to wait for what processes that end still say."""
+_UNREAD_SECONDS = 0.2
 _BOOTSTRAP = Path(__file__).resolve().parents[2] / "bootstrap.py"
 
 
@@ -63,33 +69,84 @@ def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
 class _Launcher:
     """One start of the launcher, and our end of the line to it."""
 
-    def __init__(self, start: Start):
-        self._starting, self._console = True, Console()
-        try:
-            ours, theirs = socket.socketpair()
-            with ours, theirs:
-                self.process = subprocess.Popen(
-                    [sys.executable, str(_BOOTSTRAP), "distributed.executors.launcher", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    env=worker_environment(os.environ),
-                    stdin=subprocess.DEVNULL,
-                    stderr=self._console.descriptor,
-                    start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
-                )
-                self.connection: Connection = Connection(ours.detach())
-        finally:
-            self._console.given()
-        with contextlib.suppress(ConnectionError):  # it has ended already, and the first `receive` says how
-            self.connection.send_bytes(encode(start))
+    def __init__(self, settings: PoolSettings, locations: tuple[RankLocation, ...]):
+        limits = SilenceLimits.from_environment(os.environ)
+        self._watch = SilenceWatch(limits)
+        self._starting, self._silent = True, False
+        with contextlib.ExitStack() as undo:
+            self._signs = SignsTable.create(len(locations))
+            undo.callback(self._signs.close)
+            self._console = Console()
+            try:
+                self._socket, theirs = socket.socketpair()
+                undo.callback(self._socket.close)
+                with theirs:
+                    self.process = subprocess.Popen(
+                        [sys.executable, str(_BOOTSTRAP), "distributed.executors.launcher", str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        env=worker_environment(os.environ),
+                        stdin=subprocess.DEVNULL,
+                        stderr=self._console.descriptor,
+                        start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
+                    )
+            finally:
+                self._console.given()
+            undo.callback(self.process.wait)
+            undo.callback(self._kill)
+            self._connection = Connection(os.dup(self._socket.fileno()))
+            undo.callback(self._connection.close)
+            self._inbox, self._outbox = Inbox(self._connection), Outbox(self._connection)
+            undo.pop_all()
+        self._outbox.send(encode(Start(settings, locations, os.getpid(), self._signs.path, limits)))
+
+    def send(self, message: Message | Request[Any]) -> None:
+        """Send a message, without waiting until the launcher reads it.
+
+        Raises:
+            RanksEnded: the launcher has ended.
+        """
+        if self.process.poll() is not None:
+            raise self.ended()
+        self._outbox.send(encode(message))
+
+    def receive(self, seconds: float) -> Message | None:
+        """The launcher's next message, or what is to be said of its silence; None where neither came in time.
+
+        Raises:
+            RanksEnded: the launcher has ended, or has been silent for too long.
+        """
+        if (message := self._inbox.receive(seconds)) is not None:
+            return decode(message)
+        launcher = Observed(LAUNCHER, "The pool's launcher", self.process.pid, self._signs.read(LAUNCHER))
+        silent = self._watch.look([launcher])
+        if silent and silent[0].left <= 0:
+            self._kill()
+            raise RanksEnded(Failure.of(WorkerSilent(silent[0].ended())))
+        if bool(silent) == self._silent:
+            return None
+        self._silent = bool(silent)
+        return Silence(silent)
 
     def stop(self) -> None:
         """Hang up; the launcher then ends its workers and itself."""
-        self.connection.close()
+        if not self._outbox.close(_UNREAD_SECONDS):
+            self._kill()  # it reads nothing, and would not see that we hang up
+        with contextlib.suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)  # closing does not end a read that is under way
+        self._outbox.close(_CLOSE_SECONDS)
+        self._connection.close()
+        self._socket.close()
+        self._signs.close()
         try:
             self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()
+
+    def _kill(self) -> None:
+        """End the launcher and all that it has started, even what was stopped before it could say how to end."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group is its own, as its session is
 
     def ended(self) -> RanksEnded:
         """The error that the launcher's end is."""
@@ -155,25 +212,19 @@ class LocalExecutor(Executor):
         if not hasattr(os, "memfd_create"):
             raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
         try:
-            self._launcher = _Launcher(Start(settings, self.locations(settings), os.getpid()))
+            self._launcher = _Launcher(settings, self.locations(settings))
         except (OSError, RuntimeError) as error:  # no file, process or thread more (threads: RuntimeError)
             raise exits.refused(error) from error
 
     def send(self, message: Request[Any] | Cancel) -> None:
         """See `Executor`."""
-        launcher = self._running()
-        try:
-            launcher.connection.send_bytes(encode(message))
-        except ConnectionError:
-            raise launcher.ended() from None
+        self._running().send(message)
 
     def receive(self, seconds: float) -> Message | None:
         """See `Executor`."""
         launcher = self._running()
         try:
-            if not launcher.connection.poll(seconds):
-                return None
-            message = decode(launcher.connection.recv_bytes())
+            message = launcher.receive(seconds)
         except (EOFError, ConnectionError):
             raise launcher.ended() from None
         if isinstance(message, PoolFailed):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
@@ -19,6 +18,7 @@ from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
 from ...wanvideo.base.user_error import InputError
 from ..common import shared_inputs
+from ..common.progress import WorkersPoll
 from ..common.settings import place_of
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..common.validation import checks_inputs, new_fingerprint
@@ -74,8 +74,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        pool = runs.pool.status(poll)
+        pool = runs.pool.status(WorkersPoll(runs.pool))
         layout, problem = _layout(runs)
         text = "\n".join(_report(runs, pool, layout, problem))
         picture = draw_layout(layout, _caption(runs), None if frame is None else frame[0])

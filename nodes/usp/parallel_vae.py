@@ -18,6 +18,7 @@ from ...distributed.client.vae_client import VAEWeights, decode, encode
 from ...wanvideo.base.user_error import InputError
 from ...wanvideo.vae.vae_layout import HALVES, Half, check_latent, frames_of, kind_of, latent_frames, weights_of
 from ...wanvideo.vae.vae_ops import VAEError
+from ..common.progress import WorkersPoll
 from ..common.settings import USPConfig
 from ..common.sockets import CATEGORY
 from ..common.validation import checks_inputs
@@ -63,7 +64,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
         pool, weights, latent = find_pool(workers), vae_weights(vae, "decoder"), samples["samples"]
         check_latent(weights.shapes, tuple(latent.shape))
         total = len(latent) * frames_of(latent.shape[2])
-        decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(total))
+        decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(pool, total))
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
         return io.NodeOutput(_as_comfyui_has_it(decoded.frames.flatten(0, 1), vae))
 
@@ -97,7 +98,7 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
         pool, weights = find_pool(workers), vae_weights(vae, "encoder")
         frames = vae.vae_encode_crop_pixels(pixels)[..., :3]
         total = latent_frames(len(frames))
-        latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(total))
+        latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(pool, total))
         return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
 
 
@@ -137,10 +138,10 @@ class _Callbacks(TypedDict):
     progress: Callable[[int], object]
 
 
-def _callbacks(total: int) -> _Callbacks:
-    """The callbacks of a result of `total` frames."""
+def _callbacks(pool: Pool, total: int) -> _Callbacks:
+    """The callbacks of a result of `total` frames of a pool."""
     return {
-        "poll": comfy.model_management.throw_exception_if_processing_interrupted,
+        "poll": WorkersPoll(pool),
         "make_room": free_shared_gpu,
         "progress": _progress_bar(total),
     }
