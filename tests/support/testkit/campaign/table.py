@@ -1,0 +1,66 @@
+"""The counts of a campaign, as a table for people and as lines for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from testkit.campaign.drills import Verdict
+from testkit.campaign.faults import KINDS
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the faults of one kind, or of all.
+
+    Args:
+        slowest: the most seconds from a fault to the end of what it hit.
+    """
+
+    kind: str
+    faults: int
+    ended: int
+    named: int
+    nothing_left: int
+    bit_equal: int
+    as_they_should: int
+    slowest: float
+
+
+def counted(kind: str, verdicts: Sequence[Verdict]) -> Counts:
+    return Counts(
+        kind,
+        len(verdicts),
+        sum(not verdict.hung for verdict in verdicts),
+        sum(not verdict.unnamed for verdict in verdicts),
+        sum(not verdict.left for verdict in verdicts),
+        sum(not verdict.unequal for verdict in verdicts),
+        sum(not verdict.short for verdict in verdicts),
+        round(max((verdict.seconds for verdict in verdicts), default=0.0), 1),
+    )
+
+
+def table(verdicts: Sequence[Verdict]) -> list[Counts]:
+    """A row for each kind that happened, and one for all."""
+    by_kind = {kind: [verdict for verdict in verdicts if verdict.fault.kind == kind] for kind in KINDS}
+    return [*(counted(kind, some) for kind, some in by_kind.items() if some), counted("all", verdicts)]
+
+
+def markdown(rows: Sequence[Counts]) -> str:
+    """The table as README shows it."""
+    lines = [
+        "| fault | faults | ended in time | rank and cause named | nothing left | next result bit-equal | slowest, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.kind} | {row.faults} | {row.ended} | {row.named} | {row.nothing_left} | {row.bit_equal} "
+        f"| {row.slowest:.1f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def as_json(verdict: Verdict) -> str:
+    """One fault as a line."""
+    return json.dumps(asdict(verdict))
