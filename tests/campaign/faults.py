@@ -24,7 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-import testkit
 import torch
 from testkit.campaign import faults
 from testkit.campaign.campaign import Campaign

@@ -15,7 +15,7 @@ from testkit.campaign.families import Held, held_by, in_shared_memory, left_over
 from testkit.campaign.faults import Fault
 
 GROWTH_BYTES = 48 * 2**20
-"""By which a client's memory may differ from what it was after its first faults: caches of torch and of the allocator."""
+"""By which a client's memory may differ from what it was after its first faults, for the allocator's sake."""
 GROWN_DESCRIPTORS = 2
 SETTLE_SECONDS = 5.0
 

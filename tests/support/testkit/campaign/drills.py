@@ -119,9 +119,11 @@ class Scene:
             self.verdict.short.append(f"the client ended during {job}")
         elif call.state == clients.FAILED:
             self.verdict.short.append(f"{job} failed: {call.text}")
-        elif call.state == clients.DONE and job not in faults.REQUESTS:
-            if call.digest not in {self.digests[job, seed] for seed in seeds}:
-                self.verdict.differ(f"the result of {job}")
+        elif call.state == clients.DONE and call.digest not in self._right(job, seeds):
+            self.verdict.differ(f"the result of {job}")
+
+    def _right(self, job: str, seeds: tuple[int, ...]) -> set[str]:
+        return {""} if job in faults.REQUESTS else {self.digests[job, seed] for seed in seeds}
 
     def must_be_named(self, call: Call, wanted: str) -> None:
         """Where the call failed, its message must match; where it was done before the fault, it must be right."""
@@ -169,10 +171,8 @@ def end_by_signal(scene: Scene) -> None:
 
 
 def _named_end(fault: Fault, victim: int, number: int) -> str:
-    if number in set(signal.Signals):
-        how = re.escape(signal.Signals(number).name)
-    else:
-        how = rf"(SIGRT\w*|signal {number}\b)"
+    names = {int(known): known.name for known in signal.Signals}
+    how = names.get(number, rf"(SIGRT\w*|signal {number}\b)")
     if fault.kind == faults.KILL_ZYGOTE:
         who = "starts the workers"
     else:

@@ -8,12 +8,13 @@ import itertools
 import os
 import threading
 import time
-import urllib.error
 import uuid
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from wan_parallel.wanvideo.base.config import WanConfig
+
 from testkit import tiny
 from testkit.campaign import clients, faults
 from testkit.campaign.clients import Call, Client
@@ -25,7 +26,6 @@ from testkit.comfyui.distrifusion import patch_model
 from testkit.comfyui.graphs import conditions, ksampler, link, lora, node, pool_model, video
 from testkit.processes import wait_until_gone
 from testkit.vae_reference import native_names, tiny_vae
-from wan_parallel.wanvideo.base.config import WanConfig
 
 CONFIG = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=6)
 SIZE = (224, 224, 13)  # width, height, frames: 784 tokens

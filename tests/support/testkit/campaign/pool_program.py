@@ -1,4 +1,4 @@
-"""A process that uses pools, as ComfyUI does, and does what it reads from stdin. Faults happen to it and to its workers.
+"""A process that uses pools, as ComfyUI does, and does what it reads from stdin; faults happen to it and its workers.
 
     python -m testkit.campaign.pool_program MODEL
 
