@@ -8,9 +8,11 @@ import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from wan_parallel.distributed.protocol.silence import VARIABLE
+
 from testkit.campaign import clients, faults
 from testkit.campaign.clients import Client, Pace
-from testkit.campaign.drills import DRILLS, RUN_SECONDS, Scene, Verdict
+from testkit.campaign.drills import DRILLS, RUN_SECONDS, SILENCE_LIMIT, Scene, Verdict
 from testkit.campaign.families import Held, held_by, in_shared_memory, left_over, shared_files
 from testkit.campaign.faults import Fault
 
@@ -44,6 +46,7 @@ class Campaign:
     def run(self, drawn: Iterable[Fault], tell: Callable[[Verdict], object]) -> list[Verdict]:
         """Let the faults happen; each verdict is told as soon as it is there."""
         verdicts = []
+        os.environ[VARIABLE] = str(SILENCE_LIMIT)
         self.client.start()
         try:
             for fault in drawn:

@@ -25,7 +25,9 @@ TOLD_SECONDS = 10.0
 """Within which the death of a process must have been told, and the others must have ended."""
 CANCEL_SECONDS = 3.0
 """Within which Cancel gives the client back; one on an idle machine."""
-SILENCE_SECONDS = 90.0
+SILENCE_LIMIT = 24.0
+"""The limit (`silence.VARIABLE`) that clients are given: a stopped process ends the pool after a third of it."""
+SILENCE_SECONDS = SILENCE_LIMIT / 3 + TOLD_SECONDS
 """Within which a process that stands still must have been told and the pool ended."""
 DESCRIPTORS = 40
 """The most that a client may open beyond those it has, where they are few."""
