@@ -132,6 +132,7 @@ class ComfyUIClient(Client):
 
     def write_file(self, job: str, path: Path, seed: int) -> None:
         tiny.write_checkpoint(path, CONFIG, seed)
+        path.chmod(0o644)
 
     def _watch(self, server: ComfyServer, call: Call, name: str) -> None:
         """Wait for the end of a prompt, and read its result."""

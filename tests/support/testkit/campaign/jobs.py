@@ -73,8 +73,9 @@ JOBS = {
 
 
 def write_model(path: Path, seed: int) -> None:
-    """Write a checkpoint in place, whatever lies there."""
+    """Write a checkpoint that every user can read."""
     tiny.write_checkpoint(path, CONFIG, seed)
+    path.chmod(0o644)
 
 
 def do(job: Job, pool: Pool, path: Path, poll: Poll, step: Callable[[int], None]) -> torch.Tensor:
