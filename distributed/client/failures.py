@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..protocol.pool_errors import Failure, OutOfMemory, PoolError, WorkerDied
+from ..protocol.pool_errors import Failure, OutOfMemory, PoolError, WorkerDied, WorkerSilent
 from ..protocol.replies import Reply
 
-__all__ = ["OutOfMemory", "PoolError", "WorkerDied", "end_of_pool", "error_among"]
+__all__ = ["OutOfMemory", "PoolError", "WorkerDied", "WorkerSilent", "end_of_pool", "error_among"]
 
 
 def error_among(replies: Sequence[Reply]) -> Exception | None:
@@ -31,4 +31,5 @@ def end_of_pool(failure: Failure) -> Exception:
     error = failure.for_the_user()
     if error is not None and not isinstance(error, WorkerDied):
         return error
-    return WorkerDied(f"{failure.text} Queue the prompt again: it starts a new pool.")
+    kind = WorkerDied if error is None else type(error)
+    return kind(f"{failure.text} Queue the prompt again: it starts a new pool.")

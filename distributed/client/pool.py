@@ -7,6 +7,7 @@ run under in planner.py, where they live in the executor, and what requests fail
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -24,13 +25,14 @@ from ..planner.planner import Planner, Workload, resolved
 from ..protocol.replies import ForwardDone
 from ..protocol.reports import DeviceProfile, Exchange, WorkerStatus
 from ..protocol.requests import Displaced, Report, Request, Trim
+from ..protocol.silence import SilenceLimits
 from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
 from ..shm.arena import Arena, ReusedArena
 from ..weights.lora_transfer import NO_LORAS, LoraSet
 from .forward_call import ForwardInputs, sent_dtype
 from .loaded_models import LoadedModels
 from .preparation import MakeRoom, Preparation, config_of
-from .rpc import Answers, Poll, Turn, WorkerClient
+from .rpc import Answers, Poll, SilenceNote, Turn, WorkerClient, within
 from .shared_conditioning import SharedConditioning
 
 
@@ -137,10 +139,14 @@ class Pool:
     Every method starts what it needs. One request runs at a time; other threads wait their turn, in which `poll` is
     called as it is while the workers are at work. Nobody has the turn while ComfyUI or another pool is called.
 
+    No wait is for ever: a request whose workers show no sign of life ends with the pool (see protocol/silence.py), and
+    what only puts things in order waits for its turn for `SilenceLimits.limit` seconds at most (`WorkersBusy`).
+
     Attributes:
         models: what the workers have loaded. Its `keep`, `drop`, `held` and `vaes` need no turn.
         last: what the last forward measured.
         make_arena: makes memory for the tensors of requests (see `Executor.make_arena`).
+        silence: what is to be said of processes that show no sign of life; any thread may read it.
     """
 
     def __init__(self, settings: PoolSettings, executor: Executor | None = None):
@@ -148,7 +154,9 @@ class Pool:
         settings = resolved(self._executor.resolve(settings))
         self.make_arena = self._executor.make_arena
         self._turn = Turn()
+        self._patience = SilenceLimits.from_environment(os.environ).limit
         self._client = WorkerClient(self._executor)
+        self.silence: SilenceNote = self._client.silence
         self._arena = ReusedArena(self.make_arena)
         self._conditioning = SharedConditioning(self.make_arena)
         self.models = LoadedModels(self._client, self._arena)
@@ -289,7 +297,7 @@ class Pool:
 
         `poll` as in `forward`.
         """
-        with self._turn.taken(poll):
+        with self._turn.taken(within(self._patience, poll, "Unloading a model")):
             if self.alive and self._client.workers:
                 self._client.wait_for_abandoned(poll)
                 loaded = self.models.specs
@@ -306,14 +314,14 @@ class Pool:
         Raises:
             PlacementError: host memory has no room for them.
         """
-        with self._turn.taken(poll):
+        with self._turn.taken(within(self._patience, poll, "Moving weights to host memory")):
             if not self.alive or not self._client.workers or not self.models.has(spec):
                 return 0
             return self.models.offload(spec, ranks, nbytes, poll)
 
     def offload_others(self, spec: ModelSpec, poll: Poll | None = None) -> int:
         """Offload every other model on all workers; returns the bytes that left the devices."""
-        with self._turn.taken(poll):
+        with self._turn.taken(within(self._patience, poll, "Moving weights to host memory")):
             ranks = range(self.settings.plan.num_gpus)
             others = [other for other in self.models.specs if other != spec]
             return sum(self.offload(other, ranks, 2**62, poll) for other in others)
@@ -324,19 +332,19 @@ class Pool:
         Does nothing while a request that was given up is still at work, as its end does the same. `poll` as in
         `forward`.
         """
-        with self._turn.taken(poll):
+        with self._turn.taken(within(self._patience, poll, "Giving memory back")):
             if self._client.workers and not self._client.lost() and not self._client.busy:
                 self._conditioning.close()
                 self._client.ask(Trim, poll)
 
     def close(self, poll: Poll | None = None) -> None:
         """End the processes. The next request starts new ones. `poll` as in `forward`."""
-        with self._turn.taken(poll):
+        with self._turn.taken(within(self._patience, poll, "Ending the workers")):
             self._client.close()
 
     def status(self, poll: Poll | None = None) -> PoolStatus:
         """Memory, models and speed as they are now. Starts nothing. `poll` as in `forward`."""
-        with self._turn.taken(poll):
+        with self._turn.taken(within(self._patience, poll, "The status")):
             if not self._client.workers:
                 return PoolStatus("not started", self.settings)
             if self._client.lost():

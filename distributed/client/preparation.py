@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ...wanvideo.base.config import WanConfig
-from ...wanvideo.base.user_error import UserError
 from ...wanvideo.checkpoint.weight_source import model_config
 from ..parallel.model_division import most_held
 from ..plan.degrees import ParallelPlan
@@ -68,7 +67,7 @@ class Preparation:
             plan = self.planner.choose(config_of(workload.spec), workload, profiles, self.settings.plan, loaded)
         if plan != self.settings.plan:
             self._client.wait_for_abandoned(poll)
-            self._reconfigure(plan)
+            self._reconfigure(plan, poll)
         room = self._room_for(workload.spec, made)
         if room is None:
             self._load(workload, poll)
@@ -90,12 +89,18 @@ class Preparation:
             room = most_held(config_of(spec), spec, self.settings.plan)
         return None if room in made else room
 
-    def _reconfigure(self, plan: ParallelPlan) -> None:
+    def _reconfigure(self, plan: ParallelPlan, poll: Poll | None) -> None:
+        """Change the plan, which takes a moment: `poll` may give that up where a worker shows no sign of life."""
         if not plan.holds_as(self.settings.plan):
-            self._models.unload(self._models.specs)
+            self._models.unload(self._models.specs, poll)
+
+        def poll_in_silence() -> None:
+            if poll is not None and self._client.silence.text:
+                poll()
+
         try:
-            self._client.ask(lambda number: Reconfigure(number, plan), None)
-        except UserError:
+            self._client.ask(lambda number: Reconfigure(number, plan), poll_in_silence)
+        except BaseException:  # ComfyUI's interrupt is no Exception
             self._client.close()  # the workers may be of two minds
             raise
         self.settings = replace(self.settings, plan=plan)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from typing import Generic, NoReturn, TypeVar
 from ..executors.executor import Executor, RanksEnded
 from ..protocol.codec import ProtocolError
 from ..protocol.messages import Cancel, Message, PoolReady, Ready
-from ..protocol.pool_errors import Failure
+from ..protocol.pool_errors import Failure, PoolError
 from ..protocol.replies import GivenUp, Replies
 from ..protocol.requests import Request, Trim
+from ..protocol.silence import WORKING, Silence, SilentProcess
 from ..protocol.specs import PoolSettings
 from ..shm.arena import Arena
 from .failures import end_of_pool, error_among
@@ -34,6 +36,33 @@ Poll = Callable[[], None]
 
 OutcomeT = TypeVar("OutcomeT")
 _POLL_SECONDS = 0.1
+
+
+class WorkersBusy(PoolError):
+    """The workers have not come to a request in the time that its caller gave them. The request may be done later."""
+
+
+def within(seconds: float, poll: Poll | None, what: str) -> Poll:
+    """A poll that gives a request up after so many seconds, beside what `poll` does.
+
+    Args:
+        what: the request, as the subject of a sentence.
+
+    Raises:
+        WorkersBusy: by the returned poll, once the time is over.
+    """
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        if poll is not None:
+            poll()
+        if time.monotonic() > end:
+            raise WorkersBusy(
+                f"{what} has waited {seconds:.0f} s for the workers, which do something else. "
+                "Wait until they are done, or restart ComfyUI."
+            )
+
+    return check
 
 
 class Turn:
@@ -58,6 +87,37 @@ class Turn:
             self._lock.release()
 
 
+class SilenceNote:
+    """What a pool's executor has said of processes without a sign of life. Any thread may read `text`."""
+
+    def __init__(self) -> None:
+        self._told: tuple[SilentProcess, ...] = ()
+        self._since = 0.0
+
+    @property
+    def text(self) -> str:
+        """What a user reads now; "" where nothing is to be said."""
+        told, elapsed = self._told, time.monotonic() - self._since
+        return " ".join(process.warning(elapsed) for process in told)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether a process does nothing, and is not only slow."""
+        return any(process.kind != WORKING for process in self._told)
+
+    def hear(self, silence: Silence) -> None:
+        """Note it, and log it."""
+        if self._told and not silence.processes:
+            log.info("All processes of the pool show signs of life again.")
+        self._told, self._since = silence.processes, time.monotonic()
+        for process in self._told:
+            log.warning("%s", process.warning())
+
+    def forget(self) -> None:
+        """The pool has answered or ended."""
+        self._told = ()
+
+
 @dataclass(frozen=True)
 class Answers(Generic[OutcomeT]):
     """What all workers answered to a request, by rank: what the request names as its outcome, and the seconds."""
@@ -69,9 +129,10 @@ class Answers(Generic[OutcomeT]):
 class WorkerClient:
     """The client's end of the line to the workers of one pool, from one start of them to the next.
 
-    `Pool` lets one thread at a time in; only `alive`, `pid` and `workers` may be read by others meanwhile.
+    `Pool` lets one thread at a time in; only `alive`, `pid`, `workers` and `silence` may be read by others meanwhile.
 
     Attributes:
+        silence: what is to be said of processes without a sign of life.
         workers: as they said hello, by rank; empty until they have.
         at_reply: called in turn with the replies of all workers to each request, those to abandoned ones included.
         at_end: called in turn when the workers have been stopped, whatever stopped them.
@@ -81,6 +142,7 @@ class WorkerClient:
         self.workers: tuple[Ready, ...] = ()
         self.at_reply: tuple[Callable[[Replies], None], ...] = ()
         self.at_end: tuple[Callable[[], None], ...] = ()
+        self.silence = SilenceNote()
         self._executor = executor
         self._started = False
         self._lent: tuple[Arena, ...] = ()  # to a request that has not been seen to end
@@ -137,6 +199,7 @@ class WorkerClient:
         self._started = False
         self.workers = ()
         self._abandoned = 0
+        self.silence.forget()
         self.lend(())
         for forget in self.at_end:
             forget()
@@ -203,8 +266,11 @@ class WorkerClient:
         if isinstance(message, PoolReady):
             self.workers = message.workers
             log.info("%d workers are up on %s.", len(self.workers), self.workers[0].device)
+        elif isinstance(message, Silence):
+            self.silence.hear(message)
         elif isinstance(message, Replies) and message.id == self._abandoned:
             self._abandoned = 0
+            self.silence.forget()
             self._untidy |= any(reply.failure or isinstance(reply.outcome, GivenUp) for reply in message.replies)
             for listen in self.at_reply:
                 listen(message)
@@ -216,8 +282,11 @@ class WorkerClient:
             log.warning("The pool ended while a request was being cancelled.")
 
     def _receive(self, poll: Poll | None) -> Message:
+        """The next message that is about a request or a start."""
         try:
-            while (message := self._executor.receive(_POLL_SECONDS)) is None:
+            while (message := self._executor.receive(_POLL_SECONDS)) is None or isinstance(message, Silence):
+                if message is not None:
+                    self._hear(message)
                 if poll is not None:
                     poll()
         except RanksEnded as end:

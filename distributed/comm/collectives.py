@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ..shm import signs
+from ..shm.signs import Mark
+
 # torch 2.13 has another name for it and warns at the old one
 all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
@@ -34,7 +37,8 @@ def join_share_group(groups: Sequence[Sequence[int]], rank: int) -> ShareGroup:
         if dist.get_backend() == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options.is_high_priority_stream = True  # else a gather waits for room beside the matrix products
-        group = dist.new_group(list(ranks), pg_options=options)
+        with signs.marked(Mark.WAITING):
+            group = dist.new_group(list(ranks), pg_options=options)
         if rank in ranks:
             mine = ShareGroup(len(ranks), ranks[0], list(ranks).index(rank), group)
     return mine
@@ -46,5 +50,6 @@ def gather_rows(row: Sequence[int], device: torch.device, world_size: int) -> li
         return [list(row)]
     mine = torch.tensor(row, dtype=torch.int64, device=device)
     rows = mine.new_empty(world_size * len(row))
-    all_gather_single(rows, mine)
-    return rows.view(world_size, -1).tolist()
+    with signs.marked(Mark.WAITING):
+        all_gather_single(rows, mine)
+        return rows.view(world_size, -1).tolist()

@@ -15,7 +15,9 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from ..shm import signs
 from ..shm.pinned import PinnedSharedMemory
+from ..shm.signs import Mark
 
 SIGNALS = 32
 """How many signals each rank has for each other rank."""
@@ -90,7 +92,8 @@ class PeerMemory(ABC):
         self.nbytes, self._layout = nbytes, None
         self._sent = [[0] * SIGNALS for _ in range(self.ranks)]
         self._awaited = [[0] * SIGNALS for _ in range(self.ranks)]
-        dist.barrier(self.group)  # all signals are 0
+        with signs.marked(Mark.WAITING):
+            dist.barrier(self.group)  # all signals are 0
 
     def arrange(self, layout: Hashable, nbytes: int) -> None:
         """Have at least `nbytes` on every rank, as `reserve` does, for transfers that lie as `layout` says.
@@ -101,7 +104,8 @@ class PeerMemory(ABC):
         self.reserve(nbytes)
         if layout != self._layout:
             self._layout = layout
-            dist.barrier(self.group)  # all have read the transfers of the layout before
+            with signs.marked(Mark.WAITING):
+                dist.barrier(self.group)  # all have read the transfers of the layout before
 
     def close(self) -> None:
         """Give the memory back, on all ranks. Transfers are counted anew afterwards, as after an aborted run."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..protocol.machine import Machine
+from ..shm import signs
 
 _SKEW_SECONDS = 3e-4
 """How long ranks wait for the slowest one at an exchange, beyond its latency: 4 H200s (see
@@ -75,6 +76,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         work()
         _synchronize(device)
+        signs.step()
         times.append(time.perf_counter() - start)
     return median(times[1:])
 

@@ -34,6 +34,8 @@ import torch
 import torch.distributed as dist
 
 from ..protocol.reports import WaitTimes
+from ..shm import signs
+from ..shm.signs import Mark
 
 ALL_TO_ALL, RING, SUMS, PIPELINE, WEIGHTS, PATCHES = "all-to-all", "ring", "sums", "pipeline", "weights", "patches"
 LATER_SLICES = "all-to-all of later slices"
@@ -138,22 +140,28 @@ def measuring(device: torch.device) -> Iterator[WaitRecorder]:
 def measure_wait(kind: str, among: Sequence[int] | dist.ProcessGroup | None = None) -> Iterator[None]:
     """Measure, until the end of the `with` block, how long the stream that computes waits for an exchange.
 
-    Does nothing outside a forward, for a rank alone, and inside another `measure_wait`, which counts the whole.
+    Measures nothing outside a forward, for a rank alone, and inside another `measure_wait`, which counts the whole. The
+    signs of this rank say meanwhile that it waits for others.
 
     Args:
         kind: what is exchanged, or waited for.
         among: the ranks that take part, or their group. All of them make the same calls of `measure_wait` in the same
             order.
     """
-    watch = _current
-    if watch is None or watch.open is not None or (ranks := _ranks(among)) is None:
-        yield
+    watch, ranks = _current, _ranks(among)
+    marks = signs.mark(Mark.WAITING if ranks else Mark.NONE)
+    if watch is None or watch.open is not None or ranks is None:
+        try:
+            yield
+        finally:
+            signs.restore(marks)
         return
     watch.open = watch.spans(kind, ranks)
     watch.open.start()
     try:
         yield
     finally:
+        signs.restore(marks)
         spans, watch.open = watch.open, None
         spans.stop()
 
@@ -167,9 +175,11 @@ def computing() -> Iterator[None]:
         return
     spans, watch.open = watch.open, None
     spans.stop()
+    marks = signs.unmark(Mark.WAITING)
     try:
         yield
     finally:
+        signs.restore(marks)
         watch.open = spans
         spans.start()
 

@@ -13,16 +13,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
 from ..protocol.codec import ProtocolError
 from ..protocol.messages import Cancel, Join, Message, PoolFailed, PoolReady, Ready, Start, StartFailed, decode, encode
-from ..protocol.pool_errors import Failure, WorkerDied
+from ..protocol.pool_errors import Failure, WorkerDied, WorkerSilent
 from ..protocol.replies import Replies, Reply
 from ..protocol.requests import Request
+from ..protocol.silence import Silence
 from ..shm.cancel import CancelMemory
+from ..shm.signs import LAUNCHER, Activity, SignsTable
+from .outbox import Outbox
+from .silence_watch import NO_SIGN, Observed, SilenceWatch
 from .worker_processes import WorkerProcess, WorkerStart, Zygote, can_fork, spawn
 
 log = logging.getLogger(__name__)
@@ -64,6 +68,13 @@ class Launcher:
         self.pending: dict[int, _Pending] = {}
         self.processes: list[WorkerProcess] = []
         self.connections: list[Connection] = []
+        self.outboxes: list[Outbox] = []
+        self.signs = SignsTable.open(start.signs)
+        self.pulse = self.signs.of(LAUNCHER)
+        self.pulse.begin(Activity.PASSING_ON)
+        self.watch = SilenceWatch(start.limits)
+        self.looked = 0.0
+        self.silent: set[tuple[str, str]] = set()
 
     def run(self) -> int:
         """Returns the exit status of the launcher."""
@@ -91,9 +102,12 @@ class Launcher:
         work = []
         for rank in range(len(self.start.locations)):
             ours, theirs = multiprocessing.Pipe()
-            join = Join(rank, self.start.settings, self.start.locations, rendezvous, self.barrier.path)
+            join = Join(
+                rank, self.start.settings, self.start.locations, rendezvous, self.barrier.path, self.start.signs
+            )
             work.append(WorkerStart(encode(join), theirs))
             self.connections.append(ours)
+            self.outboxes.append(Outbox(ours))
         if self.start.settings.device == "cpu" and can_fork():
             self._fork(work)
         else:
@@ -105,8 +119,10 @@ class Launcher:
         """Let a zygote start the workers. The client may go meanwhile."""
         zygote = Zygote(work)
         self.processes = [zygote.process]
-        while zygote.pids not in (news := wait([self.client, *self.client_end, zygote.pids])):
+        tick = self.start.limits.tick
+        while zygote.pids not in (news := wait([self.client, *self.client_end, zygote.pids], tick)):
             self._hear_client(news)
+            self._look([Observed(0, "The process that starts the workers", zygote.process.pid or 0, NO_SIGN)])
         zygote.process.join()
         if zygote.process.exitcode != 0:
             reason = _exit_reason("The process that starts the workers", zygote.process)
@@ -116,6 +132,7 @@ class Launcher:
     def _wait_until_ready(self) -> None:
         ready: dict[int, Ready] = {}
         while len(ready) < len(self.processes):
+            self._look(self._observed(rank for rank in range(len(self.processes)) if rank not in ready))
             for rank, message in self._messages():
                 if isinstance(message, StartFailed):
                     failure = message.failure
@@ -125,6 +142,10 @@ class Launcher:
         self.client.send_bytes(encode(PoolReady(tuple(ready[rank] for rank in sorted(ready)))))
 
     def _step(self) -> None:
+        unanswered = {
+            rank for p in self.pending.values() for rank in range(len(self.processes)) if rank not in p.replies
+        }
+        self._look(self._observed(sorted(unanswered)), any(pending.collective for pending in self.pending.values()))
         for rank, reply in self._messages():
             assert isinstance(reply, Reply)
             pending = self.pending[reply.id]
@@ -144,7 +165,7 @@ class Launcher:
         """Wait for news; pass the client's on to the workers and return those of the workers, with rank."""
         sentinels = [process.sentinel for process in self.processes]
         deadline = min((p.deadline for p in self.pending.values()), default=float("inf"))
-        timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + 0.01
+        timeout = min(self.start.limits.tick, max(0.0, deadline - time.monotonic()) + 0.01)
         news = wait([self.client, *self.client_end, *self.connections, *sentinels], timeout)
         self._hear_client(news)
         messages = []
@@ -176,11 +197,33 @@ class Launcher:
             return
         assert isinstance(message, Request)
         self.pending[message.id] = _Pending(message.collective)
-        for connection in self.connections:
-            try:
-                connection.send_bytes(data)
-            except ConnectionError:
-                self._check_alive()
+        for outbox in self.outboxes:
+            outbox.send(data)
+
+    def _observed(self, ranks: Iterable[int]) -> list[Observed]:
+        """These ranks as they are now."""
+        return [
+            Observed(rank, f"Worker rank {rank}", self.processes[rank].pid or 0, self.signs.read(rank))
+            for rank in ranks
+        ]
+
+    def _look(self, expected: Sequence[Observed], together: bool = True) -> None:
+        """Show that this process runs, and look for signs of life of those that are expected to do something.
+
+        Raises:
+            _PoolEnded: one of them has been silent for too long.
+        """
+        self.pulse.beat()
+        if (now := time.monotonic()) - self.looked < 0.9 * self.start.limits.tick:
+            return
+        self.looked = now
+        silent = self.watch.look(expected, together)
+        if silent and silent[0].left <= 0:
+            raise _PoolEnded(Failure.of(WorkerSilent(silent[0].ended())))
+        said = {(process.name, process.kind) for process in silent}
+        if said != self.silent:
+            self.silent = said
+            self.client.send_bytes(encode(Silence(silent)))
 
     def _check_alive(self) -> None:
         dead = [rank for rank, process in enumerate(self.processes) if process.exitcode is not None]

@@ -17,16 +17,21 @@ import torch
 
 from ..plan.degrees import PlanError
 from ..protocol.messages import Cancel, Message, PoolFailed, Start, decode, encode
-from ..protocol.pool_errors import Failure, PoolError, WorkerDied
+from ..protocol.pool_errors import Failure, PoolError, WorkerDied, WorkerSilent
 from ..protocol.requests import Request
+from ..protocol.silence import Silence, SilenceLimits
 from ..protocol.specs import PoolSettings, RankLocation, on_one_host
 from ..shm.arena import Arena
+from ..shm.signs import LAUNCHER, SignsTable
 from .executor import Executor, RanksEnded
+from .outbox import Outbox
+from .silence_watch import Observed, SilenceWatch
 
 MAX_GPUS = 8
 """What one machine has at most, and what was tried."""
 
 _CLOSE_SECONDS = 3.0
+_UNREAD_SECONDS = 0.2
 _BOOTSTRAP = Path(__file__).resolve().parents[2] / "bootstrap.py"
 
 
@@ -58,7 +63,12 @@ def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
 class _Launcher:
     """One start of the launcher, and our end of the line to it."""
 
-    def __init__(self, start: Start):
+    def __init__(self, settings: PoolSettings, locations: tuple[RankLocation, ...]):
+        limits = SilenceLimits.from_environment(os.environ)
+        self._signs = SignsTable.create(len(locations))
+        self._watch = SilenceWatch(limits)
+        self._silent = False
+        start = Start(settings, locations, os.getpid(), self._signs.path, limits)
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -69,11 +79,43 @@ class _Launcher:
                 start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
             )
         self.connection: Connection = Connection(ours.detach())
-        self.connection.send_bytes(encode(start))
+        self._outbox = Outbox(self.connection)
+        self.send(start)
+
+    def send(self, message: Message | Request[Any]) -> None:
+        """Send a message, without waiting until the launcher reads it.
+
+        Raises:
+            RanksEnded: the launcher has ended.
+        """
+        if self.process.poll() is not None:
+            raise self.ended()
+        self._outbox.send(encode(message))
+
+    def receive(self, seconds: float) -> Message | None:
+        """The launcher's next message, or what is to be said of its silence; None where neither came in time.
+
+        Raises:
+            RanksEnded: the launcher has ended, or has been silent for too long.
+        """
+        if self.connection.poll(seconds):
+            return decode(self.connection.recv_bytes())
+        launcher = Observed(LAUNCHER, "The pool's launcher", self.process.pid, self._signs.read(LAUNCHER))
+        silent = self._watch.look([launcher])
+        if silent and silent[0].left <= 0:
+            raise RanksEnded(Failure.of(WorkerSilent(silent[0].ended())))
+        if bool(silent) == self._silent:
+            return None
+        self._silent = bool(silent)
+        return Silence(silent)
 
     def stop(self) -> None:
         """Hang up; the launcher then ends its workers and itself."""
+        if not self._outbox.close(_UNREAD_SECONDS):
+            self.process.kill()  # it reads nothing, and would not see that we hang up
+            self._outbox.close(_CLOSE_SECONDS)
         self.connection.close()
+        self._signs.close()
         try:
             self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -136,23 +178,17 @@ class LocalExecutor(Executor):
         """See `Executor`."""
         if not hasattr(os, "memfd_create"):
             raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
-        self._launcher = _Launcher(Start(settings, self.locations(settings), os.getpid()))
+        self._launcher = _Launcher(settings, self.locations(settings))
 
     def send(self, message: Request[Any] | Cancel) -> None:
         """See `Executor`."""
-        launcher = self._running()
-        try:
-            launcher.connection.send_bytes(encode(message))
-        except ConnectionError:
-            raise launcher.ended() from None
+        self._running().send(message)
 
     def receive(self, seconds: float) -> Message | None:
         """See `Executor`."""
         launcher = self._running()
         try:
-            if not launcher.connection.poll(seconds):
-                return None
-            message = decode(launcher.connection.recv_bytes())
+            message = launcher.receive(seconds)
         except (EOFError, ConnectionError):
             raise launcher.ended() from None
         if isinstance(message, PoolFailed):

@@ -20,6 +20,8 @@ from ...wanvideo.base.user_error import UserError
 from ...wanvideo.model.layers import OverSequence
 from ..comm import timing
 from ..plan.degrees import SequenceDegrees, head_speeds, shares
+from ..shm import signs
+from ..shm.signs import Mark
 
 
 class MissingPackage(UserError, RuntimeError):
@@ -100,7 +102,8 @@ def own_process_group(groups: Iterable[Sequence[int]], rank: int) -> dist.Proces
     own = None
     for ranks in groups:
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks))
+            with signs.marked(Mark.WAITING):
+                group = dist.new_group(list(ranks))
             own = group if rank in ranks else own
     return own
 

@@ -9,13 +9,14 @@ what is answered in replies.py, what workers tell of themselves in reports.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .codec import from_json, to_json
 from .pool_errors import Failure
 from .replies import Replies, Reply
 from .requests import AnyRequest, Request
+from .silence import Silence, SilenceLimits
 from .specs import PoolSettings, RankLocation
 
 
@@ -25,11 +26,15 @@ class Start:
 
     Args:
         locations: of all ranks, by rank.
+        signs: where the launcher and the ranks show their signs of life (see signs.py).
+        limits: how long the launcher waits for a rank without a sign of life.
     """
 
     settings: PoolSettings
     locations: tuple[RankLocation, ...]
     client_pid: int
+    signs: str
+    limits: SilenceLimits = field(default_factory=SilenceLimits)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Join:
         rendezvous: address at which torch.distributed brings the ranks together, such as file:///path or
             tcp://host:port.
         barrier: address of the cancel barrier (see cancel.py).
+        signs: where the rank shows its signs of life (see signs.py).
     """
 
     rank: int
@@ -48,6 +54,7 @@ class Join:
     locations: tuple[RankLocation, ...]
     rendezvous: str
     barrier: str
+    signs: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Cancel:
     id: int
 
 
-Message = AnyRequest | Start | Join | Cancel | Ready | StartFailed | Reply | PoolReady | Replies | PoolFailed
+Message = AnyRequest | Start | Join | Cancel | Ready | StartFailed | Reply | PoolReady | Replies | PoolFailed | Silence
 
 
 def encode(message: Message | Request[Any]) -> bytes:

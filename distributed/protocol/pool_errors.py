@@ -15,6 +15,10 @@ class WorkerDied(PoolError):
     """A process of the pool has ended; the next request starts a new pool."""
 
 
+class WorkerSilent(WorkerDied):
+    """A process of the pool showed no sign of life, and the pool was ended; the next request starts a new pool."""
+
+
 class OutOfMemory(PoolError):
     """A GPU had too little memory for the request."""
 

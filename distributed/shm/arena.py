@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 
 from ..protocol.refs import ArenaRef, TensorRef
+from . import signs
+from .signs import Mark
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +164,8 @@ class _Pin:
 
     def __init__(self, memory: mmap.mmap):
         self._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        code = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), 0))
+        with signs.marked(Mark.PAGE_LOCKING):
+            code = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), 0))
         if code:
             log.info("The driver does not pin %d bytes of shared memory (%d); copies take longer.", len(memory), code)
             self._address = 0

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ...wanvideo.base.user_error import UserError
+from . import signs
 from .host import host_room
+from .signs import Mark
 
 _HEADER = mmap.PAGESIZE
 _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
@@ -65,7 +67,8 @@ class PinnedSharedMemory:
         os.ftruncate(fd, _HEADER + nbytes)
         own = mmap.mmap(fd, _HEADER + nbytes)
         torch.frombuffer(own, dtype=torch.uint8).zero_()  # each rank its own pages, side by side
-        dist.barrier(group)  # all ranks' memory has its full length
+        with signs.marked(Mark.WAITING):
+            dist.barrier(group)  # all ranks' memory has its full length
         self._maps = [
             own if rank == group_rank else _open(pid, number, own) for rank, (pid, number, _) in enumerate(names)
         ]
@@ -74,7 +77,8 @@ class PinnedSharedMemory:
         pinned = self.data if device.type == "cuda" else []
         self._give_back = weakref.finalize(self, _give_back, fd, pinned)
         self._give_back.atexit = False
-        codes = [int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, _MAPPED)) for x in pinned]
+        with signs.marked(Mark.PAGE_LOCKING):
+            codes = [int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, _MAPPED)) for x in pinned]
         code = max(row[0] for row in _all_gathered((max(codes, default=0),), ranks, device, group))
         if code:
             self.close()
@@ -105,8 +109,9 @@ def _all_gathered(
     """Every rank's `numbers`, by rank; a collective call of the group."""
     mine = torch.tensor(numbers, device=device)
     every = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(every, mine, group=group)
-    return [tuple(row.tolist()) for row in every]
+    with signs.marked(Mark.WAITING):
+        dist.all_gather(every, mine, group=group)
+        return [tuple(row.tolist()) for row in every]
 
 
 def _open(pid: int, fd: int, own: mmap.mmap) -> mmap.mmap:

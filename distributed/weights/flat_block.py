@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..plan.placement import ALIGN, PlacementError
+from ..shm import signs
+from ..shm.signs import Mark
 
 Weight = Any
 """A tensor, or a quantised weight that offers `components()` and `replace(components)`."""
@@ -138,7 +140,8 @@ class HostBuffer:
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
         if pin:
             address = self.bytes.data_ptr()
-            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+            with signs.marked(Mark.PAGE_LOCKING):
+                code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
             if code:
                 raise PlacementError(
                     f"CUDA could not lock {nbytes / 2**30:.1f} GiB of host memory (error {code}). "

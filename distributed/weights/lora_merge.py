@@ -9,8 +9,10 @@ from ...wanvideo.quant.quantized import Weight
 from ..parallel.pipeline import Stage
 from ..parallel.tensor import TensorShard
 from ..protocol.requests import ApplyLora
+from ..shm import signs
 from ..shm.arena import ArenaReader
 from ..shm.host import HostShare
+from ..shm.signs import Activity
 from .base_weights import as_in_file
 from .loaded import LoadedModel
 from .lora_transfer import read_delta
@@ -54,7 +56,9 @@ class LoraMerge:
         loaded.forget_texts()
         loaded.base_weights.look_for_room()
         names = sorted(loaded.patched | self._request.weights.keys())
-        loaded.blocks.update([name for name in names if self._holds(name)], self._merged, host)
+        held = [name for name in names if self._holds(name)]
+        signs.begin(Activity.MERGING, len(held))
+        loaded.blocks.update(held, self._merged, host)
         loaded.patched, loaded.uuid = set(self._request.weights), self._request.uuid
 
     def _holds(self, name: str) -> bool:
@@ -62,6 +66,7 @@ class LoraMerge:
 
     def _merged(self, name: str) -> Weight:
         """This rank's part of a weight with the LoRAs merged, as the model holds it."""
+        signs.step()
         whole = [read_delta(self._arena, self._request.arena, ref) for ref in self._request.weights.get(name, ())]
         weight = self._base(name)
         deltas = self._shard.take_deltas(name, self._shapes.get(name, ()), whole)

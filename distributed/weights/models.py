@@ -28,8 +28,10 @@ from ..plan.placement import Demand, Placement, activation_bytes, fitting_blocks
 from ..protocol.pool_errors import AnotherRankRefused
 from ..protocol.requests import ApplyLora, Offload
 from ..protocol.specs import ModelSpec, PoolSettings
+from ..shm import signs
 from ..shm.arena import ArenaReader
 from ..shm.host import HostShare, check_host_room, host_room
+from ..shm.signs import Activity
 from .base_weights import BaseWeights
 from .block_store import BlockStore
 from .device_memory import release_cache
@@ -247,6 +249,7 @@ class Models:
         reader = WeightReader(source, spec.weight_dtype, self.shard, self.device)
         names = sizes_on_rank(source, spec, self.settings.plan, self.rank)
         config = source.config
+        signs.begin(Activity.LOADING, len(names))
         blocks = BlockStore(
             names,
             reader.unconverted,

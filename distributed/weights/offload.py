@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ..shm import signs
 from .block_states import HostBlock, LooseBlock
 from .block_store import BlockStore
 
@@ -25,6 +26,7 @@ class BlockOffloader:
         """
         leaving = self._leaving(nbytes)
         for number in leaving:
+            signs.step()
             self._store.offload(number)
         return self._bytes_of(leaving)
 
@@ -34,6 +36,7 @@ class BlockOffloader:
         absent = [number for number in reversed(self._store.to_host_order) if number not in present]
         entering = absent[: max(0, count - len(present))]
         for number in entering:
+            signs.step()
             self._store.onload(number)
         if entering and self._store.device.type == "cuda":
             torch.cuda.synchronize(self._store.device)  # the copies in host memory may be dropped from now on

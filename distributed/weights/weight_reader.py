@@ -13,6 +13,7 @@ from ...wanvideo.checkpoint.weight_source import (
 )
 from ...wanvideo.quant.quantized import QuantizedWeight, Weight
 from ..parallel.tensor import TensorShard
+from ..shm import signs
 
 
 class WeightReader:
@@ -30,6 +31,7 @@ class WeightReader:
 
     def read(self, name: str) -> Weight:
         """This rank's part of a weight, as the model holds it on its device."""
+        signs.step()
         return self.as_held(name, self.base(name))
 
     def base(self, name: str) -> Weight:
@@ -51,6 +53,7 @@ class WeightReader:
         The dtype is None where the weight is stored as returned. Weights that are quantised at load are returned
         quantised.
         """
+        signs.step()
         whole = self.source.tensor(name)
         weight = self._shard.take(name, whole)
         if isinstance(weight, QuantizedWeight) or isinstance(whole, QuantizedWeight):

@@ -24,8 +24,10 @@ from ..protocol.refs import ArenaRef, TensorRef
 from ..protocol.reports import Exchange
 from ..protocol.requests import Forward
 from ..protocol.specs import ModelSpec
+from ..shm import signs
 from ..shm.arena import ArenaReader
 from ..shm.cancel import CancelBarrier
+from ..shm.signs import Activity
 from ..weights.device_memory import MemoryMeter
 from ..weights.loaded import LoadedModel
 from ..weights.models import Models
@@ -174,14 +176,16 @@ class ForwardRunner:
         missing = self._most_batches(spec, batch) - len(inputs.batches) if together else 0
         carried = model.carried(model.span.start, inputs.conditioning)
         streams = (1 + carried,) if carried else ()
+        idle, blocks = missing * len(work) // len(inputs.batches), stage.most_blocks(model.config)
+        signs.begin(Activity.FORWARD, blocks * (len(work) + idle + len(stage.ranks) - 1))
         return Flow(
             stage,
             work,
-            stage.most_blocks(model.config),
+            blocks,
             lambda item: (*streams, item.items.stop - item.items.start, item.tokens, model.config.dim),
             self.device,
             self._before_block(loaded.prefetcher, batch, together),
-            missing * len(work) // len(inputs.batches),
+            idle,
             model.config.run_order(model.span),
         )
 
@@ -197,6 +201,7 @@ class ForwardRunner:
         launched: deque[torch.cuda.Event] = deque()
 
         def check(stage: int, block: int | None) -> None:
+            signs.step()
             if self.device.type == "cuda":
                 launched.append(torch.cuda.Event(blocking=True))
                 launched[-1].record()

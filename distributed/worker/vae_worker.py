@@ -27,10 +27,13 @@ from ...wanvideo.vae.vae_ops import VAEOps
 from ..comm.collectives import gather_rows
 from ..plan.degrees import shares
 from ..plan.placement import PlacementError
+from ..protocol.refs import ArenaRef, TensorRef
 from ..protocol.requests import DecodeVAE, EncodeVAE, LoadVAE, VAEOptions
 from ..protocol.specs import PoolSettings
+from ..shm import signs
 from ..shm.arena import ArenaReader
 from ..shm.cancel import CancelBarrier
+from ..shm.signs import Mark
 from ..weights.models import Models
 
 log = logging.getLogger(__name__)
@@ -118,8 +121,9 @@ class Strip:
 
 def _run(operations: Sequence[dist.P2POp]) -> None:
     if operations:
-        for work in dist.batch_isend_irecv(list(operations)):
-            work.wait()
+        with signs.marked(Mark.WAITING):
+            for work in dist.batch_isend_irecv(list(operations)):
+                work.wait()
 
 
 class VAEs:
@@ -149,10 +153,13 @@ class VAEs:
             self.drop()
         self._vae, dtype = request.vae, DTYPES[request.dtype]
         self.weights[request.key] = {
-            name: self._inputs.view(request.arena, ref).to(self.device, dtype, copy=True)
-            for name, ref in request.weights.items()
+            name: self._taken(request.arena, ref, dtype) for name, ref in request.weights.items()
         }
         self._close()
+
+    def _taken(self, arena: ArenaRef, ref: TensorRef, dtype: torch.dtype) -> torch.Tensor:
+        signs.step()
+        return self._inputs.view(arena, ref).to(self.device, dtype, copy=True)
 
     def drop(self) -> None:
         """Forget the VAE."""
@@ -220,7 +227,9 @@ class VAEs:
         self._inputs, self._outputs = ArenaReader(), ArenaReader()
 
     def _check(self) -> None:
-        self.barrier.check(self.rank, 0)
+        signs.step()
+        with signs.marked(Mark.WAITING):
+            self.barrier.check(self.rank, 0)
 
     def _frame(self, strips: FrameStrips) -> Frame:
         return Strip(self.rank, strips) if len(strips.parts) > 1 else WholeFrame(strips.most)

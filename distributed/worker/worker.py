@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,8 +46,10 @@ from ..protocol.requests import (
     Unload,
 )
 from ..protocol.specs import ModelSpec, PoolSettings, RankLocation
+from ..shm import signs
 from ..shm.arena import ArenaReader
 from ..shm.cancel import CancelBarrier, Cancelled
+from ..shm.signs import Activity, Mark
 from ..weights.device_memory import MemoryMeter
 from ..weights.models import Models
 from .forward import ForwardRunner
@@ -54,6 +57,21 @@ from .vae_worker import VAEs
 from .worker_report import device_name, held_bytes, link, out_of_memory, ready, worker_status
 
 log = logging.getLogger(__name__)
+
+_ACTIVITIES: dict[type[Request[Any]], Activity] = {
+    Load: Activity.LOADING,
+    ApplyLora: Activity.MERGING,
+    Forward: Activity.FORWARD,
+    Unload: Activity.UNLOADING,
+    Offload: Activity.OFFLOADING,
+    Trim: Activity.TRIMMING,
+    Report: Activity.REPORTING,
+    Probe: Activity.PROBING,
+    Reconfigure: Activity.REGROUPING,
+    LoadVAE: Activity.LOADING_VAE,
+    DecodeVAE: Activity.DECODING,
+    EncodeVAE: Activity.ENCODING,
+}
 
 
 class Worker:
@@ -81,11 +99,17 @@ class Worker:
         self._begin()
         self.fused = pointwise.use_triton(self.device)
         self.machine: Machine | None = None
+        self._done: set[Hashable] = {None}  # kinds of requests that were answered before
 
     def handle(self, request: AnyRequest) -> Reply:
         """Answer one request; what it fails with becomes the outcome of the reply."""
         started = time.perf_counter()
-        outcome = self._outcome(request)
+        signs.begin(_ACTIVITIES[type(request)])
+        first = (kind := _kind_of(request)) not in self._done
+        with signs.marked(Mark.FIRST if first else Mark.NONE):
+            outcome = self._outcome(request)
+        if first and not isinstance(outcome, Failure | GivenUp):
+            self._done.add(kind)
         seconds, held = time.perf_counter() - started, self.models.memory.held()
         return Reply(request.id, self.rank, outcome, seconds, held, self.vaes.keys)
 
@@ -203,7 +227,10 @@ def main(join: bytes, connection: Connection) -> None:
         level=logging.INFO, stream=sys.stderr, format=f"[WanParallel rank {told.rank}] %(message)s", force=True
     )
     try:
+        signs.show_in(told.signs, told.rank)
+        signs.begin(Activity.JOINING)
         join_world(told.rank, told.settings, told.locations, told.rendezvous)
+        signs.begin(Activity.STARTING)
         worker = Worker(told.rank, told.settings, CancelBarrier(told.barrier), told.locations)
     except Exception as error:  # the boundary of the process, as in Worker.handle
         log.exception("The start failed.")
@@ -211,12 +238,27 @@ def main(join: bytes, connection: Connection) -> None:
         return
     connection.send_bytes(encode(ready(worker)))
     while True:
+        signs.begin(Activity.IDLE)
         try:
             request = decode(connection.recv_bytes())
         except EOFError:
             return
         assert isinstance(request, Request)
         connection.send_bytes(encode(worker.handle(request)))
+
+
+def _kind_of(request: AnyRequest) -> Hashable:
+    """What a worker may build kernels and connections for when it does so for the first time; None where nothing."""
+    match request:
+        case Forward():
+            return Forward, request.spec, request.strategy, request.x.shape
+        case DecodeVAE():
+            return DecodeVAE, request.key, request.latent.shape
+        case EncodeVAE():
+            return EncodeVAE, request.key, request.frames.shape
+        case Probe() | Reconfigure():
+            return type(request).__name__
+    return None
 
 
 def device_at(settings: PoolSettings, location: RankLocation) -> torch.device:

@@ -1,15 +1,41 @@
-"""Text under a running node while the workers start and load."""
+"""Text under a running node while it waits for workers: what they load, and which of them show no sign of life."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
 
+import comfy.model_management
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...distributed.client.pool import Pool
 from ...distributed.protocol.specs import ModelSpec
+
+_REPEAT_SECONDS = 1.0
+
+
+class WorkersPoll:
+    """Called again and again while a node waits for workers: raises at Cancel, and says under the node which workers
+    show no sign of life."""
+
+    def __init__(self, pool: Pool):
+        self._pool, self._shown, self._repeat = pool, False, 0.0
+
+    def __call__(self) -> None:
+        """Poll once.
+
+        Raises:
+            InterruptProcessingException: Cancel was pressed.
+        """
+        text, now = self._pool.silence.text, time.monotonic()
+        if text and now >= self._repeat:
+            self._shown, self._repeat = True, now + _REPEAT_SECONDS
+            _send(text)
+        elif self._shown and not text:
+            self._shown = False
+            _send("All workers show signs of life again.")
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class LoadingText:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
@@ -18,6 +17,7 @@ from ...distributed.plan.degrees import PlanError
 from ...distributed.protocol.reports import Exchange, WorkerStatus
 from ...wanvideo.base.grid import Grid
 from ..common import shared_inputs
+from ..common.progress import WorkersPoll
 from ..common.sockets import DISTRIFUSION_CATEGORY, DISTRIFUSION_MODEL
 from ..common.validation import new_fingerprint
 from ..model.model_patcher import displaced_runs
@@ -71,8 +71,7 @@ class OfficialDistriFusionStatus(io.ComfyNode):
                 "This MODEL does not run by patches, so there is no status of them. "
                 "Connect Official DistriFusion Model Loader, or XDit+USP Status for a MODEL of that loader."
             )
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        pool = runs.pool.status(poll)
+        pool = runs.pool.status(WorkersPoll(runs.pool))
         layout, problem = _layout(runs)
         text = "\n".join(_report(runs, pool, layout, problem))
         picture = draw_layout(layout, _caption(runs), None if frame is None else frame[0])

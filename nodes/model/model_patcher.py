@@ -63,8 +63,7 @@ class RemoteModelPatcher(WeightlessPatcher):
         self.shared_device.trim()
 
     # ComfyUI's memory manager sees the weights that the workers hold on ComfyUI's own device. When the manager wants
-    # room for another model, weights move to host memory; the next forward brings the weights back. Cancel has to wait
-    # for such a move: an interrupt in the middle of ComfyUI's freeing would make ComfyUI lose count of its models.
+    # room for another model, weights move to host memory; the next forward brings the weights back.
 
     def model_size(self) -> int:
         """Bytes of the weights on ComfyUI's device once all are there; 1 while the workers have none (0 is unset)."""

@@ -35,7 +35,7 @@ from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import file_stamp
 from ..common import refusals
 from ..common.model_files import patch_files
-from ..common.progress import LoadingText
+from ..common.progress import LoadingText, WorkersPoll
 from . import infinitetalk_patch
 from .conditioning_inputs import from_comfyui
 from .model_patcher import RemoteModelPatcher
@@ -250,7 +250,7 @@ class RemoteWan(torch.nn.Module):
                 timestep,
                 context,
                 loras=self.loras,
-                poll=comfy.model_management.throw_exception_if_processing_interrupted,
+                poll=WorkersPoll(self.pool),
                 make_room=self._make_room,
                 displaced=displaced,
                 conditioning=conditioning,
@@ -258,11 +258,12 @@ class RemoteWan(torch.nn.Module):
 
     def _ensure_ready(self, tokens: int, items: int) -> None:
         """Start the workers and load the model, while a text under the running node says so."""
+        workers_poll = WorkersPoll(self.pool)
         with LoadingText(self.spec, self.pool) as text:
 
             def poll() -> None:
                 text.show()
-                comfy.model_management.throw_exception_if_processing_interrupted()
+                workers_poll()
 
             self.pool.ensure_ready(self.spec, poll, self._make_room, tokens=tokens, items=items)
 
@@ -285,7 +286,7 @@ class RemoteWan(torch.nn.Module):
         others = [pool for pool in _pools if pool is not self.pool and pool.alive]
         for pool in others:
             log.info("Ending the workers of another XDit+USP Config to make room.")
-            pool.close(comfy.model_management.throw_exception_if_processing_interrupted)
+            pool.close(WorkersPoll(pool))
         freed = free_shared_gpu(nbytes)
         return bool(others) or freed
 
@@ -293,8 +294,8 @@ class RemoteWan(torch.nn.Module):
         """Free GPU memory from everything but this model, after the workers ran out of memory; whether a second try
         has more room."""
         freed = self._free(EVERYTHING)
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        freed = bool(self.pool.offload_others(self.spec, poll)) or freed  # such as the other expert of Wan 2.2
+        others = self.pool.offload_others(self.spec, WorkersPoll(self.pool))  # such as the other expert of Wan 2.2
+        freed = bool(others) or freed
         return freed or self.spec.offload == "auto"  # then fewer blocks stay on the GPU the next time
 
 

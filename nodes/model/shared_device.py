@@ -37,12 +37,17 @@ def free_shared_gpu(nbytes: float) -> bool:
     return bool(freed)
 
 
+class WaitGivenUp(UserError):
+    """Cancel was pressed, or a worker shows no sign of life, while ComfyUI's memory manager waited for the workers."""
+
+
 @dataclass(frozen=True)
 class SharedDevice:
     """The weights of one model that the workers hold on ComfyUI's own device.
 
-    ComfyUI's memory manager is in the middle of freeing when it asks for room here, so a pool that fails is logged and
-    not passed on: nothing is left to free in it.
+    ComfyUI's memory manager is in the middle of freeing when it asks for room here, and would lose count of its models
+    by an exception. So a pool that fails is logged and not passed on, and Cancel ends the wait, but is left to the
+    sampling to obey. What the workers were asked they do as soon as they can.
     """
 
     pool: Pool
@@ -61,7 +66,7 @@ class SharedDevice:
         if not ranks:
             return 0
         try:
-            freed = self.pool.offload(self.spec, ranks, nbytes)
+            freed = self.pool.offload(self.spec, ranks, nbytes, self._poll)
         except PlacementError as error:
             log.warning("%s The model is read again with the next sampling.", error)
             freed = self.held()[0]
@@ -76,16 +81,27 @@ class SharedDevice:
     def unload(self) -> None:
         """Let the workers forget the model."""
         try:
-            self.pool.unload(self.spec)
+            self.pool.unload(self.spec, self._poll)
         except UserError as error:
             log.warning("%s", error)
 
     def trim(self) -> None:
         """Let the workers give back the memory that only a sampling run needs."""
         try:
-            self.pool.trim()
+            self.pool.trim(self._poll)
         except UserError as error:  # must not take the place of the error that ended the sampling
             log.warning("%s", error)
+
+    def _poll(self) -> None:
+        """Give the wait up where it may take long.
+
+        Raises:
+            WaitGivenUp: it may.
+        """
+        if comfy.model_management.processing_interrupted():
+            raise WaitGivenUp("Cancel was pressed while workers freed memory. They go on with it by themselves.")
+        if self.pool.silence.at_rest:
+            raise WaitGivenUp(f"Workers were asked to free memory, and ComfyUI goes on. {self.pool.silence.text}")
 
     def _ranks(self) -> Sequence[int]:
         """The workers on ComfyUI's own device: one on a GPU, all of them without any."""

@@ -17,6 +17,7 @@ from ...distributed.client.pool import Pool, acquire, running
 from ...distributed.client.vae_client import VAEWeights, decode, encode
 from ...wanvideo.vae.vae_layout import HALVES, Half, frames_of, kind_of, latent_frames, weights_of
 from ...wanvideo.vae.vae_ops import VAEError
+from ..common.progress import WorkersPoll
 from ..common.settings import USPConfig
 from ..common.sockets import CATEGORY
 from ..model.model_patcher import RemoteModelPatcher
@@ -59,7 +60,7 @@ class WanVideoParallelVAEDecode(io.ComfyNode):
         """Return the frames, on the device and in the dtype that VAE Decode gives them."""
         weights, latent = vae_weights(vae, "decoder"), samples["samples"]
         pool, total = find_pool(workers), len(latent) * frames_of(latent.shape[2])
-        decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(total))
+        decoded = decode(pool, weights, latent, _dtype(vae, precision), **_callbacks(pool, total))
         log.info("Decoded %s in %.2f s on the workers.", tuple(decoded.frames.shape), decoded.seconds)
         return io.NodeOutput(_as_comfyui_has_it(decoded.frames.flatten(0, 1), vae))
 
@@ -91,7 +92,7 @@ class WanVideoParallelVAEEncode(io.ComfyNode):
         """Return the latent, on the device and in the dtype that VAE Encode gives it."""
         weights, frames = vae_weights(vae, "encoder"), vae.vae_encode_crop_pixels(pixels)[..., :3]
         pool, total = find_pool(workers), latent_frames(len(frames))
-        latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(total))
+        latent = encode(pool, weights, frames, _dtype(vae, precision), **_callbacks(pool, total))
         return io.NodeOutput({"samples": _as_comfyui_has_it(latent, vae)})
 
 
@@ -131,10 +132,10 @@ class _Callbacks(TypedDict):
     progress: Callable[[int], object]
 
 
-def _callbacks(total: int) -> _Callbacks:
-    """The callbacks of a result of `total` frames."""
+def _callbacks(pool: Pool, total: int) -> _Callbacks:
+    """The callbacks of a result of `total` frames of a pool."""
     return {
-        "poll": comfy.model_management.throw_exception_if_processing_interrupted,
+        "poll": WorkersPoll(pool),
         "make_room": free_shared_gpu,
         "progress": _progress_bar(total),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ...distributed.client.pool import PoolStatus
@@ -12,6 +11,7 @@ from ...distributed.protocol.reports import ModelStatus, WorkerStatus
 from ...distributed.protocol.specs import ModelSpec
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ..common import shared_inputs
+from ..common.progress import WorkersPoll
 from ..common.sockets import CATEGORY
 from ..common.validation import new_fingerprint
 from ..model.model_patcher import RemoteModelPatcher
@@ -66,7 +66,7 @@ class XDitUSPStatus(io.ComfyNode):
                 "Connect the output of XDit+USP WanVideo Model Loader, or of a node behind it."
             )
         remote = model.remote
-        status = remote.pool.status(comfy.model_management.throw_exception_if_processing_interrupted)
+        status = remote.pool.status(WorkersPoll(remote.pool))
         text = report(status, remote.spec, storage_format(remote.header, remote.spec.weight_dtype))
         return io.NodeOutput(text, draw_status(status, _plan(status)), ui=ui.PreviewText(text))
 

@@ -13,7 +13,7 @@ import pytest
 import testkit
 from testkit import tiny
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
-from wan_parallel.distributed.protocol import messages, refs, replies, reports, requests, specs
+from wan_parallel.distributed.protocol import messages, refs, replies, reports, requests, silence, specs
 from wan_parallel.distributed.protocol.codec import ProtocolError
 from wan_parallel.distributed.protocol.machine import Machine
 from wan_parallel.distributed.protocol.pool_errors import Failure
@@ -49,8 +49,8 @@ DISPLACED = requests.Displaced("stale", "run", ("cond:0", "uncond:0"), SPLIT, Tr
 SETTINGS = specs.PoolSettings(ParallelPlan(8, 2, ulysses_degree=4), "cuda", 0.9, "xfuser", False)
 LOCATIONS = (specs.RankLocation("", 0), specs.RankLocation("another", 3))
 SAMPLES = [
-    messages.Start(SETTINGS, LOCATIONS, 99),
-    messages.Join(1, SETTINGS, LOCATIONS, "tcp://10.0.0.1:29500", "/proc/12/fd/8"),
+    messages.Start(SETTINGS, LOCATIONS, 99, "/proc/99/fd/7", silence.SilenceLimits(30.0)),
+    messages.Join(1, SETTINGS, LOCATIONS, "tcp://10.0.0.1:29500", "/proc/12/fd/8", "/proc/12/fd/9"),
     requests.Load(1, SPEC),
     requests.ApplyLora(
         2,
@@ -93,6 +93,7 @@ SAMPLES = [
     messages.StartFailed(1, FAILURE),
     messages.PoolReady((READY, READY)),
     replies.Replies(9, (REPLY, replies.Reply(9, 0, FAILURE))),
+    silence.Silence((silence.SilentProcess("Worker rank 1", 12, "in a forward", silence.STOPPED, 12.5, 1 / 3),)),
     messages.PoolFailed(Failure("Worker rank 1 was ended by SIGKILL.", ("WorkerDied", "PoolError"), True)),
 ]
 

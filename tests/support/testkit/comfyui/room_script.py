@@ -58,15 +58,15 @@ class PlayedPool:
     def held(self, spec, ranks):
         return self.now * len(ranks), self.whole * len(ranks)
 
-    def offload(self, spec, ranks, nbytes):
+    def offload(self, spec, ranks, nbytes, poll):
         self.calls.append(["out", list(ranks), nbytes])
         before, self.now = self.now, max(100, self.now - 100 * math.ceil(nbytes / 200))
         return (before - self.now) * len(ranks)
 
-    def trim(self):
+    def trim(self, poll):
         self.calls.append("trim")
 
-    def unload(self, spec=None):
+    def unload(self, spec, poll):
         self.calls.append("unload")
 
     def close(self, poll=None):
