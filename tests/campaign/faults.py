@@ -32,6 +32,7 @@ from testkit.campaign.drills import Verdict
 from testkit.campaign.drive_comfyui import ComfyUIClient
 from testkit.campaign.drive_pool import PoolClient
 from testkit.campaign.table import as_json, markdown, table
+from testkit.campaign.worlds import possible
 
 
 def main() -> int:
@@ -42,23 +43,23 @@ def main() -> int:
         os.chmod(folder, 0o755)
         mark = uuid.uuid4().hex
         client = _client(options, Path(folder), mark)
-        kinds = [kind for kind in options.kinds or faults.KINDS if os.getuid() == 0 or kind not in faults.NEEDS_ROOT]
+        asked = options.kinds or faults.KINDS
+        kinds = [kind for kind in asked if kind not in faults.IN_A_WORLD or possible(kind, options.python)]
         of_files = [job for job in client.jobs if client.file_of(job) is not None]
         drawn = faults.draw(options.seed, options.faults, client.jobs, of_files, kinds)
         chosen = [fault for fault in drawn if options.only is None or fault.number == options.only]
         verdicts = Campaign(client, mark).run(chosen, lambda verdict: _tell(verdict, options))
-    left_out = [kind for kind in faults.KINDS if kind not in kinds]
+    left_out = [kind for kind in asked if kind not in kinds]
     print(f"\nSeed {options.seed}, {options.place}:\n\n{markdown(table(verdicts))}")
     if left_out:
-        print(f"\nLeft out: {', '.join(left_out)}.")
+        print(f"\nLeft out, as they take the rights of root: {', '.join(left_out)}.")
     return int(any(verdict.short for verdict in verdicts))
 
 
 def _client(options: argparse.Namespace, folder: Path, mark: str) -> Client:
     if options.place == "pool":
         return PoolClient(folder, mark)
-    comfyui = Path(os.environ["COMFYUI_DIR"])
-    return ComfyUIClient(comfyui, os.environ.get("COMFYUI_PYTHON", sys.executable), folder, mark)
+    return ComfyUIClient(Path(os.environ["COMFYUI_DIR"]), options.python, folder, mark)
 
 
 def _tell(verdict: Verdict, options: argparse.Namespace) -> None:
@@ -88,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="append a line of JSON for each fault to this file")
     parser.add_argument("--verbose", action="store_true", help="show what was told")
     options = parser.parse_args()
+    options.python = os.environ.get("COMFYUI_PYTHON", sys.executable) if options.place == "ComfyUI" else sys.executable
     if options.place == "ComfyUI" and not Path(os.environ.get("COMFYUI_DIR", ""), "main.py").is_file():
         parser.error("COMFYUI_DIR does not name a ComfyUI folder. Set it.")
     if options.only is not None:

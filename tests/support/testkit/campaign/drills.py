@@ -32,9 +32,9 @@ SILENCE_SECONDS = SILENCE_LIMIT / 3 + TOLD_SECONDS
 DESCRIPTORS = 40
 """The most that a client may open beyond those it has, where they are few."""
 
-_NAMED_SILENCE = r"(?i)stopped|silent|no sign of life|SIGSTOP"
-_NAMED_FILE = r"(?i)tiny|\bfile\b|deserializ|not in list"
-_NAMED_DESCRIPTORS = r"(?i)open files|descriptor|ulimit"
+_NAMED_SILENCE = r"stopped|silent|no sign of life|SIGSTOP"
+_NAMED_FILE = r"tiny|\bfile\b|deserializ|not in list"
+_NAMED_DESCRIPTORS = r"open files|descriptor|ulimit"
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Scene:
 
     def must_be_named(self, call: Call, wanted: str) -> None:
         """Where the call failed, its message must match; where it was done before the fault, it must be right."""
-        if call.state == clients.FAILED and not re.search(wanted, call.text):
+        if call.state == clients.FAILED and not re.search(wanted, call.text, re.IGNORECASE):
             self.verdict.misname(call.text, wanted)
         elif call.state != clients.FAILED:
             self.must_be_right(call)

@@ -54,7 +54,13 @@ class PoolClient(Client):
         self.stop()
         world = World(kind, self.folder / "world")
         world.prepare()
-        command = [*world.prefix, sys.executable, "-m", "testkit.campaign.pool_program", str(self.model)]
+        command = [
+            *world.prefix(sys.executable),
+            sys.executable,
+            "-m",
+            "testkit.campaign.pool_program",
+            str(self.model),
+        ]
         path = str(testkit.ROOT / "tests" / "support")
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(

@@ -42,7 +42,8 @@ KINDS = (
     USER,
     HOME,
 )
-NEEDS_ROOT = (DISK, USER, HOME)
+IN_A_WORLD = (DISK, USER, HOME)
+"""The kinds for which a client is started in surroundings of their own, which takes rights that not everybody has."""
 OFTEN = (KILL_WORKER, CANCEL, SIGNAL, STOP_AND_GO, FILE, POOL)
 """The kinds with most room for chance, which each round has twice."""
 

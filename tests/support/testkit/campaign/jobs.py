@@ -23,7 +23,7 @@ from testkit import tiny
 from testkit.shared.lora_changes import some_lora
 
 CONFIG = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=8, text_dim=64)
-SIZE = (4, 28, 28)  # latent frames, rows, columns: 784 tokens, a quarter of a second on a core
+SIZE = (4, 20, 20)  # latent frames, rows, columns: 400 tokens, some tenths of a second on a core
 VAE_DIM = 8
 PIECES = VAEOptions(piece_mib=0)  # one frame after the other, each with a look at Cancel
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import stat
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +42,18 @@ class World:
         home = "/nonexistent" if self.kind == faults.USER else str(self.folder / "home")
         return {"HOME": home, "TMPDIR": str(self.folder / "tmp")}
 
-    @property
-    def prefix(self) -> list[str]:
-        """What stands before the command of the client, which keeps the process id."""
-        if self.kind == faults.USER:
-            return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-        if self.kind in _IN_NAMESPACE:
-            return ["unshare", "-m", "sh", "-c", f'{_IN_NAMESPACE[self.kind]} && exec "$@"', "sh"]
-        return []
+    def prefix(self, python: str) -> list[str]:
+        """What stands before a command of `python`; it keeps the process id."""
+        lines = [_IN_NAMESPACE[self.kind]] if self.kind in _IN_NAMESPACE else []
+        if self.kind == faults.USER and (closed := _closed_to_others(python)):
+            lines += _opened(closed, Path(python).resolve().parents[1], self.folder / "interpreter")
+        switch = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        switch = switch if self.kind == faults.USER else []
+        return ["unshare", "-m", "sh", "-c", f'{" && ".join(lines)} && exec "$@"', "sh", *switch] if lines else switch
 
     def prepare(self) -> None:
         """Make the folders, which belong to whom the client runs as."""
-        for name in ("home", "tmp"):
+        for name in ("home", "tmp", "interpreter"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         owner = NOBODY if self.kind == faults.USER else os.getuid()
         if os.getuid() == 0:
@@ -59,15 +62,45 @@ class World:
 
     def interpreter(self, python: str) -> str:
         """A program that starts `python` in this world."""
-        if not self.prefix:
+        if not self.prefix(python):
             return python
         script = self.folder / "python-in-this-world"
-        home = self.environment["HOME"]
-        script.write_text(
-            f'#!/bin/sh\nHOME={shlex.quote(home)}\nexport HOME\nexec {shlex.join([*self.prefix, python])} "$@"\n'
-        )
+        home, command = shlex.quote(self.environment["HOME"]), shlex.join([*self.prefix(python), python])
+        script.write_text(f'#!/bin/sh\nHOME={home}\nexport HOME\nexec {command} "$@"\n')
         script.chmod(0o755)
         return str(script)
+
+
+def possible(kind: str, python: str) -> bool:
+    """Whether this process may start clients of `python` in the world of a kind of fault."""
+    with tempfile.TemporaryDirectory(prefix="world-") as folder:
+        os.chmod(folder, 0o755)
+        world = World(kind, Path(folder))
+        world.prepare()
+        of_its_own = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', '']).returncode)"
+        command = [*world.prefix(python), python, "-c", of_its_own]
+        try:
+            tried = subprocess.run(command, env={**os.environ, **world.environment}, capture_output=True, check=False)
+        except OSError:  # no setpriv, no unshare
+            return False
+    return tried.returncode == 0
+
+
+def _closed_to_others(python: str) -> Path | None:
+    """A folder above an interpreter which other users may not enter, such as a home; None where there is none."""
+    above = reversed(Path(python).resolve().parents)
+    return next((folder for folder in above if not folder.stat().st_mode & stat.S_IXOTH), None)
+
+
+def _opened(closed: Path, prefix: Path, place: Path) -> list[str]:
+    """Shell commands after which all that there is in `closed` is the interpreter's `prefix`, and others may enter."""
+    closed_, prefix_, place_ = (shlex.quote(str(path)) for path in (closed, prefix, place))
+    return [
+        f"mount --bind {prefix_} {place_}",
+        f"mount -t tmpfs -o mode=755 campaign {closed_}",
+        f"mkdir -p {prefix_}",
+        f"mount --bind {place_} {prefix_}",
+    ]
 
 
 @contextlib.contextmanager
