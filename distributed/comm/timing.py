@@ -175,7 +175,7 @@ def computing() -> Iterator[None]:
         return
     spans, watch.open = watch.open, None
     spans.stop()
-    marks = signs.unmark(Mark.WAITING)
+    marks = signs.mark(Mark.NONE, Mark.WAITING)
     try:
         yield
     finally:

@@ -67,10 +67,14 @@ class Executor(ABC):
 
     @abstractmethod
     def receive(self, seconds: float) -> Message | None:
-        """The next message: `PoolReady`, or the `Replies` of all ranks to a request; None where none came in time.
+        """The next message; None where none came in time.
+
+        It is `PoolReady`, the `Replies` of all ranks to a request, or a `Silence`, which says whose signs of life are
+        missing.
 
         Raises:
-            RanksEnded: none will come any more.
+            RanksEnded: none will come any more. The failure is a `WorkerSilent` where the executor has waited for a
+                sign of life for as long as `SilenceLimits` says.
             ProtocolError: what came is no message of ours.
         """
 

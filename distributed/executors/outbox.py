@@ -27,7 +27,8 @@ class Outbox:
     def close(self, seconds: float) -> bool:
         """Send what has been given, and nothing more; whether that was done after `seconds`."""
         self._messages.put(None)
-        self._thread.join(seconds)
+        if self._thread is not threading.current_thread():  # a collector of garbage may have come here from anywhere
+            self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _write(self) -> None:

@@ -61,7 +61,7 @@ class _Watched:
         silent: seconds since its last sign.
         still: seconds since its last sign, or since it last worked.
         stopped: seconds for which it has been stopped.
-        suspected: seconds for which it has been at rest while nobody else could be the cause.
+        is_suspect: whether it is at rest, and nobody else can be the cause; `suspected` counts the seconds.
     """
 
     name: str
@@ -71,6 +71,7 @@ class _Watched:
     silent: float = 0.0
     still: float = 0.0
     stopped: float = 0.0
+    is_suspect: bool = False
     suspected: float = 0.0
 
     def look(self, sign: Sign, state: ProcessState | None, seconds: float) -> None:
@@ -91,16 +92,16 @@ class _Watched:
         """Whether it works, as far as one can see."""
         return self.stopped == 0.0 and self.still < self._patience(limits)
 
-    def suspect(self, seconds: float) -> None:
-        """Count the seconds since the last look, or forget those before if it is 0."""
-        self.suspected = self.suspected + seconds if seconds else 0.0
+    def suspect(self, suspected: bool, seconds: float) -> None:
+        """Count the seconds since the last look, or forget those before."""
+        self.is_suspect, self.suspected = suspected, self.suspected + seconds if suspected else 0.0
 
     def silence(self, limits: SilenceLimits) -> SilentProcess | None:
         """What is to be said of the process; None where nothing is."""
         announced = self.sign.is_announced
         if self.stopped >= limits.warn:
             kind, past = STOPPED, self.stopped
-        elif self.suspected:
+        elif self.is_suspect:
             kind, past = STILL, self.suspected + self._patience(limits)
         elif self.silent >= limits.told and self.is_active(limits) and not self.sign.is_waiting:
             kind, past = WORKING, self.silent
@@ -172,7 +173,7 @@ class SilenceWatch:
         self._watched = watched
         suspects = self._suspects(list(watched.values()), together)
         for process in watched.values():
-            process.suspect(seconds if process in suspects else 0.0)
+            process.suspect(process in suspects, seconds)
         silent = [told for process in watched.values() if (told := process.silence(self.limits)) is not None]
         return tuple(sorted(silent, key=lambda told: told.left))
 

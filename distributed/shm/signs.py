@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 _WORD = 8  # bytes
 _ROW = 8  # words of one process: a cache line, so that ranks don't slow each other down
@@ -45,19 +45,21 @@ class Activity(IntEnum):
     PASSING_ON = 15
 
 
-class Mark(IntFlag):
-    """What else is true of the step that is under way.
+class Mark:
+    """What else is true of the step that is under way, as bits of a number. (Python's own flags take microseconds.)
 
     Attributes:
         WAITING: other ranks have to do something first.
         FIRST: the first of its kind, which may build kernels and connections.
         PAGE_LOCKING: the system locks memory for the GPUs' copy engines, a second for each GiB.
+        DEVICE: the GPU has to finish something first.
     """
 
     NONE = 0
     WAITING = 1
     FIRST = 2
     PAGE_LOCKING = 4
+    DEVICE = 8
 
 
 _WORDS = {
@@ -81,6 +83,7 @@ _WORDS = {
 _MARK_WORDS = {
     Mark.FIRST: "for the first time in this size",
     Mark.PAGE_LOCKING: "page-locking memory",
+    Mark.DEVICE: "waiting for its GPU",
     Mark.WAITING: "waiting for other ranks",
 }
 
@@ -98,7 +101,7 @@ class Sign:
     activity: Activity
     done: int
     total: int
-    marks: Mark
+    marks: int
 
     @property
     def is_announced(self) -> bool:
@@ -139,17 +142,18 @@ class ProcessSigns:
         self._words[_DONE] += 1
         self._words[_COUNT] += 1
 
-    def mark(self, marks: int) -> int:
-        """Set the marks; returns those before, which `mark` takes back when the marked part is over."""
+    def mark(self, added: int, removed: int = 0) -> int:
+        """Add marks and take marks away; returns the marks before, for `restore`."""
         words = self._words
-        before, words[_MARKS] = words[_MARKS], marks
+        before = words[_MARKS]
+        words[_MARKS] = (before | added) & ~removed
         words[_COUNT] += 1
         return before
 
-    @property
-    def marks(self) -> int:
-        """The marks that are set."""
-        return self._words[_MARKS]
+    def restore(self, marks: int) -> None:
+        """Set the marks that `mark` has returned."""
+        self._words[_MARKS] = marks
+        self._words[_COUNT] += 1
 
 
 class SignsTable:
@@ -179,7 +183,7 @@ class SignsTable:
     def read(self, rank: int) -> Sign:
         """What a rank, or the launcher (`LAUNCHER`), has shown last."""
         row = self._row(rank)
-        return Sign(row[_COUNT], Activity(row[_ACTIVITY]), row[_DONE], row[_TOTAL], Mark(row[_MARKS]))
+        return Sign(row[_COUNT], Activity(row[_ACTIVITY]), row[_DONE], row[_TOTAL], row[_MARKS])
 
     def of(self, rank: int) -> ProcessSigns:
         """The side of a rank, or of the launcher."""
@@ -219,19 +223,14 @@ def step() -> None:
     _own.step()
 
 
-def mark(mark: int) -> int:
-    """Add a mark; returns the marks before, for `restore`."""
-    return _own.mark(_own.marks | mark)
-
-
-def unmark(mark: int) -> int:
-    """Take a mark away; returns the marks before, for `restore`."""
-    return _own.mark(_own.marks & ~mark)
+def mark(added: int, removed: int = 0) -> int:
+    """See `ProcessSigns.mark`."""
+    return _own.mark(added, removed)
 
 
 def restore(marks: int) -> None:
-    """Set the marks that `mark` or `unmark` has returned."""
-    _own.mark(marks)
+    """See `ProcessSigns.restore`."""
+    _own.restore(marks)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ..protocol.specs import ModelSpec
 from ..shm import signs
 from ..shm.arena import ArenaReader
 from ..shm.cancel import CancelBarrier
-from ..shm.signs import Activity
+from ..shm.signs import Activity, Mark
 from ..weights.device_memory import MemoryMeter
 from ..weights.loaded import LoadedModel
 from ..weights.models import Models
@@ -206,7 +206,8 @@ class ForwardRunner:
                 launched.append(torch.cuda.Event(blocking=True))
                 launched[-1].record()
                 if len(launched) > _BLOCKS_AHEAD:
-                    launched.popleft().synchronize()
+                    with signs.marked(Mark.DEVICE):
+                        launched.popleft().synchronize()
             with timing.measure_wait(timing.CANCEL_BARRIER, sorted({self.rank, leaders[stage]})):
                 self.barrier.check(self.rank, leaders[stage])
             if block is not None:

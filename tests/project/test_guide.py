@@ -12,6 +12,7 @@ from wan_parallel.distributed.approximate.displaced_memory_estimate import gib, 
 from wan_parallel.distributed.approximate.patch_layout import split_grid, token_pixels
 from wan_parallel.distributed.parallel.model_division import held_parameters
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PatchSplit
+from wan_parallel.distributed.protocol.silence import STILL, STOPPED, VARIABLE, WORKING, SilenceLimits
 from wan_parallel.nodes.common.settings import ATTENTION_MODES, WEIGHT_PRECISIONS, USPConfig
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig
 from wan_parallel.wanvideo.base.config import PRESETS
@@ -106,6 +107,18 @@ def test_the_table_of_model_files_names_what_is_read() -> None:
 def test_every_attention_kernel_is_explained() -> None:
     shown = [name for cell, *_ in rows("Attention kernels")[1:] for name in re.findall(r"`(\w+)`", cell)]
     assert shown == list(ATTENTION_MODES)
+
+
+def test_the_table_of_silent_workers_has_the_limits() -> None:
+    _, *body = [row for row in rows("Troubleshooting") if len(row) == 3]
+    limits, seconds = SilenceLimits(), [tuple(float(cell.removesuffix(" s")) for cell in row[1:]) for row in body]
+    assert seconds == [
+        (limits.warn, limits.end(STOPPED)),
+        (limits.warn, limits.end(STILL)),
+        (limits.told, limits.end(STILL, announced=True)),
+        (limits.told, limits.end(WORKING)),
+    ]
+    assert VARIABLE in section("Troubleshooting", GUIDE)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "fp16"])
