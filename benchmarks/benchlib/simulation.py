@@ -266,6 +266,9 @@ class _File:
     def tensor(self, name: str) -> torch.Tensor:
         return torch.zeros(1, dtype=torch.bfloat16).expand(self._shapes[name])
 
+    def check_unchanged(self) -> None:
+        """Do nothing: there is no file."""
+
 
 class _Arena:
     """In place of an arena: what lies there is on the CPU, and the output is dropped.

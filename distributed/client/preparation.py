@@ -129,4 +129,4 @@ class Preparation:
 @functools.lru_cache(maxsize=16)
 def config_of(spec: ModelSpec) -> WanConfig:
     """The configuration of a model, read once for each spec: its `stamp` changes with the file."""
-    return model_config(spec.path, spec.module)
+    return model_config(spec.path, spec.module, spec.stamp)

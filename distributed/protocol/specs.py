@@ -82,7 +82,7 @@ class ModelSpec:
             or "auto" (where whole weights don't fit).
         offload: whether blocks lie in host memory and are copied to the GPU for their turn: "on" (all of them), "off",
             or "auto" (as many as don't fit otherwise).
-        stamp: tells a file from a later one of the same name (see `file_stamp`).
+        stamp: of the file's header (see `Header`): workers refuse a file with another one; "" takes any.
         fp8_mode: "disabled", or what runs in eight bits: "linear", "linear+attention" (see wanvideo/model/fp8_mode.py).
         module: file beside the model, of a VACE module or of InfiniteTalk's layers (see
             `wanvideo.checkpoint.vace_module`), or "".

@@ -75,7 +75,7 @@ class Models:
             join: makes the process groups for a number of heads; a collective call.
 
         Raises:
-            CheckpointError, AttentionError, PlanError: the model cannot run like this.
+            CheckpointError, AttentionError, PlanError: the model cannot run like this, or its file has changed.
             PlacementError: the model does not fit, or the models that leave for it do not fit into host memory.
         """
         rooms, host = self._agree_on_rooms(spec)
@@ -89,6 +89,8 @@ class Models:
         self._make_room(spec, demand, placement, resident, host)
         release_cache(self.device)
         blocks, reader = self._read(source, spec, model, placement, resident)
+        with self._all_or_none():  # a rank may have read before the file changed, and another rank after
+            source.check_unchanged()
         self.shard.apply(model)
         if self.shard.size == 1 and self.device.type != "meta":  # a norm of shards is collective; meta has no numbers
             model.text_keys = TextKeys(functools.partial(self.memory.room_for_texts, spec))
@@ -108,11 +110,13 @@ class Models:
 
         Raises:
             LoraError: a LoRA does not fit the model, which is forgotten: the next load reads it again.
+            CheckpointError: the model's file has changed since it was loaded. The model is forgotten likewise.
             PlacementError: a changed block has grown beyond host memory. The model is forgotten likewise.
         """
         merge = LoraMerge(self.loaded[request.spec], request, arena, self.shard, self.stage, self.device)
         try:
             merge.run(self._host_share())
+            self.loaded[request.spec].source.check_unchanged()
         except BaseException:
             del self.loaded[request.spec]  # half patched
             raise
@@ -204,7 +208,7 @@ class Models:
         """The source of the weights, and the model without weights as it runs on this rank's device."""
         dtype = DTYPES[spec.compute_dtype]
         kernel = get_kernel(spec.attention, self.device, dtype, spec.allow_flash, spec.allow_sdpa)
-        source = open_weights(spec.path, self.device, spec.module)
+        source = open_weights(spec.path, self.device, spec.module, spec.stamp)
         with torch.device("meta"):
             model = model_class(source.config)(source.config, kernel, dtype, spec.slice_tokens)
         use_fp8(model, spec.fp8_mode, self.device)

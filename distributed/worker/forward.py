@@ -125,6 +125,8 @@ class ForwardRunner:
                 if writes:
                     with timing.measure_wait(timing.LATENTS):
                         _write(tensors.out, items, part, result)
+        if self.device.type == "cpu":  # where weights may be the pages of the file
+            loaded.source.check_unchanged()
         return step.report()
 
     def _tensors(self, request: Forward) -> Tensors:

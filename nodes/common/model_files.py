@@ -1,15 +1,20 @@
-"""The models that the loader offers: what ComfyUI lists, and also GGUF files and folders of shards; model patches."""
+"""The models that the loader offers: what ComfyUI lists, and also GGUF files and folders of shards; model patches.
+
+Nodes open files that ComfyUI or this module lists, and no others, whatever name or path a prompt gives: anyone who can
+queue a prompt could otherwise have any file of the machine opened. A refusal does not show whether a file exists.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import folder_paths
 
+from ...wanvideo.base.tensor_info import CheckpointError, shortened
 from ...wanvideo.checkpoint.file_header import is_gguf, is_index, is_shard
 
-MODEL_FOLDER, PATCH_FOLDER = "diffusion_models", "model_patches"
+MODEL_FOLDER, PATCH_FOLDER, LORA_FOLDER = "diffusion_models", "model_patches", "loras"
 
 _found: dict[str, tuple[list[str], dict[str, float]]] = {}
 """For each folder of models: the files below it, and when its subfolders were last changed."""
@@ -27,17 +32,33 @@ def model_names() -> list[str]:
     return sorted(names | folders | {file for file in files if is_gguf(file)})
 
 
-def model_path(name: str) -> str:
-    """Return the path of a listed model; for a model that is gone, a path that `read_header` refuses by name."""
-    path = folder_paths.get_full_path(MODEL_FOLDER, name)
-    if path is not None:
-        return path
-    inside = os.path.relpath(os.path.join("/", name), "/")  # whatever ".." the name has
-    for root in folder_paths.get_folder_paths(MODEL_FOLDER):
-        folder = os.path.join(root, inside)
-        if inside != "." and os.path.isdir(folder):
-            return folder
-    return os.path.join(MODEL_FOLDER, name)
+def model_path(name: object) -> str:
+    """Return the path of a model that `model_names` lists.
+
+    Raises:
+        CheckpointError: `name` is not in the list.
+    """
+    if not isinstance(name, str) or name not in model_names():
+        raise _not_listed(name, MODEL_FOLDER)
+    return _path_below(MODEL_FOLDER, name)
+
+
+def listed_model(path: object) -> str:
+    """Return `path`, which another node gave, if it is that of a model that `model_names` lists.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    return _listed(path, MODEL_FOLDER, model_names())
+
+
+def listed_lora(path: object) -> str:
+    """Return `path`, which another node gave, if it is that of a LoRA that ComfyUI lists.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    return _listed(path, LORA_FOLDER, folder_paths.get_filename_list(LORA_FOLDER))
 
 
 def patch_files() -> Iterator[str]:
@@ -69,3 +90,31 @@ def _changed(folder: str) -> float | None:
         return os.path.getmtime(folder)
     except OSError:
         return None
+
+
+def _path_below(folder: str, name: str) -> str:
+    """The path of a listed name: of the first file or folder that has it, as ComfyUI searches."""
+    roots = folder_paths.get_folder_paths(folder)
+    paths = [os.path.join(root, name) for root in roots]
+    return next((path for path in paths if os.path.exists(path)), paths[0])
+
+
+def _listed(path: object, folder: str, names: Collection[str]) -> str:
+    if isinstance(path, str) and os.path.isabs(path):
+        for root in folder_paths.get_folder_paths(folder):
+            name = os.path.relpath(path, root)
+            if name in names:
+                return os.path.join(root, name)
+        # Other nodes may give the path of a file behind links.
+        alike = [name for name in names if os.path.basename(name) == os.path.basename(path)]
+        if any(os.path.realpath(_path_below(folder, name)) == path for name in alike):
+            return path
+    raise _not_listed(path, folder)
+
+
+def _not_listed(name: object, folder: str) -> CheckpointError:
+    shown = f'"{shortened(name)}"' if isinstance(name, str) else f"A {type(name).__name__}"
+    return CheckpointError(
+        f"{shown} is not in the list of models/{folder}. Choose one of the list; press R in the browser where the file "
+        "is new."
+    )

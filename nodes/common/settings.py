@@ -11,7 +11,6 @@ import torch
 from ...distributed.executors.local import check_num_gpus
 from ...distributed.plan.degrees import ParallelPlan, PlanError
 from ...distributed.protocol.specs import ModelSpec, PoolSettings
-from ...wanvideo.checkpoint.weight_source import file_stamp
 
 TORCH_KERNELS = ("sdpa", "sdpa_cudnn", "sdpa_flash")
 FLASH_KERNELS = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
@@ -159,9 +158,17 @@ class USPConfig:
         )
 
     def model_spec(
-        self, path: str, base_precision: str, attention_mode: str, fp8_mode: str = "disabled", module: str = ""
+        self,
+        path: str,
+        base_precision: str,
+        attention_mode: str,
+        fp8_mode: str = "disabled",
+        module: str = "",
+        stamp: str = "",
     ) -> ModelSpec:
         """Return how the workers load and run the checkpoint at `path`, with the file `module` beside it, if any.
+
+        `stamp` is that of the checkpoint's header: workers refuse a file that has another one.
 
         In an fp8 mode `base_precision` is the precision of weights that this mode takes (see
         `wanvideo.model.fp8_mode.weights_for`).
@@ -179,7 +186,7 @@ class USPConfig:
             allow_sdpa=self.use_sdpa,
             slice_tokens=self.max_sequence_length if self.enable_activation_checkpointing else 0,
             max_batch=self.max_batch_size,
-            stamp=file_stamp(path) + (f"+{file_stamp(module)}" if module else ""),
+            stamp=stamp,
             shard_weights=self.shard_weights,
             offload=self.offload,
             fp8_mode=fp8_mode,

@@ -5,7 +5,7 @@ ComfyUI gives None for an input that is linked to another node: its value is kno
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -33,10 +33,13 @@ def check_widgets(settings: Callable[..., Settings], widgets: Mapping[str, Any])
     return True
 
 
-def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
-    """Check a model file by reading its header; returns True, or a sentence on what is wrong."""
-    if name is None:
-        return True
+async def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
+    """Check a model file by reading its header in a thread, as ComfyUI's server answers nobody meanwhile; returns True,
+    or a sentence on what is wrong."""
+    return True if name is None else await asyncio.to_thread(_checked, read, name)
+
+
+def _checked(read: Callable[[str], object], name: str) -> bool | str:
     try:
         read(model_path(name))
     except CheckpointError as error:
@@ -45,9 +48,12 @@ def check_file(read: Callable[[str], object], name: str | None) -> bool | str:
 
 
 def file_fingerprint(name: str | None) -> str:
-    """Return the stamp of a model file, which changes when the file is replaced; "" for a missing file."""
-    path = model_path(name) if name else ""
-    return file_stamp(path) if os.path.exists(path) else ""
+    """Return the stamp of a model file, which changes when the file is replaced; "" for a file that `execute` will
+    refuse."""
+    try:
+        return file_stamp(model_path(name))
+    except CheckpointError:
+        return ""
 
 
 def new_fingerprint() -> float:

@@ -58,7 +58,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
+    async def validate_inputs(
         cls,
         model: str | None = None,
         num_gpus: int | None = 2,
@@ -79,7 +79,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
             "device": device,
         }
         found = check_widgets(DistriFusionConfig, named)
-        return check_file(read_header, model) if found is True else found
+        return await check_file(read_header, model) if found is True else found
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
@@ -92,7 +92,7 @@ class OfficialDistriFusionModelLoader(io.ComfyNode):
         config = DistriFusionConfig(**widgets)
         config.validate()
         header = read_header(model_path(model))
-        spec, pool = config.model_spec(header.path), acquire(config.pool_settings())
+        spec, pool = config.model_spec(header.path, header.stamp), acquire(config.pool_settings())
         runs = DisplacedRuns(config.patch_settings(), header.config, spec, pool, header)
         patcher = build_model(header, spec, pool, runs)
         text = "\n".join(_status(runs))

@@ -66,9 +66,10 @@ class DistriFusionConfig:
         """Return the settings of the pool of workers; an XDit+USP Config with the same sizes gives the same pool."""
         return self._usp.pool_settings()
 
-    def model_spec(self, path: str) -> ModelSpec:
-        """Return how the workers load and run the checkpoint at `path`: whole on each GPU, with nothing offloaded."""
-        spec = self._usp.model_spec(path, self.weight_dtype, self.attention_mode)
+    def model_spec(self, path: str, stamp: str = "") -> ModelSpec:
+        """Return how the workers load and run the checkpoint at `path`, whose header has this `stamp`: whole on each
+        GPU, with nothing offloaded."""
+        spec = self._usp.model_spec(path, self.weight_dtype, self.attention_mode, stamp=stamp)
         return replace(spec, compute_dtype=self.precision, shard_weights="off", offload="off")
 
     def patch_settings(self) -> PatchSettings:

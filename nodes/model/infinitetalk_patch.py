@@ -15,20 +15,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ...wanvideo.base.conditioning import Conditioning
-from ...wanvideo.base.tensor_info import CheckpointError
+from ...wanvideo.base.regular_file import FileIdentity, open_regular
+from ...wanvideo.base.tensor_info import CheckpointError, FileHeader
 from ...wanvideo.checkpoint.file_header import read_file_header
-from ...wanvideo.checkpoint.weight_source import file_stamp
+from ...wanvideo.checkpoint.mapped_file import MappedFile
 from ..common import refusals
 
 log = logging.getLogger(__name__)
 
 _LAYERS, _PLACES = "MultiTalkCrossAttnPatch", "MultiTalkGetAttnMapPatch"  # ComfyUI's classes
 
-_files: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
-"""For each model patch, the path of the file that holds its numbers, and the stamp of this file."""
+
+@dataclass(frozen=True)
+class PatchFile:
+    """The file that holds the numbers of a model patch, with the stamp of its header."""
+
+    path: str
+    stamp: str
+
+
+_files: weakref.WeakKeyDictionary[torch.nn.Module, tuple[PatchFile, FileIdentity]] = weakref.WeakKeyDictionary()
+"""The file of each model patch, and what tells this file from a changed one."""
 
 
 @dataclass(frozen=True)
@@ -93,42 +102,60 @@ def loaded_elsewhere(options: Mapping[str, Any], models: Iterable[Any]) -> list[
     return [model for model in models if not any(model is mine for mine in layers)]
 
 
-def file_of(model_patch: Any, files: Iterable[str]) -> str:
-    """The path, out of `files`, of the file with exactly the numbers of a MODEL_PATCH; searched for once a patch.
+def file_of(model_patch: Any, files: Iterable[str]) -> PatchFile:
+    """The file, out of the paths `files`, with exactly the numbers of a MODEL_PATCH; searched for once a patch.
 
     Raises:
         NotOnWorkers: no file has these numbers, or a node has changed the numbers.
     """
     module = model_patch.model
-    known, stamp = _files.get(module, ("", ""))
-    if known and os.path.exists(known) and file_stamp(known) == stamp:
-        return known
+    if module in _files:
+        known, identity = _files[module]
+        if identity == _identity_of(known.path):
+            return known
     weights = module.state_dict()
-    path = None if model_patch.patches else next((path for path in files if _holds(path, weights)), None)
-    if path is None:
+    held = None if model_patch.patches else next(filter(None, (_holding(path, weights) for path in files)), None)
+    if held is None:
         refusals.refuse(
             "The numbers of InfiniteTalk's MODEL_PATCH are those of no safetensors file in models/model_patches, from "
             "where the workers would read them",
             "Load an unchanged file with ModelPatchLoader, and restart ComfyUI if you have replaced it.",
         )
+    ((path, identity),) = held.identities.items()
     log.info("The layers of InfiniteTalk are those of %s.", os.path.basename(path))
-    _files[module] = path, file_stamp(path)
-    return path
+    file = PatchFile(path, held.stamp)
+    _files[module] = file, identity
+    return file
 
 
 def _of(options: Mapping[str, Any], kind: str) -> list[Any]:
     return [patch for found in options.get("patches", {}).values() for patch in found if type(patch).__name__ == kind]
 
 
-def _holds(path: str, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file has exactly these weights. Small weights are compared first, as they soon tell files apart."""
+def _identity_of(path: str) -> FileIdentity | None:
     try:
-        tensors = read_file_header(path).tensors
+        with open_regular(path) as file:
+            return FileIdentity.of(file)
     except CheckpointError:
-        return False
+        return None
+
+
+def _holding(path: str, weights: Mapping[str, torch.Tensor]) -> FileHeader | None:
+    """The header of a file with exactly these weights; None for any other file. Small weights are compared first, as
+    they soon tell files apart."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if not path.endswith(".safetensors") or {name: info.shape for name, info in tensors.items()} != shapes:
-        return False
-    with safe_open(path, framework="pt", device="cpu") as file:
+    if not path.endswith(".safetensors"):
+        return None
+    try:
+        header = read_file_header(path)
+        tensors = header.tensors
+        if len(header.identities) != 1 or {name: info.shape for name, info in tensors.items()} != shapes:
+            return None
+        file = MappedFile(path, False, header.identities[path])
         small_first = sorted(weights.items(), key=lambda item: item[1].numel())
-        return all(torch.equal(file.get_tensor(name).to(weight.dtype), weight.cpu()) for name, weight in small_first)
+        same = all(
+            torch.equal(file.tensor(tensors[name]).to(weight.dtype), weight.cpu()) for name, weight in small_first
+        )
+    except CheckpointError:
+        return None
+    return header if same else None

@@ -32,7 +32,6 @@ from ...wanvideo.base.grid import sequence_of
 from ...wanvideo.base.tensor_info import CheckpointError
 from ...wanvideo.checkpoint.header import FLOW_RVS, Header
 from ...wanvideo.checkpoint.vace_module import read_model
-from ...wanvideo.checkpoint.weight_source import file_stamp
 from ..common import refusals
 from ..common.model_files import patch_files
 from ..common.progress import LoadingText, WorkersPoll
@@ -182,8 +181,8 @@ class RemoteWan(torch.nn.Module):
             conditioning = infinitetalk.joined(conditioning, len(x))
         return self._on_workers(transformer_options, conditioning, x, timestep, context)
 
-    def _take_in(self, module: str) -> None:
-        """Run with the layers of InfiniteTalk in the file `module` from now on; a forward without audio skips them.
+    def _take_in(self, file: infinitetalk_patch.PatchFile) -> None:
+        """Run with the layers of InfiniteTalk in a file from now on; a forward without audio skips them.
 
         Raises:
             CheckpointError: the layers are for another model.
@@ -192,10 +191,10 @@ class RemoteWan(torch.nn.Module):
         plain = self._plain
         if plain.module:
             refusals.refuse("InfiniteTalk and a VACE module belong to one model", "Disconnect vace_model.")
-        spec = replace(plain, module=module, stamp=f"{plain.stamp}+{file_stamp(module)}")
+        spec = replace(plain, module=file.path, stamp=f"{plain.stamp}+{file.stamp}")
         if spec == self.spec:
             return
-        self.header, self.spec = read_model(plain.path, module), spec
+        self.header, self.spec = read_model(plain.path, file.path), spec
         if self.runs is not None:
             self.runs.change_model(self.header, spec)
         let_go, self._let_go = self._let_go, self._keep(spec)

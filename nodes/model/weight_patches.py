@@ -49,7 +49,7 @@ def for_workers(patches: Mapping[str, Sequence[Entry]], spec: ModelSpec) -> dict
     Raises:
         NotOnWorkers: a patch changes the shape of a weight.
     """
-    checkpoint = Checkpoint(spec.path, spec.module)
+    checkpoint = Checkpoint(spec.path, spec.module, spec.stamp)
     translated: dict[str, list[LoraDelta]] = {}
     left_out = []
     for key, entries in patches.items():
@@ -124,11 +124,18 @@ def fits(patch: Any, shape: Sequence[int]) -> bool:
     if isinstance(patch, LoRAAdapter):
         up, down, _, middle, _, reshape = patch.weights
         told = middle is None and reshape is None
-        return not told or up.shape[0] * down.flatten(1).shape[1] == torch.Size(shape).numel()
+        return not told or _product_size(up, down) == torch.Size(shape).numel()
     if isinstance(patch, WeightAdapterBase):
         return True
     kind, values = _kind_of(patch)
     return kind not in ("diff", "set") or len(values) != 1 or tuple(values[0].shape) == tuple(shape)
+
+
+def _product_size(up: torch.Tensor, down: torch.Tensor) -> int:
+    """How many numbers the product of the matrices of a LoRA has; 0 where they are no matrices, or do not fit."""
+    if up.ndim < 2 or down.ndim < 2 or up.flatten(1).shape[1] != down.shape[0]:
+        return 0
+    return up.shape[0] * down.flatten(1).shape[1]
 
 
 def _kind_of(patch: tuple) -> tuple[str, tuple]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.sd
-import comfy.utils
 from comfy_api.latest import io
 
 from ...distributed.client.pool import acquire
@@ -17,10 +16,11 @@ from ...wanvideo.checkpoint.vace_module import read_model
 from ...wanvideo.checkpoint.weight_source import storage_format
 from ...wanvideo.model import fp8_mode as fp8_modes
 from ..common import shared_inputs
-from ..common.model_files import model_path
+from ..common.model_files import listed_lora, model_path
 from ..common.settings import WEIGHT_PRECISIONS, USPConfig
 from ..common.sockets import CATEGORY, XDITUSPCONFIG
 from ..common.validation import check_file, file_fingerprint
+from ..model.lora_file import read_lora
 from ..model.lora_names import with_native_names
 from ..model.model_patcher import RemoteModelPatcher
 from ..model.remote_model import build_model
@@ -63,9 +63,9 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None) -> bool | str:
+    async def validate_inputs(cls, model: str | None = None) -> bool | str:
         """Check that the file can be read, before anything runs."""
-        return check_file(read_header, model)
+        return await check_file(read_header, model)
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **_inputs: object) -> str:
@@ -87,7 +87,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
         _check_config(xdit_usp_config)
         header = read_model(model_path(model), module := module_path(vace_model))
         weights = fp8_modes.weights_for(header, fp8_mode, base_precision)
-        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, module)
+        spec = xdit_usp_config.model_spec(header.path, weights, attention_mode, fp8_mode, module, header.stamp)
         pool = acquire(xdit_usp_config.pool_settings())
         pool.check(spec)
         log.info(
@@ -98,7 +98,7 @@ class XDitUSPWanVideoModelLoader(io.ComfyNode):
             spec.compute_dtype,
         )
         patcher = build_model(header, spec, pool)
-        for entry in lora or ():
+        for entry in _lora_entries(lora):
             patcher = _with_lora(patcher, entry)
         return io.NodeOutput(patcher)
 
@@ -177,17 +177,21 @@ def _check_config(config: object) -> None:
     config.validate()
 
 
+def _lora_entries(lora: object) -> Sequence[Mapping[str, Any]]:
+    if lora is None or (isinstance(lora, (list, tuple)) and all(isinstance(entry, Mapping) for entry in lora)):
+        return lora or ()
+    raise ValueError("lora does not hold a list of LoRAs. Connect WanVideo Lora Select to it, or a node like it.")
+
+
 def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteModelPatcher:
     """Apply one entry of a WANVIDLORA list as LoraLoaderModelOnly does, with the names of more training scripts known.
 
     Raises:
-        ValueError: the entry asks for something that LoraLoaderModelOnly cannot do, its file is not there, or the file
-            is for another model.
+        ValueError: the entry asks for something that LoraLoaderModelOnly cannot do, or its file is for another model.
+        CheckpointError: its file is not one of ComfyUI's LoRAs, or is damaged.
     """
-    path, strength = entry.get("path"), entry.get("strength", 1.0)
-    name = entry.get("name") or os.path.basename(str(path))
-    if not path or not os.path.isfile(path):
-        raise ValueError(f"The LoRA file of {name} is not there: {path}. Choose the LoRA again in its select node.")
+    path, strength = listed_lora(entry.get("path")), entry.get("strength", 1.0)
+    name = entry.get("name") or os.path.basename(path)
     if not isinstance(strength, (int, float)):
         raise ValueError(
             f"LoRA {name} has a strength for each step, which this loader cannot apply. Give it one strength."
@@ -199,6 +203,5 @@ def _with_lora(patcher: RemoteModelPatcher, entry: Mapping[str, Any]) -> RemoteM
         )
     if strength == 0:
         return patcher
-    weights = comfy.utils.load_torch_file(path, safe_load=True)
-    weights = with_native_names(name, weights, patcher.remote.header.tensors)
+    weights = with_native_names(name, read_lora(path), patcher.remote.header.tensors)
     return comfy.sd.load_lora_for_models(patcher, None, weights, float(strength), 0.0)[0]

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ...wanvideo.checkpoint.vace_module import read_module
 from ..common import shared_inputs
-from ..common.model_files import model_path
+from ..common.model_files import listed_model, model_path
 from ..common.sockets import CATEGORY
 from ..common.validation import check_file, file_fingerprint
 
@@ -43,9 +43,9 @@ class XDitUSPVACEModuleSelect(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, vace_model: str | None = None) -> bool | str:
+    async def validate_inputs(cls, vace_model: str | None = None) -> bool | str:
         """Check that the file can be read, before anything runs."""
-        return check_file(read_module, vace_model)
+        return await check_file(read_module, vace_model)
 
     @classmethod
     def fingerprint_inputs(cls, vace_model: str | None = None) -> str:
@@ -63,13 +63,14 @@ def module_path(vace_model: object) -> str:
 
     Raises:
         ValueError: the VACEPATH names several files, or none.
+        CheckpointError: the file is not one of ComfyUI's models.
     """
     if vace_model is None or vace_model == []:
         return ""
     entries = vace_model if isinstance(vace_model, list) else [vace_model]
     paths = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
     if len(paths) == 1 and isinstance(paths[0], str):
-        return paths[0]
+        return listed_model(paths[0])
     raise ValueError(
         "vace_model does not name one VACE module. Connect XDit+USP VACE Module Select to it, or a node like it."
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -78,14 +77,6 @@ def start_comfyui(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 def server(start_comfyui: Callable[..., ComfyServer]) -> ComfyServer:
     """The ComfyUI that most tests share."""
     return start_comfyui()
-
-
-@pytest.fixture
-def gguf_server(server) -> ComfyServer:
-    """A ComfyUI that has the gguf package."""
-    if subprocess.run([server.python, "-c", "import gguf"], capture_output=True).returncode:
-        pytest.skip("ComfyUI's Python has no gguf package")
-    return server
 
 
 def _write_models(folder: Path) -> None:

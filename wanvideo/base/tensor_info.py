@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .user_error import UserError
+
+if TYPE_CHECKING:
+    from .regular_file import FileIdentity
 
 
 class CheckpointError(UserError, ValueError):
@@ -48,10 +52,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """The headers of a model's files: the tensors by their names in the files, and the metadata."""
+    """The headers of a model's files: the tensors by their names in the files, and the metadata.
+
+    Args:
+        identities: what tells each file from a changed one, by the path of the file.
+        stamp: a text that changes with any file and with any header.
+    """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[str, FileIdentity] = field(default_factory=dict)
+    stamp: str = ""
 
 
 def elements(shape: Iterable[int]) -> int:
@@ -63,6 +74,12 @@ def elements(shape: Iterable[int]) -> int:
 
 
 def listed(names: list[str]) -> str:
-    """A text with the first five of `names` and the number of the other names."""
+    """A text with the first five of `names`, none longer than a line, and the number of the other names."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+    return ", ".join(shortened(name) for name in names[:5]) + more
+
+
+def shortened(name: str) -> str:
+    """A name from a file, or from a prompt, as an error can show it: on one line, and not longer than 100 letters."""
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."

@@ -9,20 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 from pathlib import Path
 
-from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, elements, listed, unreadable
-from .gguf_file import read_gguf
+from ..base.regular_file import FileIdentity, open_regular, stamp_of
+from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, listed, unreadable
+from .gguf_header import read_gguf
+from .safetensors_header import MAX_TENSORS, read_safetensors
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_ITEM_BYTES = {
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
-}
-"""The bytes of a number in each of safetensors' types that has whole bytes."""
+_MAX_INDEX_BYTES = 10_000_000
+_MAX_SHARDS = 1_000
+_NAME_OF_FILE = re.compile(r"[^/\\\0]+\.safetensors")
+"""The name of a shard, which lies beside its index."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _INDEX = ".safetensors.index.json"
 
@@ -38,7 +35,7 @@ def read_file_header(path: str) -> FileHeader:
         return _read_shards(index)
     if os.path.isdir(path):
         path = _only_file(path)
-    return read_gguf(path) if is_gguf(path) else _read_safetensors(path)
+    return read_gguf(path) if is_gguf(path) else read_safetensors(path)
 
 
 def is_gguf(path: str) -> bool:
@@ -56,27 +53,25 @@ def is_shard(path: str) -> bool:
     return _SHARD.fullmatch(os.path.basename(path)) is not None
 
 
-def model_files(path: str) -> list[str]:
-    """The files that `path` stands for: the file itself, or the existing files of a folder or of a shard's model."""
-    index = _index_of(path)
-    folder = os.path.dirname(index) if index else path
-    if not os.path.isdir(folder):
-        return [path]
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if ".safetensors" in name)
-
-
 def _index_of(path: str) -> str | None:
     """The path of the index in the folder `path`, or of the index that lists the shard `path`; None without one."""
     if os.path.isdir(path):
-        indices = sorted(name for name in os.listdir(path) if is_index(name))
+        indices = [name for name in _names_in(path) if is_index(name)]
         return os.path.join(path, min(indices, key=len)) if indices else None  # others are variants such as .fp16
     shard = _SHARD.fullmatch(os.path.basename(path))
     index = os.path.join(os.path.dirname(path), shard[1] + _INDEX) if shard else ""
     return index if os.path.isfile(index) else None
 
 
+def _names_in(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
 def _only_file(folder: str) -> str:
-    files = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
+    files = [name for name in _names_in(folder) if name.endswith(".safetensors")]
     if len(files) != 1:
         raise CheckpointError(
             f"The folder {Path(folder).name} holds {len(files)} .safetensors files and no index of them. Choose a "
@@ -87,14 +82,8 @@ def _only_file(folder: str) -> str:
 
 def _read_shards(index: str) -> FileHeader:
     folder, name = os.path.dirname(index), Path(index).name
-    try:
-        places = json.loads(Path(index).read_bytes())["weight_map"]
-        shards = sorted(set(places.values()))
-        valid = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        valid = False
-    if not valid:
-        raise CheckpointError(f"The index {name} is corrupt. Download it again.")
+    places, identity, stamp = _read_index(index)
+    shards = sorted(set(places.values()))
     missing = [shard for shard in shards if not os.path.isfile(os.path.join(folder, shard))]
     if missing:
         raise CheckpointError(
@@ -103,68 +92,41 @@ def _read_shards(index: str) -> FileHeader:
         )
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    identities, stamps = {index: identity}, [stamp]
     for shard in shards:
-        file_header = _read_safetensors(os.path.join(folder, shard))
-        tensors |= file_header.tensors
-        metadata |= file_header.metadata
-    return FileHeader(tensors, metadata)
+        found = read_safetensors(os.path.join(folder, shard))
+        tensors |= {key: info for key, info in found.tensors.items() if places.get(key, shard) == shard}
+        metadata |= found.metadata
+        identities |= found.identities
+        stamps.append(found.stamp)
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{Path(folder).name} has more tensors than any model. Choose another folder.")
+    lost = [key for key in places if key not in tensors]
+    if lost:
+        raise CheckpointError(
+            f"{Path(folder).name} lacks {len(lost)} of the tensors in {name}: {listed(lost)}. Download its files "
+            "again, all from the same place."
+        )
+    return FileHeader(tensors, metadata, identities, stamp_of(identity, "".join(stamps).encode()))
 
 
-def _read_safetensors(path: str) -> FileHeader:
-    name = Path(path).name
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            start = file.read(9)  # of a safetensors file: the length of its header, and the header's "{"
-            _refuse_other_containers(name, start)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else _MAX_HEADER_BYTES + 1
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{name} is not a safetensors file, or its download stopped early. Download it again."
-                )
-            file.seek(8)
-            entries = json.loads(file.read(length))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:  # the latter from deep nesting
-        raise CheckpointError(f"The header of {name} is corrupt. Download the file again.") from error
-    return _checked_entries(path, entries, 8 + length, size)
-
-
-def _checked_entries(path: str, entries: object, start: int, size: int) -> FileHeader:
-    name = Path(path).name
-    corrupt = CheckpointError(f"The header of {name} is corrupt. Download the file again.")
-    if not isinstance(entries, dict):
-        raise corrupt
-    metadata = entries.pop("__metadata__", {})
-    tensors, end = {}, 0
-    for key, info in entries.items():
+def _read_index(index: str) -> tuple[dict[str, str], FileIdentity, str]:
+    """The shard of each tensor by the names in an index, and the identity and the stamp of the index."""
+    name = Path(index).name
+    corrupt = CheckpointError(f"The index {name} is corrupt. Download it again.")
+    with open_regular(index) as file:
+        identity = FileIdentity.of(file)
+        if identity.size > _MAX_INDEX_BYTES:
+            raise corrupt
         try:
-            dtype, shape, (begin, stop) = info["dtype"], info["shape"], info["data_offsets"]
-            valid = isinstance(dtype, str) and 0 <= begin <= stop and all(int(n) >= 0 for n in shape)
-        except (TypeError, KeyError, ValueError, OverflowError):
+            raw = file.read(_MAX_INDEX_BYTES)
+            places = json.loads(raw)["weight_map"]
+            valid = 0 < len(places) <= MAX_TENSORS and len(set(places.values())) <= _MAX_SHARDS
+            valid = valid and all(_NAME_OF_FILE.fullmatch(shard) for shard in places.values())
+        except OSError as error:
+            raise unreadable(index, error) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise corrupt from None
-        if not valid:
-            raise corrupt
-        if dtype in _ITEM_BYTES and stop - begin != elements(shape) * _ITEM_BYTES[dtype]:
-            raise corrupt
-        tensors[key] = TensorInfo(dtype, tuple(shape), path, key, start + begin, stop - begin)
-        end = max(end, stop)
-    if end > size - start:
-        raise CheckpointError(
-            f"{name} is cut short: {size - start:,} of {end:,} bytes of weights are there. Download it again."
-        )
-    return FileHeader(tensors, metadata if isinstance(metadata, dict) else {})
-
-
-def _refuse_other_containers(name: str, start: bytes) -> None:
-    # The length of a safetensors header can begin with either magic number as well.
-    pickled = start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
-    if pickled or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        raise CheckpointError(
-            f"{name} is a pickle file, which can run code when it is opened. Use its .safetensors version."
-        )
-    if start[:4] == b"GGUF":
-        raise CheckpointError(f"{name} is a GGUF file under another name. Rename it, so that it ends in .gguf.")
+    if not valid:
+        raise corrupt
+    return places, identity, stamp_of(identity, raw)

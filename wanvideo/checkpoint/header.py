@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base.config import WanConfig
-from ..base.tensor_info import CheckpointError, TensorInfo, listed
+from ..base.regular_file import FileIdentity
+from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, listed, shortened
 from ..base.variant import TensorShapes, read_variants, registered
 from ..quant.format import LogicalTensor
-from ..quant.formats.registry import format_name, logical_tensors
+from ..quant.formats.registry import MAX_NOTE, format_name, logical_tensors
 from .diffusers_names import has_diffusers_names, original_name
 from .file_header import read_file_header
 
@@ -30,18 +31,33 @@ FLOW_RVS = "flow_rvs"
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a checkpoint: its DiT's configuration, the DiT's `tensors` by original names, and the metadata."""
+    """The header of a checkpoint: its DiT's configuration, the DiT's `tensors` by original names, and the metadata.
+
+    `identities` tells each of the files from a changed one, by its path; `stamp` changes with any of the files.
+    """
 
     path: str
     prefix: str
     config: WanConfig
     tensors: Mapping[str, LogicalTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[str, FileIdentity] = field(default_factory=dict)
+    stamp: str = ""
 
     @property
     def is_flow_rvs(self) -> bool:
         """Whether ComfyUI's note in the file says FlowRVS, a model that ComfyUI samples in a way of its own."""
         return _note(self.metadata).get("model_type") == FLOW_RVS
+
+    def joined(self, config: WanConfig, tensors: Mapping[str, LogicalTensor], module: FileHeader) -> Header:
+        """The header of the model that this one is with the `tensors` of another file, whose header is `module`."""
+        return replace(
+            self,
+            config=config,
+            tensors={**self.tensors, **tensors},
+            identities={**self.identities, **module.identities},
+            stamp=f"{self.stamp}+{module.stamp}",
+        )
 
     @property
     def format(self) -> str:
@@ -73,7 +89,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     _refuse_other_kinds(path, file_header.metadata)
     config = _config_from(path, tensors)
     _check_complete(path, tensors, config)
-    header = Header(path, prefix, config, tensors, file_header.metadata)
+    header = Header(path, prefix, config, tensors, file_header.metadata, file_header.identities, file_header.stamp)
     if header.is_flow_rvs and config.variant != "text-to-video":
         raise CheckpointError(
             f"{Path(path).name} is noted to be FlowRVS, but has the tensors of a Wan {config.variant} model. {_LATER}"
@@ -103,9 +119,10 @@ def _find_prefix(path: str, raw: Mapping[str, object]) -> str:
 
 def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
     """ComfyUI's note about the model in the metadata of a file; empty without a note or with another program's."""
+    text = metadata.get("config", "{}")
     try:
-        note = json.loads(metadata.get("config", "{}"))["transformer"]
-    except (ValueError, KeyError, TypeError):
+        note = json.loads(text)["transformer"] if len(text) <= MAX_NOTE else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 
@@ -113,7 +130,7 @@ def _note(metadata: Mapping[str, str]) -> Mapping[str, object]:
 def _refuse_other_kinds(path: str, metadata: Mapping[str, str]) -> None:
     """Refuse variants without code here that have the tensors of another variant, recognised by ComfyUI's note."""
     note = _note(metadata)
-    kind = str(note.get("model_type", "t2v"))
+    kind = shortened(str(note.get("model_type", "t2v")))
     name = "Wan Animate-2" if kind == "animate2" else f"Wan {kind}"
     if note.get("causal_ar"):
         raise CheckpointError(f"{Path(path).name} is a causal, autoregressive Wan model. {_LATER}")

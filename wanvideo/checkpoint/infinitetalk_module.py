@@ -7,14 +7,12 @@ the audio (`audio_proj.*`) is no part of the transformer: ComfyUI computes it on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
-from .file_header import read_file_header
 from .header import Header
 
 MARKERS = ("audio_proj.proj1.weight", "blocks.0.audio_cross_attn.proj.weight")
@@ -27,8 +25,8 @@ def is_infinitetalk(file_header: FileHeader) -> bool:
     return all(marker in file_header.tensors for marker in MARKERS)
 
 
-def with_infinitetalk(base: Header, path: str) -> Header:
-    """Join the model `base` and the model patch in the file `path` to one model.
+def with_infinitetalk(base: Header, path: str, file_header: FileHeader) -> Header:
+    """Join the model `base` and the model patch in the file `path`, which has this header, to one model.
 
     The released patches have layers for 40 blocks; a model with fewer blocks takes the layers of its own blocks.
 
@@ -41,7 +39,7 @@ def with_infinitetalk(base: Header, path: str) -> Header:
             f"{base_name} is a {config.variant} model, and {name} (InfiniteTalk) belongs to an image-to-video model. "
             "Choose a Wan 2.1 image-to-video file, or remove WanInfiniteTalkToVideo."
         )
-    module = _blocks(path, config.num_layers)
+    module = _blocks(path, file_header, config.num_layers)
     width = module[MARKERS[1]].shape[0] if MARKERS[1] in module else 0
     if width != config.dim:
         raise CheckpointError(
@@ -57,11 +55,11 @@ def with_infinitetalk(base: Header, path: str) -> Header:
             f"{name} (InfiniteTalk) does not fit {base_name}: {len(wrong)} tensors are missing, unknown or of another "
             f"shape: {listed(wrong)}. Download it again, or use the patch made for this model."
         )
-    return replace(base, config=config, tensors={**base.tensors, **module})
+    return base.joined(config, module, file_header)
 
 
-def _blocks(path: str, layers: int) -> Mapping[str, LogicalTensor]:
+def _blocks(path: str, file_header: FileHeader, layers: int) -> Mapping[str, LogicalTensor]:
     """The tensors of the first `layers` blocks."""
-    tensors = logical_tensors(path, read_file_header(path))
+    tensors = logical_tensors(path, file_header)
     blocks = {f"{_BLOCKS}{i}." for i in range(layers)}
     return {key: info for key, info in tensors.items() if key[: key.find(".", len(_BLOCKS)) + 1] in blocks}

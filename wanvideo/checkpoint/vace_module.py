@@ -7,12 +7,10 @@ Published for kijai's wrapper (`Wan2_1-VACE_module_14B_bf16.safetensors` and oth
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from ..base.config import PRESETS
-from ..base.tensor_info import CheckpointError, listed
+from ..base.tensor_info import CheckpointError, FileHeader, listed
 from ..base.variant import TensorShapes, read_variants
 from ..quant.format import LogicalTensor
 from ..quant.formats.registry import logical_tensors
@@ -28,12 +26,14 @@ def read_model(path: str | os.PathLike[str], module: str = "") -> Header:
     """Read the header of the model at `path`, joined with `module`, the file of a VACE module or InfiniteTalk's layers.
 
     Raises:
-        CheckpointError: see `read_header`, `read_module`, `with_module` and `with_infinitetalk`.
+        CheckpointError: see `read_header`, `with_module` and `with_infinitetalk`.
     """
     header = read_header(path)
-    if module and is_infinitetalk(read_file_header(module)):
-        return with_infinitetalk(header, module)
-    return with_module(header, module, read_module(module)) if module else header
+    if not module:
+        return header
+    file_header = read_file_header(module)
+    joined = with_infinitetalk if is_infinitetalk(file_header) else with_module
+    return joined(header, module, file_header)
 
 
 def read_module(path: str) -> dict[str, LogicalTensor]:
@@ -42,7 +42,10 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or no VACE module.
     """
-    file_header = read_file_header(path)
+    return _module_tensors(path, read_file_header(path))
+
+
+def _module_tensors(path: str, file_header: FileHeader) -> dict[str, LogicalTensor]:
     name, raw = Path(path).name, file_header.tensors
     prefix = next((p for p in PREFIXES if p + _MARKER in raw), None)
     if prefix is None:
@@ -57,12 +60,13 @@ def read_module(path: str) -> dict[str, LogicalTensor]:
     return {key.removeprefix(prefix): info for key, info in logical_tensors(path, file_header, prefix).items()}
 
 
-def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) -> Header:
-    """Join the model `base` and `module`, the tensors of a VACE module in the file `path`, to one model.
+def with_module(base: Header, path: str, file_header: FileHeader) -> Header:
+    """Join the model `base` and the VACE module in the file `path`, which has this header, to one model.
 
     Raises:
-        CheckpointError: the base is no text-to-video model, or the module is made for another size.
+        CheckpointError: the base is no text-to-video model, or the file is no module or made for another size.
     """
+    module = _module_tensors(path, file_header)
     name, base_name = Path(path).name, Path(base.path).name
     if base.config.variant != "text-to-video" or base.is_flow_rvs:
         kind = "a FlowRVS" if base.is_flow_rvs else f"an {base.config.variant}"
@@ -88,7 +92,7 @@ def with_module(base: Header, path: str, module: Mapping[str, LogicalTensor]) ->
             f"{len(wrong)} tensors are missing, unknown or of another shape: {listed(wrong)}. "
             "Download it again, or use the module made for this model."
         )
-    return replace(base, config=config, tensors={**base.tensors, **module})
+    return base.joined(config, module, file_header)
 
 
 def _size(width: int) -> str:

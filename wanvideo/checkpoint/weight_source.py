@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
 from ..base.config import PRESETS, WanConfig
 from ..base.lora import LoraDelta, merge
+from ..base.regular_file import changed
 from ..base.tensor_info import CheckpointError, TensorInfo
 from ..base.variant import is_rounded
 from ..quant.formats.fp8 import FLOAT8, Fp8Weight
 from ..quant.formats.registry import format_name
 from ..quant.quantized import QuantizedWeight, Weight, as_tensor
-from .file_header import is_gguf, model_files
-from .gguf_file import gguf_tensor, map_file
+from .file_header import is_gguf, read_file_header
 from .header import Header
+from .mapped_file import MappedFile
 from .vace_module import read_model
 
 RANDOM_PREFIX = "random:"
@@ -45,6 +43,9 @@ class WeightSource(Protocol):
     def tensor(self, name: str) -> Weight:
         """The weight `name` as the source has it, to be given to `cast_and_move`."""
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file has been written since its header was read."""
+
 
 class Checkpoint:
     """A model's file or files, each opened once and memory-mapped: processes that read a file share its pages.
@@ -52,25 +53,37 @@ class Checkpoint:
     Args:
         path: a file, a folder of shards, or one shard.
         module: the file of a module beside the model, VACE's or InfiniteTalk's.
+        stamp: the stamp of the header by which the model was chosen (see `Header`); "" takes the files as they are.
 
     Raises:
-        CheckpointError: see `read_model`.
+        CheckpointError: see `read_model`; or the files are not those of the stamp.
     """
 
-    def __init__(self, path: str, module: str = ""):
+    def __init__(self, path: str, module: str = "", stamp: str = ""):
         self.header = read_model(path, module)
+        if stamp not in ("", self.header.stamp):
+            raise changed(path, "after it was queued")
         self.config = self.header.config
-        self._safetensors = functools.cache(functools.partial(safe_open, framework="pt", device="cpu"))
-        self._mapped = functools.cache(map_file)
+        self._files: dict[str, MappedFile] = {}
 
     def tensor(self, name: str) -> Weight:
-        """The weight `name` as its file has it, on the CPU."""
+        """The weight `name` as its file has it, on the CPU.
+
+        Raises:
+            CheckpointError: a file has been replaced or written since its header was read.
+        """
         return self.header.tensors[name].load(self._read)
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file that was read has been written since: weights on the CPU are mapped, and
+        change with it."""
+        for file in self._files.values():
+            file.check_unchanged()
+
     def _read(self, info: TensorInfo) -> torch.Tensor:
-        if is_gguf(info.file):
-            return gguf_tensor(info, self._mapped(info.file))
-        return self._safetensors(info.file).get_tensor(info.key)
+        if info.file not in self._files:
+            self._files[info.file] = MappedFile(info.file, is_gguf(info.file), self.header.identities[info.file])
+        return self._files[info.file].tensor(info)
 
 
 def random_config(size: str) -> WanConfig:
@@ -101,35 +114,41 @@ class RandomWeights:
         weight = torch.randn(self._shapes[name], generator=generator, device=self._device, dtype=torch.bfloat16)
         return weight * 0.02
 
+    def check_unchanged(self) -> None:
+        """Do nothing: there is no file."""
 
-def open_weights(path: str, device: torch.device | str = "cpu", module: str = "") -> WeightSource:
-    """Open a checkpoint file (`module`: a file beside it), or random weights for a path such as `random:14b`.
+
+def open_weights(path: str, device: torch.device | str = "cpu", module: str = "", stamp: str = "") -> WeightSource:
+    """Open a checkpoint file (`module` and `stamp`: see `Checkpoint`), or random weights for a path such as
+    `random:14b`.
 
     Raises:
-        CheckpointError: see `read_model`.
+        CheckpointError: see `Checkpoint`.
     """
     if path.startswith(RANDOM_PREFIX):
         return RandomWeights(path.removeprefix(RANDOM_PREFIX), device)
-    return Checkpoint(path, module)
+    return Checkpoint(path, module, stamp)
 
 
-def model_config(path: str, module: str = "") -> WanConfig:
-    """Dimensions of a checkpoint (`module`: a file beside it) or of random weights, from the headers alone.
+def model_config(path: str, module: str = "", stamp: str = "") -> WanConfig:
+    """Dimensions of a checkpoint (`module` and `stamp`: see `Checkpoint`) or of random weights, from the headers alone.
 
     Raises:
-        CheckpointError: see `read_model`.
+        CheckpointError: see `Checkpoint`.
     """
     if path.startswith(RANDOM_PREFIX):
         return random_config(path.removeprefix(RANDOM_PREFIX))
-    return read_model(path, module).config
+    return Checkpoint(path, module, stamp).config
 
 
 def file_stamp(path: str) -> str:
-    """A text that changes whenever the model's file, or a file of its folder, changes; "" for random weights."""
-    if path.startswith(RANDOM_PREFIX):
-        return ""
-    stats = [os.stat(file) for file in model_files(path)]
-    return f"{max(stat.st_mtime_ns for stat in stats)}-{sum(stat.st_size for stat in stats)}"
+    """The stamp of a model's header, which changes whenever the model's file, or a file of its folder, changes; "" for
+    random weights.
+
+    Raises:
+        CheckpointError: see `read_file_header`.
+    """
+    return "" if path.startswith(RANDOM_PREFIX) else read_file_header(path).stamp
 
 
 def storage_format(header: Header | None, weight_dtype: str) -> str:

@@ -53,16 +53,16 @@ def test_a_folder_of_diffusers_gives_the_same_as_the_file_of_the_authors(server)
     assert relative_error(folder, sampled(server, stock_model())) <= EXACT
 
 
-def test_a_gguf_file_gives_what_its_blocks_mean(gguf_server):
-    gguf = sampled(gguf_server, pool_model(file="tiny-Q4_K.gguf"))
-    meant = sampled(gguf_server, stock_model(file="tiny-Q4_K-meant.safetensors"))
+def test_a_gguf_file_gives_what_its_blocks_mean(server):
+    gguf = sampled(server, pool_model(file="tiny-Q4_K.gguf"))
+    meant = sampled(server, stock_model(file="tiny-Q4_K-meant.safetensors"))
     assert relative_error(gguf, meant) <= EXACT
 
 
-def test_a_gguf_file_that_is_cut_short_is_refused_when_queued(gguf_server):
+def test_a_gguf_file_that_is_cut_short_is_refused_when_queued(server):
     graph = {**pool_model(file="cut-short.gguf"), **conditions(), **video(), **ksampler()}
     with pytest.raises(QueueRefused) as refusal:
-        gguf_server.queue({**graph, "out": node("SaveLatentTensor", samples=link("sampler"), name="refused")})
+        server.queue({**graph, "out": node("SaveLatentTensor", samples=link("sampler"), name="refused")})
     assert "cut-short.gguf is cut short" in " ".join(refusal.value.texts)
 
 

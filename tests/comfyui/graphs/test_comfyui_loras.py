@@ -84,7 +84,7 @@ def test_loras_change_between_prompts_and_leave_nothing_behind(server, without_l
 
 @pytest.mark.parametrize("file", ["native", "LoKr", "distilled"])
 @pytest.mark.parametrize("model", ["fp8-older/quantised", "tiny-Q4_K"])
-def test_a_lora_on_quantised_weights(gguf_server, file, model):
+def test_a_lora_on_quantised_weights(server, file, model):
     """Merged and quantised again: near what ComfyUI gives where it has the same weights in float32."""
     meant = {"fp8-older/quantised": "fp8-older/meant", "tiny-Q4_K": "tiny-Q4_K-meant"}[model]
     suffix = "gguf" if model == "tiny-Q4_K" else "safetensors"
@@ -93,14 +93,14 @@ def test_a_lora_on_quantised_weights(gguf_server, file, model):
         return {**plain(stock_model), **loader, **lora("model", f"{file}.safetensors", 1.0), **ksampler(model="lora")}
 
     ours = pool_model(file=f"{model}.{suffix}")
-    before = sampled(gguf_server, {**plain(pool_model), **ours})
-    merged = sampled(gguf_server, graph(ours))
-    native = sampled(gguf_server, graph(stock_model(file=f"{meant}.safetensors")))
+    before = sampled(server, {**plain(pool_model), **ours})
+    merged = sampled(server, graph(ours))
+    native = sampled(server, graph(stock_model(file=f"{meant}.safetensors")))
     change, error = relative_error(merged, before), relative_error(merged, native)
     print(f"{file} on {model}: the LoRA changes {change:.2f}, rounding again {error:.3f}")
     assert error < 0.1 and change > 3 * error
-    gguf_server.free()
-    assert torch.equal(sampled(gguf_server, {**plain(pool_model), **ours}), before)
+    server.free()
+    assert torch.equal(sampled(server, {**plain(pool_model), **ours}), before)
 
 
 # LoRAs for other models.

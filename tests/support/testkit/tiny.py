@@ -28,7 +28,7 @@ from wan_parallel.wanvideo.variants.wandancer import WanDancer
 
 import testkit  # noqa: F401 (registers wan_parallel)
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F4": 0.5}
 TINY = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
 
 
@@ -203,9 +203,7 @@ def write_layout(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        nbytes = ITEM_BYTES.get(dtype, 1)
-        for size in shape:
-            nbytes *= size
+        nbytes = int(math.prod(shape) * ITEM_BYTES.get(dtype, 1))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
     return write_header(path, json.dumps(header).encode(), end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,10 @@ from testkit import format_files, tiny
 from wan_parallel.distributed.protocol.messages import decode, encode
 from wan_parallel.distributed.protocol.requests import Load
 from wan_parallel.distributed.protocol.specs import ModelSpec
-from wan_parallel.nodes.common.settings import USPConfig
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.header import read_header
 from wan_parallel.wanvideo.checkpoint.vace_module import read_model, read_module
-from wan_parallel.wanvideo.checkpoint.weight_source import file_stamp
+from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint, file_stamp
 from wan_parallel.wanvideo.variants.vace import Vace
 
 BASE = replace(tiny.VACE, additions=())
@@ -163,12 +163,14 @@ def test_files_that_are_no_module_are_refused(tmp_path, files):
         read_module(str(cut))
 
 
-def test_a_module_that_was_replaced_is_another_model(tmp_path):
-    base, module = tmp_path / "base", tmp_path / "module"
-    base.write_bytes(b"1")
-    module.write_bytes(b"1")
-    settings = USPConfig()
-    before = settings.model_spec(str(base), "bf16", "auto", module=str(module))
-    module.write_bytes(b"22")
-    after = settings.model_spec(str(base), "bf16", "auto", module=str(module))
-    assert before != after and before.stamp.startswith(file_stamp(str(base)))
+def test_a_module_that_was_replaced_is_another_model(files, tmp_path):
+    base, module, _ = next(iter(files.values()))
+    copied = tmp_path / Path(module).name
+    shutil.copy(module, copied)
+    before = read_model(base, str(copied)).stamp
+    assert before.startswith(file_stamp(base)) and Checkpoint(base, str(copied), before).header.stamp == before
+    shutil.copy(module, tmp_path / "again")
+    (tmp_path / "again").replace(copied)
+    assert read_model(base, str(copied)).stamp != before
+    with pytest.raises(CheckpointError, match="changed after it was queued"):
+        Checkpoint(base, str(copied), before)

@@ -261,12 +261,10 @@ def test_a_gguf_format_without_code_here_is_refused_by_its_name(tmp_path):
     assert tiny.sentences(str(error.value)) == 2
 
 
-def test_a_missing_gguf_package_gets_its_install_line(tmp_path, monkeypatch):
+def test_gguf_files_need_no_gguf_package(tmp_path, monkeypatch):
     path, _ = write_gguf(tmp_path / "wan.gguf", "Q8_0")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(CheckpointError, match="-m pip install gguf'") as error:
-        read_header(path)
-    assert tiny.sentences(str(error.value)) == 2
+    assert read_header(path).format == "GGUF Q8_0"
 
 
 # diffusers' layout.

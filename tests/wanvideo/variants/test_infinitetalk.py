@@ -355,8 +355,8 @@ def test_the_file_of_a_model_patch_is_the_one_with_its_numbers(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"12345678{")
     files = [str(tmp_path / "broken.safetensors"), *paths]
     patch = SimpleNamespace(model=modules[1], patches={})
-    assert file_of(patch, files) == paths[1]
-    assert file_of(patch, iter(())) == paths[1]  # known
+    assert file_of(patch, files).path == paths[1]
+    assert file_of(patch, iter(())).path == paths[1]  # known
     tiny.write_weights(tmp_path / "1.safetensors", {"weight": torch.zeros(4, 3), "bias": torch.zeros(40)})
     for changed in (patch, SimpleNamespace(model=modules[0], patches={"weight": ()})):
         with pytest.raises(NotOnWorkers, match="no safetensors file in models/model_patches") as error:

@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...base.tensor_info import CheckpointError, FileHeader, TensorInfo, elements
+from ...base.regular_file import open_regular
+from ...base.tensor_info import CheckpointError, FileHeader, TensorInfo, elements, shortened
 from ..format import FORMATS, Format, LogicalTensor, StoredTensor
 
 _NOTE = ".comfy_quant"
 """End of the name of a tensor with ComfyUI's note about a layer, in JSON."""
 _LARGEST_NOTE = 4096  # bytes
+MAX_NOTE = 2**22
+"""Letters of a note about a whole file; a note about each layer of a 14B model has 30,000."""
 _METADATA = "_quantization_metadata"
 """The key of the metadata under which newer files have the notes of all layers, in JSON."""
 
@@ -62,8 +65,8 @@ def _recognised(stored: StoredTensor) -> Format:
             return format
     noted = stored.noted_format
     raise CheckpointError(
-        f"{stored.file_name} has {stored.info.dtype if noted is None else noted} weights, which this version cannot "
-        "read. Use the fp8_scaled, GGUF, bf16 or fp16 version of the model."
+        f"{stored.file_name} has {stored.info.dtype if noted is None else shortened(str(noted))} weights, which this "
+        "version cannot read. Use the fp8_scaled, GGUF, bf16 or fp16 version of the model."
     )
 
 
@@ -72,7 +75,10 @@ def _notes(path: str, file_header: FileHeader) -> dict[str, Mapping[str, object]
     notes: dict[str, Mapping[str, object]] = {}
     try:
         if _METADATA in file_header.metadata:
-            for layer, note in json.loads(file_header.metadata[_METADATA])["layers"].items():
+            text = file_header.metadata[_METADATA]
+            if len(text) > MAX_NOTE:
+                raise ValueError
+            for layer, note in json.loads(text)["layers"].items():
                 notes[layer] = {"format": note} if isinstance(note, str) else _mapping(note)
         for name, info in file_header.tensors.items():
             if name.endswith(_NOTE) and info.nbytes <= _LARGEST_NOTE:
@@ -89,6 +95,6 @@ def _mapping(value: object) -> Mapping[str, object]:
 
 
 def _bytes(info: TensorInfo) -> bytes:
-    with open(info.file, "rb") as file:
+    with open_regular(info.file) as file:
         file.seek(info.offset)
         return file.read(info.nbytes)
