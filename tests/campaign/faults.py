@@ -31,13 +31,17 @@ from testkit.campaign.clients import Client
 from testkit.campaign.drills import Verdict
 from testkit.campaign.drive_comfyui import ComfyUIClient
 from testkit.campaign.drive_pool import PoolClient
-from testkit.campaign.table import as_json, markdown, table
+from testkit.campaign.table import as_line, from_line, markdown
 from testkit.campaign.worlds import possible
 
 
 def main() -> int:
     """Returns the exit status."""
     options = _options()
+    if options.count:
+        lines = [line for path in options.count for line in path.read_text(encoding="utf-8").splitlines()]
+        print(markdown([from_line(line) for line in lines]))
+        return 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
@@ -50,7 +54,7 @@ def main() -> int:
         chosen = [fault for fault in drawn if options.only is None or fault.number == options.only]
         verdicts = Campaign(client, mark).run(chosen, lambda verdict: _tell(verdict, options))
     left_out = [kind for kind in asked if kind not in kinds]
-    print(f"\nSeed {options.seed}, {options.place}:\n\n{markdown(table(verdicts))}")
+    print(f"\nSeed {options.seed}, {options.place}:\n\n{markdown(verdicts)}")
     if left_out:
         print(f"\nLeft out, as they take the rights of root: {', '.join(left_out)}.")
     return int(any(verdict.short for verdict in verdicts))
@@ -76,7 +80,7 @@ def _tell(verdict: Verdict, options: argparse.Namespace) -> None:
         print(f"       again: --place {options.place} --seed {options.seed} --only {fault.number}", flush=True)
     if options.out is not None:
         with options.out.open("a", encoding="utf-8") as file:
-            file.write(as_json(verdict) + "\n")
+            file.write(as_line(verdict) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -87,6 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=int, help="the number of one fault, in place of all")
     parser.add_argument("--kinds", nargs="+", choices=faults.KINDS, metavar="KIND", help="some kinds alone")
     parser.add_argument("--out", type=Path, help="append a line of JSON for each fault to this file")
+    parser.add_argument("--count", type=Path, nargs="+", help="print the table of such files, and do nothing else")
     parser.add_argument("--verbose", action="store_true", help="show what was told")
     options = parser.parse_args()
     options.python = os.environ.get("COMFYUI_PYTHON", sys.executable) if options.place == "ComfyUI" else sys.executable

@@ -22,7 +22,7 @@ from testkit.campaign.drills import DRILLS, Scene, Verdict
 from testkit.campaign.drive_pool import PoolClient
 from testkit.campaign.families import MARK, left_over, shared_files
 from testkit.campaign.faults import Fault
-from testkit.campaign.table import markdown, table
+from testkit.campaign.table import as_line, from_line, markdown, table
 from testkit.campaign.worlds import filled, possible
 
 JOBS = ("ulysses", "lora", "decode")  # which have one pool
@@ -164,10 +164,16 @@ def test_the_table_counts_what_fell_short():
         (faults.POOL, 2, 1, 2, 2.0),
         ("all", 2, 1, 2, 2.0),
     ]
-    assert markdown(rows).splitlines()[-1] == "| all | 2 | 1 | 2 | 2 | 2 | 2.0 |"
+    assert markdown([fine, hung]).splitlines()[-1] == "| all | 2 | 1 | 2 | 2 | 2 | 2.0 |"
 
 
-def test_the_program_repeats_one_fault():
-    program = testkit.ROOT / "tests" / "campaign" / "faults.py"
-    help_text = subprocess.run([sys.executable, str(program), "--help"], capture_output=True, text=True, check=True)
-    assert "--only" in help_text.stdout
+def test_a_line_of_results_is_read_as_it_was_written():
+    verdict = Verdict(FAULT, "pool", told="Worker rank 1 (pid 5) was ended by SIGKILL.", seconds=0.3)
+    verdict.leave("a process")
+    assert from_line(as_line(verdict)) == verdict
+
+
+def test_the_table_in_the_readme_counts_the_recorded_faults():
+    lines = (testkit.ROOT / "benchmarks" / "results" / "faults.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 100
+    assert markdown([from_line(line) for line in lines]) in (testkit.ROOT / "README.md").read_text(encoding="utf-8")

@@ -60,7 +60,7 @@ class Campaign:
     def _happen(self, fault: Fault) -> Verdict:
         for job in {fault.job, *({fault.change} & set(self.client.jobs) if fault.kind == faults.POOL else ())}:
             self._know(job, changed=fault.kind == faults.FILE)
-        verdict = Verdict(fault)
+        verdict = Verdict(fault, self.client.place)
         shared, files = in_shared_memory(), set(os.listdir(self.client.temp))
         if self._ready != fault.job and self.client.run(fault.job, RUN_SECONDS).state != clients.DONE:
             raise RuntimeError(f"{fault.job} fails before the fault {fault.number}.")

@@ -29,6 +29,8 @@ SILENCE_LIMIT = 24.0
 """The limit (`silence.VARIABLE`) that clients are given: a stopped process ends the pool after a third of it."""
 SILENCE_SECONDS = SILENCE_LIMIT / 3 + TOLD_SECONDS
 """Within which a process that stands still must have been told and the pool ended."""
+TRIES = 4
+"""How often a job is begun, at the most, that is over before the fault can happen."""
 DESCRIPTORS = 40
 """The most that a client may open beyond those it has, where they are few."""
 
@@ -42,6 +44,7 @@ class Verdict:
     """What came of a fault.
 
     Args:
+        place: of the client.
         told: what the client said, where something failed.
         seconds: from the fault to the end of what it hit.
         short: what was not as it must be; nothing where all was.
@@ -49,6 +52,7 @@ class Verdict:
     """
 
     fault: Fault
+    place: str = ""
     told: str = ""
     seconds: float = 0.0
     short: list[str] = field(default_factory=list)
@@ -101,9 +105,16 @@ class Scene:
             self.client.unload()
         return self.client.begin(self.request)
 
-    def until_moment(self, call: Call) -> None:
-        """Wait until the moment of the fault, or until the call has ended."""
-        call.over.wait(self.fault.moment * self.pace.of(self.fault.phase))
+    def at_moment(self) -> Call:
+        """Begin the phase and wait until the moment of the fault; once more and less long if all was over before."""
+        seconds = self.fault.moment * self.pace.of(self.fault.phase)
+        for _ in range(TRIES):
+            call = self.begin()
+            if not call.over.wait(seconds) or self.fault.phase in faults.REQUESTS:
+                break
+            self.must_be_right(call)
+            seconds /= 2
+        return call
 
     def wait(self, call: Call, seconds: float, since: float) -> Call:
         """Wait for a call, and note how long it took since the fault, what it said, and whether it hung."""
@@ -154,8 +165,7 @@ def end_by_signal(scene: Scene) -> None:
     """A signal, SIGKILL or another one, to a process of the pool; at rest, a job begins right after it."""
     fault, client, verdict = scene.fault, scene.client, scene.verdict
     number = fault.signal if fault.kind == faults.SIGNAL else signal.SIGKILL
-    call = Call(time.monotonic()) if fault.phase == faults.IDLE else scene.begin()
-    scene.until_moment(call)
+    call = Call(time.monotonic()) if fault.phase == faults.IDLE else scene.at_moment()
     victim = scene.victim(call)
     family, struck = client.family.pids, time.monotonic()
     if victim:
@@ -187,8 +197,7 @@ def end_client(scene: Scene) -> None:
     """A signal to the client, with which its workers must go where it goes."""
     fault, client, verdict = scene.fault, scene.client, scene.verdict
     number = fault.signal if fault.kind == faults.SIGNAL_CLIENT else signal.SIGKILL
-    call = Call(time.monotonic()) if fault.phase == faults.IDLE else scene.begin()
-    scene.until_moment(call)
+    call = Call(time.monotonic()) if fault.phase == faults.IDLE else scene.at_moment()
     pid, family, struck = client.pid, client.family.pids, time.monotonic()
     os.kill(pid, number)
     deadline = struck + (TOLD_SECONDS if number == signal.SIGKILL else 3.0)
@@ -214,8 +223,7 @@ def _beside_stopped(scene: Scene) -> Iterator[tuple[Call, int]]:
     It stops at the moment of the fault, or before the call where the call would be over in milliseconds.
     """
     first = scene.fault.phase in (faults.IDLE, *faults.REQUESTS)
-    call = Call(time.monotonic()) if first else scene.begin()
-    scene.until_moment(call)
+    call = Call(time.monotonic()) if first else scene.at_moment()
     victim = scene.victim(call)
     try:
         if victim:
@@ -252,8 +260,7 @@ def cancel(scene: Scene) -> None:
     """Cancel, again and again; the workers stay."""
     launcher = 0
     for _ in range(scene.fault.times):
-        call = scene.begin()
-        scene.until_moment(call)
+        call = scene.at_moment()
         _give_up(scene, call)
         family = scene.client.family
         if launcher and family.launcher != launcher and scene.fault.phase not in (faults.START, faults.CLOSE):
@@ -288,8 +295,7 @@ def change_file(scene: Scene) -> None:
         if fault.phase == faults.IDLE:
             _change(path, other, fault.change)
         else:
-            call = scene.begin()
-            scene.until_moment(call)
+            call = scene.at_moment()
             struck = time.monotonic()
             _change(path, other, fault.change)
             scene.wait(call, RUN_SECONDS, struck)
@@ -328,8 +334,7 @@ def _change(path: Path, other: Path, how: str) -> None:
 def ask_for_more(scene: Scene) -> None:
     """Something else is asked for while a job runs: other settings, or a request. Both must come out right."""
     fault, client = scene.fault, scene.client
-    call = scene.begin()
-    scene.until_moment(call)
+    call = scene.at_moment()
     struck = time.monotonic()
     more = client.begin(fault.change)
     scene.wait(call, RUN_SECONDS, struck)

@@ -28,7 +28,7 @@ from testkit.processes import wait_until_gone
 from testkit.vae_reference import native_names, tiny_vae
 
 CONFIG = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=6)
-SIZE = (224, 224, 13)  # width, height, frames: 784 tokens
+SIZE = (160, 160, 13)  # width, height, frames: 400 tokens
 MODEL, LORA, VAE = "tiny.safetensors", "tiny-lora.safetensors", "narrow.safetensors"
 LOOK_SECONDS = 0.05
 UNLOAD_SECONDS = 0.5  # in which ComfyUI's prompt thread hears of /free
