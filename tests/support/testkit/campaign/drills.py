@@ -138,12 +138,12 @@ class Scene:
     def _right(self, job: str, seeds: tuple[int, ...]) -> set[str]:
         return {""} if job in faults.REQUESTS else {self.digests[job, seed] for seed in seeds}
 
-    def must_be_named(self, call: Call, wanted: str) -> None:
+    def must_be_named(self, call: Call, wanted: str, job: str | None = None) -> None:
         """Where the call failed, its message must match; where it was done before the fault, it must be right."""
         if call.state == clients.FAILED and not re.search(wanted, call.text, re.IGNORECASE):
             self.verdict.misname(call.text, wanted)
         elif call.state != clients.FAILED:
-            self.must_be_right(call)
+            self.must_be_right(call, job)
 
     def victim(self, call: Call) -> int:
         """The process of the fault, as soon as there is one; 0 where the call ended before."""
@@ -171,10 +171,12 @@ def end_by_signal(scene: Scene) -> None:
     if victim:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, number)
-    if fault.phase == faults.IDLE:
-        call = scene.begin()
+    job = scene.request
+    if fault.phase == faults.IDLE or call.state == clients.DONE:  # nothing is under way
+        scene.must_be_right(call)
+        call, job = client.begin(fault.job), fault.job
     scene.wait(call, RUN_SECONDS, struck)
-    scene.must_be_named(call, _named_end(fault, victim, number))
+    scene.must_be_named(call, _named_end(fault, victim, number), job)
     ended = call.state == clients.FAILED or (number == signal.SIGKILL and victim)
     if call.state == clients.FAILED and verdict.seconds > TOLD_SECONDS:
         verdict.short.append(f"told after {verdict.seconds:.1f} s")
