@@ -80,7 +80,7 @@ class _Launcher:
             )
         self.connection: Connection = Connection(ours.detach())
         self._outbox = Outbox(self.connection)
-        self.send(start)
+        self._outbox.send(encode(start))
 
     def send(self, message: Message | Request[Any]) -> None:
         """Send a message, without waiting until the launcher reads it.
@@ -103,6 +103,7 @@ class _Launcher:
         launcher = Observed(LAUNCHER, "The pool's launcher", self.process.pid, self._signs.read(LAUNCHER))
         silent = self._watch.look([launcher])
         if silent and silent[0].left <= 0:
+            self._kill()
             raise RanksEnded(Failure.of(WorkerSilent(silent[0].ended())))
         if bool(silent) == self._silent:
             return None
@@ -112,15 +113,20 @@ class _Launcher:
     def stop(self) -> None:
         """Hang up; the launcher then ends its workers and itself."""
         if not self._outbox.close(_UNREAD_SECONDS):
-            self.process.kill()  # it reads nothing, and would not see that we hang up
+            self._kill()  # it reads nothing, and would not see that we hang up
             self._outbox.close(_CLOSE_SECONDS)
         self.connection.close()
         self._signs.close()
         try:
             self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()
+
+    def _kill(self) -> None:
+        """End the launcher and all that it has started, even what was stopped before it could say how to end."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group is its own, as its session is
 
     def exit_reason(self) -> str:
         """How the launcher ended, as a sentence."""

@@ -23,7 +23,6 @@ _LONGEST_PAUSE = 2
 """So many ticks (see `SilenceLimits`) count at most between two looks."""
 _WORK = 0.05
 """Processor time of a process that works, as a part of the time: threads that only look at something take less."""
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 NO_SIGN = Sign(0, Activity.STARTING, 0, 0, Mark.NONE)
 """Of a process that has not begun to show signs."""
@@ -50,7 +49,7 @@ class ProcessState:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return cls(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[9]))
+        return cls(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[9]))
 
 
 @dataclass(eq=False)
