@@ -45,13 +45,11 @@ def open_regular(path: str) -> BinaryIO:
     Raises:
         CheckpointError: there is no such file, it cannot be read, or it is a folder, a pipe or a device.
     """
+    _refuse_unless_regular(path, _stat(path))  # before it is opened, which acts on some devices
     try:
-        _refuse_unless_regular(path, os.stat(path))  # before it is opened, which acts on some devices
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise unreadable(path, error) from error
-    except ValueError:  # a NUL or half a surrogate pair
-        raise CheckpointError("The name of the model is none that a file can have. Choose another file.") from None
     file = os.fdopen(descriptor, "rb")
     try:
         _refuse_unless_regular(path, os.fstat(descriptor))  # again: it may have been replaced
@@ -74,6 +72,15 @@ def stamp_of(identity: FileIdentity, header: bytes) -> str:
 def changed(path: str, when: str) -> CheckpointError:
     """The error that tells a user that the file at `path` changed at a time such as "after it was queued"."""
     return CheckpointError(f"{Path(path).name} changed {when}. Queue the prompt again, once the file is whole.")
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError:  # a NUL or half a surrogate pair
+        raise CheckpointError("The name of the model is none that a file can have. Choose another file.") from None
 
 
 def _refuse_unless_regular(path: str, found: os.stat_result) -> None:

@@ -28,6 +28,8 @@ LATENT_CONV = {"decoder": "conv2", "encoder": "conv1"}
 BLOCKS = {"decoder": "upsamples", "encoder": "downsamples"}
 """The name in each half of the layers between the finest resolution and the coarsest."""
 
+_CONVOLUTIONS = {".resample.1.weight": 4, ".time_conv.weight": 5}
+"""The dimensions of the weights of convolutions that change the resolution, by the ends of their names."""
 _FINEST = 8
 """Rows of a half's finest resolution for each row of the latent."""
 _LIVE = 4
@@ -196,11 +198,17 @@ def _belongs(shapes: Shapes, half: Half, kind: VAEKind) -> bool:
     block = f"{half}.{BLOCKS[half]}.0"
     first = (inner_layers(block, shapes) or (block,))[0]
     needed = (LATENT_CONV[half], *(f"{half}.{name}" for name in ("conv1", "middle.1.to_qkv", "head.2")))
-    if any(f"{name}.weight" not in shapes for name in (*needed, f"{first}.residual.2")):
+    if any(len(shapes.get(f"{name}.weight", ())) < 4 for name in (*needed, f"{first}.residual.2")):
+        return False
+    if any(len(shape) != dims for end, dims in _CONVOLUTIONS.items() for shape in _ending(shapes, end)):
         return False
     pixels = shapes["decoder.head.2.weight"][0] if half == "decoder" else shapes["encoder.conv1.weight"][1]
     in_group = first != block
     return in_group == kind.groups and pixels == 3 * kind.patch**2 and len(shapes[f"{half}.conv1.weight"]) == 5
+
+
+def _ending(shapes: Shapes, end: str) -> list[tuple[int, ...]]:
+    return [shape for name, shape in shapes.items() if name.endswith(end)]
 
 
 def _positions(size: tuple[int, int], scale: int) -> int:

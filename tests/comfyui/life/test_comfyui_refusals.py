@@ -15,7 +15,7 @@ from testkit.comfyui.refusals import PLAIN, error_text, refused_text
         ("pickle.pt", "is a pickle file"),
         ("lora.safetensors", "is a LoRA"),
         ("wide-module.safetensors", "is a VACE module without its Wan model"),
-        ("absent.safetensors", "does not exist"),
+        ("absent.safetensors", "is not in the list of models/diffusion_models"),
     ],
 )
 def test_wrong_files_are_refused_when_queued(server, file, text):

@@ -13,12 +13,14 @@ import signal
 import struct
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
+
+from testkit import tiny
 
 NUMBERS = (-1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**300)
 DEEP: Any = []
@@ -92,9 +94,10 @@ def seeded(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 @st.composite
-def other_layouts(draw: st.DrawFn, layouts: Sequence[Layout]) -> tuple[bytes, int]:
-    """A file whose header breaks no rule, with other names, shapes and types than those of a model in `layouts`."""
-    layout = dict(draw(st.sampled_from(layouts)))
+def other_layouts(draw: st.DrawFn, *files: str | Layout) -> tuple[bytes, int]:
+    """A file whose header breaks no rule, with other names, shapes and types than a model of `tiny` or a layout has."""
+    chosen = draw(st.sampled_from(files))
+    layout = tiny.layout(getattr(tiny, chosen), "F32") if isinstance(chosen, str) else dict(chosen)
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(layout)))
         dtype, shape = layout[name]
@@ -365,7 +368,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @st.composite
 def folder_changes(draw: st.DrawFn, outside: Path) -> Callable[[Path], None]:
-    """A function that changes a folder of shards with an `INDEX`. `outside` is a file that the folder must not reach."""
+    """A function that changes a folder of shards with an `INDEX`. The file `outside` is not in the folder."""
     changes = [draw(st.one_of(_index_change(outside), _file_change())) for _ in range(draw(st.integers(0, 2)))]
 
     def change(folder: Path) -> None:
@@ -396,7 +399,7 @@ def _index_change(draw: st.DrawFn, outside: Path) -> Callable[[Path], None]:
         "x" * 300 + ".safetensors",
     )
     odd, place = draw(st.sampled_from((*names, *ODD))), draw(st.integers(0, 30))
-    kind = draw(st.sampled_from(("value", "value", "all", "map", "more", "other", "bytes", "text")))
+    kind = draw(st.sampled_from(("value", "value", "all", "map", "more", "other", "bytes", "text", "note")))
     text, piece = (
         draw(st.sampled_from((b"", b"[]", b"{}", b"[" * 50_000, b"\xff\xfe", b'{"weight_map": null}'))),
         draw(st.binary()),
@@ -413,6 +416,8 @@ def _index_change(draw: st.DrawFn, outside: Path) -> Callable[[Path], None]:
             name = sorted(entries)[place % len(entries)]
         except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
             return
+        if not isinstance(entries, dict):
+            return
         match kind:
             case "value":
                 entries[name] = odd
@@ -422,6 +427,8 @@ def _index_change(draw: st.DrawFn, outside: Path) -> Callable[[Path], None]:
                 content["weight_map"] = odd
             case "more":
                 entries["more.weight"] = entries[name]
+            case "note":
+                content["metadata"] = odd
             case "other":
                 entries[name] = next((shard for shard in entries.values() if shard != entries[name]), odd)
         raw = json.dumps(content).encode()
@@ -454,6 +461,10 @@ def _file_change(draw: st.DrawFn) -> Callable[[Path], None]:
             other.write_bytes(raw)
         elif kind == "renamed":
             path.rename(folder / "other.safetensors")
+        elif kind == "linked":  # as in the caches of huggingface_hub
+            path.symlink_to(path.rename(folder.parent / path.name))
+        elif kind == "more":
+            (folder / "config.json").write_bytes(raw[:100])
         else:
             path.unlink()
             {

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import testkit  # noqa: F401 (registers wan_parallel, also in the processes of the group)
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from testkit import gloo_group, vae_reference
+from testkit import gloo_group, hostile, vae_reference
 from testkit.tiny import relative_error, sentences
 from wan_parallel.distributed.protocol.requests import VAEOptions
 from wan_parallel.distributed.worker.vae_worker import FrameStrips, Strip, share_frame
@@ -222,3 +224,26 @@ def test_triton_is_refused_where_it_cannot_run():
     with pytest.raises(VAEError) as refusal:
         VAEOps(CPU, torch.bfloat16, "triton")
     assert sentences(str(refusal.value)) >= 2
+
+
+def test_weights_of_any_shapes_are_a_vae_or_refused():
+    sizes = st.lists(st.sampled_from((0, 1, 3, 12, 64, 2**31)), max_size=6).map(tuple)
+    known = [(name, half) for name in DIMS for half in HALVES]
+
+    @hostile.seeded(60)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        name, half = data.draw(st.sampled_from(known))
+        shapes = vae_shapes(name, half, DIMS[name])
+        for _ in range(data.draw(st.integers(1, 3))):
+            changed = data.draw(st.sampled_from(sorted(shapes)))
+            if data.draw(st.booleans()):
+                shapes[changed] = data.draw(sizes)
+            else:
+                shapes[changed.replace(".0.", data.draw(st.sampled_from((".1.", f".{'9' * 90}.", ".x."))), 1)] = (3,)
+        try:
+            assert working_bytes(shapes, half, (4, 4), 2) > 0
+        except VAEError as error:
+            assert sentences(str(error)) == 2
+
+    check()
