@@ -173,7 +173,7 @@ def _forked(launcher: int, zygote: int, foreign: list[Connection], work: WorkerS
 
 
 def _end_by_sigint() -> None:
-    """Let SIGINT end this process, and those that it forks, as other signals do: the launcher then sees which it was."""
+    """Let SIGINT end this process, and those that it forks, as other signals do: the launcher then sees which one."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
