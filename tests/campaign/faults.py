@@ -52,9 +52,12 @@ def main() -> int:
         of_files = [job for job in client.jobs if client.file_of(job) is not None]
         drawn = faults.draw(options.seed, options.faults, client.jobs, of_files, kinds)
         chosen = [fault for fault in drawn if options.only is None or fault.number == options.only]
-        verdicts = Campaign(client, mark).run(chosen, lambda verdict: _tell(verdict, options))
+        campaign = Campaign(client, mark)
+        verdicts = campaign.run(chosen, lambda verdict: _tell(verdict, options))
     left_out = [kind for kind in asked if kind not in kinds]
     print(f"\nSeed {options.seed}, {options.place}:\n\n{markdown(verdicts)}")
+    nbytes, descriptors = campaign.growth
+    print(f"\nNo client grew by more than {max(nbytes, 0) / 2**20:.0f} MiB and {max(descriptors, 0)} descriptors.")
     if left_out:
         print(f"\nLeft out, as they take the rights of root: {', '.join(left_out)}.")
     return int(any(verdict.short for verdict in verdicts))

@@ -57,6 +57,13 @@ class Campaign:
             self.client.stop()
         return verdicts
 
+    @property
+    def growth(self) -> tuple[int, int]:
+        """Bytes and descriptors by which any client has grown at the most, from its first fault in a job to its last."""
+        pairs = [(life.first[job], life.last[job]) for life in self.lives.values() for job in life.first]
+        grown = [(last.nbytes - first.nbytes, last.descriptors - first.descriptors) for first, last in pairs]
+        return max((nbytes for nbytes, _ in grown), default=0), max((count for _, count in grown), default=0)
+
     def _happen(self, fault: Fault) -> Verdict:
         for job in {fault.job, *({fault.change} & set(self.client.jobs) if fault.kind == faults.POOL else ())}:
             self._know(job, changed=fault.kind == faults.FILE)
