@@ -59,7 +59,7 @@ class Campaign:
 
     @property
     def growth(self) -> tuple[int, int]:
-        """Bytes and descriptors by which any client has grown at the most, from its first fault in a job to its last."""
+        """Bytes and descriptors by which a client has grown at the most, from its first fault in a job to the last."""
         pairs = [(life.first[job], life.last[job]) for life in self.lives.values() for job in life.first]
         grown = [(last.nbytes - first.nbytes, last.descriptors - first.descriptors) for first, last in pairs]
         return max((nbytes for nbytes, _ in grown), default=0), max((count for _, count in grown), default=0)
