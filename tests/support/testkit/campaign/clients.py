@@ -42,8 +42,9 @@ class Call:
     steps: list[float] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def end(self, state: str, text: str = "", digest: str = "") -> None:
-        self.state, self.text, self.digest, self.at = state, text, digest, time.monotonic()
+    def end(self, state: str, text: str = "", digest: str = "", ago: float = 0.0) -> None:
+        """Note how it ended, `ago` seconds before now."""
+        self.state, self.text, self.digest, self.at = state, text, digest, time.monotonic() - ago
         self.over.set()
 
     @property

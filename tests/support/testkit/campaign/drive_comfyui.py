@@ -150,13 +150,19 @@ class ComfyUIClient(Client):
                 time.sleep(LOOK_SECONDS)
                 continue
             outcome = outcome_of(entry)
-            file = server.base / "output" / f"{name}.safetensors"
+            file, ago = server.base / "output" / f"{name}.safetensors", _seconds_since(entry)
             if outcome.state == "success":
-                call.end(clients.DONE, "", _digest(file))
+                call.end(clients.DONE, "", _digest(file), ago)
             elif outcome.state == "interrupted":
-                call.end(clients.CANCELLED)
+                call.end(clients.CANCELLED, ago=ago)
             else:
-                call.end(clients.FAILED, outcome.message)
+                call.end(clients.FAILED, outcome.message, ago=ago)
+
+
+def _seconds_since(entry: dict) -> float:
+    """Since the end of a prompt in the history, of which ComfyUI tells later: it collects garbage first."""
+    ends = [data["timestamp"] / 1000 for _, data in entry["status"]["messages"] if "timestamp" in data]
+    return max(0.0, time.time() - max(ends)) if ends else 0.0
 
 
 def _digest(file: Path) -> str:
