@@ -51,7 +51,7 @@ def main() -> int:
         kinds = [kind for kind in asked if kind not in faults.IN_A_WORLD or possible(kind, options.python)]
         of_files = [job for job in client.jobs if client.file_of(job) is not None]
         drawn = faults.draw(options.seed, options.faults, client.jobs, of_files, kinds)
-        chosen = [fault for fault in drawn if options.only is None or fault.number == options.only]
+        chosen = [fault for fault in drawn if fault.number >= options.first and options.only in (None, fault.number)]
         campaign = Campaign(client, mark)
         verdicts = campaign.run(chosen, lambda verdict: _tell(verdict, options))
     left_out = [kind for kind in asked if kind not in kinds]
@@ -92,6 +92,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one fault, in place of all")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first fault, to go on with a campaign")
     parser.add_argument("--kinds", nargs="+", choices=faults.KINDS, metavar="KIND", help="some kinds alone")
     parser.add_argument("--out", type=Path, help="append a line of JSON for each fault to this file")
     parser.add_argument("--count", type=Path, nargs="+", help="print the table of such files, and do nothing else")

@@ -105,6 +105,7 @@ class Campaign:
             self._begin_anew()
         elif call.state != clients.DONE:
             verdict.short.append(f"the next run {call.state}: {call.text}")
+            self._begin_anew()
         elif call.digest != self.digests[job, clients.OLD]:
             verdict.differ("the next result")
 

@@ -23,6 +23,8 @@ RUN_SECONDS = clients.WAIT_SECONDS
 """After which a job counts as hung."""
 TOLD_SECONDS = 10.0
 """Within which the death of a process must have been told, and the others must have ended."""
+CLIENT_SECONDS = 20.0
+"""Within which a client must end that a signal asks to; Python and ComfyUI tidy up first."""
 CANCEL_SECONDS = 3.0
 """Within which Cancel gives the client back; one on an idle machine."""
 SILENCE_LIMIT = 24.0
@@ -202,12 +204,14 @@ def end_client(scene: Scene) -> None:
     call = Call(time.monotonic()) if fault.phase == faults.IDLE else scene.at_moment()
     pid, family, struck = client.pid, client.family.pids, time.monotonic()
     os.kill(pid, number)
-    deadline = struck + (TOLD_SECONDS if number == signal.SIGKILL else 3.0)
-    while client.pid and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if client.pid:  # a signal that it does not heed
+    if number in faults.HARMLESS:
         if fault.phase != faults.IDLE:
             scene.must_be_right(scene.wait(call, RUN_SECONDS, struck))
+        return
+    while client.pid and time.monotonic() - struck < CLIENT_SECONDS:
+        time.sleep(0.02)
+    if client.pid:
+        verdict.hang("the client")
         return
     verdict.seconds = time.monotonic() - struck
     if left := wait_until_gone(family, TOLD_SECONDS):

@@ -62,6 +62,8 @@ CHANGES = (REPLACED, OVERWRITTEN, CUT, GONE)
 STOPPING = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 OTHER_SIGNALS = tuple(sorted(set(range(1, signal.SIGRTMAX + 1)) - {9, 32, 33, *STOPPING}))
 """All but SIGKILL and those that stop a process, which are kinds of their own, and the two that the C library keeps."""
+HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH, signal.SIGPIPE, signal.SIGXFSZ}
+"""What a Python process lives through."""
 
 
 @dataclass(frozen=True)
