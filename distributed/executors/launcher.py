@@ -25,7 +25,7 @@ from ..protocol.requests import Request
 from ..protocol.silence import Silence
 from ..shm.cancel import CancelMemory
 from ..shm.signs import LAUNCHER, Activity, SignsTable
-from .outbox import Outbox
+from .mailboxes import Outbox
 from .silence_watch import NO_SIGN, Observed, SilenceWatch
 from .worker_processes import WorkerProcess, WorkerStart, Zygote, can_fork, spawn
 

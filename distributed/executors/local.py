@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from ..protocol.specs import PoolSettings, RankLocation, on_one_host
 from ..shm.arena import Arena
 from ..shm.signs import LAUNCHER, SignsTable
 from .executor import Executor, RanksEnded
-from .outbox import Outbox
+from .mailboxes import Inbox, Outbox
 from .silence_watch import Observed, SilenceWatch
 
 MAX_GPUS = 8
@@ -78,8 +79,8 @@ class _Launcher:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the console is for ComfyUI; the pool ends with it
             )
-        self.connection: Connection = Connection(ours.detach())
-        self._outbox = Outbox(self.connection)
+        self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
+        self._inbox, self._outbox = Inbox(self._connection), Outbox(self._connection)
         self._outbox.send(encode(start))
 
     def send(self, message: Message | Request[Any]) -> None:
@@ -98,8 +99,8 @@ class _Launcher:
         Raises:
             RanksEnded: the launcher has ended, or has been silent for too long.
         """
-        if self.connection.poll(seconds):
-            return decode(self.connection.recv_bytes())
+        if (message := self._inbox.receive(seconds)) is not None:
+            return decode(message)
         launcher = Observed(LAUNCHER, "The pool's launcher", self.process.pid, self._signs.read(LAUNCHER))
         silent = self._watch.look([launcher])
         if silent and silent[0].left <= 0:
@@ -114,8 +115,11 @@ class _Launcher:
         """Hang up; the launcher then ends its workers and itself."""
         if not self._outbox.close(_UNREAD_SECONDS):
             self._kill()  # it reads nothing, and would not see that we hang up
-            self._outbox.close(_CLOSE_SECONDS)
-        self.connection.close()
+        with contextlib.suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)  # closing does not end a read that is under way
+        self._outbox.close(_CLOSE_SECONDS)
+        self._connection.close()
+        self._socket.close()
         self._signs.close()
         try:
             self.process.wait(_CLOSE_SECONDS)

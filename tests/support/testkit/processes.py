@@ -10,12 +10,13 @@ from pathlib import Path
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
+    """Whether the process runs; a zombie does not, unless some of its threads are still about to end."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
     except OSError:
         return False
-    return state not in ("Z", "X")
+    return state not in ("Z", "X") or threads > 1
 
 
 def descendants(pid: int) -> set[int]:

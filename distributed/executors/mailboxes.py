@@ -1,4 +1,4 @@
-"""Sends messages to a process that may have stopped reading, without waiting for it. Imports no torch."""
+"""Messages to and from a process that may stop in the middle of one, without waiting for it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,3 +37,34 @@ class Outbox:
                 self._connection.send_bytes(message)
         except OSError:  # closed, at this end or the other
             return
+
+
+class Inbox:
+    """Messages of another process, in their order; a thread reads them, which alone waits for the rest of a message."""
+
+    def __init__(self, connection: Connection):
+        self._connection, self._ended = connection, False
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def receive(self, seconds: float) -> bytes | None:
+        """The next message; None where none was whole in time.
+
+        Raises:
+            EOFError: the other process has ended, and its last message was received.
+        """
+        try:
+            message = None if self._ended else self._messages.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if message is None:
+            self._ended = True
+            raise EOFError
+        return message
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._messages.put(self._connection.recv_bytes())
+        except (EOFError, OSError):  # closed, at this end or the other
+            self._messages.put(None)

@@ -1,10 +1,11 @@
-"""Whoever sends to a process that reads nothing does not wait for it."""
+"""Whoever sends to a process that reads nothing, or hears half of a message from it, does not wait for it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import struct
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import testkit  # noqa: F401 (registers wan_parallel)
 from testkit.processes import wait_until_gone
 from wan_parallel.distributed.executors.executor import RanksEnded
 from wan_parallel.distributed.executors.local import LocalExecutor
-from wan_parallel.distributed.executors.outbox import Outbox
+from wan_parallel.distributed.executors.mailboxes import Inbox, Outbox
 from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.protocol.requests import Report, Unload
 from wan_parallel.distributed.protocol.silence import VARIABLE
@@ -30,6 +31,23 @@ def test_messages_arrive_in_their_order_though_the_sender_has_not_waited():
     assert not outbox.close(0.1) and time.monotonic() - begin < 1
     assert [theirs.recv_bytes() for _ in range(3)] == [LARGE, b"second", b"third"]
     assert outbox.close(10)
+
+
+def test_a_sender_that_stops_in_the_middle_of_a_message_keeps_nobody_waiting():
+    ours, theirs = multiprocessing.Pipe()
+    inbox = Inbox(ours)
+    os.write(theirs.fileno(), struct.pack("!i", 5) + b"mes")
+    begin = time.monotonic()
+    assert inbox.receive(0.05) is None and inbox.receive(0) is None
+    assert time.monotonic() - begin < 1
+    os.write(theirs.fileno(), b"ge")
+    assert inbox.receive(10) == b"mesge"
+    theirs.send_bytes(b"last")
+    theirs.close()
+    assert inbox.receive(10) == b"last"
+    for _ in range(2):
+        with pytest.raises(EOFError):
+            inbox.receive(10)
 
 
 def test_a_reader_that_has_ended_is_no_error_of_the_sender():
