@@ -175,5 +175,5 @@ def test_a_line_of_results_is_read_as_it_was_written():
 
 def test_the_table_in_the_readme_counts_the_recorded_faults():
     lines = (testkit.ROOT / "benchmarks" / "results" / "faults.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) >= 100
+    assert len(lines) >= 50
     assert markdown([from_line(line) for line in lines]) in (testkit.ROOT / "README.md").read_text(encoding="utf-8")
