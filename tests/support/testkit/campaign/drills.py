@@ -112,7 +112,8 @@ class Scene:
         seconds = self.fault.moment * self.pace.of(self.fault.phase)
         for _ in range(TRIES):
             call = self.begin()
-            if not call.over.wait(seconds) or self.fault.phase in faults.REQUESTS:
+            call.over.wait(seconds)
+            if call.state != clients.DONE or self.fault.phase in faults.REQUESTS:
                 break
             self.must_be_right(call)
             seconds /= 2
