@@ -135,6 +135,7 @@ def can_fork() -> bool:
 
 def _spawned(work: WorkerStart) -> None:
     """Entry of a spawned worker. Imports torch there, so that the launcher does without."""
+    _end_by_sigint()
     _die_with_launcher()  # first: the import takes seconds
     from ..worker.worker import main
 
@@ -143,6 +144,7 @@ def _spawned(work: WorkerStart) -> None:
 
 def _fork(work: list[WorkerStart], pids: Connection) -> None:
     """Entry of the zygote."""
+    _end_by_sigint()
     _die_with_launcher()
     from ..worker import worker  # noqa: F401  # once for all workers
 
@@ -177,6 +179,11 @@ def _forked(launcher: int, zygote: int, foreign: list[Connection], work: WorkerS
     from ..worker.worker import main
 
     main(work.join, work.connection)
+
+
+def _end_by_sigint() -> None:
+    """Let SIGINT end this process, and those that it forks, as other signals do: the launcher then sees which one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _die_with_launcher() -> None:

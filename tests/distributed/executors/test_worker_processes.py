@@ -33,6 +33,12 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 @pytest.fixture(params=["forked", "spawned"])
 def pool(request, monkeypatch, tmp_path):
     if request.param == "spawned":
@@ -50,6 +56,7 @@ def test_workers_are_children_of_the_launcher_give_the_result_and_are_missed_by_
     everybody, victim = descendants(pool.launcher_pid), pool.worker_pids[1]
     assert {parent_of(pid) for pid in pool.worker_pids} == {pool.launcher_pid}
     assert all(pid in pool.worker_pids or "resource_tracker" in command(pid) for pid in everybody)
+    assert not any(catches(pid, signal.SIGINT) for pid in pool.worker_pids)  # it would be told as status 1
 
     killed = []
 

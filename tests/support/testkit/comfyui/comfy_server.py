@@ -64,6 +64,11 @@ class ComfyServer:
         return self._process.pid
 
     @property
+    def runs(self) -> bool:
+        """Whether the process has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
@@ -146,7 +151,7 @@ class ComfyServer:
         while time.monotonic() - begin < seconds:
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
             if entry is not None:
-                return _outcome(entry, time.monotonic() - begin)
+                return outcome_of(entry, time.monotonic() - begin)
             time.sleep(0.02)
         raise TimeoutError(f"The prompt did not end in {seconds} s:\n{self.log[-3000:]}")
 
@@ -168,7 +173,8 @@ class ComfyServer:
         self.post("/free", {"unload_models": True, "free_memory": True})
 
 
-def _outcome(entry: dict, seconds: float) -> Outcome:
+def outcome_of(entry: dict, seconds: float = 0.0) -> Outcome:
+    """How a prompt in ComfyUI's history has ended."""
     for event, data in entry["status"]["messages"]:
         if event == "execution_error":
             return Outcome("error", data["exception_message"], data["node_type"], entry["outputs"], seconds)

@@ -98,6 +98,21 @@ class SaveLatentTensor:
         return {}
 
 
+class PassedOn:
+    """The same LATENT; another `number` makes what follows run anew."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "pass_on"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",), "number": ("INT", {"default": 0})}}
+
+    def pass_on(self, samples, number):
+        return (samples,)
+
+
 class WanVideoLoraList:
     """A WANVIDLORA as the select nodes of other packs make it."""
 
@@ -470,6 +485,7 @@ NODE_CLASS_MAPPINGS = {
         RandomLatent,
         SaveImageTensor,
         SaveLatentTensor,
+        PassedOn,
         WanVideoLoraList,
         WantRoom,
         AnyThing,
