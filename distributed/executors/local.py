@@ -69,8 +69,7 @@ def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
 class _Launcher:
     """One start of the launcher, and our end of the line to it."""
 
-    def __init__(self, settings: PoolSettings, locations: tuple[RankLocation, ...]):
-        limits = SilenceLimits.from_environment(os.environ)
+    def __init__(self, settings: PoolSettings, locations: tuple[RankLocation, ...], limits: SilenceLimits):
         self._watch = SilenceWatch(limits)
         self._starting, self._silent = True, False
         with contextlib.ExitStack() as undo:
@@ -211,8 +210,9 @@ class LocalExecutor(Executor):
         """See `Executor`."""
         if not hasattr(os, "memfd_create"):
             raise PoolError("WanParallel's workers need Linux. On Windows, run ComfyUI inside WSL2.")
+        limits = SilenceLimits.from_environment(os.environ)
         try:
-            self._launcher = _Launcher(settings, self.locations(settings))
+            self._launcher = _Launcher(settings, self.locations(settings), limits)
         except (OSError, RuntimeError) as error:  # no file, process or thread more (threads: RuntimeError)
             raise exits.refused(error) from error
 
