@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ...wanvideo.base.attention_choice import AttentionChoice, SparseError, SparseSettings, blocks_in
 from ...wanvideo.base.user_error import InputError
+from ..common.input_values import checked_values
 from ..common.sockets import CATEGORY
 from ..common.validation import checks_inputs
 from ..model.attention_override import SPARSE, SparseWindow, refuse_attention
@@ -37,9 +38,12 @@ class XDitUSPSparseAttention(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, dense_blocks: str | None = None) -> bool | str:
         """Check the list of blocks, before anything runs."""
+        if dense_blocks is None:
+            return True
         try:
-            blocks_in(dense_blocks or "")
-        except SparseError as error:
+            checked_values(cls.define_schema().inputs, {"dense_blocks": dense_blocks})
+            blocks_in(dense_blocks)
+        except (InputError, SparseError) as error:
             return str(error)
         return True
 

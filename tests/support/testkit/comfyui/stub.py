@@ -57,3 +57,4 @@ def install() -> None:
     sys.modules["comfy.samplers"].KSampler = SimpleNamespace(SAMPLERS=["euler"], SCHEDULERS=["simple"])
     sys.modules["folder_paths"].get_filename_list.return_value = ["a.safetensors"]
     sys.modules["folder_paths"].get_folder_paths.return_value = ["/no folder of models"]
+    sys.modules["folder_paths"].recursive_search.return_value = [], {}
