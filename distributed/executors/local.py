@@ -99,13 +99,8 @@ class _Launcher:
         self._outbox.send(encode(Start(settings, locations, os.getpid(), self._signs.path, limits)))
 
     def send(self, message: Message | Request[Any]) -> None:
-        """Send a message, without waiting until the launcher reads it.
-
-        Raises:
-            RanksEnded: the launcher has ended.
-        """
-        if self.process.poll() is not None:
-            raise self.ended()
+        """Send a message, without waiting until the launcher reads it. `receive` tells whether the launcher has ended,
+        and first the reason that the launcher may have sent."""
         self._outbox.send(encode(message))
 
     def receive(self, seconds: float) -> Message | None:
@@ -133,14 +128,15 @@ class _Launcher:
         with contextlib.suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)  # closing does not end a read that is under way
         self._outbox.close(_CLOSE_SECONDS)
-        self._connection.close()
+        self._inbox.close(_CLOSE_SECONDS)
+        self._connection.close()  # after both threads: its number is then another file's
         self._socket.close()
-        self._signs.close()
         try:
             self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._kill()
             self.process.wait()
+        self._signs.close()  # likewise: a process that is still starting opens the signs by their number
 
     def _kill(self) -> None:
         """End the launcher and all that it has started, even what was stopped before it could say how to end."""
@@ -163,7 +159,7 @@ class _Launcher:
         said = self._console.last_lines(_LAST_WORDS_SECONDS if crashed else 0)
         return RanksEnded(exits.with_cause(failure, said, self._starting))
 
-    def is_up(self) -> None:
+    def note_start(self) -> None:
         """Note that all ranks have started."""
         self._starting = False
 
@@ -230,7 +226,7 @@ class LocalExecutor(Executor):
         if isinstance(message, PoolFailed):
             raise launcher.failed(message.failure)
         if isinstance(message, PoolReady):
-            launcher.is_up()
+            launcher.note_start()
         return message
 
     def stop(self) -> None:

@@ -27,9 +27,7 @@ class Outbox:
     def close(self, seconds: float) -> bool:
         """Send what has been given, and nothing more; whether that was done after `seconds`."""
         self._messages.put(None)
-        if self._thread is not threading.current_thread():  # a collector of garbage may have come here from anywhere
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return _has_ended(self._thread, seconds)
 
     def _write(self) -> None:
         try:
@@ -45,7 +43,8 @@ class Inbox:
     def __init__(self, connection: Connection):
         self._connection, self._ended = connection, False
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+        self._thread = threading.Thread(target=self._read, name="inbox", daemon=True)
+        self._thread.start()
 
     def receive(self, seconds: float) -> bytes | None:
         """The next message; None where none was whole in time.
@@ -62,9 +61,19 @@ class Inbox:
             raise EOFError
         return message
 
+    def close(self, seconds: float) -> bool:
+        """Wait until nothing is read any more from a line that has been shut down; whether that was so in time."""
+        return _has_ended(self._thread, seconds)
+
     def _read(self) -> None:
         try:
             while True:
                 self._messages.put(self._connection.recv_bytes())
         except (EOFError, OSError):  # closed, at this end or the other
             self._messages.put(None)
+
+
+def _has_ended(thread: threading.Thread, seconds: float) -> bool:
+    if thread is not threading.current_thread():  # a collector of garbage may have come here from anywhere
+        thread.join(seconds)
+    return not thread.is_alive()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 import testkit  # noqa: F401 (registers wan_parallel)
 from testkit import tiny
 from wan_parallel.distributed.executors.executor import RanksEnded
 from wan_parallel.distributed.executors.local import LocalExecutor, worker_environment
 from wan_parallel.distributed.plan.degrees import ParallelPlan, PlanError
+from wan_parallel.distributed.protocol.messages import PoolReady
 from wan_parallel.distributed.protocol.requests import Report
 from wan_parallel.distributed.protocol.specs import PoolSettings, RankLocation
+from wan_parallel.distributed.shm.signs import SignsTable
+
+ONE_WORKER = PoolSettings(ParallelPlan(1), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
@@ -47,3 +56,32 @@ def test_one_that_has_not_been_started_says_so_and_can_be_stopped():
         with pytest.raises(RanksEnded, match="has not been started"):
             use()
     executor.stop()
+
+
+def test_a_request_after_the_death_of_a_worker_is_answered_with_who_died_of_what():
+    executor = LocalExecutor()
+    executor.start(ONE_WORKER)
+    while not isinstance(ready := executor.receive(1), PoolReady):
+        pass
+    (worker,) = ready.workers
+    os.kill(worker.pid, signal.SIGKILL)
+    while executor.alive:
+        time.sleep(0.01)
+    executor.send(Report(1))
+    with pytest.raises(RanksEnded, match=rf"Worker rank 0 \(pid {worker.pid}\) was ended by SIGKILL"):
+        executor.receive(10)
+    executor.stop()
+
+
+def test_the_signs_can_be_opened_as_long_as_a_process_may_do_so(monkeypatch):
+    executor, seen, close = LocalExecutor(), [], SignsTable.close
+    executor.start(ONE_WORKER)
+    launcher = Path(f"/proc/{executor.pid}")
+
+    def close_and_note(table: SignsTable) -> None:
+        seen.append(launcher.exists())
+        close(table)
+
+    monkeypatch.setattr(SignsTable, "close", close_and_note)
+    executor.stop()
+    assert seen == [False]

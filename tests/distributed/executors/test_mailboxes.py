@@ -50,6 +50,14 @@ def test_a_sender_that_stops_in_the_middle_of_a_message_keeps_nobody_waiting():
             inbox.receive(10)
 
 
+def test_who_closes_a_line_can_wait_until_nothing_is_read_from_it():
+    ours, theirs = multiprocessing.Pipe()
+    inbox = Inbox(ours)
+    assert not inbox.close(0.05)
+    theirs.close()
+    assert inbox.close(10)
+
+
 def test_a_reader_that_has_ended_is_no_error_of_the_sender():
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
