@@ -132,7 +132,7 @@ def _memory() -> str:
 
 
 def _disk() -> str:
-    folders = dict.fromkeys([tempfile.gettempdir(), "/dev/shm", os.path.expanduser("~")])
+    folders = dict.fromkeys([_temporary_folder(), "/dev/shm", os.path.expanduser("~")])
     room = ", ".join(f"{folder} {_free(folder)}" for folder in folders if os.path.isdir(folder))
     return f"Free space on this machine: {room}. Make room where there is none (in a container: docker run --shm-size)."
 
@@ -146,7 +146,7 @@ def _file_size() -> str:
 
 def _read_only() -> str:
     return (
-        f"The workers write temporary files to {tempfile.gettempdir()} and caches below {os.path.expanduser('~')}. "
+        f"The workers write temporary files to {_temporary_folder()} and caches below {os.path.expanduser('~')}. "
         "Let the user who runs ComfyUI write there, or point TMPDIR and HOME to other folders."
     )
 
@@ -166,6 +166,13 @@ def _limit(which: str, unit: int = 1) -> str:
 
     soft, _ = resource.getrlimit(getattr(resource, which))
     return _NO_LIMIT if soft == resource.RLIM_INFINITY else f"{soft / unit:.3g}" if unit > 1 else str(soft)
+
+
+def _temporary_folder() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # none in which this process can write, which may be what is wrong
+        return os.environ.get("TMPDIR", "/tmp")
 
 
 def _free(folder: str) -> str:

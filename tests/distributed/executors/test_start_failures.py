@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -186,6 +187,13 @@ def test_what_libraries_say_is_understood(words, remedy):
     told = exits.with_cause(Failure(f"Rank 0 could not start: {words}", ("RuntimeError",), False), [], starting=True)
     assert remedy in told.text and sentences(told.text) >= 2
     assert isinstance(told.for_the_user(), exits.StartError)
+
+
+def test_a_disk_without_room_for_any_temporary_file_is_told_all_the_same(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert "Free space on this machine" in exits.remedy_of("OSError: [Errno 28] No space left on device")
+    assert "The workers write temporary files to" in exits.remedy_of("[Errno 30] Read-only file system: '/tmp/x'")
 
 
 def test_what_processes_write_reaches_the_console_and_its_last_lines_are_kept(capfd):
