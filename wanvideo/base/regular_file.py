@@ -64,6 +64,17 @@ def path_of(file: BinaryIO) -> str:
     return f"/proc/self/fd/{file.fileno()}"
 
 
+def not_opened_again(path: str) -> CheckpointError:
+    """The error that tells a user that the safetensors library could not open an open file by its `path_of`.
+
+    The library then says that there is no such file, whatever the cause is.
+    """
+    return CheckpointError(
+        f"{Path(path).name} is open, and the safetensors library cannot open it once more. Raise the number of files "
+        "that ComfyUI's process may have open (ulimit -n), and see that /proc is mounted."
+    )
+
+
 def stamp_of(identity: FileIdentity, header: bytes) -> str:
     """A text that changes with a file and with its header, whose bytes are `header` or a digest of them."""
     return hashlib.blake2b(repr(identity).encode() + header, digest_size=16).hexdigest()

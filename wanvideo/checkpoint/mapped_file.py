@@ -6,7 +6,7 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..base.regular_file import FileIdentity, changed, open_regular, path_of
+from ..base.regular_file import FileIdentity, changed, not_opened_again, open_regular, path_of
 from ..base.tensor_info import TensorInfo
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,8 +36,10 @@ class MappedFile:
         else:
             try:
                 self._tensors = safe_open(path_of(self._file), framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise changed(path, "after its header was read") from error
+            except OSError as error:
+                raise not_opened_again(path) from error
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """A tensor as the file has it: a float tensor of GGUF in its shape, any other tensor of GGUF as its bytes,

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import safetensors
 
-from ..base.regular_file import FileIdentity, open_regular, path_of, stamp_of
+from ..base.regular_file import FileIdentity, not_opened_again, open_regular, path_of, stamp_of
 from ..base.tensor_info import CheckpointError, FileHeader, TensorInfo, elements, shortened
 
 MAX_HEADER_BYTES = 100_000_000
@@ -231,7 +231,9 @@ def _check_with_library(name: str, file: BinaryIO, tensors: dict[str, TensorInfo
     try:
         with safetensors.safe_open(path_of(file), framework="np"):
             return
-    except (safetensors.SafetensorError, OSError) as error:
+    except OSError as error:
+        raise not_opened_again(name) from error
+    except safetensors.SafetensorError as error:
         unknown = sorted({shortened(info.dtype) for info in tensors.values()} - _BITS.keys())
         what = f"has tensors of the type {unknown[0]}" if unknown else "has a header"
         raise CheckpointError(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ from wan_parallel.wanvideo.base.regular_file import open_regular
 from wan_parallel.wanvideo.base.tensor_info import CheckpointError
 from wan_parallel.wanvideo.checkpoint.file_header import read_file_header
 from wan_parallel.wanvideo.checkpoint.header import read_header
+from wan_parallel.wanvideo.checkpoint.mapped_file import MappedFile
+from wan_parallel.wanvideo.checkpoint.safetensors_header import read_safetensors
 from wan_parallel.wanvideo.checkpoint.weight_source import Checkpoint, file_stamp
 
 WEIGHT = "blocks.0.ffn.0.weight"
@@ -260,3 +265,36 @@ def refusal_in(folder: Path) -> str:
         read_file_header(str(folder))
     assert tiny.sentences(str(error.value)) == 2
     return str(error.value)
+
+
+# Limits of the process.
+
+
+def test_the_lack_of_a_second_descriptor_is_not_blamed_on_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(4)}, path)
+    info = read_safetensors(str(path)).tensors["a"]
+    identity = read_safetensors(str(path)).identities[str(path)]
+    for read in (lambda: read_safetensors(str(path)), lambda: MappedFile(str(path), False, identity).tensor(info)):
+        with one_descriptor_left(), pytest.raises(CheckpointError, match="ulimit -n") as error:
+            read()
+        assert tiny.sentences(str(error.value)) == 2
+        read()
+
+
+@contextmanager
+def one_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(descriptor) for descriptor in os.listdir("/proc/self/fd"))
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
