@@ -26,7 +26,9 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from ..shm import signs
 from ..shm.pinned import HostMemoryError, PinnedSharedMemory
+from ..shm.signs import Mark
 from .peer_memory import REMEDY, HostPeerMemory, PeerMemory, SignalValue, Transfer
 from .stream_ops import StreamMemory, StreamMemoryError
 
@@ -267,8 +269,9 @@ def open_peer_memory(group: dist.ProcessGroup, device: torch.device) -> PeerMemo
 def _all(mine: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether `mine` is true on every rank. A collective call."""
     every = torch.tensor([mine], device=device, dtype=torch.int32)
-    dist.all_reduce(every, dist.ReduceOp.MIN, group=group)
-    return bool(every.item())
+    with signs.marked(Mark.WAITING):
+        dist.all_reduce(every, dist.ReduceOp.MIN, group=group)
+        return bool(every.item())
 
 
 def _unreached(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -284,8 +287,9 @@ def _gathered(number: int, group: dist.ProcessGroup, device: torch.device) -> li
     """The `number` of each rank of the group. A collective call."""
     mine = torch.tensor([number], device=device)
     every = [torch.empty_like(mine) for _ in dist.get_process_group_ranks(group)]
-    dist.all_gather(every, mine, group=group)
-    return [int(theirs) for theirs in every]
+    with signs.marked(Mark.WAITING):
+        dist.all_gather(every, mine, group=group)
+        return [int(theirs) for theirs in every]
 
 
 class PeerMemoryError(RuntimeError):

@@ -17,6 +17,8 @@ from ...wanvideo.base.grid import Grid
 from ...wanvideo.base.options import Options
 from ...wanvideo.model.model import WanModel
 from ..protocol.reports import AttentionUse
+from ..shm import signs
+from ..shm.signs import Mark
 from ..weights.models import Models
 
 Kernel = TypeVar("Kernel")
@@ -102,7 +104,7 @@ class AttentionKernels:
         """Load a kernel on all ranks or on none: where GPUs are unlike, the others would wait for one that fails."""
         key = name, str(model.compute_dtype), model.config.head_dim
         if key not in self._ready:
-            with self._models.all_or_none():
+            with signs.marked(Mark.FIRST), self._models.all_or_none():
                 kernel = load()
             self._ready[key] = kernel
         return self._ready[key]

@@ -29,7 +29,9 @@ from ...parallel.sequence_group import SequenceGroup
 from ...parallel.strategy import Step, StepInputs, WorkItem
 from ...protocol.reports import Exchange
 from ...protocol.requests import Displaced
+from ...shm import signs
 from ...shm.pinned import PinnedSharedMemory
+from ...shm.signs import Mark
 from ..kv_buffers import Codec, GatherManager, Manager, make_buffers, manager_name
 from ..patch_exchange import PatchesOfShards, Strips
 from ..patch_layout import PatchLayout, split_grid, token_pixels
@@ -294,7 +296,8 @@ class DisplacedPatches(StaleStrategy, name="displaced"):
             segment = PinnedSharedMemory(nbytes, group_rank, ranks, self.device, groups.gather, _PURPOSE, _REMEDY)
             self._segments.append(segment)
         manager.create_buffer(segment)
-        dist.barrier(groups.gather)  # see create_buffer
+        with signs.marked(Mark.WAITING):
+            dist.barrier(groups.gather)  # see create_buffer
         return manager
 
     def _groups(self, group: SequenceGroup) -> Groups:
