@@ -302,17 +302,22 @@ def _always() -> bool:
 
 @dataclass(frozen=True)
 class _Source:
-    """The package and the abilities of a kernel. `capabilities` are CUDA major versions; empty stands for all. `minors`
-    are major and minor versions beside these."""
+    """The package and the abilities of a kernel.
+
+    `absence` says why the package cannot do what it is given, where there is more to say than that the package is not
+    installed. `capabilities` are CUDA major versions; empty stands for all. `versions` are major and minor versions
+    beside these.
+    """
 
     name: str
     load: Callable[[], Forward]
     dtypes: Callable[[], frozenset[torch.dtype]] = lambda: SIXTEEN_BIT
     installed: Callable[[], bool] = _always
     install: str = ""
+    absence: Callable[[str], str | None] = lambda _what: None
     device_types: frozenset[str] = frozenset({"cuda"})
     capabilities: frozenset[int] = frozenset()
-    minors: frozenset[tuple[int, int]] = frozenset()
+    versions: frozenset[tuple[int, int]] = frozenset()
     has_lse: Callable[[], bool] = _always
     lossy: bool = False
     bound: float = 5e-2
@@ -325,7 +330,8 @@ class _Source:
                 "Use the attention kernel auto or sdpa there."
             )
         if not self.installed():
-            return f"The attention kernel {self.name} is not installed. {self.install}"
+            what = f"The attention kernel {self.name}"
+            return self.absence(what) or f"{what} is not installed. {self.install}"
         if dtype not in self.dtypes():
             able = " or ".join(sorted(_spell(able) for able in self.dtypes()))
             return (
@@ -334,7 +340,7 @@ class _Source:
             )
         if device.type == "cuda" and self.capabilities:
             major, minor = torch.cuda.get_device_capability(device)
-            if major not in self.capabilities and (major, minor) not in self.minors:
+            if major not in self.capabilities and (major, minor) not in self.versions:
                 return (
                     f"The attention kernel {self.name} does not run on sm_{major}{minor}, which "
                     f"{_spell_device(device)} is. Use the attention kernel auto, which picks one that does."
@@ -397,8 +403,9 @@ _SOURCES: dict[str, _Source] = {
             load=_load_comfy_kitchen_int8,
             installed=lambda: kitchen.refusal("") is None,
             install=kitchen.INSTALL,
+            absence=kitchen.refusal,
             capabilities=frozenset({8, 9, 10, 12}),
-            minors=frozenset({(7, 5)}),
+            versions=frozenset({(7, 5)}),
             has_lse=_never,
             lossy=True,
         ),
@@ -406,7 +413,7 @@ _SOURCES: dict[str, _Source] = {
 }
 
 KERNEL_NAMES = ("auto", *_SOURCES)
-WITHOUT_LSE = frozenset({"comfy_kitchen_int8"})
+WITHOUT_LSE = frozenset(name for name, source in _SOURCES.items() if source.has_lse is _never)
 """Kernels that never give a log-sum-exp."""
 
 # Self-attention of fp8_mode, by device type; chosen there alone. e4m3 rounds each number by 2.6 % on average: queries,

@@ -183,6 +183,9 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_the_line_that_instal
     with pytest.raises(AttentionError) as refusal:
         sparse.load(CPU, torch.float32, 128)
     assert said in str(refusal.value)
+    with pytest.raises(AttentionError, match=r"^The attention kernel comfy_kitchen_int8 needs") as refusal:
+        get_kernel("comfy_kitchen_int8", torch.device("cuda"), torch.bfloat16)
+    assert said in str(refusal.value)
 
 
 @pytest.mark.parametrize(
