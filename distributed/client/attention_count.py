@@ -39,11 +39,10 @@ class AttentionCounter:
 
     def count(self, asked: AttentionChoice, use: AttentionUse | None) -> None:
         """Count one more forward, which was asked for like this."""
-        settings = replace(asked, sigma=None)
-        if use is None or settings != self._asked or self.count_now is None:
-            self.count_now = None if use is None else AttentionCount(use)
-        self._asked = settings
-        if use is not None and self.count_now is not None:
-            was_sparse = use.sparse_blocks > 0
-            before = self.count_now
-            self.count_now = AttentionCount(use, before.sparse + was_sparse, before.dense + (not was_sparse))
+        if use is None:
+            self.forget()
+            return
+        settings, was_sparse = replace(asked, sigma=None), use.sparse_blocks > 0
+        before = self.count_now if settings == self._asked else None
+        sparse, dense = (before.sparse, before.dense) if before is not None else (0, 0)
+        self._asked, self.count_now = settings, AttentionCount(use, sparse + was_sparse, dense + (not was_sparse))

@@ -49,19 +49,19 @@ def exact_attention(
     model: WanModel,
     grid: Grid,
     batch: int,
-    kernel: AttentionKernel | None = None,
+    kernel: AttentionKernel,
 ) -> SelfAttention:
     """Exact self-attention of this rank's tokens to those of all ranks of `group`, for `batch` items at a time.
 
     A collective call of the group.
 
     Args:
-        kernel: of self-attention; None is the model's own.
+        kernel: of self-attention.
 
     Raises:
         BackendError: xfuser is to do it, and cannot share this sequence.
     """
-    kernel, heads, degrees = kernel or model.self_kernel, parallel.heads(model), group.degrees
+    heads, degrees = parallel.heads(model), group.degrees
     if degrees.ranks == 1:
         return kernel
     if degrees in parallel.xfuser_groups:

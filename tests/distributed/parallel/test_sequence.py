@@ -235,7 +235,7 @@ def run_without_room(rank: int, world: int, path: str) -> gloo_group.Results:
     (group,) = parallel.groups.values()
     had = len(parallel.peer_memories)
     with mock.patch.object(pinned, "host_room", lambda: 0):
-        attend = exact_attention(parallel, group, model, grid, 1)
+        attend = exact_attention(parallel, group, model, grid, 1, model.self_kernel)
     part = slice(*group.shard(grid.tokens))
     out = model.transform(patchify(pad_to_patch(x))[:, part], grid, part, timestep, context, attend)
     return {"without room": out, "peer_memories": torch.tensor([had, len(parallel.peer_memories)])}
