@@ -1,6 +1,6 @@
 """The shapes of weights that a file has flattened, as GGUF tensors have at most four dimensions.
 
-A patch embedding has five. Converters note its shape (see gguf_file.py), leave the tensor out, or merge neighbouring
+A patch embedding has five. Converters note its shape (see gguf_header.py), leave the tensor out, or merge neighbouring
 dimensions: the numbers then keep their order, and the shape is known from the model.
 """
 
