@@ -206,7 +206,7 @@ def _stand_ins(live: LiveBytes, size: str, world_size: int, host_room: int) -> I
         mock.patch.object(pointwise, "rms_norm", lambda x, *_rest: torch.empty_like(x)),
         mock.patch.object(pointwise, "add_", lambda x, *_rest: x),
         mock.patch.object(models, "get_kernel", lambda *_asked: AttentionKernel("simulated", _attention)),
-        mock.patch.object(models, "open_weights", lambda *_asked: _File(size)),
+        mock.patch.object(models, "open_weights", lambda *_asked, **_options: _File(size)),
         mock.patch.object(models, "gather_rows", lambda row, *_rest: [list(row)] * world_size),
         mock.patch.object(models, "host_room", lambda: host_room),
         mock.patch.object(

@@ -33,6 +33,7 @@ from wan_parallel.distributed.plan.degrees import ParallelPlan
 from wan_parallel.distributed.plan.placement import CHOICES
 from wan_parallel.distributed.protocol.specs import ModelSpec, PoolSettings
 from wan_parallel.wanvideo.base.config import PRESETS, WanConfig
+from wan_parallel.wanvideo.checkpoint.weight_source import file_stamp
 
 log = logging.getLogger("formats")
 
@@ -185,7 +186,7 @@ class Bench:
         )
 
     def _spec(self, path: Path, precision: str) -> ModelSpec:
-        stamp = str(path.stat().st_mtime_ns)  # a later file has the same name
+        stamp = file_stamp(str(path))  # a later file has the same name
         return ModelSpec(str(path), precision, precision, stamp=stamp, offload=self.options.offload)
 
     def _forward(self, spec: ModelSpec) -> torch.Tensor:

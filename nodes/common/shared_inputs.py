@@ -53,8 +53,8 @@ def gpus() -> io.Input:
             "Which GPUs the workers run on, one for each, in this order. Empty: the first ones. Else indices, such as "
             "1,2,3, which leaves the first GPU to ComfyUI, its text encoder and VAE; or UUIDs as nvidia-smi -L lists "
             "them (their beginnings are enough, such as GPU-1234abcd). Indices count as ComfyUI does (cuda:0 ...): "
-            "among the GPUs that CUDA_VISIBLE_DEVICES shows, in the order of CUDA_DEVICE_ORDER, which nvidia-smi's is "
-            "with PCI_BUS_ID. Of more than num_gpus the first are taken."
+            "among the GPUs that CUDA_VISIBLE_DEVICES shows, in the order of CUDA_DEVICE_ORDER; PCI_BUS_ID is that of "
+            "nvidia-smi. Of more than num_gpus the first are taken."
         ),
     )
 

@@ -1,7 +1,7 @@
 """Says once where numbers come from that are none (NaN or infinite): the weights, a LoRA, the inputs or the precision.
 
 The result of each forward is looked at, which takes a hundredth of a second. Where it has such numbers, the weights are
-read once more; every later step of the run would have them too.
+read, once for a model and its LoRAs; every later step of the run would have such numbers too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 Poll = Callable[[], None]
 
 _causes: dict[tuple[ModelSpec, str], str] = {}
-"""Why the results of a model with its LoRAs (by uuid) have such numbers, once they had some."""
+"""Why the last result with such numbers of a model with its LoRAs (by uuid) has them."""
+_own_causes: dict[tuple[ModelSpec, str], str] = {}
+"""Why results have such numbers where the inputs have none, by the same keys: known once the weights are read."""
 
 
 def refuse_explained(latent: torch.Tensor, spec: ModelSpec, loras: LoraSet | None) -> None:
@@ -46,28 +48,33 @@ def explain(
     loras: LoraSet | None,
     poll: Poll,
 ) -> None:
-    """Log the cause of numbers in the result of a forward that are NaN or infinite, once for a model and its LoRAs.
+    """Log the cause of numbers in the result of a forward that are NaN or infinite, unless it is the cause that was
+    logged last for this model and its LoRAs.
 
     Args:
         inputs: the latent, the timestep and the text, by the words of a user.
         poll: called now and then while weights are read; raises to give up.
     """
-    key = _key(spec, loras)
-    if key in _causes or is_finite(result):
+    if is_finite(result):
         return
+    key = _key(spec, loras)
     given = {**inputs, **conditioning.tensors()}
     strangers = [name for name, tensor in given.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if strangers:
-        _causes[key] = (
+        cause = (
             f"The model {spec.name} was given numbers that are NaN or infinite ({listed(strangers)}), and so is its "
             "result. Look at the node that they come from."
         )
     else:
-        log.warning(
-            "The result of %s has numbers that are NaN or infinite. Reading its weights to find why.", spec.name
-        )
-        _causes[key] = " ".join(_found(spec, loras, poll))
-    log.warning(_causes[key])
+        if key not in _own_causes:
+            log.warning(
+                "The result of %s has numbers that are NaN or infinite. Reading its weights to find why.", spec.name
+            )
+            _own_causes[key] = " ".join(_found(spec, loras, poll))
+        cause = _own_causes[key]
+    if _causes.get(key) != cause:
+        _causes[key] = cause
+        log.warning(cause)
 
 
 def _key(spec: ModelSpec, loras: LoraSet | None) -> tuple[ModelSpec, str]:

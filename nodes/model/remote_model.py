@@ -150,7 +150,7 @@ class RemoteWan(RemotePart):
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteWan:
         """Another model of the same workers, as the weights of one model are never changed for another."""
         copied = RemoteWan(self.header, self.spec, self.pool, self._tensors, self._sizes, self.runs)
-        copied._plain, copied.loras = self._plain, self.loras
+        copied._plain, copied.loras, copied.percent_to_sigma = self._plain, self.loras, self.percent_to_sigma
         memo[id(self)] = copied
         return copied
 

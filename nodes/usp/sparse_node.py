@@ -138,7 +138,7 @@ def _amounts() -> list[io.Input]:
             step=0.5,
             tooltip=(
                 "For sla: the percentage of the key blocks that each block of queries attends to exactly, its "
-                "neighbours not counted. Higher is closer to dense attention. On Hopper, 40 and more is slower than it."
+                "neighbours not counted. Higher is closer to dense attention. On Hopper 45 and more is slower than it."
             ),
         ),
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
 import testkit
+from testkit.shared.guides import rows
 from wan_parallel.nodes.common.settings import USPConfig
 from wan_parallel.nodes.distrifusion.distrifusion_settings import DistriFusionConfig
 
@@ -74,6 +76,22 @@ def test_every_node_has_its_inputs_in_the_order_of_saved_workflows(schemas):
 def test_every_input_says_what_it_is(schemas):
     for node, inputs in schemas.items():
         assert all(given["tooltip"].endswith(".") for given in inputs), node
+
+
+def test_the_guide_has_every_input_of_the_sparse_node_with_its_default(schemas):
+    table = [row for row in rows("Sparse attention")[1:] if row[0].startswith("`")]
+    shown = [
+        pair
+        for names, defaults, _ in table
+        for pair in zip(names.replace("`", "").split(", "), defaults.split(", "), strict=True)
+    ]
+    assert shown == [(given["id"], str(given["default"])) for given in schemas["XDitUSPSparseAttention"][1:]]
+
+
+def test_every_node_has_a_page_that_explains_its_inputs():
+    for node, inputs in INPUTS.items():
+        page = (testkit.ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+        assert {*inputs.split()} <= {*re.findall(r"\w+", page.lower())}, node
 
 
 @pytest.mark.parametrize(

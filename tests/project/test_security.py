@@ -54,6 +54,12 @@ def test_every_variable_and_file_that_the_page_names_is_there():
     assert files and [name for name in files if not (ROOT / name).exists()] == []
 
 
+def test_holes_are_reported_where_the_project_lives():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    home = re.search(r'Repository = "(.+)"', project)[1]
+    assert re.findall(r"\((https://github\.com/[^)]+)\)", PAGE) == [f"{home}/security/advisories/new"]
+
+
 def anonymous_memory(pid: int) -> Iterator[str]:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the folder's own descriptor is gone again
@@ -82,19 +88,10 @@ def test_no_other_user_opens_what_the_processes_share():
         pids = (os.getpid(), pool.launcher_pid, *descendants(pool.launcher_pid))
         shared = [path for pid in pids for path in anonymous_memory(pid)]
         assert len(shared) >= 3  # an arena, the store, the cancel flag
-        reads_all = [
-            f"--{kind}-caps=-all,+dac_read_search" for kind in ("inh", "ambient")
-        ]  # Python may lie in root's home
-        command = [
-            "setpriv",
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
-            *reads_all,
-            sys.executable,
-            "-c",
-            READ,
-        ]
+        # Python may lie in root's home
+        reads_all = [f"--{kind}-caps=-all,+dac_read_search" for kind in ("inh", "ambient")]
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *reads_all]
+        command = [*nobody, sys.executable, "-c", READ]
         ran = subprocess.run([*command, *shared], capture_output=True, text=True, check=True)
         assert ran.stdout == ""
         ran = subprocess.run([sys.executable, "-c", READ, *shared], capture_output=True, text=True, check=True)

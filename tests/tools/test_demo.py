@@ -71,7 +71,7 @@ def test_the_demo_follows_its_prompt_agrees_with_one_worker_and_writes_what_it_d
         (("--device", "cpu", "--gpus", "9"), "num_gpus is 9"),
         (("--device", "cuda", "--gpus", "64"), "GPU"),
         (("--device", "cpu", "--out", str(DEMO)), "Choose another folder with --out."),
-        (("--prompt", "a pink cat"), "does not know 'pink', 'cat'. Write a prompt such as"),
+        (("--prompt", "a pink cat"), 'does not know "pink", "cat". Write a prompt such as'),
     ],
 )
 def test_what_the_user_can_put_right_is_said_without_a_traceback(

@@ -88,7 +88,7 @@ def test_a_word_has_another_vector_in_another_place_and_beside_other_words():
 
 
 def test_an_unknown_word_gets_two_sentences_with_all_known_words():
-    with pytest.raises(ValueError, match=r"does not know 'pink', 'cat'\. Write .*\.$") as error:
+    with pytest.raises(ValueError, match=r'does not know "pink", "cat"\. Write .*\.$') as error:
         tiny_text.encode("a pink cat moves, moves up over a pink background")
     assert all(word in str(error.value) for word in tiny_text.VOCABULARY)
 

@@ -60,6 +60,16 @@ def test_inputs_are_blamed_before_the_file(caplog):
     assert "(text, image)" in text and "was given" in text and tiny.sentences(text) == 2
 
 
+def test_inputs_of_an_earlier_prompt_are_not_blamed(tmp_path, caplog):
+    spec = ModelSpec(write(tmp_path / "earlier.safetensors"))
+    said(caplog, spec=spec, inputs=INPUTS | {"text": BROKEN})
+    assert "beyond the range" in said(caplog, spec=spec)[-1]
+    with pytest.raises(ValueError, match="beyond the range"):
+        refuse_explained(BROKEN, spec, None)
+    said(caplog, torch.ones(2, 3), spec)
+    assert said(caplog, spec=spec) == [], "the weights are read once"
+
+
 def test_a_lora_with_nan_is_named_with_its_weights(tmp_path, caplog):
     path = write(tmp_path / "sound.safetensors")
     deltas = {"blocks.0.ffn.0.weight": [LowRank(BROKEN[0, 0, 0], torch.ones(8, 4), 1.0)], "head.head.weight": []}

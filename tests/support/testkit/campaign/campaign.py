@@ -47,6 +47,7 @@ class Campaign:
     def run(self, drawn: Iterable[Fault], tell: Callable[[Verdict], object]) -> list[Verdict]:
         """Let the faults happen; each verdict is told as soon as it is there."""
         verdicts = []
+        before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = str(SILENCE_LIMIT)
         self.client.start()
         try:
@@ -55,6 +56,9 @@ class Campaign:
                 tell(verdicts[-1])
         finally:
             self.client.stop()
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
         return verdicts
 
     @property
