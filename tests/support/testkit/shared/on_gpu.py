@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from wan_parallel.wanvideo.base.conditioning import Conditioning
@@ -12,5 +12,4 @@ SIZE = (5, 16, 16)
 
 
 def on_gpu(conditioning: Conditioning) -> Conditioning:
-    moved = {f.name: getattr(conditioning, f.name) for f in fields(conditioning) if f.name != "options"}
-    return replace(conditioning, **{name: tensor.cuda() for name, tensor in moved.items() if tensor is not None})
+    return replace(conditioning, given={name: tensor.cuda() for name, tensor in conditioning.given.items()})
