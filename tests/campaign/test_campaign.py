@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import testkit
-from testkit.campaign import clients, faults
+from testkit.campaign import clients, drills, faults
 from testkit.campaign.campaign import Campaign
 from testkit.campaign.clients import Call, Client, Pace
 from testkit.campaign.drills import DRILLS, Scene, Verdict
@@ -124,6 +124,7 @@ def test_a_message_must_name_the_rank_the_process_and_the_signal(monkeypatch, to
     scene = after({"ulysses": (clients.FAILED, told, "")}, fault)
     monkeypatch.setattr(scene, "victim", lambda call: 5)
     monkeypatch.setattr(os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(drills, "wait_until_gone", lambda pids, seconds: set())
     DRILLS[faults.SIGNAL](scene)
     assert scene.verdict.unnamed is not named
 

@@ -413,6 +413,7 @@ def test_a_stale_step_after_one_that_was_given_up_is_refused(own_pool, spec, man
 
     with pytest.raises(Interrupted):
         own_pool.forward(spec, *given, poll=interrupt, displaced=stale_plan(kind=FILL, **how))
+    time.sleep(0.5)  # until the launcher has passed the cancel on: the step would else end as if nobody had given it up
     os.kill(own_pool.worker_pids[1], signal.SIGCONT)
     with pytest.raises(StaleError, match="no keys and values of the step before"):
         forward(*given, stale_plan(**how))
