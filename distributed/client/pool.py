@@ -171,7 +171,9 @@ class Pool:
             *(self.models.forget, self.last.forget, self._attention.forget),
             *(self._arena.close, self._conditioning.close),
         )
-        weakref.finalize(self, self._client.close)  # nothing of which holds this pool
+        # Nothing of the client holds this pool. When this process ends, the ranks see that by themselves: ended by it,
+        # they would look like a fault to a thread that waits for them.
+        weakref.finalize(self, self._client.close).atexit = False
 
     @property
     def settings(self) -> PoolSettings:
