@@ -171,8 +171,7 @@ class Pool:
             *(self.models.forget, self.last.forget, self._attention.forget),
             *(self._arena.close, self._conditioning.close),
         )
-        # Nothing of the client holds this pool. When this process ends, the ranks see that by themselves: ended by it,
-        # they would look like a fault to a thread that waits for them.
+        # nothing of the client holds this pool; at the end of the process see `WorkerClient.leave`
         weakref.finalize(self, self._client.close).atexit = False
 
     @property

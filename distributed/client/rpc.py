@@ -10,9 +10,11 @@ up (ComfyUI's Cancel). The workers are then told, and go on until they see it (s
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,11 +146,12 @@ class WorkerClient:
         self.at_end: tuple[Callable[[], None], ...] = ()
         self.silence = SilenceNote()
         self._executor = executor
-        self._started = False
+        self._started = self._leaving = False
         self._lent: tuple[Arena, ...] = ()  # to a request that has not been seen to end
         self._last_id = 0
         self._abandoned = 0  # id of a request whose reply nobody waits for, or 0
         self._untidy = False  # a request failed or was given up, and the workers have not been trimmed since
+        _clients.add(self)
 
     @property
     def alive(self) -> bool:
@@ -173,6 +176,7 @@ class WorkerClient:
         Raises:
             PoolError: they cannot run here, or have ended.
         """
+        self._stay_if_leaving()
         if self._started and self.lost():
             log.warning("The pool had ended and is started again.")
             self.close()
@@ -203,6 +207,16 @@ class WorkerClient:
         self.lend(())
         for forget in self.at_end:
             forget()
+
+    def leave(self) -> None:
+        """End the workers as this process ends. A thread that waits for them waits on: it must not take that for a
+        fault, nor start others."""
+        self._leaving = True
+        self._executor.stop()
+
+    def _stay_if_leaving(self) -> None:
+        if self._leaving:
+            threading.Event().wait()  # only daemon threads are left, which end with the process
 
     # The requests.
 
@@ -297,5 +311,15 @@ class WorkerClient:
         return message
 
     def _fail(self, failure: Failure) -> NoReturn:
+        self._stay_if_leaving()
         self.close()
         raise end_of_pool(failure)
+
+
+_clients: weakref.WeakSet[WorkerClient] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave() -> None:
+    for client in [*_clients]:
+        client.leave()

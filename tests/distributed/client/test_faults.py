@@ -432,6 +432,17 @@ def test_when_the_client_is_asked_to_end_the_pool_ends_with_it(ctrl_c_works, cli
     assert not wait_until_gone(client.pool, GONE_SECONDS)
 
 
+@pytest.mark.parametrize("launcher_is_stopped", [False, True])
+def test_a_client_that_ends_while_a_thread_waits_ends_the_pool_without_a_word(client_of, launcher_is_stopped):
+    client = client_of("leaving")
+    if launcher_is_stopped:
+        os.kill(client.said["launcher"], signal.SIGSTOP)
+    client.process.send_signal(signal.SIGUSR1)
+    assert client.process.wait(10) == 0
+    assert not wait_until_gone(client.pool, GONE_SECONDS)
+    assert "Traceback" not in client.log.read_text()
+
+
 def test_a_worker_that_hangs_does_not_outlive_the_client(client_of):
     client = client_of("idle")
     os.kill(client.said["workers"][0], signal.SIGSTOP)

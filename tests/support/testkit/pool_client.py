@@ -2,14 +2,17 @@
 
     python pool_client.py CHECKPOINT WORKERS MODE [FOLDER]
 
-MODE is once, idle, busy, starting or forked. It prints one line of JSON when it is there.
+MODE is once, idle, busy, starting, forked or leaving: the last ends at SIGUSR1, while a thread waits for a forward. It
+prints one line of JSON when it is there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 from wan_parallel.distributed.client.pool import acquire
@@ -34,10 +37,7 @@ def main(checkpoint: str, workers: str, mode: str, folder: str = "") -> None:
         say()
         time.sleep(600)
 
-    if mode == "starting":
-        pool.ensure_ready(spec, poll=say_and_wait)
-    out = pool.forward(spec, *tiny.inputs(config))
-    if mode == "busy":
+    def busy() -> None:
         said = []
 
         def poll() -> None:
@@ -46,6 +46,18 @@ def main(checkpoint: str, workers: str, mode: str, folder: str = "") -> None:
 
         while True:
             pool.forward(spec, *tiny.inputs(config, (6, 60, 60)), poll=poll)
+
+    if mode == "starting":
+        pool.ensure_ready(spec, poll=say_and_wait)
+    out = pool.forward(spec, *tiny.inputs(config))
+    if mode == "leaving":
+        asked = threading.Event()
+        signal.signal(signal.SIGUSR1, lambda *_signal: asked.set())
+        threading.Thread(target=busy, daemon=True).start()
+        asked.wait()
+        return
+    if mode == "busy":
+        busy()
     if mode == "forked":
         child = os.fork()
         if child == 0:
