@@ -163,12 +163,13 @@ def test_no_disk_of_the_machine_is_filled(tmp_path):
 def test_the_table_counts_what_fell_short():
     fine, hung = Verdict(FAULT, seconds=1.0), Verdict(FAULT, seconds=2.0)
     hung.hang("ulysses")
-    rows = table([fine, hung])
-    assert [(row.kind, row.faults, row.ended, row.bit_equal, row.slowest) for row in rows] == [
-        (faults.POOL, 2, 1, 2, 2.0),
-        ("all", 2, 1, 2, 2.0),
+    slow = Verdict(FAULT, seconds=1.5, short=["Cancel took 1.5 s"])
+    rows = table([fine, hung, slow])
+    assert [(row.kind, row.faults, row.ended, row.bit_equal, row.short, row.slowest) for row in rows] == [
+        (faults.POOL, 3, 2, 3, 2, 2.0),
+        ("all", 3, 2, 3, 2, 2.0),
     ]
-    assert markdown([fine, hung]).splitlines()[-1] == "| all | 2 | 1 | 2 | 2 | 2 | 2.0 |"
+    assert markdown([fine, hung, slow]).splitlines()[-1] == "| all | 3 | 2 | 3 | 3 | 3 | 2 | 2.0 |"
 
 
 def test_a_line_of_results_is_read_as_it_was_written():

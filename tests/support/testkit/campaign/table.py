@@ -16,7 +16,8 @@ class Counts:
 
     Args:
         faults: how many there were.
-        ended, named, nothing_left, bit_equal: of how many of them this held.
+        ended, named, nothing_left, bit_equal: of how many of them this held, whatever it took.
+        short: how many fell short of a limit or in another way.
         slowest: the most seconds from a fault to the end of what it hit.
     """
 
@@ -26,6 +27,7 @@ class Counts:
     named: int
     nothing_left: int
     bit_equal: int
+    short: int
     slowest: float
 
 
@@ -37,6 +39,7 @@ def counted(kind: str, verdicts: Sequence[Verdict]) -> Counts:
         sum(not verdict.unnamed for verdict in verdicts),
         sum(not verdict.left for verdict in verdicts),
         sum(not verdict.unequal for verdict in verdicts),
+        sum(bool(verdict.short) for verdict in verdicts),
         round(max((verdict.seconds for verdict in verdicts), default=0.0), 1),
     )
 
@@ -50,12 +53,13 @@ def table(verdicts: Sequence[Verdict]) -> list[Counts]:
 def markdown(verdicts: Sequence[Verdict]) -> str:
     """The table as README shows it."""
     lines = [
-        "| fault | times | ended in time | rank and cause named | nothing left | next result bit-equal | slowest, s |",
-        "|---|---|---|---|---|---|---|",
+        "| fault | times | ended | rank and cause named | nothing left | next result bit-equal | fell short "
+        "| slowest, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.kind} | {row.faults} | {row.ended} | {row.named} | {row.nothing_left} | {row.bit_equal} "
-        f"| {row.slowest:.1f} |"
+        f"| {row.short} | {row.slowest:.1f} |"
         for row in table(verdicts)
     ]
     return "\n".join(lines)
