@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from testkit.comfyui.comfy_server import ComfyServer
 from testkit.comfyui.graphs import conditions, ksampler, link, node, pool_model, stock_model, video
+from testkit.comfyui.pool_life import SAVED, SEEDS, SLOW, assert_right, pids, sampled_with
 from testkit.processes import alive, descendants, wait_until_gone
 from testkit.tiny import relative_error
-
-# two layers over 10,192 tokens: a forward that takes seconds on a few cores
-SLOW = {**pool_model(), **conditions(), **video(832, 448, 25)}
-SEEDS = itertools.count(1000)  # ComfyUI's cache must not know the next one
-SAVED = {"out": node("SaveLatentTensor", samples=link("sampler"), name="unused")}
-
-
-def sampled(server: ComfyServer, seed: int, loader=pool_model) -> torch.Tensor:
-    return server.sample({**loader(), **conditions(), **video(), **ksampler(seed=seed)}, link("sampler"))
-
-
-def assert_right(server: ComfyServer) -> None:
-    """The pool gives the native result."""
-    seed = next(SEEDS)
-    assert relative_error(sampled(server, seed), sampled(server, seed, stock_model)) <= 1e-5
-
-
-def pids(server: ComfyServer) -> tuple[int, list[int]]:
-    """Launcher and workers of the pool, from the status node."""
-    graph = {**pool_model(), "status": node("XDitUSPStatus", model=link("model"))}
-    text = server.run(graph).outputs["status"]["text"][0]
-    launcher = int(re.search(r"launcher pid (\d+)", text)[1])
-    return launcher, [int(pid) for pid in re.findall(r"rank \d+:.* pid (\d+)", text)]
 
 
 @pytest.fixture
 def running(server: ComfyServer) -> ComfyServer:
     """The server with the pool up and the model loaded."""
-    sampled(server, next(SEEDS))
+    sampled_with(server, next(SEEDS))
     return server
 
 
@@ -154,7 +129,7 @@ def test_a_replaced_file_is_another_model(running):
 def test_nothing_outlives_a_killed_comfyui(start_comfyui, busy, repetition):
     server = start_comfyui()
     of_comfyui = set((server.base / "tmp").iterdir())
-    sampled(server, next(SEEDS))
+    sampled_with(server, next(SEEDS))
     launcher, workers = pids(server)
     family = descendants(server.pid)
     assert {launcher, *workers} <= family
@@ -171,7 +146,7 @@ def test_nothing_outlives_a_killed_comfyui(start_comfyui, busy, repetition):
 
 def test_ctrl_c_ends_everything(start_comfyui):
     server = start_comfyui()
-    sampled(server, next(SEEDS))
+    sampled_with(server, next(SEEDS))
     family = descendants(server.pid)
     server.stop()
     assert not wait_until_gone(family, 5)

@@ -13,7 +13,7 @@ import testkit
 from testkit import tiny
 
 ROOT = testkit.ROOT
-SCRIPT = ROOT / "tests" / "support" / "testkit" / "comfyui" / "room_script.py"
+SCRIPT = ROOT / "tests" / "support" / "testkit" / "comfyui" / "inside" / "room_script.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 from testkit.comfyui.comfy_server import ComfyServer
-from testkit.comfyui.graphs import conditions, ksampler, link, node, pool_model, stock_model, video
+from testkit.comfyui.graphs import ksampler
+from testkit.comfyui.pool_life import SAVED, SEEDS, SLOW, assert_right, pids, sampled_with
 from testkit.comfyui.progress_texts import ProgressTexts
 from testkit.processes import wait_until_gone
-from testkit.tiny import relative_error
 from wan_parallel.distributed.protocol.silence import VARIABLE, SilenceLimits
 
 LIMITS = SilenceLimits(45)  # the default ones in less than half of the time
-SLOW = {**pool_model(), **conditions(), **video(832, 448, 25)}  # a forward that takes seconds on a few cores
-SAVED = {"out": node("SaveLatentTensor", samples=link("sampler"), name="unused")}
-SEEDS = itertools.count(5000)  # ComfyUI's cache must not know the next one
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +24,7 @@ def running(start_comfyui) -> Iterator[ComfyServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(LIMITS.limit))
         server = start_comfyui()
-    sampled(server, next(SEEDS))
+    sampled_with(server, next(SEEDS))
     yield server
     server.stop()
 
@@ -40,24 +34,6 @@ def texts(running) -> Iterator[ProgressTexts]:
     texts = ProgressTexts(running.port)
     yield texts
     texts.close()
-
-
-def sampled(server: ComfyServer, seed: int, loader=pool_model) -> torch.Tensor:
-    return server.sample({**loader(), **conditions(), **video(), **ksampler(seed=seed)}, link("sampler"))
-
-
-def assert_right(server: ComfyServer) -> None:
-    """The pool gives the native result."""
-    seed = next(SEEDS)
-    assert relative_error(sampled(server, seed), sampled(server, seed, stock_model)) <= 1e-5
-
-
-def pids(server: ComfyServer) -> tuple[int, list[int]]:
-    """Launcher and workers of the pool, from the status node."""
-    graph = {**pool_model(), "status": node("XDitUSPStatus", model=link("model"))}
-    text = server.run(graph).outputs["status"]["text"][0]
-    launcher = int(re.search(r"launcher pid (\d+)", text)[1])
-    return launcher, [int(pid) for pid in re.findall(r"rank \d+:.* pid (\d+)", text)]
 
 
 def stop_in_the_middle_of_a_forward(server: ComfyServer, worker: int) -> str:
